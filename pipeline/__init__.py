@@ -1,0 +1,34 @@
+"""Rowmill: rows of Parquet in, a model over every row, rows of Parquet out.
+
+The public names load on first use, so that importing a pure module loads neither SQLAlchemy nor an engine.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.client import Client as Client
+    from pipeline.client import JobHandle as JobHandle
+    from pipeline.job_spec import JobSpec as JobSpec
+    from storage.errors import RowmillError as RowmillError
+
+_HOMES = {
+    "Client": "pipeline.client",
+    "JobHandle": "pipeline.client",
+    "JobSpec": "pipeline.job_spec",
+    "RowmillError": "storage.errors",
+}
+
+__all__ = ["Client", "JobHandle", "JobSpec", "RowmillError"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,154 @@
+"""The one protocol that every engine speaks, and the values that cross it.
+
+Rows travel in column batches, so that tensors and embeddings never become Python objects. Each batch carries the row
+indices its rows have within the shard; results come back in any order, keyed by these indices.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline.job_spec import JobSpec, Task
+from pipeline.models.model import Model
+
+RowIds = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class RowBatch:
+    """``rows``: int64 [n], indices within the shard; ``columns``: n rows of the columns that ``check`` asked for."""
+
+    rows: RowIds
+    columns: pa.RecordBatch
+
+
+@dataclass(frozen=True, slots=True)
+class RowFailure:
+    """One row that cannot be computed. ``code`` is a ``RowErrorCode``."""
+
+    row: int
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResultBatch:
+    """``rows``: int64 [n]; ``values``: n rows of the engine's ``result_schema``; ``failures``: rows that failed."""
+
+    rows: RowIds
+    values: pa.RecordBatch | None
+    failures: tuple[RowFailure, ...] = ()
+
+
+class Cancellation:
+    """Set once, from any thread, to stop one ``infer`` call.
+
+    An engine that blocks registers a callback (abort the requests, terminate the run); it is called at once if the
+    cancellation came first. ``reason`` is for people: ``"job cancelled"``, ``"lease lost"``, ``"interrupted"``.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._event = threading.Event()
+        self._callbacks: dict[int, Callable[[], None]] = {}
+        self._next = 0
+        self.reason: str | None = None
+
+    @property
+    def cancelled(self) -> bool:
+        return self._event.is_set()
+
+    def cancel(self, reason: str) -> None:
+        """Ask for the stop. The first reason stands; later calls do nothing."""
+        with self._lock:
+            if self._event.is_set():
+                return
+            self.reason = reason
+            self._event.set()
+            callbacks = list(self._callbacks.values())
+        for callback in callbacks:
+            callback()
+
+    def on_cancel(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call ``callback`` once when cancelled. Returns a function that takes the registration back."""
+        with self._lock:
+            if not self._event.is_set():
+                key = self._next = self._next + 1
+                self._callbacks[key] = callback
+
+                def forget() -> None:
+                    with self._lock:
+                        self._callbacks.pop(key, None)
+
+                return forget
+        callback()
+        return lambda: None
+
+    def wait(self, timeout: float) -> bool:
+        """Sleep until cancelled or ``timeout`` seconds have passed; true when cancelled."""
+        return self._event.wait(timeout)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineContext:
+    """What an engine gets from its host: where to cache exported and compiled models, and how to tell the user."""
+
+    cache_dir: Path
+    notify: Callable[[str], None] = field(default=lambda message: None)
+
+
+class Engine(Protocol):
+    """A model loaded and ready, shared by every shard and job with the same ``engine_key``.
+
+    Life: ``check`` (no instance, nothing loaded) → ``__init__`` (cheap) → ``load`` → any number of ``infer`` calls,
+    from several threads at once → ``close``. Errors by type: :class:`~storage.errors.EngineDead` when it must be
+    rebuilt, :class:`~storage.errors.TransientError` when a retry may help, :class:`~storage.errors.InvalidJob` (from
+    ``check`` and ``load``) when no retry can help.
+    """
+
+    name: ClassVar[str]
+    tasks: ClassVar[frozenset[Task]]
+
+    def __init__(self, model: Model, task: Task, options: Mapping[str, Any], context: EngineContext) -> None: ...
+
+    @classmethod
+    def check(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:
+        """Refuse what cannot work, before anything is loaded; return the input columns that the task reads.
+
+        Raises :class:`~storage.errors.InvalidJob` with the field and the reason: unknown sampling key, missing
+        column, wrong column type, wrong task for the model, unknown engine option.
+        """
+        ...
+
+    def load(self) -> None:
+        """Make ready to infer; may take minutes. Called once, before any other method."""
+        ...
+
+    def result_schema(self, spec: JobSpec) -> pa.Schema:
+        """The result columns for this job, without prefix and without ``error``. Known once loaded."""
+        ...
+
+    def infer(self, spec: JobSpec, batches: Iterable[RowBatch], cancel: Cancellation) -> Iterator[ResultBatch]:
+        """Exactly one result or failure for every row of ``batches``, as they come, in any order.
+
+        ``batches`` is drawn lazily and from any thread (but one at a time), only so far ahead as the engine's window
+        allows. After ``cancel`` the iterator ends soon, and what it has not yielded is simply not done; whatever runs
+        inside the engine for this call is aborted. Closing the iterator early does the same.
+        """
+        ...
+
+    def stats(self) -> dict[str, Any]:
+        """JSON-able facts since ``load``: versions, real placement, token counters, cache hits."""
+        ...
+
+    def close(self) -> None:
+        """Free memory and end processes. Safe to call twice, and after a failed ``load``."""
+        ...

@@ -1,0 +1,190 @@
+"""``JobSpec``: the validated request of a user. The public contract, with JSON Schema."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.template import Template
+from storage.errors import InvalidJob
+
+
+class Task(StrEnum):
+    GENERATE = "generate"
+    CHAT = "chat"
+    EMBED = "embed"
+    CLASSIFY = "classify"
+    SCORE = "score"
+    TENSOR = "tensor"
+
+
+class Message(BaseModel):
+    """One chat turn; ``content`` is a template over the input columns."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+
+
+_DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([smhd])\s*$")
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+NOT_PART_OF_THE_WORK = frozenset({"priority", "metadata", "completion_window", "overwrite", "idempotency_key"})
+"""Fields that do not change what is computed: a job may be resumed under other values of them."""
+
+
+class JobSpec(BaseModel):
+    """Everything that says what a job computes and where to put it. Immutable, and complete: same spec, same work."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    input: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Files, globs or directories of Parquet, JSONL, CSV or Arrow IPC, on anything that fsspec reads."""
+    output: Annotated[str, Field(min_length=1)]
+    """Directory for ``data/``, ``_manifest.json`` and ``_SUCCESS``."""
+    model: Annotated[str, Field(min_length=1)]
+    """A registered name, a model directory, a ``.onnx`` file, or ``fake``."""
+    task: Task
+    engine: Annotated[str, Field(min_length=1)] = "auto"
+    engine_options: dict[str, Any] = {}
+    """The engine's own options (vLLM's ``EngineArgs``; ONNX Runtime's providers and session options)."""
+
+    prompt: str | None = None
+    """``generate``: a template over the input columns, ``"Say: {text}"``. ``chat``: the one user message."""
+    messages: tuple[Message, ...] | None = None
+    """``chat``: templates over the input columns."""
+    column: str | None = None
+    """The text column of embed, classify and score; for ``chat`` a column that holds the messages."""
+    pair_column: str | None = None
+    """``classify`` and ``score``: the second text of a pair."""
+    inputs: dict[str, str] | None = None
+    """``tensor``: graph input → column, where the names differ."""
+    sampling: dict[str, Any] = {}
+    """vLLM's own sampling parameters, by their own names."""
+    chat_template_kwargs: dict[str, Any] = {}
+    pooling: Literal["auto", "mean", "cls", "last"] = "auto"
+    """``embed``; ``auto`` reads the model's own configuration."""
+    normalize: bool | None = None
+    """``embed``: scale to unit length; ``None`` reads the model's own configuration."""
+    overlong: Literal["auto", "error", "truncate"] = "auto"
+    """Text past the model's limit: ``auto`` is an error for generate and chat, truncation (counted) elsewhere."""
+
+    keep_columns: tuple[str, ...] | None = None
+    """Input columns copied to the output; ``None`` keeps all."""
+    output_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*$")] = ""
+    """Put before every result column's name."""
+    shard_rows: Annotated[int, Field(ge=1)] = 50_000
+    """Most rows in a shard."""
+    shard_bytes: Annotated[int, Field(ge=1)] = 256 * 2**20
+    """Most uncompressed input bytes in a shard, estimated from the footers."""
+    max_failed_rows: Annotated[int, Field(ge=0)] | None = None
+    """The job is stopped as failed when more rows than this have failed."""
+
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    tenant: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] = "default"
+    idempotency_key: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    metadata: dict[str, str] = {}
+    completion_window: str = "24h"
+    overwrite: bool = False
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _one_input_is_a_list_of_one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("tenant", mode="before")
+    @classmethod
+    def _no_tenant_is_the_default_one(cls, value: Any) -> Any:
+        return "default" if value is None else value
+
+    @field_validator("input", "output")
+    @classmethod
+    def _no_chained_urls(cls, value: Any) -> Any:
+        for uri in value if isinstance(value, tuple) else (value,):
+            if "::" in uri:
+                raise ValueError(f"{uri!r} chains filesystems with '::', which is refused; give one plain path or URL")
+        return value
+
+    @field_validator("completion_window")
+    @classmethod
+    def _a_duration(cls, value: str) -> str:
+        if not _DURATION.match(value):
+            raise ValueError(f"{value!r} is not a duration; write a number and a unit: '90s', '30m', '24h', '7d'")
+        return value
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_is_a_template(cls, value: str | None) -> str | None:
+        if value is not None:
+            Template(value)
+        return value
+
+    @field_validator("messages")
+    @classmethod
+    def _messages_are_templates(cls, value: tuple[Message, ...] | None) -> tuple[Message, ...] | None:
+        for message in value or ():
+            Template(message.content)
+        return value
+
+    @model_validator(mode="after")
+    def _the_task_has_what_it_reads(self) -> JobSpec:
+        task, allowed = self.task, _READS[self.task]
+        given = {name for name in _SHAPING if getattr(self, name) not in (None, {}, ())}
+        if extra := sorted(given - allowed):
+            raise ValueError(
+                f"task '{task}' does not read {', '.join(extra)}; it reads {', '.join(sorted(allowed)) or 'none of these'}"
+            )
+        if task is Task.GENERATE and self.prompt is None:
+            raise ValueError("task 'generate' needs prompt, a template over the columns, such as \"Say: {text}\"")
+        if task is Task.CHAT and [self.prompt, self.messages, self.column].count(None) != 2:
+            raise ValueError("task 'chat' needs exactly one of messages, prompt and column")
+        if task in (Task.EMBED, Task.CLASSIFY, Task.SCORE) and self.column is None:
+            raise ValueError(f"task '{task}' needs column, the name of the text column")
+        return self
+
+    @property
+    def window_seconds(self) -> float:
+        """The completion window in seconds."""
+        match = _DURATION.match(self.completion_window)
+        assert match is not None
+        return float(match[1]) * _SECONDS[match[2]]
+
+    def work_hash(self) -> str:
+        """SHA-256 (hex) of the fields that decide what is computed: two specs that agree may share one job."""
+        work = {k: v for k, v in self.model_dump(mode="json").items() if k not in NOT_PART_OF_THE_WORK}
+        return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
+
+
+_SHAPING = ("prompt", "messages", "column", "pair_column", "inputs", "sampling", "chat_template_kwargs")
+_READS: dict[Task, frozenset[str]] = {
+    Task.GENERATE: frozenset({"prompt", "sampling"}),
+    Task.CHAT: frozenset({"prompt", "messages", "column", "sampling", "chat_template_kwargs"}),
+    Task.EMBED: frozenset({"column"}),
+    Task.CLASSIFY: frozenset({"column", "pair_column"}),
+    Task.SCORE: frozenset({"column", "pair_column"}),
+    Task.TENSOR: frozenset({"inputs"}),
+}
+
+
+def parse(fields: dict[str, Any]) -> JobSpec:
+    """A spec from keyword arguments, or :class:`InvalidJob` naming every field at fault and why."""
+    try:
+        return JobSpec(**fields)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors(include_url=False):
+            where = ".".join(str(part) for part in item["loc"])
+            what = item["msg"].removeprefix("Value error, ")
+            problems.append((where, "unknown field" if item["type"] == "extra_forbidden" else what))
+        first = problems[0][0] or None
+        if len(problems) == 1:
+            raise InvalidJob(problems[0][1], field=first) from None
+        text = "; ".join(f"{where}: {what}" if where else what for where, what in problems)
+        invalid = InvalidJob(text)
+        invalid.field = first
+        raise invalid from None

@@ -1,0 +1,30 @@
+"""The stable codes of row errors: what may stand in ``error.code`` of an output row."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class RowErrorCode(StrEnum):
+    MISSING_VALUE = "missing_value"
+    """A column that the task reads is null in this row."""
+    INVALID_VALUE = "invalid_value"
+    """A value is there but cannot be used: wrong role, empty prompt, a token id outside the vocabulary."""
+    INVALID_UTF8 = "invalid_utf8"
+    """A text column holds bytes that are not UTF-8."""
+    PROMPT_TOO_LONG = "prompt_too_long"
+    """The prompt, with the tokens asked for, does not fit into the model's context."""
+    WRONG_TYPE = "wrong_type"
+    """A tensor's element type cannot be converted to the graph's without loss."""
+    WRONG_SHAPE = "wrong_shape"
+    """A tensor's shape does not fit the graph's input."""
+    NOT_FINITE = "not_finite"
+    """A NaN or an infinity where the job refuses them."""
+    ENGINE_REFUSED = "engine_refused"
+    """The engine rejected this row alone; the message is the engine's."""
+    POISON_ROW = "poison_row"
+    """The row killed the engine each time it was tried."""
+
+
+MESSAGE_LIMIT = 500
+"""Longest error message kept, in characters."""

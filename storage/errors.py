@@ -1,0 +1,140 @@
+"""Every error Rowmill raises on purpose. Classified by type, never by the text of a message.
+
+::
+
+    RowmillError
+    ├── InvalidJob            the user's request cannot be run as it stands         (exit 2)
+    │   ├── InvalidInput      … because of an input file: unreadable, missing column
+    │   ├── InvalidModel      … because of the model: not found, wrong task
+    │   ├── EngineMissing     … because the engine is not installed or cannot run here
+    │   └── Conflict          … because something else holds the output or the key
+    ├── NotFound              no such job, row, model                               (exit 6)
+    ├── IllegalTransition     a state may not follow another; nothing was changed
+    ├── RowError              one row cannot be computed: recorded, the shard goes on
+    ├── TransientError        try again later: costs one failure of the shard's budget
+    │   ├── Unreachable       database, broker or object store do not answer        (exit 7)
+    │   └── EngineDead        the engine's process is gone: rebuild it, then retry
+    ├── InputChanged          an input file is not the one that was planned: the job fails
+    ├── CorruptFile           a file is not what was written: never committed
+    ├── LeaseLost             another attempt may own the shard: stop, write nothing
+    ├── CommitUnknown         the connection broke during COMMIT: re-read, delete nothing
+    ├── JobFailed             raised by waiting on a job that failed                (exit 3)
+    ├── JobCancelled          raised by waiting on a job that was cancelled         (exit 5)
+    ├── Interrupted           stopped by the user, everything finished is flushed   (exit 5)
+    └── WaitTimeout           the job was still going when the wait ended           (exit 124)
+"""
+
+from __future__ import annotations
+
+
+class RowmillError(Exception):
+    """Base of the tree. ``exit_code`` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class InvalidJob(RowmillError):
+    """The request cannot be run as it stands.
+
+    ``field`` names the part of the job at fault (``"sampling.max_tokens"``), or is ``None``.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(f"{field}: {message}" if field else message)
+        self.field = field
+        self.message = message
+
+
+class InvalidInput(InvalidJob):
+    """An input file is unreadable, or lacks a column that the job needs."""
+
+
+class InvalidModel(InvalidJob):
+    """The model is not there, is damaged, or cannot do the task."""
+
+
+class EngineMissing(InvalidJob):
+    """The engine that the job needs is not installed, or does not run on this machine."""
+
+
+class Conflict(InvalidJob):
+    """The output, or the idempotency key, belongs to something else."""
+
+
+class NotFound(RowmillError):
+    """No such job, row or model (or it is another tenant's)."""
+
+    exit_code = 6
+
+
+class IllegalTransition(RowmillError):
+    """A state that may not follow another was asked for. Nothing was changed."""
+
+    def __init__(self, entity: str, source: str, target: str, detail: str = "") -> None:
+        super().__init__(f"a {entity} that is {source} cannot become {target}" + (f": {detail}" if detail else ""))
+        self.entity, self.source, self.target = entity, source, target
+
+
+class RowError(RowmillError):
+    """One row cannot be computed. ``code`` is stable (see ``pipeline.row_errors``)."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+class TransientError(RowmillError):
+    """Something that may pass: try again later."""
+
+
+class Unreachable(TransientError):
+    """The database, the broker or the object store does not answer."""
+
+    exit_code = 7
+
+
+class EngineDead(TransientError):
+    """The engine's process is gone. It has to be rebuilt before the retry."""
+
+
+class InputChanged(RowmillError):
+    """An input file is not the one that was planned. The job fails rather than mix two versions."""
+
+
+class CorruptFile(RowmillError):
+    """A file does not hold what was written to it."""
+
+
+class LeaseLost(RowmillError):
+    """The shard may belong to another attempt by now: stop, and write nothing."""
+
+
+class CommitUnknown(RowmillError):
+    """The connection broke during COMMIT, and reading again did not settle it. Nothing is deleted."""
+
+
+class JobFailed(RowmillError):
+    """The job that was waited for has failed."""
+
+    exit_code = 3
+
+
+class JobCancelled(RowmillError):
+    """The job that was waited for was cancelled, or its completion window passed."""
+
+    exit_code = 5
+
+
+class Interrupted(RowmillError):
+    """Stopped by the user. Everything finished is flushed; the same command resumes."""
+
+    exit_code = 5
+
+
+class WaitTimeout(RowmillError):
+    """The job was still going when the wait ended."""
+
+    exit_code = 124

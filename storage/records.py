@@ -1,0 +1,174 @@
+"""What the tables hold, as frozen dataclasses. Times are Unix seconds by the database's clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from pyroaring import BitMap
+
+from storage.states import AttemptState, JobState, ShardState
+
+
+class Slice(NamedTuple):
+    """A run of rows of one source file: rows ``[row_lo, row_lo + row_n)`` of source ``source``."""
+
+    source: int
+    row_lo: int
+    row_n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One input file, as it was when the job was planned.
+
+    ``etag`` changes when the content does; ``partition`` holds the hive keys of its path as strings.
+    """
+
+    idx: int
+    uri: str
+    etag: str
+    n_bytes: int
+    n_rows: int
+    partition: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """A contiguous run of the job's rows: ``row_n`` rows from ``row_start`` on, read from ``slices`` in order."""
+
+    idx: int
+    row_start: int
+    row_n: int
+    n_bytes: int
+    slices: tuple[Slice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PartFile:
+    """A flushed file of an attempt. ``seq`` ≥ 0 is a resume point; ``OUTPUT_SEQ`` is the shard's assembled output.
+
+    ``rows`` are the row indices within the shard that the file holds, ``failed`` those of them that carry an error.
+    """
+
+    attempt_no: int
+    seq: int
+    uri: str
+    n_bytes: int
+    sha256: str
+    etag: str
+    rows: BitMap
+    failed: BitMap
+
+
+OUTPUT_SEQ = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    id: str
+    tenant: str
+    state: JobState
+    priority: int
+    queue: str
+    spec: Mapping[str, Any]
+    spec_hash: str
+    plan: Mapping[str, Any]
+    output_uri: str
+    stop_reason: str | None
+    error: str | None
+    gen: int
+    n_shards: int
+    n_open: int
+    rows_total: int
+    rows_done: int
+    rows_failed: int
+    tokens: Mapping[str, int]
+    finalize_epoch: int
+    created_at: float
+    started_at: float | None
+    ended_at: float | None
+    expires_at: float | None
+    cancel_requested_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    id: str
+    job_id: str
+    idx: int
+    gen: int
+    state: ShardState
+    row_start: int
+    row_n: int
+    slices: tuple[Slice, ...]
+    select: BitMap | None
+    done: BitMap
+    failed: BitMap
+    attempt_no: int
+    committed_attempt: int | None
+    n_fail: int
+    n_lost: int
+    run_after: float
+    lease_owner: str | None
+    lease_until: float | None
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A shard leased to this worker: everything that ``run_shard`` needs, read in the claiming transaction.
+
+    ``attempt_no`` is the fence: every later write for this attempt carries it, and a write that finds another number
+    changes nothing. ``parts`` are the verified part files of this and of earlier attempts, oldest first.
+    """
+
+    shard: Shard
+    job: Job
+    sources: Mapping[int, Source]
+    parts: tuple[PartFile, ...]
+    base: PartFile | None
+    attempt_no: int
+    owner: str
+
+    @property
+    def todo(self) -> BitMap:
+        """Row indices within the shard that no earlier attempt has flushed."""
+        wanted = BitMap(range(self.shard.row_n)) if self.shard.select is None else self.shard.select
+        return wanted - self.shard.done
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    shard_id: str
+    attempt_no: int
+    worker_id: str
+    state: AttemptState
+    started_at: float
+    ended_at: float | None
+    rows_resumed: int
+    rows_computed: int
+    stats: Mapping[str, Any]
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RowException:
+    """One failed row: ``row`` counts from the start of the job's input."""
+
+    row: int
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    id: int
+    job_id: str
+    shard_id: str | None
+    attempt_no: int | None
+    type: str
+    at: float
+    actor: str
+    data: Mapping[str, Any]

@@ -1,0 +1,154 @@
+"""The states of jobs, shards, attempts and requests, and the one table per entity that says who may follow whom.
+
+Everything that moves a row between states asks :func:`check` first; an illegal move raises and changes nothing.
+The diagrams in ``docs/reference/states.md`` are generated from these tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from types import MappingProxyType
+from typing import TypeVar
+
+from storage.errors import IllegalTransition
+
+
+class JobState(StrEnum):
+    """A job's life, in the words of OpenAI's Batch API."""
+
+    VALIDATING = "validating"
+    """Accepted, not planned yet. The planner moves it to ``queued``, or to ``failed`` when the input is unusable."""
+    QUEUED = "queued"
+    """Shards exist, none was claimed yet. The first claim moves it on; an empty job goes straight to ``finalizing``."""
+    IN_PROGRESS = "in_progress"
+    """At least one shard was claimed. The commit (or failure) that closes the last shard moves it on."""
+    FINALIZING = "finalizing"
+    """Every shard is closed. The finalizer publishes the output and moves it to ``completed`` or ``failed``."""
+    CANCELLING = "cancelling"
+    """Being wound down (``stop_reason`` says why). Running shards flush and end; the finalizer publishes what is done."""
+    COMPLETED = "completed"
+    """Published whole. Only a retry of its failed rows reopens it."""
+    FAILED = "failed"
+    """Ended by an error. Only a retry reopens it."""
+    CANCELLED = "cancelled"
+    """Ended by a user; the finished rows are published as partial. Only a retry reopens it."""
+    EXPIRED = "expired"
+    """Ended by its completion window; the finished rows are published as partial. Only a retry reopens it."""
+
+
+class ShardState(StrEnum):
+    """A shard is a contiguous run of a job's rows: the unit of claiming and of committing."""
+
+    READY = "ready"
+    """Waits for a claim, from ``run_after`` on."""
+    RUNNING = "running"
+    """Leased to one attempt. Its worker, or the reaper when the lease has run out, moves it on."""
+    COMMITTED = "committed"
+    """One attempt's output is final. Nothing moves it."""
+    FAILED = "failed"
+    """Dead letter: the budget of failures or losses is spent. Only ``job retry`` reopens it."""
+    CANCELLED = "cancelled"
+    """Its job was wound down first. Only ``job retry`` reopens it."""
+
+
+class AttemptState(StrEnum):
+    """One try at a shard, by one worker, under one fence number."""
+
+    RUNNING = "running"
+    """The worker holds the lease."""
+    SUCCEEDED = "succeeded"
+    """Its commit won."""
+    FAILED = "failed"
+    """It ended with an error that its worker reported."""
+    LOST = "lost"
+    """Its lease ran out, or its process died. Its commit is still welcome until a newer attempt exists."""
+    RELEASED = "released"
+    """Its worker drained or was interrupted: flushed and handed back, no budget spent."""
+    CANCELLED = "cancelled"
+    """Ended because the job was wound down."""
+    SUPERSEDED = "superseded"
+    """It came back after a newer attempt had begun; it wrote nothing."""
+
+
+class RequestState(StrEnum):
+    """One row of a job. Derived from its shard, never stored row by row."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+S = TypeVar("S", JobState, ShardState, AttemptState, RequestState)
+Table = Mapping[S, frozenset[S]]
+
+
+def _table(**moves: str) -> Mapping[str, frozenset[str]]:
+    return MappingProxyType({source: frozenset(targets.split()) for source, targets in moves.items()})
+
+
+JOB: Table[JobState] = _table(  # type: ignore[assignment]
+    validating="queued failed cancelling",
+    queued="in_progress finalizing cancelling failed",
+    in_progress="finalizing cancelling failed",
+    finalizing="completed failed cancelling",
+    cancelling="cancelled expired failed",
+    completed="queued",
+    failed="queued validating",
+    cancelled="queued validating",
+    expired="queued validating",
+)
+SHARD: Table[ShardState] = _table(  # type: ignore[assignment]
+    ready="running cancelled",
+    running="ready committed failed cancelled",
+    committed="",
+    failed="ready",
+    cancelled="ready",
+)
+ATTEMPT: Table[AttemptState] = _table(  # type: ignore[assignment]
+    running="succeeded failed lost released cancelled superseded",
+    succeeded="",
+    failed="",
+    lost="succeeded superseded",
+    released="",
+    cancelled="",
+    superseded="",
+)
+REQUEST: Table[RequestState] = _table(  # type: ignore[assignment]
+    pending="running cancelled expired failed",
+    running="pending succeeded failed cancelled expired",
+    succeeded="",
+    failed="pending",
+    cancelled="pending",
+    expired="pending",
+)
+
+TERMINAL_JOB = frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED})
+"""States in which a job rests: its output is final and nothing runs. Only a retry leaves them."""
+
+OPEN_SHARD = frozenset({ShardState.READY, ShardState.RUNNING})
+"""States in which a shard still has work to come."""
+
+
+def _table_of(state: S) -> Table[S]:
+    tables: dict[type, Mapping[object, frozenset[object]]] = {
+        JobState: JOB,  # type: ignore[dict-item]
+        ShardState: SHARD,  # type: ignore[dict-item]
+        AttemptState: ATTEMPT,  # type: ignore[dict-item]
+        RequestState: REQUEST,  # type: ignore[dict-item]
+    }
+    return tables[type(state)]  # type: ignore[return-value]
+
+
+def check(source: S, target: S) -> None:
+    """Raise :class:`IllegalTransition` unless ``source`` may be followed by ``target``."""
+    if target not in _table_of(source)[source]:
+        raise IllegalTransition(type(source).__name__.removesuffix("State").lower(), source, target)
+
+
+def sources(target: S) -> list[S]:
+    """The states that may be followed by ``target``: the guard of an update that moves rows there."""
+    return [state for state, targets in _table_of(target).items() if target in targets]
