@@ -8,6 +8,7 @@
     │   ├── InvalidModel      … because of the model: not found, wrong task
     │   ├── EngineMissing     … because the engine is not installed or cannot run here
     │   └── Conflict          … because something else holds the output or the key
+    ├── InvalidSettings       a flag, environment variable or file holds a bad value (exit 2)
     ├── NotFound              no such job, row, model                               (exit 6)
     ├── IllegalTransition     a state may not follow another; nothing was changed
     ├── RowError              one row cannot be computed: recorded, the shard goes on
@@ -61,6 +62,17 @@ class EngineMissing(InvalidJob):
 
 class Conflict(InvalidJob):
     """The output, or the idempotency key, belongs to something else."""
+
+
+class InvalidSettings(RowmillError):
+    """A setting cannot be used. ``field`` names it; ``source`` says where the bad value stands, if that is known."""
+
+    exit_code = 2
+
+    def __init__(self, reason: str, *, field: str | None = None, source: str | None = None) -> None:
+        where = f" (from {source})" if source else ""
+        super().__init__(f"setting {field}: {reason}{where}" if field else f"{reason}{where}")
+        self.field, self.source, self.reason = field, source, reason
 
 
 class NotFound(RowmillError):

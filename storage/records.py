@@ -67,13 +67,22 @@ OUTPUT_SEQ = -1
 
 @dataclass(frozen=True, slots=True)
 class Job:
+    """One job. ``rows_*`` and ``tokens`` count committed shards only; what running ones have flushed is in the shards.
+
+    ``n_open`` shards are still to end, ``n_dead`` of the ended ones were given up. ``stop_reason`` is set when the job
+    is being wound down (or was): ``"cancelled"``, ``"expired"``, ``"max_failed_rows"``, ``"failed"``.
+    """
+
     id: str
     tenant: str
     state: JobState
     priority: int
     queue: str
+    engine: str
+    engine_key: str
     spec: Mapping[str, Any]
     spec_hash: str
+    idempotency_key: str | None
     plan: Mapping[str, Any]
     output_uri: str
     stop_reason: str | None
@@ -81,6 +90,7 @@ class Job:
     gen: int
     n_shards: int
     n_open: int
+    n_dead: int
     rows_total: int
     rows_done: int
     rows_failed: int
@@ -95,6 +105,11 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
+    """A contiguous run of the job's rows. ``select`` limits it to some of them (a retry); ``None`` means all.
+
+    ``done`` and ``failed`` are row indices within the shard that some attempt has flushed.
+    """
+
     id: str
     job_id: str
     idx: int
@@ -141,6 +156,8 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
+    """One try at a shard. ``rows_resumed`` were already flushed when it began; ``rows_computed`` it flushed itself."""
+
     shard_id: str
     attempt_no: int
     worker_id: str
@@ -164,6 +181,8 @@ class RowException:
 
 @dataclass(frozen=True, slots=True)
 class Event:
+    """One entry of the audit trail: ``type`` is ``"job.queued"``, ``"shard.running"``, ``"shard.flush"``, …"""
+
     id: int
     job_id: str
     shard_id: str | None

@@ -62,13 +62,13 @@ class AttemptState(StrEnum):
     FAILED = "failed"
     """It ended with an error that its worker reported."""
     LOST = "lost"
-    """Its lease ran out, or its process died. Its commit is still welcome until a newer attempt exists."""
+    """Its lease ran out and was reaped, or its process died. Should it come back after all, it is superseded."""
     RELEASED = "released"
     """Its worker drained or was interrupted: flushed and handed back, no budget spent."""
     CANCELLED = "cancelled"
     """Ended because the job was wound down."""
     SUPERSEDED = "superseded"
-    """It came back after a newer attempt had begun; it wrote nothing."""
+    """It came back after it had been given up; it wrote nothing."""
 
 
 class RequestState(StrEnum):
@@ -112,7 +112,7 @@ ATTEMPT: Table[AttemptState] = _table(  # type: ignore[assignment]
     running="succeeded failed lost released cancelled superseded",
     succeeded="",
     failed="",
-    lost="succeeded superseded",
+    lost="superseded",
     released="",
     cancelled="",
     superseded="",

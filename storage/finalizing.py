@@ -1,0 +1,161 @@
+"""Publishing a job's output happens once: the finalizer's epoch fences it, as the attempt number fences a shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from storage import rows, tables
+from storage.claims import base_output
+from storage.database import Database, now
+from storage.errors import LeaseLost
+from storage.records import OUTPUT_SEQ, Job, PartFile, Shard, Source
+from storage.states import TERMINAL_JOB, JobState, ShardState
+from storage.transitions import move_job, record
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """One shard position of a job whose shards have all ended: the newest generation's shard, and its files.
+
+    ``output`` is the committed file, or ``None``; then ``parts`` are what was flushed, and ``base`` the committed
+    output of an earlier generation, if any.
+    """
+
+    shard: Shard
+    output: PartFile | None
+    parts: tuple[PartFile, ...]
+    base: PartFile | None
+
+
+def claim_finalize(database: Database, *, owner: str, lease_seconds: float, job_id: str | None = None) -> Job | None:
+    """Take over the publishing of a job whose shards have all ended; ``None`` when there is none to take.
+
+    Raises the epoch: a finalizer that was thought dead can no longer complete the job.
+    """
+    job = tables.job
+    query = (
+        sa.select(job)
+        .where(
+            sa.or_(job.c.state == JobState.FINALIZING, sa.and_(job.c.state == JobState.CANCELLING, job.c.n_open == 0)),
+            sa.or_(job.c.finalize_until.is_(None), job.c.finalize_until < now()),
+        )
+        .order_by(job.c.id)
+        .limit(1)
+    )
+    if job_id is not None:
+        query = query.where(job.c.id == job_id)
+    with database.write() as connection:
+        found = connection.execute(database.locked(query, skip=True)).first()
+        if found is None:
+            return None
+        connection.execute(
+            job.update()
+            .where(job.c.id == found.id)
+            .values(finalize_epoch=job.c.finalize_epoch + 1, finalize_owner=owner, finalize_until=now() + lease_seconds)
+        )
+        record(connection, found.id, "finalize.claimed", owner, data={"epoch": found.finalize_epoch + 1})
+        return rows.job(connection.execute(sa.select(job).where(job.c.id == found.id)).one())
+
+
+def renew(database: Database, claimed: Job, *, lease_seconds: float) -> None:
+    """Keep the finalizer's lease, or :class:`LeaseLost`."""
+    job = tables.job
+    with database.write() as connection:
+        result = connection.execute(
+            job.update()
+            .where(
+                job.c.id == claimed.id,
+                job.c.finalize_epoch == claimed.finalize_epoch,
+                job.c.state.not_in(TERMINAL_JOB),
+            )
+            .values(finalize_until=now() + lease_seconds)
+        )
+        if result.rowcount != 1:
+            raise LeaseLost(f"another finalizer has taken job {claimed.id}")
+
+
+def closed_shards(database: Database, job_id: str, *, page: int = 200) -> Iterator[Closed]:
+    """Every shard position in row order, a page of them in memory at a time."""
+    shard, part = tables.shard, tables.part_file
+    newest = (
+        sa.select(shard.c.idx, sa.func.max(shard.c.gen).label("gen"))
+        .where(shard.c.job_id == job_id)
+        .group_by(shard.c.idx)
+        .subquery()
+    )
+    after = -1
+    while True:
+        with database.read() as connection:
+            found = connection.execute(
+                sa.select(shard)
+                .join(newest, sa.and_(shard.c.idx == newest.c.idx, shard.c.gen == newest.c.gen))
+                .where(shard.c.job_id == job_id, shard.c.idx > after)
+                .order_by(shard.c.idx)
+                .limit(page)
+            ).all()
+            ids = [row.id for row in found]
+            files: dict[str, list[PartFile]] = {}
+            for row in connection.execute(
+                sa.select(part).where(part.c.shard_id.in_(ids)).order_by(part.c.attempt_no, part.c.seq)
+            ):
+                files.setdefault(row.shard_id, []).append(rows.part_file(row))
+            bases = {row.id: base_output(connection, job_id, row.idx, row.gen) for row in found if row.gen > 0}
+        for row in found:
+            record_ = rows.shard(row)
+            mine = files.get(row.id, [])
+            committed = record_.state is ShardState.COMMITTED
+            yield Closed(
+                shard=record_,
+                output=next(
+                    (f for f in mine if committed and f.seq == OUTPUT_SEQ and f.attempt_no == row.committed_attempt),
+                    None,
+                ),
+                parts=tuple(f for f in mine if f.seq != OUTPUT_SEQ),
+                base=bases.get(row.id),
+            )
+        if len(found) < page:
+            return
+        after = found[-1].idx
+
+
+def shard_sources(database: Database, shard: Shard) -> dict[int, Source]:
+    """The input files that a shard reads."""
+    table = tables.source
+    wanted = sorted({item.source for item in shard.slices})
+    with database.read() as connection:
+        found = connection.execute(sa.select(table).where(table.c.job_id == shard.job_id, table.c.idx.in_(wanted)))
+        return {row.idx: rows.source(row) for row in found}
+
+
+def end_state(job: Job) -> JobState:
+    """What a job whose shards have all ended will end as."""
+    if job.state is JobState.CANCELLING:
+        return {"cancelled": JobState.CANCELLED, "expired": JobState.EXPIRED}.get(
+            job.stop_reason or "", JobState.FAILED
+        )
+    return JobState.FAILED if job.n_dead else JobState.COMPLETED
+
+
+def complete(database: Database, claimed: Job, target: JobState, *, actor: str, error: str | None = None) -> Job:
+    """End the job, if this finalizer is still the one. Raises :class:`LeaseLost` otherwise."""
+    job = tables.job
+    with database.write() as connection:
+        found = connection.execute(database.locked(sa.select(job).where(job.c.id == claimed.id))).one()
+        if found.finalize_epoch != claimed.finalize_epoch or found.state != claimed.state:
+            raise LeaseLost(f"job {claimed.id} moved on while it was being published")
+        values = {} if error is None else {"error": error}
+        move_job(
+            connection,
+            claimed.id,
+            claimed.state,
+            target,
+            actor,
+            ended_at=now(),
+            finalize_owner=None,
+            finalize_until=None,
+            **values,
+        )
+        return rows.job(connection.execute(sa.select(job).where(job.c.id == claimed.id)).one())

@@ -1,0 +1,318 @@
+"""A job's own transitions up to the end of its planning, winding down, and reading it back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
+from storage import rows, tables
+from storage.database import Database, now
+from storage.errors import Conflict, IllegalTransition, NotFound
+from storage.records import Event, Job, ShardPlan, Source
+from storage.states import TERMINAL_JOB, JobState, ShardState
+from storage.transitions import move_job, record
+
+T = TypeVar("T")
+_CHUNK = 500
+
+
+def shard_id(job_id: str, gen: int, idx: int) -> str:
+    """Deterministic, and sorts in row order within a job: planning twice makes the same shards."""
+    return f"{job_id}.{gen:02d}.{idx:07d}"
+
+
+def insert(
+    database: Database,
+    *,
+    job_id: str,
+    tenant: str,
+    priority: int,
+    queue: str,
+    engine: str,
+    engine_key: str,
+    spec: Mapping[str, Any],
+    spec_hash: str,
+    idempotency_key: str | None,
+    output_uri: str,
+    max_failed_rows: int | None,
+    window_seconds: float,
+    actor: str,
+) -> Job:
+    """Queue a job in ``validating``. Same tenant and key: the job that is there already, or :class:`Conflict`.
+
+    Raises :class:`Conflict` when a live job already writes to ``output_uri``, or when the key was used for other work.
+    """
+    values = {
+        "id": job_id,
+        "tenant": tenant,
+        "state": JobState.VALIDATING,
+        "priority": priority,
+        "queue": queue,
+        "engine": engine,
+        "engine_key": engine_key,
+        "spec": dict(spec),
+        "spec_hash": spec_hash,
+        "idem_key": idempotency_key,
+        "output_uri": output_uri,
+        "max_failed_rows": max_failed_rows,
+    }
+    try:
+        with database.write() as connection:
+            existing = by_idempotency_key(connection, tenant, idempotency_key)
+            if existing is None:
+                connection.execute(
+                    tables.job.insert().values(**values, created_at=now(), expires_at=now() + window_seconds)
+                )
+                record(connection, job_id, f"job.{JobState.VALIDATING}", actor)
+    except IntegrityError:
+        with database.read() as connection:
+            existing = by_idempotency_key(connection, tenant, idempotency_key)
+        if existing is None:
+            live = live_on_output(database, output_uri)
+            holder = f"job {live.id} ({live.state})" if live else "another job"
+            raise Conflict(
+                f"{output_uri} is being written by {holder}; wait for it, cancel it, or choose another output",
+                field="output",
+            ) from None
+    if existing is not None and existing.spec_hash != spec_hash:
+        raise Conflict(
+            f"the key {idempotency_key!r} belongs to job {existing.id}, which does other work; use a new key",
+            field="idempotency_key",
+        )
+    return existing or get(database, job_id)
+
+
+def by_idempotency_key(connection: sa.Connection, tenant: str, key: str | None) -> Job | None:
+    """The tenant's job under this key, if any."""
+    if key is None:
+        return None
+    job = tables.job
+    row = connection.execute(sa.select(job).where(job.c.tenant == tenant, job.c.idem_key == key)).first()
+    return None if row is None else rows.job(row)
+
+
+def live_on_output(database: Database, output_uri: str) -> Job | None:
+    """The job that is writing to ``output_uri`` now, if any."""
+    job = tables.job
+    with database.read() as connection:
+        row = connection.execute(
+            sa.select(job).where(job.c.output_uri == output_uri, job.c.state.not_in(TERMINAL_JOB))
+        ).first()
+    return None if row is None else rows.job(row)
+
+
+def set_planned(
+    database: Database,
+    job_id: str,
+    *,
+    plan: Mapping[str, Any],
+    sources: Iterable[Source],
+    shards: Iterable[ShardPlan],
+    actor: str,
+) -> Job:
+    """Store the plan and its shards, and queue the job: one transaction, so a job is planned or not, never half.
+
+    A job without rows goes straight to ``finalizing``. Raises :class:`IllegalTransition` when somebody was faster.
+    """
+    with database.write() as connection:
+        found = connection.execute(database.locked(sa.select(tables.job).where(tables.job.c.id == job_id))).one()
+        if found.state != JobState.VALIDATING:
+            raise IllegalTransition("job", found.state, JobState.QUEUED, "it is planned already")
+        for chunk in _chunks(sources):
+            connection.execute(
+                tables.source.insert(),
+                [
+                    {
+                        "job_id": job_id,
+                        "idx": item.idx,
+                        "uri": item.uri,
+                        "etag": item.etag,
+                        "n_bytes": item.n_bytes,
+                        "n_rows": item.n_rows,
+                        "partition": dict(item.partition),
+                    }
+                    for item in chunk
+                ],
+            )
+        n_shards = rows_total = 0
+        for part in _chunks(shards):
+            connection.execute(tables.shard.insert(), [_shard_values(found, item) for item in part])
+            n_shards += len(part)
+            rows_total += sum(item.row_n for item in part)
+        move_job(
+            connection,
+            job_id,
+            JobState.VALIDATING,
+            JobState.QUEUED,
+            actor,
+            plan=dict(plan),
+            n_shards=n_shards,
+            n_open=n_shards,
+            rows_total=rows_total,
+            data={"shards": n_shards, "rows": rows_total},
+        )
+        if n_shards == 0:
+            move_job(connection, job_id, JobState.QUEUED, JobState.FINALIZING, actor, started_at=now())
+    return get(database, job_id)
+
+
+def _shard_values(job: sa.Row[Any], item: ShardPlan) -> dict[str, Any]:
+    return {
+        "id": shard_id(job.id, 0, item.idx),
+        "job_id": job.id,
+        "gen": 0,
+        "idx": item.idx,
+        "tenant": job.tenant,
+        "queue": job.queue,
+        "priority": job.priority,
+        "state": ShardState.READY,
+        "row_start": item.row_start,
+        "row_n": item.row_n,
+        "slices": [list(part) for part in item.slices],
+    }
+
+
+def refuse(database: Database, job_id: str, error: str, *, actor: str) -> None:
+    """End a job whose planning found it unusable."""
+    with database.write() as connection:
+        move_job(
+            connection,
+            job_id,
+            JobState.VALIDATING,
+            JobState.FAILED,
+            actor,
+            error=error,
+            ended_at=now(),
+            data={"error": error},
+        )
+
+
+def request_stop(database: Database, job_id: str, reason: str, *, actor: str) -> Job:
+    """Begin to wind a job down: ``reason`` is ``"cancelled"`` or ``"expired"``. Works with no worker alive.
+
+    Its ready shards are cancelled at once, in batches; running ones see it at their next heartbeat. Asking twice is
+    harmless. Raises :class:`IllegalTransition` when the job has ended.
+    """
+    with database.write() as connection:
+        query = sa.select(tables.job.c.state).where(tables.job.c.id == job_id)
+        found = connection.execute(database.locked(query)).first()
+        if found is None:
+            raise NotFound(f"there is no job {job_id}")
+        state = JobState(found.state)
+        if state is not JobState.CANCELLING:
+            move_job(
+                connection,
+                job_id,
+                state,
+                JobState.CANCELLING,
+                actor,
+                stop_reason=reason,
+                cancel_requested_at=now(),
+                data={"reason": reason},
+            )
+    while cancel_ready(database, job_id, actor=actor):
+        pass
+    return get(database, job_id)
+
+
+def cancel_ready(database: Database, job_id: str, *, actor: str, batch: int = 1000) -> int:
+    """Cancel up to ``batch`` ready shards of a job that is being wound down; returns how many."""
+    shard, job = tables.shard, tables.job
+    with database.write() as connection:
+        connection.execute(database.locked(sa.select(job.c.id).where(job.c.id == job_id))).one()
+        query = (
+            sa.select(shard.c.id)
+            .where(shard.c.job_id == job_id, shard.c.state == ShardState.READY)
+            .order_by(shard.c.id)
+            .limit(batch)
+        )
+        ids = list(connection.execute(database.locked(query, skip=True)).scalars())
+        if not ids:
+            return 0
+        connection.execute(shard.update().where(shard.c.id.in_(ids)).values(state=ShardState.CANCELLED))
+        connection.execute(job.update().where(job.c.id == job_id).values(n_open=job.c.n_open - len(ids)))
+        record(connection, job_id, "shards.cancelled", actor, data={"shards": len(ids), "first": ids[0]})
+        return len(ids)
+
+
+def get(database: Database, job_id: str) -> Job:
+    """The job, or :class:`NotFound`."""
+    with database.read() as connection:
+        row = connection.execute(sa.select(tables.job).where(tables.job.c.id == job_id)).first()
+    if row is None:
+        raise NotFound(f"there is no job {job_id}")
+    return rows.job(row)
+
+
+def find(database: Database, prefix: str) -> Job:
+    """The one job whose id begins with ``prefix``, or :class:`NotFound` when there is none, or more than one."""
+    job = tables.job
+    with database.read() as connection:
+        query = sa.select(job).where(job.c.id.startswith(prefix, autoescape=True)).order_by(job.c.id).limit(2)
+        found = connection.execute(query).all()
+    exact = [row for row in found if row.id == prefix]
+    if exact or len(found) == 1:
+        return rows.job((exact or found)[0])
+    if found:
+        raise NotFound(f"{prefix!r} begins the id of more than one job; give more of it")
+    raise NotFound(f"there is no job {prefix!r}")
+
+
+def listed(
+    database: Database,
+    *,
+    state: JobState | None = None,
+    tenant: str | None = None,
+    limit: int = 20,
+    after: str | None = None,
+) -> list[Job]:
+    """Jobs, newest first; ``after`` is the id of the last one of the page before."""
+    job = tables.job
+    query = sa.select(job).order_by(job.c.id.desc()).limit(limit)
+    if state is not None:
+        query = query.where(job.c.state == state)
+    if tenant is not None:
+        query = query.where(job.c.tenant == tenant)
+    if after is not None:
+        query = query.where(job.c.id < after)
+    with database.read() as connection:
+        return [rows.job(row) for row in connection.execute(query)]
+
+
+def expired(database: Database) -> list[str]:
+    """Ids of live jobs whose completion window has passed."""
+    job = tables.job
+    ending = (*TERMINAL_JOB, JobState.CANCELLING, JobState.FINALIZING)
+    query = sa.select(job.c.id).where(job.c.state.not_in(ending), job.c.expires_at < now())
+    with database.read() as connection:
+        return list(connection.execute(query).scalars())
+
+
+def events(database: Database, job_id: str) -> list[Event]:
+    """The job's audit trail, oldest first."""
+    table = tables.event
+    with database.read() as connection:
+        found = connection.execute(sa.select(table).where(table.c.job_id == job_id).order_by(table.c.id))
+        return [
+            Event(
+                id=row.id,
+                job_id=row.job_id,
+                shard_id=row.shard_id,
+                attempt_no=row.attempt_no,
+                type=row.type,
+                at=row.at,
+                actor=row.actor,
+                data=row.data,
+            )
+            for row in found
+        ]
+
+
+def _chunks(items: Iterable[T]) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, _CHUNK)):
+        yield chunk

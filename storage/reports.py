@@ -1,0 +1,173 @@
+"""Reading for people: counts, attempts, failed rows, and where one row stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from storage import rows, tables
+from storage.database import Database
+from storage.errors import NotFound
+from storage.records import Attempt, Job, PartFile, RowException, Shard
+from storage.states import ShardState
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Sums over a job's shards. ``rows_done`` includes failed rows, and what running shards have flushed."""
+
+    rows_done: int
+    rows_failed: int
+    tokens: dict[str, int]
+    shards: dict[str, int]
+    attempts: int
+    failures: int
+    losses: int
+    rows_resumed: int
+    next_run_after: float | None
+
+
+def progress(database: Database, job: Job) -> Progress:
+    """Where the job stands now."""
+    shard, attempt = tables.shard, tables.attempt
+    names = ("prompt_tokens", "cached_tokens", "completion_tokens")
+    sums = [sa.func.coalesce(sa.func.sum(shard.c[name]), 0).label(name) for name in ("n_done", "n_failed", *names)]
+    with database.read() as connection:
+        counts = {
+            row.state: row
+            for row in connection.execute(
+                sa.select(shard.c.state, sa.func.count().label("n"), *sums)
+                .where(shard.c.job_id == job.id)
+                .group_by(shard.c.state)
+            )
+        }
+        tried = connection.execute(
+            sa.select(
+                sa.func.count().label("n"),
+                sa.func.coalesce(sa.func.sum(sa.case((attempt.c.state == "failed", 1), else_=0)), 0).label("failed"),
+                sa.func.coalesce(sa.func.sum(sa.case((attempt.c.state == "lost", 1), else_=0)), 0).label("lost"),
+                sa.func.coalesce(sa.func.sum(attempt.c.rows_resumed), 0).label("resumed"),
+            )
+            .join(shard, shard.c.id == attempt.c.shard_id)
+            .where(shard.c.job_id == job.id)
+        ).one()
+        due = connection.execute(
+            sa.select(sa.func.min(shard.c.run_after)).where(shard.c.job_id == job.id, shard.c.state == ShardState.READY)
+        ).scalar()
+    unsettled = [row for state, row in counts.items() if state != ShardState.COMMITTED]
+    return Progress(
+        rows_done=job.rows_done + sum(int(row.n_done) for row in unsettled),
+        rows_failed=job.rows_failed + sum(int(row.n_failed) for row in unsettled),
+        tokens={name: job.tokens[name] + sum(int(getattr(row, name)) for row in unsettled) for name in names},
+        shards={state: int(row.n) for state, row in counts.items()},
+        attempts=int(tried.n),
+        failures=int(tried.failed),
+        losses=int(tried.lost),
+        rows_resumed=int(tried.resumed),
+        next_run_after=due,
+    )
+
+
+def attempts(database: Database, job_id: str) -> list[Attempt]:
+    """Every attempt at the job's shards, by shard and number."""
+    attempt, shard = tables.attempt, tables.shard
+    with database.read() as connection:
+        found = connection.execute(
+            sa.select(attempt)
+            .join(shard, shard.c.id == attempt.c.shard_id)
+            .where(shard.c.job_id == job_id)
+            .order_by(attempt.c.shard_id, attempt.c.attempt_no)
+        )
+        return [rows.attempt(row) for row in found]
+
+
+def row_exceptions(database: Database, job_id: str, *, limit: int | None = None) -> Iterator[RowException]:
+    """Failed rows by their index in the job, at most ``ROW_EXCEPTIONS_KEPT`` a shard.
+
+    A row that a later generation computed is left out.
+    """
+    for shard in _newest_shards(database, job_id, failed_only=True):
+        table = tables.row_exception
+        ids = [item.id for item in shard]
+        with database.read() as connection:
+            found = connection.execute(
+                sa.select(table).where(table.c.shard_id.in_(ids)).order_by(table.c.row_idx, table.c.shard_id.desc())
+            ).all()
+        newest = shard[-1]
+        seen: set[int] = set()
+        for row in found:
+            if row.row_idx in newest.failed and row.row_idx not in seen:
+                seen.add(row.row_idx)
+                yield RowException(newest.row_start + row.row_idx, row.code, row.message)
+                if limit is not None:
+                    limit -= 1
+                    if limit <= 0:
+                        return
+
+
+def _newest_shards(database: Database, job_id: str, *, failed_only: bool, page: int = 200) -> Iterator[list[Shard]]:
+    """All generations of each shard position, oldest first, a page of positions in memory at a time."""
+    table = tables.shard
+    after = -1
+    while True:
+        query = sa.select(table.c.idx).where(table.c.job_id == job_id, table.c.idx > after)
+        if failed_only:
+            query = query.where(table.c.n_failed > 0)
+        with database.read() as connection:
+            positions = list(connection.execute(query.distinct().order_by(table.c.idx).limit(page)).scalars())
+            found = connection.execute(
+                sa.select(table)
+                .where(table.c.job_id == job_id, table.c.idx.in_(positions))
+                .order_by(table.c.idx, table.c.gen)
+            ).all()
+        groups: dict[int, list[Shard]] = {}
+        for row in found:
+            groups.setdefault(row.idx, []).append(rows.shard(row))
+        yield from groups.values()
+        if len(positions) < page:
+            return
+        after = positions[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlace:
+    """Where one row of a job lives: its shard (newest generation), its index in it, and the file that holds it."""
+
+    shard: Shard
+    row: int
+    part: PartFile | None
+    exception: RowException | None
+
+
+def place(database: Database, job: Job, row: int) -> RowPlace:
+    """One look-up for any row of a job. Raises :class:`NotFound` when the job has no such row."""
+    if not 0 <= row < job.rows_total:
+        raise NotFound(f"job {job.id} has rows 0 to {job.rows_total - 1}, not {row}")
+    table, part, exception = tables.shard, tables.part_file, tables.row_exception
+    with database.read() as connection:
+        generations = connection.execute(
+            sa.select(table)
+            .where(table.c.job_id == job.id, table.c.row_start <= row, table.c.row_start + table.c.row_n > row)
+            .order_by(table.c.gen.desc())
+        ).all()
+        shards = [rows.shard(item) for item in generations]
+        index = row - shards[0].row_start
+        # The newest generation that has this row among its own.
+        shard = next((s for s in shards if s.select is None or index in s.select), shards[-1])
+        files: Sequence[PartFile] = [
+            rows.part_file(item)
+            for item in connection.execute(
+                sa.select(part).where(part.c.shard_id == shard.id).order_by(part.c.attempt_no, part.c.seq)
+            )
+        ]
+        detail = connection.execute(
+            sa.select(exception).where(exception.c.shard_id == shard.id, exception.c.row_idx == index)
+        ).first()
+    return RowPlace(
+        shard=shard,
+        row=index,
+        part=next((item for item in reversed(files) if index in item.rows), None),
+        exception=None if detail is None else RowException(row, detail.code, detail.message),
+    )

@@ -1,0 +1,113 @@
+"""Reopening a job that has ended: its dead and cancelled shards, and new shards over rows that failed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
+from storage import rows, tables
+from storage.database import Database, now, pack, unpack
+from storage.errors import Conflict, NotFound
+from storage.jobs import shard_id
+from storage.records import Job
+from storage.states import TERMINAL_JOB, JobState, ShardState
+from storage.transitions import move_job, move_shard
+
+
+def reopen(database: Database, job_id: str, *, failed_only: bool, window_seconds: float, actor: str) -> Job:
+    """Queue an ended job again, as its next generation.
+
+    Shards that were given up or cancelled become ready again and go on from what they had flushed. For committed ones a
+    new shard computes just the failed rows, or all rows when ``failed_only`` is false; the output is republished whole.
+    Raises :class:`Conflict` when there is nothing to retry, when the job has not ended, or when a newer job has taken
+    the output.
+    """
+    job = tables.job
+    try:
+        with database.write() as connection:
+            found = connection.execute(database.locked(sa.select(job).where(job.c.id == job_id))).first()
+            if found is None:
+                raise NotFound(f"there is no job {job_id}")
+            state = JobState(found.state)
+            if state not in TERMINAL_JOB:
+                raise Conflict(f"job {job_id} is {state}; only a job that has ended can be retried")
+            newer = connection.execute(
+                sa.select(job.c.id).where(job.c.output_uri == found.output_uri, job.c.id > job_id).limit(1)
+            ).scalar()
+            if newer is not None:
+                raise Conflict(f"the output {found.output_uri} belongs to the newer job {newer}; submit a new job")
+            if found.n_shards == 0 and state is JobState.FAILED:
+                # It never got past planning.
+                move_job(
+                    connection, job_id, state, JobState.VALIDATING, actor, error=None, ended_at=None,
+                    expires_at=now() + window_seconds,
+                )  # fmt: skip
+            else:
+                _reopen_shards(connection, found, state, failed_only, window_seconds, actor)
+            return rows.job(connection.execute(sa.select(job).where(job.c.id == job_id)).one())
+    except IntegrityError:
+        raise Conflict("another live job writes to the same output", field="output") from None
+
+
+def _reopen_shards(
+    connection: sa.Connection, job: sa.Row[Any], state: JobState, failed_only: bool, window_seconds: float, actor: str
+) -> None:
+    table = tables.shard
+    gen = job.gen + 1
+    newest: dict[int, sa.Row[Any]] = {}
+    for row in connection.execute(sa.select(table).where(table.c.job_id == job.id).order_by(table.c.idx, table.c.gen)):
+        newest[row.idx] = row
+    opened = rows_back = failed_back = 0
+    for row in newest.values():
+        if row.state in (ShardState.FAILED, ShardState.CANCELLED):
+            move_shard(connection, row, ShardState.READY, actor, n_fail=0, n_lost=0, run_after=0.0, error=None)
+            opened += 1
+            continue
+        failed = unpack(row.failed_bm)
+        if failed_only and not failed:
+            continue
+        # Whatever this shard's own selection was, its rows count as done; only the selected ones are taken back.
+        connection.execute(
+            table.insert().values(
+                id=shard_id(job.id, gen, row.idx),
+                job_id=job.id,
+                gen=gen,
+                idx=row.idx,
+                tenant=row.tenant,
+                queue=row.queue,
+                priority=row.priority,
+                state=ShardState.READY,
+                row_start=row.row_start,
+                row_n=row.row_n,
+                slices=row.slices,
+                select_bm=pack(failed) if failed_only else None,
+            )
+        )
+        opened += 1
+        rows_back += len(failed) if failed_only else row.row_n
+        failed_back += len(failed)
+    if not opened:
+        raise Conflict(f"job {job.id} has no failed rows and no unfinished shards: there is nothing to retry")
+    columns = tables.job.c
+    move_job(
+        connection,
+        job.id,
+        state,
+        JobState.QUEUED,
+        actor,
+        gen=gen,
+        n_open=opened,
+        n_dead=0,
+        rows_done=columns.rows_done - rows_back,
+        rows_failed=columns.rows_failed - failed_back,
+        stop_reason=None,
+        error=None,
+        ended_at=None,
+        cancel_requested_at=None,
+        finalize_owner=None,
+        finalize_until=None,
+        expires_at=now() + window_seconds,
+        data={"gen": gen, "shards": opened, "rows": rows_back},
+    )

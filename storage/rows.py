@@ -1,0 +1,110 @@
+"""Table rows as records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+
+from storage.database import unpack
+from storage.records import Attempt, Job, PartFile, Shard, Slice, Source
+from storage.states import AttemptState, JobState, ShardState
+
+Row = sa.Row[Any]
+
+
+def job(row: Row) -> Job:
+    return Job(
+        id=row.id,
+        tenant=row.tenant,
+        state=JobState(row.state),
+        priority=row.priority,
+        queue=row.queue,
+        engine=row.engine,
+        engine_key=row.engine_key,
+        spec=row.spec,
+        spec_hash=row.spec_hash,
+        idempotency_key=row.idem_key,
+        plan=row.plan,
+        output_uri=row.output_uri,
+        stop_reason=row.stop_reason,
+        error=row.error,
+        gen=row.gen,
+        n_shards=row.n_shards,
+        n_open=row.n_open,
+        n_dead=row.n_dead,
+        rows_total=row.rows_total,
+        rows_done=row.rows_done,
+        rows_failed=row.rows_failed,
+        tokens=tokens(row),
+        finalize_epoch=row.finalize_epoch,
+        created_at=row.created_at,
+        started_at=row.started_at,
+        ended_at=row.ended_at,
+        expires_at=row.expires_at,
+        cancel_requested_at=row.cancel_requested_at,
+    )
+
+
+def shard(row: Row) -> Shard:
+    return Shard(
+        id=row.id,
+        job_id=row.job_id,
+        idx=row.idx,
+        gen=row.gen,
+        state=ShardState(row.state),
+        row_start=row.row_start,
+        row_n=row.row_n,
+        slices=tuple(Slice(*item) for item in row.slices),
+        select=None if row.select_bm is None else unpack(row.select_bm),
+        done=unpack(row.done_bm),
+        failed=unpack(row.failed_bm),
+        attempt_no=row.attempt_no,
+        committed_attempt=row.committed_attempt,
+        n_fail=row.n_fail,
+        n_lost=row.n_lost,
+        run_after=row.run_after,
+        lease_owner=row.lease_owner,
+        lease_until=row.lease_until,
+        error=row.error,
+    )
+
+
+def source(row: Row) -> Source:
+    return Source(row.idx, row.uri, row.etag, row.n_bytes, row.n_rows, row.partition)
+
+
+def part_file(row: Row) -> PartFile:
+    return PartFile(
+        attempt_no=row.attempt_no,
+        seq=row.seq,
+        uri=row.uri,
+        n_bytes=row.n_bytes,
+        sha256=row.sha256,
+        etag=row.etag,
+        rows=unpack(row.rows_bm),
+        failed=unpack(row.failed_bm),
+    )
+
+
+def attempt(row: Row) -> Attempt:
+    return Attempt(
+        shard_id=row.shard_id,
+        attempt_no=row.attempt_no,
+        worker_id=row.worker_id,
+        state=AttemptState(row.state),
+        started_at=row.started_at,
+        ended_at=row.ended_at,
+        rows_resumed=row.rows_resumed,
+        rows_computed=row.rows_computed,
+        stats=row.stats,
+        error=row.error,
+    )
+
+
+def tokens(row: Row) -> dict[str, int]:
+    return {
+        "prompt_tokens": int(row.prompt_tokens),
+        "cached_tokens": int(row.cached_tokens),
+        "completion_tokens": int(row.completion_tokens),
+    }

@@ -1,0 +1,201 @@
+"""The SQLAlchemy tables. Migrations are made from these; nothing else defines a column.
+
+Times are Unix seconds as doubles, written by the database's own clock (``storage.database.now``), so that SQLite and
+PostgreSQL hold the same values. Bitmaps are serialised Roaring bitmaps of row indices within the shard.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from storage.states import TERMINAL_JOB, JobState, ShardState
+
+metadata = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+Big = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+Seconds = sa.Double()
+# Ids sort by bytes, so that the claim's order does not depend on the locale of the database.
+Id = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
+
+
+def _count(name: str) -> sa.Column[int]:
+    return sa.Column(name, Big, nullable=False, server_default="0")
+
+
+def _tokens() -> tuple[sa.Column[int], ...]:
+    return _count("prompt_tokens"), _count("cached_tokens"), _count("completion_tokens")
+
+
+_terminal = ", ".join(f"'{state}'" for state in sorted(TERMINAL_JOB))
+_LIVE_JOB = sa.text(f"state NOT IN ({_terminal})")
+
+job = sa.Table(
+    "job",
+    metadata,
+    sa.Column("id", Id, primary_key=True),
+    sa.Column("tenant", sa.Text, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("priority", sa.Integer, nullable=False),
+    sa.Column("queue", sa.Text, nullable=False),
+    sa.Column("engine", sa.Text, nullable=False),
+    sa.Column("engine_key", sa.Text, nullable=False),
+    sa.Column("spec", sa.JSON, nullable=False),
+    sa.Column("spec_hash", sa.Text, nullable=False),
+    sa.Column("idem_key", sa.Text),
+    sa.Column("plan", sa.JSON, nullable=False, server_default="{}"),
+    sa.Column("output_uri", sa.Text, nullable=False),
+    sa.Column("stop_reason", sa.Text),
+    sa.Column("error", sa.Text),
+    sa.Column("gen", sa.Integer, nullable=False, server_default="0"),
+    _count("n_shards"),
+    _count("n_open"),
+    _count("n_dead"),
+    _count("rows_total"),
+    _count("rows_done"),
+    _count("rows_failed"),
+    *_tokens(),
+    sa.Column("max_failed_rows", Big),
+    sa.Column("finalize_epoch", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("finalize_owner", sa.Text),
+    sa.Column("finalize_until", Seconds),
+    sa.Column("created_at", Seconds, nullable=False),
+    sa.Column("started_at", Seconds),
+    sa.Column("ended_at", Seconds),
+    sa.Column("expires_at", Seconds),
+    sa.Column("cancel_requested_at", Seconds),
+    sa.CheckConstraint(f"state IN ({', '.join(repr(str(s)) for s in JobState)})", name="state"),
+    sa.Index("uq_job_tenant_idem_key", "tenant", "idem_key", unique=True),
+    sa.Index("uq_job_live_output", "output_uri", unique=True, sqlite_where=_LIVE_JOB, postgresql_where=_LIVE_JOB),
+    sa.Index("ix_job_output_uri", "output_uri"),
+    sa.Index("ix_job_live_state", "state", sqlite_where=_LIVE_JOB, postgresql_where=_LIVE_JOB),
+)
+
+source = sa.Table(
+    "source",
+    metadata,
+    sa.Column("job_id", Id, sa.ForeignKey("job.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("idx", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("uri", sa.Text, nullable=False),
+    sa.Column("etag", sa.Text, nullable=False),
+    sa.Column("n_bytes", Big, nullable=False),
+    sa.Column("n_rows", Big, nullable=False),
+    sa.Column("partition", sa.JSON, nullable=False),
+)
+
+_READY = sa.text("state = 'ready'")
+_RUNNING = sa.text("state = 'running'")
+
+shard = sa.Table(
+    "shard",
+    metadata,
+    sa.Column("id", Id, primary_key=True),
+    sa.Column("job_id", Id, sa.ForeignKey("job.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("gen", sa.Integer, nullable=False),
+    sa.Column("idx", sa.Integer, nullable=False),
+    sa.Column("tenant", sa.Text, nullable=False),
+    sa.Column("queue", sa.Text, nullable=False),
+    sa.Column("priority", sa.Integer, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("row_start", Big, nullable=False),
+    sa.Column("row_n", sa.Integer, nullable=False),
+    sa.Column("slices", sa.JSON, nullable=False),
+    sa.Column("select_bm", sa.LargeBinary),
+    sa.Column("done_bm", sa.LargeBinary),
+    sa.Column("failed_bm", sa.LargeBinary),
+    _count("n_done"),
+    _count("n_failed"),
+    sa.Column("run_after", Seconds, nullable=False, server_default="0"),
+    sa.Column("attempt_no", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("lease_owner", sa.Text),
+    sa.Column("lease_until", Seconds),
+    sa.Column("committed_attempt", sa.Integer),
+    sa.Column("n_fail", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("n_lost", sa.Integer, nullable=False, server_default="0"),
+    *_tokens(),
+    sa.Column("error", sa.Text),
+    sa.CheckConstraint(f"state IN ({', '.join(repr(str(s)) for s in ShardState)})", name="state"),
+    sa.CheckConstraint("state <> 'running' OR (lease_owner IS NOT NULL AND lease_until IS NOT NULL)", name="leased"),
+    sa.UniqueConstraint("job_id", "gen", "idx"),
+    sa.Index("ix_shard_ready", "queue", "priority", "run_after", "id", sqlite_where=_READY, postgresql_where=_READY),
+    # The lease is not indexed, so that heartbeats stay heap-only updates; running shards are few.
+    sa.Index("ix_shard_running", "id", sqlite_where=_RUNNING, postgresql_where=_RUNNING),
+    postgresql_with={"fillfactor": "70"},
+)
+
+attempt = sa.Table(
+    "attempt",
+    metadata,
+    sa.Column("shard_id", Id, sa.ForeignKey("shard.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("attempt_no", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("worker_id", sa.Text, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("started_at", Seconds, nullable=False),
+    sa.Column("ended_at", Seconds),
+    _count("rows_resumed"),
+    _count("rows_computed"),
+    sa.Column("stats", sa.JSON, nullable=False, server_default="{}"),
+    sa.Column("error", sa.Text),
+)
+
+part_file = sa.Table(
+    "part_file",
+    metadata,
+    sa.Column("shard_id", Id, sa.ForeignKey("shard.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("attempt_no", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("uri", sa.Text, nullable=False),
+    sa.Column("n_bytes", Big, nullable=False),
+    sa.Column("sha256", sa.Text, nullable=False),
+    sa.Column("etag", sa.Text, nullable=False),
+    sa.Column("rows_bm", sa.LargeBinary, nullable=False),
+    sa.Column("failed_bm", sa.LargeBinary, nullable=False),
+)
+
+row_exception = sa.Table(
+    "row_exception",
+    metadata,
+    sa.Column("shard_id", Id, sa.ForeignKey("shard.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("row_idx", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("code", sa.Text, nullable=False),
+    sa.Column("message", sa.Text, nullable=False),
+)
+
+event = sa.Table(
+    "event",
+    metadata,
+    sa.Column("id", Big, primary_key=True),
+    sa.Column("job_id", Id, sa.ForeignKey("job.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("shard_id", Id),
+    sa.Column("attempt_no", sa.Integer),
+    sa.Column("type", sa.Text, nullable=False),
+    sa.Column("at", Seconds, nullable=False),
+    sa.Column("actor", sa.Text, nullable=False),
+    sa.Column("data", sa.JSON, nullable=False, server_default="{}"),
+    sa.Index("ix_event_job_id_id", "job_id", "id"),
+)
+
+worker = sa.Table(
+    "worker",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("host", sa.Text, nullable=False),
+    sa.Column("pid", sa.Integer, nullable=False),
+    sa.Column("pid_started_at", Seconds, nullable=False),
+    sa.Column("started_at", Seconds, nullable=False),
+    sa.Column("heartbeat_at", Seconds, nullable=False),
+)
+
+gc_queue = sa.Table(
+    "gc_queue",
+    metadata,
+    sa.Column("uri", sa.Text, primary_key=True),
+    sa.Column("not_before", Seconds, nullable=False),
+)
