@@ -143,7 +143,8 @@ class Database:
             return
         at = f"at revision {current}" if current else "empty"
         raise RowmillError(
-            f"the database at {self.url.render_as_string()} is {at}, this version needs {head}: run 'rowmill db upgrade'"
+            f"the database at {self.url.render_as_string()} is {at}, this version needs {head}: "
+            "run 'rowmill db upgrade'"
         )
 
     def upgrade(self, target: str = "head") -> None:

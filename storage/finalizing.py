@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -146,7 +147,7 @@ def complete(database: Database, claimed: Job, target: JobState, *, actor: str, 
         found = connection.execute(database.locked(sa.select(job).where(job.c.id == claimed.id))).one()
         if found.finalize_epoch != claimed.finalize_epoch or found.state != claimed.state:
             raise LeaseLost(f"job {claimed.id} moved on while it was being published")
-        values = {} if error is None else {"error": error}
+        values: dict[str, Any] = {} if error is None else {"error": error}
         move_job(
             connection,
             claimed.id,

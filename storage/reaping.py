@@ -81,11 +81,10 @@ def _lose(database: Database, row: sa.Row[Any], *, max_losses: int, actor: str) 
                 attempt.c.shard_id == row.id, attempt.c.attempt_no == row.attempt_no
             )
         ).scalar_one()
-        lost = 1 if computed else row.n_lost + 1
+        lost = 0 if computed else row.n_lost + 1
         target = ShardState.FAILED if lost >= max_losses else ShardState.READY
-        error = (
-            f"given up after {lost} attempts in a row were lost without progress" if lost >= max_losses else row.error
-        )
+        given_up = f"given up after {lost} attempts in a row were lost without progress"
+        error = given_up if target is ShardState.FAILED else row.error
         moved = move_shard(
             connection,
             row,

@@ -38,12 +38,19 @@ def reopen(database: Database, job_id: str, *, failed_only: bool, window_seconds
             ).scalar()
             if newer is not None:
                 raise Conflict(f"the output {found.output_uri} belongs to the newer job {newer}; submit a new job")
-            if found.n_shards == 0 and state is JobState.FAILED:
+            if not found.plan and state is not JobState.COMPLETED:
                 # It never got past planning.
                 move_job(
-                    connection, job_id, state, JobState.VALIDATING, actor, error=None, ended_at=None,
+                    connection,
+                    job_id,
+                    state,
+                    JobState.VALIDATING,
+                    actor,
+                    error=None,
+                    stop_reason=None,
+                    ended_at=None,
                     expires_at=now() + window_seconds,
-                )  # fmt: skip
+                )
             else:
                 _reopen_shards(connection, found, state, failed_only, window_seconds, actor)
             return rows.job(connection.execute(sa.select(job).where(job.c.id == job_id)).one())

@@ -178,7 +178,7 @@ def fail(
 
 
 def fail_job(database: Database, claim: Claim, error: str) -> None:
-    """End the attempt, and the whole job with it, because no retry can help (its input changed, its model is broken)."""
+    """End the attempt, and its whole job, because no retry can help: its input changed, its model is broken."""
     with database.write() as connection:
         job = _locked_job(database, connection, claim.job.id)
         held = _held(database, connection, claim)

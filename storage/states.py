@@ -26,7 +26,7 @@ class JobState(StrEnum):
     FINALIZING = "finalizing"
     """Every shard is closed. The finalizer publishes the output and moves it to ``completed`` or ``failed``."""
     CANCELLING = "cancelling"
-    """Being wound down (``stop_reason`` says why). Running shards flush and end; the finalizer publishes what is done."""
+    """Being wound down (``stop_reason`` says why). Running shards flush and end; what is done is published."""
     COMPLETED = "completed"
     """Published whole. Only a retry of its failed rows reopens it."""
     FAILED = "failed"

@@ -21,7 +21,7 @@ metadata = sa.MetaData(
 )
 
 Big = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-Seconds = sa.Double()
+Seconds: sa.Double[float] = sa.Double()
 # Ids sort by bytes, so that the claim's order does not depend on the locale of the database.
 Id = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
