@@ -160,3 +160,32 @@ def complete(database: Database, claimed: Job, target: JobState, *, actor: str, 
             **values,
         )
         return rows.job(connection.execute(sa.select(job).where(job.c.id == claimed.id)).one())
+
+
+def first_dead(database: Database, job_id: str) -> Shard | None:
+    """The first shard that was given up, if any: its error is the job's."""
+    shard = tables.shard
+    query = sa.select(shard).where(shard.c.job_id == job_id, shard.c.state == ShardState.FAILED).order_by(shard.c.idx)
+    with database.read() as connection:
+        row = connection.execute(query.limit(1)).first()
+    return None if row is None else rows.shard(row)
+
+
+def all_sources(database: Database, job_id: str) -> list[Source]:
+    """The job's input files, in row order."""
+    table = tables.source
+    with database.read() as connection:
+        found = connection.execute(sa.select(table).where(table.c.job_id == job_id).order_by(table.c.idx))
+        return [rows.source(row) for row in found]
+
+
+def engine_facts(database: Database, job_id: str) -> list[dict[str, Any]]:
+    """What the engines of the committed attempts said of themselves, each distinct statement once."""
+    shard, attempt = tables.shard, tables.attempt
+    with database.read() as connection:
+        found = connection.execute(
+            sa.select(attempt.c.stats)
+            .join(shard, sa.and_(shard.c.id == attempt.c.shard_id, shard.c.committed_attempt == attempt.c.attempt_no))
+            .where(shard.c.job_id == job_id)
+        ).scalars()
+        return [stats.get("engine", {}) for stats in found]

@@ -7,6 +7,7 @@ PostgreSQL hold the same values. Bitmaps are serialised Roaring bitmaps of row i
 from __future__ import annotations
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB
 
 from storage.states import TERMINAL_JOB, JobState, ShardState
 
@@ -21,6 +22,7 @@ metadata = sa.MetaData(
 )
 
 Big = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+Json = sa.JSON().with_variant(JSONB(), "postgresql")
 Seconds: sa.Double[float] = sa.Double()
 # Ids sort by bytes, so that the claim's order does not depend on the locale of the database.
 Id = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
@@ -47,10 +49,10 @@ job = sa.Table(
     sa.Column("queue", sa.Text, nullable=False),
     sa.Column("engine", sa.Text, nullable=False),
     sa.Column("engine_key", sa.Text, nullable=False),
-    sa.Column("spec", sa.JSON, nullable=False),
+    sa.Column("spec", Json, nullable=False),
     sa.Column("spec_hash", sa.Text, nullable=False),
     sa.Column("idem_key", sa.Text),
-    sa.Column("plan", sa.JSON, nullable=False, server_default="{}"),
+    sa.Column("plan", Json, nullable=False, server_default="{}"),
     sa.Column("output_uri", sa.Text, nullable=False),
     sa.Column("stop_reason", sa.Text),
     sa.Column("error", sa.Text),
@@ -87,7 +89,7 @@ source = sa.Table(
     sa.Column("etag", sa.Text, nullable=False),
     sa.Column("n_bytes", Big, nullable=False),
     sa.Column("n_rows", Big, nullable=False),
-    sa.Column("partition", sa.JSON, nullable=False),
+    sa.Column("partition", Json, nullable=False),
 )
 
 _READY = sa.text("state = 'ready'")
@@ -106,7 +108,7 @@ shard = sa.Table(
     sa.Column("state", sa.Text, nullable=False),
     sa.Column("row_start", Big, nullable=False),
     sa.Column("row_n", sa.Integer, nullable=False),
-    sa.Column("slices", sa.JSON, nullable=False),
+    sa.Column("slices", Json, nullable=False),
     sa.Column("select_bm", sa.LargeBinary),
     sa.Column("done_bm", sa.LargeBinary),
     sa.Column("failed_bm", sa.LargeBinary),
@@ -141,7 +143,7 @@ attempt = sa.Table(
     sa.Column("ended_at", Seconds),
     _count("rows_resumed"),
     _count("rows_computed"),
-    sa.Column("stats", sa.JSON, nullable=False, server_default="{}"),
+    sa.Column("stats", Json, nullable=False, server_default="{}"),
     sa.Column("error", sa.Text),
 )
 
@@ -178,7 +180,7 @@ event = sa.Table(
     sa.Column("type", sa.Text, nullable=False),
     sa.Column("at", Seconds, nullable=False),
     sa.Column("actor", sa.Text, nullable=False),
-    sa.Column("data", sa.JSON, nullable=False, server_default="{}"),
+    sa.Column("data", Json, nullable=False, server_default="{}"),
     sa.Index("ix_event_job_id_id", "job_id", "id"),
 )
 
