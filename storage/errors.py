@@ -14,6 +14,7 @@
     ├── RowError              one row cannot be computed: recorded, the shard goes on
     ├── TransientError        try again later: costs one failure of the shard's budget
     │   ├── Unreachable       database, broker or object store do not answer        (exit 7)
+    │   ├── StorageFull       no space left, or the quota is used up; nothing was left behind
     │   └── EngineDead        the engine's process is gone: rebuild it, then retry
     ├── InputChanged          an input file is not the one that was planned: the job fails
     ├── CorruptFile           a file is not what was written: never committed
@@ -106,6 +107,10 @@ class Unreachable(TransientError):
     """The database, the broker or the object store does not answer."""
 
     exit_code = 7
+
+
+class StorageFull(TransientError):
+    """There is no space left where a file was to be written (or the quota is used up). Nothing was left behind."""
 
 
 class EngineDead(TransientError):

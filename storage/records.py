@@ -23,7 +23,7 @@ class Slice(NamedTuple):
 class Source:
     """One input file, as it was when the job was planned.
 
-    ``etag`` changes when the content does; ``partition`` holds the hive keys of its path as strings.
+    ``etag`` changes when the content does; ``partition`` holds the hive keys of its path as text, or null.
     """
 
     idx: int
@@ -31,7 +31,7 @@ class Source:
     etag: str
     n_bytes: int
     n_rows: int
-    partition: Mapping[str, str] = field(default_factory=dict)
+    partition: Mapping[str, str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,3 +171,18 @@ def place(database: Database, job: Job, row: int) -> RowPlace:
         part=next((item for item in reversed(files) if index in item.rows), None),
         exception=None if detail is None else RowException(row, detail.code, detail.message),
     )
+
+
+def ready_shards(database: Database) -> dict[str, int]:
+    """Ready shards by queue."""
+    shard = tables.shard
+    query = sa.select(shard.c.queue, sa.func.count()).where(shard.c.state == ShardState.READY).group_by(shard.c.queue)
+    with database.read() as connection:
+        return {queue: int(count) for queue, count in connection.execute(query).tuples()}
+
+
+def slots(database: Database) -> int:
+    """How many shards the known workers may run at once, at least 1: more wake-ups than that are of no use."""
+    with database.read() as connection:
+        count = connection.execute(sa.select(sa.func.count()).select_from(tables.worker)).scalar_one()
+    return max(1, 2 * int(count))

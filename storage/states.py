@@ -75,11 +75,17 @@ class RequestState(StrEnum):
     """One row of a job. Derived from its shard, never stored row by row."""
 
     PENDING = "pending"
+    """Its shard waits for a claim (again, after an attempt that did not get to this row)."""
     RUNNING = "running"
+    """Its shard is leased to a worker, which has not flushed this row yet."""
     SUCCEEDED = "succeeded"
+    """Flushed with a result."""
     FAILED = "failed"
+    """Flushed with an error, or its shard was given up. Only a retry computes it again."""
     CANCELLED = "cancelled"
+    """Its job was cancelled before the row was computed. Only a retry computes it."""
     EXPIRED = "expired"
+    """Its job's completion window passed before the row was computed. Only a retry computes it."""
 
 
 S = TypeVar("S", JobState, ShardState, AttemptState, RequestState)

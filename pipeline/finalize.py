@@ -1,0 +1,175 @@
+"""Publishing: winners become ``data/part-*.parquet``, then ``_manifest.json``, then ``_SUCCESS``.
+
+Every step converges when it is run again, so a finalizer that dies is simply followed by another.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import assembly, manifest
+from pipeline.flusher import patiently
+from pipeline.job_spec import JobSpec
+from pipeline.outputs import published
+from pipeline.plan_record import PlanRecord
+from pipeline.runtime import Runtime
+from storage import finalizing, garbage, locations, parquet
+from storage.errors import InputChanged
+from storage.finalizing import Closed
+from storage.records import Job
+from storage.states import JobState
+
+_RENEW_EVERY = 50
+
+
+def finalize_job(runtime: Runtime, job_id: str | None = None) -> Job | None:
+    """Publish one job whose shards have all ended; ``None`` when there is none (or another finalizer has it)."""
+    settings = runtime.settings
+    job = finalizing.claim_finalize(
+        runtime.database, owner=runtime.actor, lease_seconds=settings.lease_seconds, job_id=job_id
+    )
+    if job is None:
+        return None
+    target = finalizing.end_state(job)
+    entries = _publish(runtime, job, target)
+    error = job.error or _why(runtime, job, target)
+    ended = _complete(runtime, job, target, error)
+    _sweep(runtime, job, target, bool(entries))
+    return ended
+
+
+def _complete(runtime: Runtime, job: Job, target: JobState, error: str | None) -> Job:
+    return patiently(lambda: finalizing.complete(runtime.database, job, target, actor=runtime.actor, error=error))
+
+
+def _why(runtime: Runtime, job: Job, target: JobState) -> str | None:
+    if target is not JobState.FAILED:
+        return None
+    first = finalizing.first_dead(runtime.database, job.id)
+    detail = f"; shard {first.idx}: {first.error}" if first else ""
+    return f"{job.n_dead} of {job.n_shards} shards were given up{detail}"
+
+
+def _publish(runtime: Runtime, job: Job, target: JobState) -> list[dict[str, Any]]:
+    store, output = runtime.store, job.output_uri
+    # Readers trust the marks, so these go first and come back last.
+    store.delete([locations.success(output), locations.manifest(output)])
+    entries: list[dict[str, Any]] = []
+    names: set[str] = set()
+    for count, closed in enumerate(finalizing.closed_shards(runtime.database, job.id)):
+        if count % _RENEW_EVERY == 0:
+            finalizing.renew(runtime.database, job, lease_seconds=runtime.settings.lease_seconds)
+        entry = _publish_shard(runtime, job, closed)
+        if entry is not None:
+            names.add(locations.part(output, closed.shard.idx))
+            entries.append(entry)
+    if not entries and target is JobState.COMPLETED:
+        names.add(_publish_empty(runtime, job))
+    _remove_stale(runtime, output, names)
+    if not entries and target is not JobState.COMPLETED:
+        return entries
+    document = manifest.build(
+        job=replace(job, state=target),
+        parts=entries,
+        sources=finalizing.all_sources(runtime.database, job.id),
+        attempts=finalizing.engine_facts(runtime.database, job.id),
+        published_at=runtime.database.clock(),
+    )
+    store.put_bytes(locations.manifest(output), json.dumps(document, indent=2).encode())
+    if target is JobState.COMPLETED:
+        store.put_bytes(locations.success(output), b"")
+    return entries
+
+
+def _publish_shard(runtime: Runtime, job: Job, closed: Closed) -> dict[str, Any] | None:
+    store, shard = runtime.store, closed.shard
+    target = locations.part(job.output_uri, shard.idx)
+    if closed.output is not None:
+        store.publish(closed.output.uri, target, sha256=closed.output.sha256)
+        return manifest.part(
+            target,
+            n_bytes=closed.output.n_bytes,
+            sha256=closed.output.sha256,
+            row_start=shard.row_start,
+            rows=shard.row_n,
+            failed=len(closed.output.failed),
+            missing=(),
+        )
+    if not closed.parts and closed.base is None:
+        return None
+    try:
+        assembled = _assemble_partial(runtime, job, closed)
+    except InputChanged as error:
+        # Its finished rows cannot be put beside columns of another version of the file; the job's error says so.
+        runtime.notify(f"shard {shard.idx} is left out of the partial output: {error}")
+        return None
+    if assembled.n_rows == 0:
+        return None
+    store.publish(assembled.written.uri, target, sha256=assembled.written.sha256)
+    return manifest.part(
+        target,
+        n_bytes=assembled.written.n_bytes,
+        sha256=assembled.written.sha256,
+        row_start=shard.row_start,
+        rows=assembled.n_rows,
+        failed=assembled.n_failed,
+        missing=[(shard.row_start + low, shard.row_start + high) for low, high in assembled.missing],
+    )
+
+
+def _assemble_partial(runtime: Runtime, job: Job, closed: Closed) -> assembly.Assembled:
+    shard, plan = closed.shard, PlanRecord.from_json(job.plan)
+    spec = JobSpec(**job.spec)
+    base = published(runtime.store, job.output_uri, shard.idx, closed.base)
+    directory = locations.attempt_dir(
+        job.output_uri, job.id, shard.idx, shard.gen, shard.attempt_no, f"partial-{secrets.token_hex(4)}"
+    )
+    schema = assembly.stored_result_schema(runtime.store, closed.parts, base, plan.keep, spec.output_prefix)
+    return assembly.assemble(
+        runtime.store,
+        f"{directory}/output.parquet",
+        job_schema=plan.schema,
+        keep=plan.keep,
+        result_schema=schema,
+        prefix=spec.output_prefix,
+        sources=finalizing.shard_sources(runtime.database, shard),
+        slices=shard.slices,
+        row_n=shard.row_n,
+        parts=closed.parts,
+        base=base,
+        partial=True,
+        batch_rows=runtime.settings.read_batch_rows,
+        batch_bytes=runtime.settings.read_batch_bytes,
+    )
+
+
+def _publish_empty(runtime: Runtime, job: Job) -> str:
+    """A job without rows still has a file to read: the kept columns and ``error``."""
+    plan = PlanRecord.from_json(job.plan)
+    target = locations.part(job.output_uri, 0)
+    schema = pa.schema([*(plan.schema.field(name) for name in plan.keep), assembly.ERROR_FIELD])
+    with parquet.writer(runtime.store, target, schema) as file:
+        file.write(schema.empty_table())
+    return target
+
+
+def _remove_stale(runtime: Runtime, output: str, names: set[str]) -> None:
+    """Delete what an earlier run, or an earlier generation, published and this one did not."""
+    there = runtime.store.find(f"{locations.data_dir(output)}/*.parquet")
+    runtime.store.delete([item.uri for item in there if item.uri not in names])
+
+
+def _sweep(runtime: Runtime, job: Job, target: JobState, anything: bool) -> None:
+    """Attempts' files go at once in the embedded mode, after the retention otherwise; not while a retry needs them."""
+    work = locations.work_dir(job.output_uri, job.id)
+    if target is JobState.COMPLETED or not anything:
+        if runtime.settings.broker_url is None:
+            runtime.store.delete_tree(work)
+        else:
+            delay = runtime.settings.attempt_retention_hours * 3600
+            garbage.enqueue(runtime.database, [work], delay=delay)

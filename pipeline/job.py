@@ -1,0 +1,145 @@
+"""A job from the request to its shards, and the two ways to interfere: cancel and retry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import uuid_utils
+
+from pipeline import inputs, planning, routing
+from pipeline.engines import registry
+from pipeline.job_spec import NOT_PART_OF_THE_WORK, JobSpec, Task, parse
+from pipeline.models.resolve import resolve
+from pipeline.outputs import refuse_existing
+from pipeline.plan_record import PlanRecord
+from pipeline.runtime import Runtime
+from storage import jobs, locations, retries
+from storage.errors import Conflict, InvalidInput, InvalidJob
+from storage.records import Job
+
+ERROR_COLUMN = "error"
+_RESULTS = {
+    Task.EMBED: ("embedding", "prompt_tokens"),
+    Task.CLASSIFY: ("label", "score", "scores"),
+    Task.SCORE: ("score",),
+}
+_GENERATED = ("finish_reason", "prompt_tokens", "cached_tokens", "completion_tokens")
+
+
+def submit_job(runtime: Runtime, fields: dict[str, Any], *, resume: bool = False) -> Job:
+    """Validate a request and queue it as ``validating``. With ``resume``, the live job that does the same work instead.
+
+    Raises :class:`InvalidJob` and its kin, naming the field and the reason; nothing is stored then.
+    """
+    spec = absolute(parse(fields))
+    model = resolve(spec.model, runtime.settings.cache_dir)
+    engine = routing.choose(spec.task, spec.engine, model)
+    registry.engine_class(engine)
+    live = jobs.live_on_output(runtime.database, spec.output)
+    if live is not None and resume:
+        if live.spec_hash == spec.work_hash():
+            return live
+        raise Conflict(
+            f"job {live.id} ({live.state}) already writes there, with other settings ({_differences(live, spec)}); "
+            f"give the same ones to resume it, choose another output, or 'rowmill job cancel {live.id}'",
+            field="output",
+        )
+    if live is None and not spec.overwrite and spec.idempotency_key is None:
+        refuse_existing(runtime.store, spec.output)
+    return jobs.insert(
+        runtime.database,
+        job_id=str(uuid_utils.uuid7()),
+        tenant=spec.tenant,
+        priority=spec.priority,
+        queue=engine,
+        engine=engine,
+        engine_key=registry.engine_key(engine, model, spec.task, spec.engine_options),
+        spec=spec.model_dump(mode="json"),
+        spec_hash=spec.work_hash(),
+        idempotency_key=spec.idempotency_key,
+        output_uri=spec.output,
+        max_failed_rows=spec.max_failed_rows,
+        window_seconds=spec.window_seconds,
+        actor=runtime.actor,
+    )
+
+
+def absolute(spec: JobSpec) -> JobSpec:
+    """The spec with every local path made absolute, so that it means the same in any working directory."""
+    model = spec.model
+    if Path(model).exists():
+        model = str(Path(model).resolve())
+    return spec.model_copy(
+        update={
+            "input": tuple(locations.normalize(uri) for uri in spec.input),
+            "output": locations.normalize(spec.output),
+            "model": model,
+        }
+    )
+
+
+def _differences(live: Job, spec: JobSpec) -> str:
+    ours = spec.model_dump(mode="json")
+    names = [name for name, value in ours.items() if name not in NOT_PART_OF_THE_WORK and live.spec.get(name) != value]
+    return ", ".join(names) or "an older version"
+
+
+def plan_job(runtime: Runtime, job: Job) -> Job:
+    """Read the input's footers, check that the work can be done, and store the shards.
+
+    Raises :class:`InvalidJob` after recording the job as failed with that reason.
+    """
+    spec = JobSpec(**job.spec)
+    try:
+        model = resolve(spec.model, runtime.settings.cache_dir)
+        found = inputs.discover(runtime.store, spec, locations.work_dir(job.output_uri, job.id))
+        columns = registry.engine_class(job.engine).check(spec, model, found.schema)
+        keep = _kept(spec, tuple(found.schema.names))
+    except InvalidJob as error:
+        jobs.refuse(runtime.database, job.id, str(error), actor=runtime.actor)
+        runtime.store.delete_tree(locations.work_dir(job.output_uri, job.id))
+        raise
+    plan = PlanRecord(found.schema, tuple(columns), keep, model.digest, model.architectures)
+    shards = planning.plan(found.files, shard_rows=spec.shard_rows, shard_bytes=spec.shard_bytes)
+    return jobs.set_planned(
+        runtime.database, job.id, plan=plan.to_json(), sources=found.sources, shards=shards, actor=runtime.actor
+    )
+
+
+def _kept(spec: JobSpec, names: tuple[str, ...]) -> tuple[str, ...]:
+    missing = [name for name in spec.keep_columns or () if name not in names]
+    if missing:
+        raise InvalidInput(
+            f"the input has no column {', '.join(map(repr, missing))}; it has {', '.join(names)}", field="keep_columns"
+        )
+    keep = names if spec.keep_columns is None else spec.keep_columns
+    clash = [name for name in keep if name in {ERROR_COLUMN, *result_names(spec)}]
+    if clash:
+        raise InvalidJob(
+            f"the input columns {', '.join(map(repr, clash))} have the names of result columns; set output_prefix "
+            "(--output-prefix), or leave them out with keep_columns (--keep)",
+            field="output_prefix",
+        )
+    return tuple(keep)
+
+
+def result_names(spec: JobSpec) -> tuple[str, ...]:
+    """The result columns known without the model, prefixed. A graph's own outputs are checked by its engine."""
+    if spec.task in (Task.GENERATE, Task.CHAT):
+        names: tuple[str, ...] = ("outputs" if spec.sampling.get("n", 1) != 1 else "output", *_GENERATED)
+    else:
+        names = _RESULTS.get(spec.task, ())
+    return tuple(spec.output_prefix + name for name in names)
+
+
+def cancel_job(runtime: Runtime, job_id: str) -> Job:
+    """Begin to wind the job down; its finished rows will be published as partial."""
+    return jobs.request_stop(runtime.database, job_id, "cancelled", actor=runtime.actor)
+
+
+def retry_job(runtime: Runtime, job_id: str, *, failed_only: bool = True) -> Job:
+    """Queue an ended job again: its unfinished shards, and its failed rows (or all rows)."""
+    job = jobs.get(runtime.database, job_id)
+    window = JobSpec(**job.spec).window_seconds
+    return retries.reopen(runtime.database, job_id, failed_only=failed_only, window_seconds=window, actor=runtime.actor)

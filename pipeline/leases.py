@@ -1,0 +1,101 @@
+"""Keeps this process's leases alive, and tells its attempts when to stop.
+
+One thread per process renews every lease in one statement, so that a worker costs the database the same however many
+shards it runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
+from pipeline.engines.base import Cancellation
+from storage import claims, workers
+from storage.claims import Lease
+from storage.database import Database
+from storage.errors import CommitUnknown, TransientError
+from storage.records import Claim
+
+log = logging.getLogger(__name__)
+
+LEASE_LOST = "the lease was lost"
+JOB_STOPPING = "the job is being wound down"
+INTERRUPTED = "interrupted"
+
+
+class LeaseKeeper:
+    """A context manager: the thread runs inside it. ``tick`` is called after each round (embedded maintenance)."""
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        worker_id: str,
+        lease_seconds: float,
+        heartbeat_seconds: float | None = None,
+        tick: Callable[[], object] | None = None,
+    ) -> None:
+        self._database = database
+        self._worker_id = worker_id
+        self._lease_seconds = lease_seconds
+        self._pause = heartbeat_seconds if heartbeat_seconds is not None else lease_seconds / 3
+        self._tick = tick
+        self._lock = threading.Lock()
+        self._held: dict[tuple[str, int], Cancellation] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="rowmill-leases", daemon=True)
+
+    def __enter__(self) -> LeaseKeeper:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def hold(self, claim: Claim) -> Cancellation:
+        """Keep this claim's lease from now on. The cancellation fires when the attempt has to stop."""
+        cancellation = Cancellation()
+        with self._lock:
+            self._held[claim.shard.id, claim.attempt_no] = cancellation
+        return cancellation
+
+    def drop(self, claim: Claim) -> None:
+        """The attempt has ended."""
+        with self._lock:
+            self._held.pop((claim.shard.id, claim.attempt_no), None)
+
+    def stop_all(self, reason: str) -> None:
+        """Stop every attempt of this process, for ``reason``."""
+        with self._lock:
+            held = list(self._held.values())
+        for cancellation in held:
+            cancellation.cancel(reason)
+
+    def beat(self) -> None:
+        """One round: renew, and stop what has to stop."""
+        with self._lock:
+            held = dict(self._held)
+        found = claims.heartbeat(self._database, list(held), owner=self._worker_id, lease_seconds=self._lease_seconds)
+        for key, lease in found.items():
+            with self._lock:
+                still_held = key in self._held
+            if lease is Lease.LOST and still_held:
+                held[key].cancel(LEASE_LOST)
+            elif lease is Lease.STOPPING:
+                held[key].cancel(JOB_STOPPING)
+        workers.touch(self._database, self._worker_id)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._pause):
+            try:
+                self.beat()
+                if self._tick is not None:
+                    self._tick()
+            except (TransientError, CommitUnknown) as error:
+                # The leases may run out meanwhile. That costs work at worst, never correctness: every write is fenced.
+                log.warning("heartbeat failed, trying again: %s", error)

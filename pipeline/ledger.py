@@ -1,0 +1,42 @@
+"""Exactly one result per row: checked once, here, for every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from pyroaring import BitMap
+
+from pipeline.engines.base import ResultBatch
+from storage.errors import RowmillError
+
+
+class BrokenEngine(RowmillError):
+    """An engine answered a row twice, answered one it was not asked, left one out, or returned ragged columns."""
+
+
+class Ledger:
+    """The rows still owed by one ``infer`` call. ``pending`` shrinks as results come."""
+
+    def __init__(self, rows: Iterable[int]) -> None:
+        self.pending = BitMap(rows)
+
+    def settle(self, results: ResultBatch) -> tuple[BitMap, BitMap]:
+        """Take the rows of ``results`` off; returns (all of them, the failed ones). Raises :class:`BrokenEngine`."""
+        count = len(results.rows)
+        if (0 if results.values is None else results.values.num_rows) != count:
+            raise BrokenEngine(f"an engine returned {count} row ids with a batch of another length")
+        failed = BitMap(failure.row for failure in results.failures)
+        rows = BitMap(np.asarray(results.rows, dtype=np.uint32)) | failed
+        if len(rows) != count + len(results.failures):
+            raise BrokenEngine("an engine answered a row twice in one batch")
+        strange = rows - self.pending
+        if strange:
+            raise BrokenEngine(f"an engine answered row {strange[0]} of the shard, which it did not owe")
+        self.pending -= rows
+        return rows, failed
+
+    def close(self) -> None:
+        """Raise :class:`BrokenEngine` if an answer is missing."""
+        if self.pending:
+            raise BrokenEngine(f"an engine left {len(self.pending)} rows unanswered, row {self.pending[0]} first")

@@ -1,0 +1,146 @@
+"""The embedded mode: one process plans, claims, runs and publishes a job, through the same calls as a worker does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+
+from pipeline import maintenance
+from pipeline.engines.base import Cancellation
+from pipeline.finalize import finalize_job
+from pipeline.job import plan_job
+from pipeline.leases import JOB_STOPPING, LeaseKeeper
+from pipeline.runtime import Runtime
+from pipeline.shard import execute
+from pipeline.status import JobStatus
+from pipeline.status_of import job_status
+from storage import claims, jobs, workers
+from storage.errors import Conflict, IllegalTransition, Interrupted, TransientError
+from storage.records import Job
+from storage.states import TERMINAL_JOB, JobState
+
+HEARTBEAT_SECONDS = 5.0
+"""Short enough that ``rowmill job cancel`` from another terminal is felt at once; a third of the lease at most."""
+PROGRESS_SECONDS = 0.25
+IDLE_SECONDS = 0.5
+"""How long a slot without a shard waits before it asks again (a shard in backoff, or held by another process)."""
+
+
+def run_job(
+    runtime: Runtime,
+    job: Job,
+    *,
+    interrupt: Cancellation,
+    on_progress: Callable[[JobStatus], None] = lambda status: None,
+) -> JobStatus:
+    """Work on ``job`` until it has ended, in this process.
+
+    Raises :class:`Interrupted` when ``interrupt`` fires: what was finished is flushed by then and the shards are handed
+    back. Raises :class:`Conflict` when another process of this host is at work on the job, and :class:`InvalidJob`
+    when planning finds the request unusable.
+    """
+    maintenance.recover_local(runtime)
+    others = workers.holding(runtime.database, job.id)
+    if others:
+        raise Conflict(f"job {job.id} is being worked on by another process ({others[0]}): wait for it with "
+                       f"'rowmill job wait {job.id}', or cancel it")  # fmt: skip
+    runtime.register()
+    settings = runtime.settings
+    try:
+        if job.state is JobState.VALIDATING:
+            job = plan_job(runtime, job)
+        on_progress(job_status(runtime.database, job))
+        with LeaseKeeper(
+            runtime.database,
+            worker_id=runtime.worker.id,
+            lease_seconds=settings.lease_seconds,
+            heartbeat_seconds=min(HEARTBEAT_SECONDS, settings.lease_seconds / 3),
+            tick=lambda: maintenance.tick(runtime),
+        ) as keeper:
+            return _work(runtime, job.id, keeper, interrupt, on_progress)
+    finally:
+        with suppress(TransientError):
+            workers.unregister(runtime.database, runtime.worker.id)
+
+
+def _work(
+    runtime: Runtime,
+    job_id: str,
+    keeper: LeaseKeeper,
+    interrupt: Cancellation,
+    on_progress: Callable[[JobStatus], None],
+) -> JobStatus:
+    slots = [_Slot(runtime, job_id, keeper, interrupt) for _ in range(runtime.settings.slots)]
+    for slot in slots:
+        slot.start()
+    for slot in slots:
+        while slot.is_alive():
+            slot.join(PROGRESS_SECONDS)
+            status = job_status(runtime.database, jobs.get(runtime.database, job_id))
+            on_progress(_with_unflushed(runtime, status))
+            if status.state is JobState.CANCELLING:
+                keeper.stop_all(JOB_STOPPING)
+    for slot in slots:
+        if slot.error is not None:
+            raise slot.error
+    if interrupt.cancelled:
+        raise Interrupted(f"job {job_id} was interrupted; everything finished is flushed")
+    while True:
+        job = finalize_job(runtime, job_id) or jobs.get(runtime.database, job_id)
+        status = job_status(runtime.database, job)
+        if job.state in TERMINAL_JOB:
+            on_progress(status)
+            return status
+        if interrupt.wait(IDLE_SECONDS):
+            raise Interrupted(f"job {job_id} was interrupted while it was being published")
+
+
+def _with_unflushed(runtime: Runtime, status: JobStatus) -> JobStatus:
+    # Not durable yet, so no other process is told of them; but somebody watching should not see the bar stand still.
+    done = status.rows_done + sum(runtime.unflushed.values())
+    return replace(status, rows_done=min(done, status.rows_total))
+
+
+class _Slot(threading.Thread):
+    """Claims and runs one shard after the other until the job has none left."""
+
+    def __init__(self, runtime: Runtime, job_id: str, keeper: LeaseKeeper, interrupt: Cancellation) -> None:
+        super().__init__(name="rowmill-slot", daemon=True)
+        self._runtime, self._job_id, self._keeper, self._interrupt = runtime, job_id, keeper, interrupt
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:
+            self.error = error
+
+    def _loop(self) -> None:
+        runtime = self._runtime
+        while not self._interrupt.cancelled:
+            claim = claims.claim(
+                runtime.database,
+                owner=runtime.worker.id,
+                lease_seconds=runtime.settings.lease_seconds,
+                job_id=self._job_id,
+            )
+            if claim is not None:
+                execute(runtime, claim, self._keeper, self._interrupt)
+                continue
+            if jobs.get(runtime.database, self._job_id).n_open == 0:
+                return
+            self._interrupt.wait(IDLE_SECONDS)
+            if jobs.get(runtime.database, self._job_id).state is JobState.CANCELLING:
+                while jobs.cancel_ready(runtime.database, self._job_id, actor=runtime.actor):
+                    pass
+
+
+def cancel_idle(runtime: Runtime, job_id: str) -> Job:
+    """After a cancel in the embedded mode: publish what is done, unless a process of this host still runs the job."""
+    maintenance.recover_local(runtime)
+    with suppress(IllegalTransition):
+        while jobs.cancel_ready(runtime.database, job_id, actor=runtime.actor):
+            pass
+    return finalize_job(runtime, job_id) or jobs.get(runtime.database, job_id)

@@ -1,0 +1,55 @@
+"""What has to happen now and then, whoever does it: take back lost shards, wind down expired jobs, delete garbage."""
+
+from __future__ import annotations
+
+from pipeline.runtime import Runtime, is_alive
+from storage import garbage, jobs, reaping, workers
+from storage.errors import IllegalTransition
+from storage.reaping import Reaped
+
+
+def reap(runtime: Runtime) -> Reaped:
+    """Take back the shards whose lease has run out."""
+    settings = runtime.settings
+    return reaping.reap(
+        runtime.database,
+        lease_seconds=settings.lease_seconds,
+        max_losses=settings.max_losses,
+        actor=runtime.actor,
+    )
+
+
+def recover_local(runtime: Runtime) -> Reaped:
+    """Take back at once what dead processes of this host held: nobody needs to wait for their leases."""
+    dead = [w.id for w in workers.on_host(runtime.database, runtime.worker.host) if not is_alive(w)]
+    found = reaping.reap_owners(runtime.database, dead, max_losses=runtime.settings.max_losses, actor=runtime.actor)
+    for worker_id in dead:
+        workers.unregister(runtime.database, worker_id)
+    return found
+
+
+def expire(runtime: Runtime) -> list[str]:
+    """Begin to wind down the jobs whose completion window has passed; returns their ids."""
+    due = jobs.expired(runtime.database)
+    for job_id in due:
+        try:
+            jobs.request_stop(runtime.database, job_id, "expired", actor=runtime.actor)
+        except IllegalTransition:
+            continue  # it ended, or began to, in between
+    return due
+
+
+def collect_garbage(runtime: Runtime) -> int:
+    """Delete what is due in the garbage queue; returns how many prefixes."""
+    prefixes = garbage.due(runtime.database)
+    for prefix in prefixes:
+        runtime.store.delete_tree(prefix)
+        garbage.forget(runtime.database, prefix)
+    return len(prefixes)
+
+
+def tick(runtime: Runtime) -> None:
+    """One round of everything above."""
+    reap(runtime)
+    expire(runtime)
+    collect_garbage(runtime)

@@ -1,0 +1,40 @@
+"""What planning found out and every worker needs again: kept as JSON with the job."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRecord:
+    """``schema`` is the unified schema of the input, ``columns`` what the engine reads, ``keep`` what is copied out."""
+
+    schema: pa.Schema
+    columns: tuple[str, ...]
+    keep: tuple[str, ...]
+    model_digest: str
+    architectures: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": base64.b64encode(self.schema.serialize().to_pybytes()).decode(),
+            "columns": list(self.columns),
+            "keep": list(self.keep),
+            "model_digest": self.model_digest,
+            "architectures": list(self.architectures),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> PlanRecord:
+        return cls(
+            schema=pa.ipc.read_schema(pa.py_buffer(base64.b64decode(data["schema"]))),
+            columns=tuple(data["columns"]),
+            keep=tuple(data["keep"]),
+            model_digest=data["model_digest"],
+            architectures=tuple(data["architectures"]),
+        )

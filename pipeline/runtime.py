@@ -1,0 +1,79 @@
+"""Everything a process needs to work on jobs: database, object store, engines, and its own identity."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import psutil
+import uuid_utils
+from storage.objects import ObjectStore
+
+from pipeline.engines.base import EngineContext
+from pipeline.engines.pool import EnginePool
+from pipeline.settings import Settings
+from storage import workers
+from storage.database import Database
+from storage.workers import Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """Made by :func:`start`, ended by :meth:`close`. ``notify`` tells the user something worth a line.
+
+    ``unflushed`` counts, by shard id, the rows that this process has finished and not yet flushed: for progress only.
+    """
+
+    settings: Settings
+    database: Database
+    store: ObjectStore
+    engines: EnginePool
+    worker: Worker
+    notify: Callable[[str], None] = field(default=lambda message: None)
+    unflushed: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def actor(self) -> str:
+        """Who the audit trail names."""
+        return self.worker.id
+
+    def register(self) -> None:
+        """Make this process known as a worker. Only then may it claim."""
+        workers.register(self.database, self.worker)
+
+    def close(self) -> None:
+        """End the engines and the connections."""
+        self.engines.close()
+        self.database.close()
+
+
+def start(settings: Settings, notify: Callable[[str], None] = lambda message: None) -> Runtime:
+    """Open the database (an embedded one is made or brought up to date) and the object store. Loads no engine."""
+    settings.cache_dir.mkdir(parents=True, exist_ok=True)
+    database = Database(settings.effective_database_url)
+    database.ensure_schema()
+    return Runtime(
+        settings=settings,
+        database=database,
+        store=ObjectStore(settings.storage_options),
+        engines=EnginePool(EngineContext(settings.cache_dir, notify)),
+        worker=_this_process(),
+        notify=notify,
+    )
+
+
+def _this_process() -> Worker:
+    host, pid = platform.node(), os.getpid()
+    return Worker(f"{host}:{pid}:{uuid_utils.uuid4().hex[:8]}", host, pid, psutil.Process(pid).create_time())
+
+
+def is_alive(worker: Worker) -> bool:
+    """Whether the process of a worker on this host still runs (and is not a later one with the same pid)."""
+    try:
+        process = psutil.Process(worker.pid)
+        same = abs(process.create_time() - worker.pid_started_at) < 1.0
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,197 @@
+"""``run_shard``: the loop that every row of every job goes through."""
+
+from __future__ import annotations
+
+import logging
+import random
+import secrets
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import closing, suppress
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyroaring import BitMap
+
+from pipeline import assembly
+from pipeline.engines.base import Cancellation, Engine, RowBatch
+from pipeline.flusher import Flusher, patiently
+from pipeline.job_spec import JobSpec
+from pipeline.leases import JOB_STOPPING, LEASE_LOST, LeaseKeeper
+from pipeline.ledger import Ledger
+from pipeline.models.resolve import resolve
+from pipeline.outputs import published
+from pipeline.plan_record import PlanRecord
+from pipeline.retry import backoff
+from pipeline.runtime import Runtime
+from storage import locations, parquet, shards
+from storage.errors import (
+    CommitUnknown,
+    EngineDead,
+    InputChanged,
+    InvalidJob,
+    InvalidModel,
+    LeaseLost,
+    RowmillError,
+    TransientError,
+)
+from storage.records import OUTPUT_SEQ, Claim, PartFile
+
+log = logging.getLogger(__name__)
+
+
+def execute(runtime: Runtime, claim: Claim, keeper: LeaseKeeper, interrupt: Cancellation) -> None:
+    """Take a claimed shard to the end of its attempt, whatever happens: committed, failed, released or cancelled.
+
+    Raises only what says that this process should stop working: nothing, so far. Every outcome is in the database.
+    """
+    cancel = keeper.hold(claim)
+    forget = interrupt.on_cancel(lambda: cancel.cancel(interrupt.reason or "interrupted"))
+    try:
+        _attempt(runtime, claim, cancel)
+    except LeaseLost as lost:
+        log.warning("%s", lost)
+        with suppress(TransientError, CommitUnknown):
+            shards.supersede(runtime.database, claim)
+    except (InputChanged, InvalidJob) as error:
+        reason = str(error)
+        _report(lambda: shards.fail_job(runtime.database, claim, reason))
+    except Exception as error:
+        # Not swallowed: it is the attempt's recorded error, and costs one failure of the shard's budget.
+        if not isinstance(error, RowmillError):
+            log.exception("attempt %d of shard %s failed", claim.attempt_no, claim.shard.id)
+        delay = backoff(claim.shard.n_fail + 1, random.random())  # noqa: S311 - jitter, not a secret
+        text = str(error) if isinstance(error, RowmillError) else _last_line(error)
+        _report(
+            lambda: shards.fail(runtime.database, claim, text, delay=delay, max_failures=runtime.settings.max_failures)
+        )
+    finally:
+        forget()
+        keeper.drop(claim)
+
+
+def _report(write: Any) -> None:
+    """Record how an attempt ended. If that cannot be done, the lease runs out and the reaper records it as lost."""
+    try:
+        patiently(write)
+    except (LeaseLost, CommitUnknown, TransientError) as error:
+        log.warning("the end of an attempt could not be recorded: %s", error)
+
+
+def _last_line(error: BaseException) -> str:
+    return traceback.format_exception_only(error)[-1].strip()
+
+
+def _attempt(runtime: Runtime, claim: Claim, cancel: Cancellation) -> None:
+    spec = JobSpec(**claim.job.spec)
+    plan = PlanRecord.from_json(claim.job.plan)
+    model = resolve(spec.model, runtime.settings.cache_dir)
+    if model.digest != plan.model_digest:
+        raise InvalidModel(f"{spec.model} changed after the job was planned; submit a new job", field="model")
+    with runtime.engines.lease(claim.job.engine, model, spec.task, spec.engine_options) as engine:
+        try:
+            run_shard(runtime, claim, engine, spec, plan, cancel)
+        except EngineDead:
+            runtime.engines.discard(engine)
+            raise
+
+
+def run_shard(
+    runtime: Runtime, claim: Claim, engine: Engine, spec: JobSpec, plan: PlanRecord, cancel: Cancellation
+) -> None:
+    """Read the rows that no earlier attempt has flushed, infer, flush as results come, assemble and commit.
+
+    When ``cancel`` fires, what is finished is flushed and the shard is handed back (interrupted) or ended (its job is
+    being wound down). Raises :class:`LeaseLost` when fenced; nothing has been written then.
+    """
+    began = time.monotonic()
+    job, shard = claim.job, claim.shard
+    directory = locations.attempt_dir(
+        job.output_uri, job.id, shard.idx, shard.gen, claim.attempt_no, secrets.token_hex(4)
+    )
+    schema = engine.result_schema(spec)
+    ledger = Ledger(claim.todo)
+    with Flusher(runtime, claim, directory, schema) as flusher:
+        if ledger.pending and not cancel.cancelled:
+            with closing(engine.infer(spec, _rows(runtime, claim, plan), cancel)) as results:  # type: ignore[type-var]
+                for batch in results:
+                    rows, failed = ledger.settle(batch)
+                    flusher.add(batch, rows, failed)
+        if cancel.reason == LEASE_LOST:
+            raise LeaseLost(f"attempt {claim.attempt_no} no longer holds shard {shard.id}")
+        flusher.drain()
+        stats = _stats(engine, began, flusher)
+        if ledger.pending and cancel.cancelled:
+            end = shards.cancel if cancel.reason == JOB_STOPPING else shards.release
+            patiently(lambda: end(runtime.database, claim, stats=stats))
+            return
+        ledger.close()
+        output = _assemble(runtime, claim, plan, spec, schema, directory, (*claim.parts, *flusher.parts))
+        stats = _stats(engine, began, flusher)
+        patiently(lambda: shards.commit(runtime.database, claim, output, stats=stats))
+
+
+def _rows(runtime: Runtime, claim: Claim, plan: PlanRecord) -> Iterator[RowBatch]:
+    batches = parquet.read(
+        runtime.store,
+        claim.sources,
+        claim.shard.slices,
+        schema=plan.schema,
+        columns=plan.columns,
+        only=claim.todo,
+        batch_rows=runtime.settings.read_batch_rows,
+        batch_bytes=runtime.settings.read_batch_bytes,
+    )
+    for rows, columns in batches:
+        yield RowBatch(np.asarray(rows, dtype=np.int64), columns)
+
+
+def _assemble(
+    runtime: Runtime,
+    claim: Claim,
+    plan: PlanRecord,
+    spec: JobSpec,
+    schema: pa.Schema,
+    directory: str,
+    parts: tuple[PartFile, ...],
+) -> PartFile:
+    shard = claim.shard
+    assembled = assembly.assemble(
+        runtime.store,
+        f"{directory}/output.parquet",
+        job_schema=plan.schema,
+        keep=plan.keep,
+        result_schema=schema,
+        prefix=spec.output_prefix,
+        sources=claim.sources,
+        slices=shard.slices,
+        row_n=shard.row_n,
+        parts=parts,
+        base=published(runtime.store, claim.job.output_uri, shard.idx, claim.base),
+        partial=False,
+        batch_rows=runtime.settings.read_batch_rows,
+        batch_bytes=runtime.settings.read_batch_bytes,
+    )
+    runtime.store.verify(assembled.written)
+    return PartFile(
+        attempt_no=claim.attempt_no,
+        seq=OUTPUT_SEQ,
+        uri=assembled.written.uri,
+        n_bytes=assembled.written.n_bytes,
+        sha256=assembled.written.sha256,
+        etag=assembled.written.etag,
+        rows=BitMap(range(shard.row_n)),
+        failed=assembled.failed,
+    )
+
+
+def _stats(engine: Engine, began: float, flusher: Flusher) -> Mapping[str, Any]:
+    seconds = time.monotonic() - began
+    return {
+        "seconds": round(seconds, 3),
+        "flush_seconds": round(flusher.seconds, 3),
+        "rows_per_second": round(flusher.rows_flushed / seconds, 2) if seconds > 0 else 0.0,
+        "engine": engine.stats(),
+    }

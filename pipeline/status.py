@@ -1,0 +1,97 @@
+"""What a user sees of a job and of one of its rows: frozen values, safe to keep and to turn into JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from storage.states import TERMINAL_JOB, JobState, RequestState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobStatus:
+    """A job at one moment. Times are Unix seconds by the database's clock.
+
+    ``rows_done`` counts finished rows, failed ones included, and the flushed rows of shards that still run;
+    ``rows_resumed`` are rows that an attempt found finished by an earlier one. ``shards`` is keyed by ``ShardState``,
+    ``tokens`` holds ``prompt_tokens``, ``cached_tokens`` and ``completion_tokens`` so far. ``stop_reason`` says why a
+    job was wound down, ``error`` why it failed, ``message`` what a person should know or do.
+    """
+
+    id: str
+    state: JobState
+    tenant: str
+    task: str
+    model: str
+    engine: str
+    output: str
+    input: tuple[str, ...]
+    rows_total: int = 0
+    rows_done: int = 0
+    rows_failed: int = 0
+    rows_resumed: int = 0
+    shards: Mapping[str, int] = field(default_factory=dict)
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    attempts: int = 0
+    failures: int = 0
+    losses: int = 0
+    gen: int = 0
+    stop_reason: str | None = None
+    error: str | None = None
+    message: str | None = None
+    created_at: float
+    started_at: float | None = None
+    ended_at: float | None = None
+    expires_at: float | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    idempotency_key: str | None = None
+
+    @property
+    def terminal(self) -> bool:
+        """The job rests: its output is final and nothing of it runs. Only a retry changes that."""
+        return self.state in TERMINAL_JOB
+
+    @property
+    def partial(self) -> bool:
+        """The job rests, and its output lacks rows."""
+        return self.terminal and self.rows_done < self.rows_total
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field, and ``terminal`` and ``partial``, as plain JSON values."""
+        return {**_plain(self), "terminal": self.terminal, "partial": self.partial}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestStatus:
+    """One row of a job. ``row`` counts from the start of the job's input; ``output`` is the file that holds the row.
+
+    ``attempt`` is the number of the attempt that has, or had, the row; ``code`` and ``message`` are set when it failed.
+    """
+
+    job: str
+    row: int
+    state: RequestState
+    shard: str
+    attempt: int | None = None
+    code: str | None = None
+    message: str | None = None
+    output: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field as a plain JSON value."""
+        return _plain(self)
+
+
+def _plain(value: JobStatus | RequestStatus) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for item in fields(value):
+        attribute = getattr(value, item.name)
+        if isinstance(attribute, (JobState, RequestState)):
+            attribute = attribute.value
+        elif isinstance(attribute, Mapping):
+            attribute = dict(attribute)
+        elif isinstance(attribute, tuple):
+            attribute = list(attribute)
+        out[item.name] = attribute
+    return out

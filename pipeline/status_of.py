@@ -1,0 +1,96 @@
+"""From what the database holds to what a user sees."""
+
+from __future__ import annotations
+
+from pipeline.status import JobStatus, RequestStatus
+from storage import locations, reports
+from storage.database import Database
+from storage.records import Job
+from storage.states import JobState, RequestState, ShardState
+
+
+def job_status(database: Database, job: Job) -> JobStatus:
+    """The job at this moment."""
+    progress = reports.progress(database, job)
+    spec = job.spec
+    return JobStatus(
+        id=job.id,
+        state=job.state,
+        tenant=job.tenant,
+        task=spec["task"],
+        model=spec["model"],
+        engine=job.engine,
+        output=job.output_uri,
+        input=tuple(spec["input"]),
+        rows_total=job.rows_total,
+        rows_done=progress.rows_done,
+        rows_failed=progress.rows_failed,
+        rows_resumed=progress.rows_resumed,
+        shards=progress.shards,
+        tokens=progress.tokens,
+        attempts=progress.attempts,
+        failures=progress.failures,
+        losses=progress.losses,
+        gen=job.gen,
+        stop_reason=job.stop_reason,
+        error=job.error,
+        message=_message(job),
+        created_at=job.created_at,
+        started_at=job.started_at,
+        ended_at=job.ended_at,
+        expires_at=job.expires_at,
+        metadata=spec["metadata"],
+        idempotency_key=job.idempotency_key,
+    )
+
+
+def _message(job: Job) -> str | None:
+    if job.state is JobState.CANCELLED:
+        return f"cancelled; 'rowmill job retry {job.id}' goes on from what is done"
+    if job.state is JobState.EXPIRED:
+        return f"its completion window passed; 'rowmill job retry {job.id}' goes on from what is done"
+    if job.state is JobState.FAILED and job.n_shards:
+        return f"'rowmill job retry {job.id}' goes on from what is done, once the cause is mended"
+    return None
+
+
+_OF_SHARD = {
+    ShardState.READY: RequestState.PENDING,
+    ShardState.RUNNING: RequestState.RUNNING,
+    ShardState.FAILED: RequestState.FAILED,
+    ShardState.CANCELLED: RequestState.CANCELLED,
+}
+
+
+def request_status(database: Database, job: Job, row: int) -> RequestStatus:
+    """One row of the job, derived from its shard, the bitmaps and the part files. :class:`NotFound` beyond the end."""
+    place = reports.place(database, job, row)
+    shard = place.shard
+    code = message = None
+    if place.row in shard.failed:
+        state = RequestState.FAILED
+        if place.exception is not None:
+            code, message = place.exception.code, place.exception.message
+        else:
+            message = "the reason is in the error column of the output"
+    elif place.row in shard.done or shard.state is ShardState.COMMITTED:
+        state = RequestState.SUCCEEDED
+    else:
+        state = _OF_SHARD[shard.state]
+        if state is RequestState.CANCELLED and job.stop_reason == "expired":
+            state = RequestState.EXPIRED
+        if state is RequestState.FAILED:
+            code, message = "shard_failed", shard.error
+    part = None if place.part is None else place.part.uri
+    if shard.state is ShardState.COMMITTED and job.state is JobState.COMPLETED:
+        part = locations.part(job.output_uri, shard.idx)
+    return RequestStatus(
+        job=job.id,
+        row=row,
+        state=state,
+        shard=shard.id,
+        attempt=shard.attempt_no or None,
+        code=code,
+        message=message,
+        output=part,
+    )

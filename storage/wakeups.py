@@ -1,0 +1,55 @@
+"""Publishing wake-ups to the broker: "there may be work on this queue".
+
+A wake-up carries nothing and may be lost, doubled or late: the database says what there is to do, and the beat tick
+publishes again. So a broker that does not answer costs latency, never work, and is logged rather than raised.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+log = logging.getLogger(__name__)
+
+CONTROL_QUEUE = "control"
+"""Planning, publishing and maintenance. Shards wait on a queue named after their engine."""
+PLAN, RUN, FINALIZE, TICK = "rowmill.plan", "rowmill.run", "rowmill.finalize", "rowmill.tick"
+
+
+class Wakeups:
+    """Publishes to ``broker_url``; with ``None`` (the embedded mode) there is nobody to wake and nothing happens."""
+
+    def __init__(self, broker_url: str | None) -> None:
+        self._app: Celery | None = None
+        if broker_url is not None:
+            self._app = Celery("rowmill", broker=broker_url, set_as_current=False)
+            self._app.conf.update(
+                task_serializer="json",
+                task_ignore_result=True,
+                broker_connection_timeout=2.0,
+                broker_transport_options={"socket_connect_timeout": 2.0, "socket_timeout": 5.0},
+            )
+
+    def plan(self) -> None:
+        """A job may wait for its plan."""
+        self._send(PLAN, CONTROL_QUEUE, 1)
+
+    def run(self, queue: str, count: int = 1) -> None:
+        """Up to ``count`` shards may be ready on ``queue``."""
+        self._send(RUN, queue, count)
+
+    def finalize(self) -> None:
+        """A job may wait to be published."""
+        self._send(FINALIZE, CONTROL_QUEUE, 1)
+
+    def _send(self, name: str, queue: str, count: int) -> None:
+        if self._app is None:
+            return
+        args = [queue] if name == RUN else []
+        try:
+            for _ in range(count):
+                self._app.send_task(name, args=args, queue=queue, retry=False)
+        except (OperationalError, OSError) as error:
+            log.warning("the broker does not answer, the next tick will wake the workers: %s", error)

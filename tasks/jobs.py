@@ -1,0 +1,16 @@
+"""Tasks about whole jobs."""
+
+from __future__ import annotations
+
+from storage.wakeups import FINALIZE, PLAN
+from tasks.app import app, worker
+
+
+@app.task(name=PLAN)
+def plan() -> None:
+    worker().plan()
+
+
+@app.task(name=FINALIZE)
+def finalize() -> None:
+    worker().finalize()
