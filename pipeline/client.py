@@ -68,13 +68,11 @@ class Client:
 
         Raises :class:`~storage.errors.InvalidJob` naming the field and the reason; no engine is loaded before that.
         """
-        job = job_calls.submit_job(self._runtime, fields)
-        if self._runtime.settings.broker_url is not None:
+        embedded = self._runtime.settings.broker_url is None
+        job = job_calls.submit_job(self._runtime, fields, plan=embedded)
+        if not embedded:
             self._wakeups.plan()
-            return JobHandle(self, job.id)
-        if job.state is JobState.VALIDATING:
-            job = job_calls.plan_job(self._runtime, job)
-        if job.state not in TERMINAL_JOB:
+        elif job.state not in TERMINAL_JOB:
             self._start(job.id)
         return JobHandle(self, job.id)
 
@@ -93,7 +91,7 @@ class Client:
         """
         if on_notice is not None:
             self._notice = on_notice
-        job = job_calls.submit_job(self._runtime, fields, resume=True)
+        job = job_calls.submit_job(self._runtime, fields, resume=True, plan=True)
         return local.run_job(
             self._runtime,
             job,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import uuid_utils
 from pipeline import inputs, planning, routing
 from pipeline.engines import registry
 from pipeline.job_spec import NOT_PART_OF_THE_WORK, JobSpec, Task, parse
+from pipeline.models.model import Model
 from pipeline.models.resolve import resolve
 from pipeline.outputs import refuse_existing
 from pipeline.plan_record import PlanRecord
@@ -27,10 +29,19 @@ _RESULTS = {
 _GENERATED = ("finish_reason", "prompt_tokens", "cached_tokens", "completion_tokens")
 
 
-def submit_job(runtime: Runtime, fields: dict[str, Any], *, resume: bool = False) -> Job:
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A request that was found to be workable, with what its plan needs."""
+
+    record: PlanRecord
+    found: inputs.Inputs
+
+
+def submit_job(runtime: Runtime, fields: dict[str, Any], *, resume: bool = False, plan: bool = False) -> Job:
     """Validate a request and queue it as ``validating``. With ``resume``, the live job that does the same work instead.
 
-    Raises :class:`InvalidJob` and its kin, naming the field and the reason; nothing is stored then.
+    With ``plan`` the input is read first and the job comes back planned. Raises :class:`InvalidJob` and its kin, naming
+    the field and the reason; nothing is stored then.
     """
     spec = absolute(parse(fields))
     model = resolve(spec.model, runtime.settings.cache_dir)
@@ -47,9 +58,11 @@ def submit_job(runtime: Runtime, fields: dict[str, Any], *, resume: bool = False
         )
     if live is None and not spec.overwrite and spec.idempotency_key is None:
         refuse_existing(runtime.store, spec.output)
-    return jobs.insert(
+    job_id = str(uuid_utils.uuid7())
+    prepared = _prepare(runtime, job_id, spec, engine, model) if plan and live is None else None
+    job = jobs.insert(
         runtime.database,
-        job_id=str(uuid_utils.uuid7()),
+        job_id=job_id,
         tenant=spec.tenant,
         priority=spec.priority,
         queue=engine,
@@ -63,6 +76,10 @@ def submit_job(runtime: Runtime, fields: dict[str, Any], *, resume: bool = False
         window_seconds=spec.window_seconds,
         actor=runtime.actor,
     )
+    if job.id != job_id:
+        runtime.store.delete_tree(locations.work_dir(spec.output, job_id))
+        return job
+    return _store_plan(runtime, job, spec, prepared) if prepared is not None else job
 
 
 def absolute(spec: JobSpec) -> JobSpec:
@@ -93,17 +110,34 @@ def plan_job(runtime: Runtime, job: Job) -> Job:
     spec = JobSpec(**job.spec)
     try:
         model = resolve(spec.model, runtime.settings.cache_dir)
-        found = inputs.discover(runtime.store, spec, locations.work_dir(job.output_uri, job.id))
-        columns = registry.engine_class(job.engine).check(spec, model, found.schema)
-        keep = _kept(spec, tuple(found.schema.names))
+        prepared = _prepare(runtime, job.id, spec, job.engine, model)
     except InvalidJob as error:
         jobs.refuse(runtime.database, job.id, str(error), actor=runtime.actor)
-        runtime.store.delete_tree(locations.work_dir(job.output_uri, job.id))
         raise
-    plan = PlanRecord(found.schema, tuple(columns), keep, model.digest, model.architectures)
-    shards = planning.plan(found.files, shard_rows=spec.shard_rows, shard_bytes=spec.shard_bytes)
+    return _store_plan(runtime, job, spec, prepared)
+
+
+def _prepare(runtime: Runtime, job_id: str, spec: JobSpec, engine: str, model: Model) -> _Prepared:
+    work = locations.work_dir(spec.output, job_id)
+    try:
+        found = inputs.discover(runtime.store, spec, work)
+        columns = registry.engine_class(engine).check(spec, model, found.schema)
+        keep = _kept(spec, tuple(found.schema.names))
+    except BaseException:
+        runtime.store.delete_tree(work)
+        raise
+    return _Prepared(PlanRecord(found.schema, tuple(columns), keep, model.digest, model.architectures), found)
+
+
+def _store_plan(runtime: Runtime, job: Job, spec: JobSpec, prepared: _Prepared) -> Job:
+    shards = planning.plan(prepared.found.files, shard_rows=spec.shard_rows, shard_bytes=spec.shard_bytes)
     return jobs.set_planned(
-        runtime.database, job.id, plan=plan.to_json(), sources=found.sources, shards=shards, actor=runtime.actor
+        runtime.database,
+        job.id,
+        plan=prepared.record.to_json(),
+        sources=prepared.found.sources,
+        shards=shards,
+        actor=runtime.actor,
     )
 
 

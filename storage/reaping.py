@@ -34,7 +34,9 @@ def reap(database: Database, *, lease_seconds: float, max_losses: int, actor: st
         with database.read() as connection:
             if connection.execute(sa.select(now() - started)).scalar_one() < lease_seconds:
                 return Reaped(0, 0)
-    return _take_back(database, shard.c.lease_until < now(), max_losses=max_losses, actor=actor, batch=batch)
+    return _take_back(
+        database, shard.c.lease_until < now(), "its lease ran out", max_losses=max_losses, actor=actor, batch=batch
+    )
 
 
 def reap_owners(database: Database, owners: Collection[str], *, max_losses: int, actor: str) -> Reaped:
@@ -47,11 +49,11 @@ def reap_owners(database: Database, owners: Collection[str], *, max_losses: int,
         connection.execute(
             job.update().where(job.c.finalize_owner.in_(list(owners))).values(finalize_owner=None, finalize_until=None)
         )
-    return _take_back(database, condition, max_losses=max_losses, actor=actor, batch=200)
+    return _take_back(database, condition, "its worker died", max_losses=max_losses, actor=actor, batch=200)
 
 
 def _take_back(
-    database: Database, condition: sa.ColumnElement[bool], *, max_losses: int, actor: str, batch: int
+    database: Database, condition: sa.ColumnElement[bool], why: str, *, max_losses: int, actor: str, batch: int
 ) -> Reaped:
     shard = tables.shard
     query = sa.select(shard).where(shard.c.state == ShardState.RUNNING, condition).order_by(shard.c.id).limit(batch)
@@ -61,7 +63,7 @@ def _take_back(
             found = connection.execute(query).all()
         moved = 0
         for row in found:
-            target = _lose(database, row, max_losses=max_losses, actor=actor)
+            target = _lose(database, row, why, max_losses=max_losses, actor=actor)
             moved += target is not None
             ready += target is ShardState.READY
             dead += target is ShardState.FAILED
@@ -69,7 +71,7 @@ def _take_back(
             return Reaped(ready, dead)
 
 
-def _lose(database: Database, row: sa.Row[Any], *, max_losses: int, actor: str) -> ShardState | None:
+def _lose(database: Database, row: sa.Row[Any], why: str, *, max_losses: int, actor: str) -> ShardState | None:
     shard, job = tables.shard, tables.job
     # A loss counts against the budget only when the attempt left no progress behind: a shard that is flushed a little
     # further each time gets through, however often its worker dies.
@@ -98,9 +100,7 @@ def _lose(database: Database, row: sa.Row[Any], *, max_losses: int, actor: str) 
         )
         if not moved:
             return None
-        move_attempt(
-            connection, row.id, row.attempt_no, AttemptState.RUNNING, AttemptState.LOST, error="its lease ran out"
-        )
+        move_attempt(connection, row.id, row.attempt_no, AttemptState.RUNNING, AttemptState.LOST, error=why)
         if target is ShardState.FAILED:
             close_shard(connection, locked, actor, dead=True)
         return target
