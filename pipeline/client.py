@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from pipeline import job as job_calls
-from pipeline import local
+from pipeline import local, maintenance
 from pipeline.engines.base import Cancellation
 from pipeline.leases import INTERRUPTED
 from pipeline.progress import shown
@@ -137,7 +137,7 @@ class Client:
             return running
         if self._runtime.settings.broker_url is not None:
             return None
-        local.maintenance.recover_local(self._runtime)
+        maintenance.recover_local(self._runtime)
         if workers.holding(self._runtime.database, job_id):
             return None
         background = self._running[job_id] = _Background(self._runtime, job_id)

@@ -41,7 +41,7 @@ NOT_PART_OF_THE_WORK = frozenset({"priority", "metadata", "completion_window", "
 class JobSpec(BaseModel):
     """Everything that says what a job computes and where to put it. Immutable, and complete: same spec, same work."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     input: Annotated[tuple[str, ...], Field(min_length=1)]
     """Files, globs or directories of Parquet, JSONL, CSV or Arrow IPC, on anything that fsspec reads."""
@@ -110,6 +110,16 @@ class JobSpec(BaseModel):
                 raise ValueError(f"{uri!r} chains filesystems with '::', which is refused; give one plain path or URL")
         return value
 
+    @field_validator("engine_options", "sampling", "chat_template_kwargs")
+    @classmethod
+    def _plain_json(cls, value: dict[str, Any]) -> dict[str, Any]:
+        # Stored as JSON, where an infinity would silently become null.
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"must be plain JSON: {error}") from None
+        return value
+
     @field_validator("completion_window")
     @classmethod
     def _a_duration(cls, value: str) -> str:
@@ -136,9 +146,8 @@ class JobSpec(BaseModel):
         task, allowed = self.task, _READS[self.task]
         given = {name for name in _SHAPING if getattr(self, name) not in (None, {}, ())}
         if extra := sorted(given - allowed):
-            raise ValueError(
-                f"task '{task}' does not read {', '.join(extra)}; it reads {', '.join(sorted(allowed)) or 'none of these'}"
-            )
+            reads = ", ".join(sorted(allowed))
+            raise ValueError(f"task '{task}' does not read {', '.join(extra)}; it reads {reads}")
         if task is Task.GENERATE and self.prompt is None:
             raise ValueError("task 'generate' needs prompt, a template over the columns, such as \"Say: {text}\"")
         if task is Task.CHAT and [self.prompt, self.messages, self.column].count(None) != 2:

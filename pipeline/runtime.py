@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 
 import psutil
 import uuid_utils
-from storage.objects import ObjectStore
 
 from pipeline.engines.base import EngineContext
 from pipeline.engines.pool import EnginePool
 from pipeline.settings import Settings
 from storage import workers
 from storage.database import Database
+from storage.objects import ObjectStore
 from storage.workers import Worker
 
 

@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import platformdirs
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from pipeline import settings_sources as sources
+from pipeline.redaction import redact
+from storage.errors import InvalidSettings
+
+LogLevel = Literal["debug", "info", "warning", "error", "critical"]
+
+
+def _expanded(value: object) -> object:
+    return Path(value).expanduser() if isinstance(value, (str, Path)) else value
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
 
 
 class Settings(BaseSettings):
-    """How this process runs. Frozen; jobs never carry any of it."""
+    """How this process runs. Frozen; jobs never carry any of it.
 
-    model_config = SettingsConfigDict(env_prefix="ROWMILL_", env_nested_delimiter="__", frozen=True, extra="forbid")
+    Raises :class:`~storage.errors.InvalidSettings`, which names the field and the source of a bad value.
+    """
 
-    data_dir: Path = Field(default_factory=lambda: Path(platformdirs.user_data_dir("rowmill")))
+    model_config = SettingsConfigDict(
+        env_prefix=sources.PREFIX, env_nested_delimiter="__", env_ignore_empty=True, frozen=True, extra="forbid"
+    )
+
+    data_dir: Annotated[Path, BeforeValidator(_expanded)] = Field(
+        default_factory=lambda: Path(platformdirs.user_data_dir("rowmill"))
+    )
     """Where the embedded database lives."""
-    cache_dir: Path = Field(default_factory=lambda: Path(platformdirs.user_cache_dir("rowmill")))
+    cache_dir: Annotated[Path, BeforeValidator(_expanded)] = Field(
+        default_factory=lambda: Path(platformdirs.user_cache_dir("rowmill"))
+    )
     """Exported graphs, model digests: all of it can be deleted."""
-    database_url: str | None = None
+    database_url: Annotated[str | None, Field(repr=False)] = None
     """SQLAlchemy URL; ``None`` is SQLite at ``data_dir/rowmill.db``."""
-    broker_url: str | None = None
+    broker_url: Annotated[str | None, Field(repr=False)] = None
     """Celery broker URL; ``None`` is the embedded mode."""
-    storage_options: dict[str, dict[str, Any]] = {}
+    storage_options: Annotated[dict[str, dict[str, Any]], Field(repr=False)] = {}
     """Per protocol, fsspec's own options: ``{"s3": {"endpoint_url": …}}``."""
     lease_seconds: Annotated[float, Field(gt=0)] = 60.0
     """A worker silent for this long may lose its shards. Heartbeats come at a third of it."""
@@ -31,6 +56,10 @@ class Settings(BaseSettings):
     """Finished rows that are flushed as a resume point."""
     flush_seconds: Annotated[float, Field(gt=0)] = 30.0
     """Finished rows are flushed at least this often."""
+    flush_bytes: Annotated[int, Field(ge=1)] = 64 * 2**20
+    """Finished rows are flushed when their results take this much memory. Up to two such buffers exist per shard."""
+    slots: Annotated[int, Field(ge=1, le=64)] = 1
+    """Shards that run at the same time in one process, on the same engine."""
     read_batch_rows: Annotated[int, Field(ge=1)] = 1024
     """Most rows read at a time."""
     read_batch_bytes: Annotated[int, Field(ge=1)] = 16 * 2**20
@@ -41,8 +70,102 @@ class Settings(BaseSettings):
     """Failures after which a shard is given up."""
     max_losses: Annotated[int, Field(ge=1)] = 8
     """Lost attempts after which a shard is given up."""
-    log_level: str = "warning"
+    tick_seconds: Annotated[float, Field(gt=0)] = 15.0
+    """How often beat has lost messages, lost shards, expired jobs and garbage looked after."""
+    log_level: Annotated[LogLevel, BeforeValidator(_lower)] = "warning"
 
     @property
     def effective_database_url(self) -> str:
         return self.database_url or f"sqlite:///{self.data_dir / 'rowmill.db'}"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Strongest first: arguments (flags), environment, the project's file, the user's file."""
+        project, user = sources.config_files()
+        return (
+            init_settings,
+            sources.EnvSource(settings_cls),
+            sources.FileSource(settings_cls, project),
+            sources.FileSource(settings_cls, user),
+        )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _a_bad_value_names_its_source(cls, data: Any, handler: ModelWrapValidatorHandler[Settings]) -> Settings:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise _explained(error) from None
+
+
+def _explained(error: ValidationError) -> InvalidSettings:
+    """The first problem, with its field and where its value stands."""
+    problem = error.errors(include_url=False)[0]
+    path = tuple(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return InvalidSettings(sources.unknown_key(path[0], Settings.model_fields))
+    # A flag or argument has already won the merge, so a layer is at fault only if it holds the very value refused.
+    at_fault = next((x for x in sources.layers(Settings) if sources.dig(x.values, path) == problem["input"]), None)
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    shown = redact(problem["input"], path[-1])
+    return InvalidSettings(
+        f"{message}, not {shown!r}", field=".".join(path), source=at_fault.label(path) if at_fault else None
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """One value and where it comes from. ``name`` is dotted for values inside ``storage_options``; ``kind`` is
+    ``flag``, ``env``, ``project``, ``user`` or ``default``, ``source`` the flag, variable or file by name."""
+
+    name: str
+    value: Any
+    kind: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedSettings:
+    """The settings, and how they came to be. ``flags`` maps a field to the flag that gave it."""
+
+    settings: Settings
+    origins: tuple[Origin, ...]
+    files: tuple[sources.ConfigFile, ...]
+    warnings: tuple[str, ...]
+
+
+def load_settings(values: Mapping[str, Any] | None = None, flags: Mapping[str, str] | None = None) -> LoadedSettings:
+    """The settings of this process, with every value's source.
+
+    ``values`` come from flags and win; ``flags`` names, for messages, the flag behind each field. Raises
+    :class:`InvalidSettings`.
+    """
+    values, flags = values or {}, flags or {}
+    try:
+        settings = Settings(**values)
+    except InvalidSettings as error:
+        field = (error.field or "").split(".")[0]
+        if error.source is None and field in flags:
+            raise InvalidSettings(error.reason, field=error.field, source=flags[field]) from None
+        raise
+    layers = sources.layers(Settings)
+    origins = []
+    for name in Settings.model_fields:
+        for path, value in sources.leaves(getattr(settings, name), (name,)):
+            layer = next((x for x in layers if sources.holds(x.values, path)), None)
+            if sources.holds(values, path):
+                kind, source = "flag", flags.get(name, name)
+            elif layer is not None:
+                kind, source = layer.kind, layer.label(path)
+            else:
+                kind = source = "default"
+            origins.append(Origin(".".join(path), value, kind, source))
+    warnings = tuple(sources.unknown_variables(Settings.model_fields))
+    return LoadedSettings(settings, tuple(origins), sources.config_files(), warnings)

@@ -1,4 +1,4 @@
-"""Prompt templates: ``{column}`` is replaced by the row's value, ``{{`` and ``}}`` are braces, and nothing else happens.
+"""Prompt templates: ``{column}`` becomes the row's value, ``{{`` and ``}}`` are braces, and nothing else happens.
 
 Deliberately not :meth:`str.format`: attribute access, indexing, conversions and format specs would let a template read
 what is not a column, or pad a prompt to gigabytes.

@@ -16,8 +16,6 @@ from pipeline.settings import Settings
 from pipeline.worker import Worker
 from storage.wakeups import CONTROL_QUEUE, TICK
 
-TICK_SECONDS = 15.0
-
 settings = Settings()
 app = Celery("rowmill", broker=settings.broker_url, include=["tasks.jobs", "tasks.shards", "tasks.beat"])
 app.conf.update(
@@ -30,7 +28,9 @@ app.conf.update(
     worker_pool="threads",
     broker_connection_retry_on_startup=True,
     timezone="UTC",
-    beat_schedule={"tick": {"task": TICK, "schedule": TICK_SECONDS, "options": {"expires": TICK_SECONDS}}},
+    beat_schedule={
+        "tick": {"task": TICK, "schedule": settings.tick_seconds, "options": {"expires": settings.tick_seconds}}
+    },
 )
 
 _lock = threading.Lock()
@@ -46,7 +46,7 @@ def worker() -> Worker:
         return _worker
 
 
-@worker_shutdown.connect  # type: ignore[untyped-decorator]
+@worker_shutdown.connect
 def _close(**_: Any) -> None:
     if _worker is not None:
         _worker.close()

@@ -12,9 +12,9 @@ from typing import Any
 class Model:
     """A model on disk.
 
-    ``path`` is a directory or a ``.onnx`` file (``None`` for the built-in ``fake``); ``digest`` the SHA-256 (hex) of its
-    content; ``architectures`` and ``config`` come from its ``config.json``, if any; ``onnx_files`` are the graphs found,
-    best first.
+    ``path`` is a directory or a ``.onnx`` file (``None`` for the built-in ``fake``); ``digest`` the SHA-256 (hex) of
+    its content; ``architectures`` and ``config`` come from its ``config.json``, if any; ``onnx_files`` are the graphs
+    found, best first; ``weights`` the PyTorch weight files; ``sentence_transformer``: there is a ``modules.json``.
     """
 
     name: str
@@ -23,8 +23,12 @@ class Model:
     architectures: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     onnx_files: tuple[Path, ...] = ()
+    weights: tuple[Path, ...] = ()
+    sentence_transformer: bool = False
 
     @property
     def autoregressive(self) -> bool:
         """True for decoder language models, whatever their modality."""
-        return any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in self.architectures)
+        return any(
+            name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in self.architectures
+        )

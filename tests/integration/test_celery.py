@@ -48,6 +48,7 @@ def settings(postgres_database: str, redis_url: str, tmp_path: Path, cache_dir: 
         "data_dir": str(tmp_path / "data"),
         "cache_dir": str(cache_dir),
         "lease_seconds": "30",
+        "tick_seconds": "1",
     }
 
 
@@ -58,9 +59,8 @@ def worker(settings: dict[str, str], log: Path) -> Any:
 
 def test_a_worker_runs_what_another_process_submits(settings: dict[str, str], tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": [f"t{n}" for n in range(500)]}), tmp_path / "in.parquet")
-    job: dict[str, Any] = {
-        "input": str(tmp_path / "in.parquet"), "model": "fake", "task": "generate", "prompt": "{text}", "shard_rows": 60,
-    }  # fmt: skip
+    source = str(tmp_path / "in.parquet")
+    job: dict[str, Any] = {"input": source, "model": "fake", "task": "generate", "prompt": "{text}", "shard_rows": 60}
     with Client(settings=Settings(**settings)) as client:  # type: ignore[arg-type]
         # Submitted before any worker is there; the wake-ups of the second job are then thrown away.
         first = client.submit(**job, output=str(tmp_path / "one"))

@@ -1,0 +1,172 @@
+"""Writes the pages of ``docs/reference`` that follow from the code: states, row errors, the fake engine, job schema.
+
+``make docs`` runs it; a test compares the committed files with what it would write. With ``--check`` it writes nothing
+and ends with 1 when a file is out of date.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from pipeline import row_errors
+from pipeline.engines.fake_faults import FakeOptions
+from pipeline.job_spec import JobSpec
+from storage import states
+
+REFERENCE = Path(__file__).resolve().parent / "reference"
+ORIGIN = "<!-- Generated from {source} by `make docs`; do not edit. -->"
+
+MACHINES: tuple[tuple[str, type[StrEnum], Mapping[Any, frozenset[Any]], frozenset[Any]], ...] = (
+    ("Job", states.JobState, states.JOB, states.TERMINAL_JOB),
+    ("Shard", states.ShardState, states.SHARD, frozenset()),
+    ("Attempt", states.AttemptState, states.ATTEMPT, frozenset()),
+    ("Request", states.RequestState, states.REQUEST, frozenset()),
+)
+"""Heading, enum, table, and the states in which it rests although the table leads on."""
+
+
+def attribute_docs(cls: type) -> dict[str, str]:
+    """Name → docstring of every attribute of a class that has one, in order, as Markdown on one line."""
+    tree = ast.parse(inspect.getsource(cls))
+    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef))
+    found = {}
+    for attribute, doc in pairwise(body):
+        target = attribute.target if isinstance(attribute, ast.AnnAssign) else None
+        if isinstance(attribute, ast.Assign):
+            target = attribute.targets[0]  # type: ignore[assignment]
+        if (
+            isinstance(target, ast.Name)
+            and isinstance(doc, ast.Expr)
+            and isinstance(doc.value, ast.Constant)
+            and isinstance(doc.value.value, str)
+        ):
+            found[target.id] = markdown(doc.value.value)
+    return found
+
+
+def markdown(doc: str) -> str:
+    """A docstring as Markdown: code in single backticks, one line."""
+    text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", " ".join(doc.split()))
+    return text.replace("``", "`")
+
+
+def table(*rows: tuple[str, ...]) -> str:
+    """A Markdown table; the first row is its head."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def diagram(kind: type[StrEnum], moves: Mapping[Any, frozenset[Any]], resting: frozenset[Any]) -> str:
+    """The state machine in Mermaid. It begins with the first state of the enum."""
+
+    def lines() -> Iterator[str]:
+        yield "stateDiagram-v2"
+        yield f"    [*] --> {next(iter(kind))}"
+        for state in kind:
+            for target in (target for target in kind if target in moves[state]):
+                yield f"    {state} --> {target}"
+            if state in resting or not moves[state]:
+                yield f"    {state} --> [*]"
+
+    return "\n".join(["```mermaid", *lines(), "```"])
+
+
+STATES = """\
+What may follow what. Anything else raises `IllegalTransition` and changes nothing; every move is an entry in the \
+job's events."""
+
+ROW_ERRORS = f"""\
+A row that cannot be computed is in the output all the same: its `error` holds a `code` from this table and a \
+`message` of at most {row_errors.MESSAGE_LIMIT} characters, and its result columns are null. The codes are stable; \
+the messages are for people."""
+
+FAKE = """\
+`model="fake"` runs every task without a model. Answers follow from a row's content alone, so that tests of your own \
+can rest on them: `generate` and `chat` give `fake:`, eight hexadecimal digits of the prompt's SHA-256 and the \
+beginning of the prompt; `embed` a unit vector of eight elements; `classify` one of three labels; `score` a number \
+from 0 to 1; `tensor` one column `output`, the sum of the row's numbers. A token is a word."""
+
+FAULTS = """\
+Given as `engine_options` (`--set` on the command line). A row is matched by its text: the rendered prompt, the text \
+column (for a pair, both), or the sum of the row's numbers."""
+
+
+def states_page() -> str:
+    parts = [ORIGIN.format(source="`storage/states.py`"), "# States", STATES]
+    for heading, kind, moves, resting in MACHINES:
+        docs = attribute_docs(kind)
+        rows = [
+            (
+                f"`{state}`",
+                ", ".join(f"`{target}`" for target in kind if target in moves[state]) or "–",
+                docs[state.name],
+            )
+            for state in kind
+        ]
+        about = markdown(inspect.getdoc(kind) or "")
+        parts += [f"## {heading}", about, diagram(kind, moves, resting), table(("State", "Moves to", "Meaning"), *rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def row_errors_page() -> str:
+    docs = attribute_docs(row_errors.RowErrorCode)
+    rows = [(f"`{code}`", docs[code.name]) for code in row_errors.RowErrorCode]
+    origin = ORIGIN.format(source="`pipeline/row_errors.py`")
+    return "\n\n".join([origin, "# Row errors", ROW_ERRORS, table(("Code", "Meaning"), *rows)]) + "\n"
+
+
+def fake_engine_page() -> str:
+    docs = attribute_docs(FakeOptions)
+    rows = []
+    for name, field in FakeOptions.model_fields.items():
+        default = "–" if field.default is None else f"`{json.dumps(field.default)}`"
+        rows.append((f"`{name}`", default, docs[name]))
+    parts = [
+        ORIGIN.format(source="`pipeline/engines/fake_faults.py`"),
+        "# The fake engine",
+        FAKE,
+        "## Scripted faults",
+        FAULTS,
+        table(("Option", "Default", "Meaning"), *rows),
+        markdown((inspect.getdoc(FakeOptions) or "").partition("\n\n")[2]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def job_schema() -> str:
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **JobSpec.model_json_schema()}
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+def pages() -> dict[Path, str]:
+    """File → what it should hold."""
+    return {
+        REFERENCE / "states.md": states_page(),
+        REFERENCE / "row-errors.md": row_errors_page(),
+        REFERENCE / "fake-engine.md": fake_engine_page(),
+        REFERENCE / "job-spec.schema.json": job_schema(),
+    }
+
+
+def main(arguments: list[str]) -> int:
+    stale = [path for path, text in pages().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        if "--check" not in arguments:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(pages()[path], encoding="utf-8")
+        verb = "is out of date" if "--check" in arguments else "written"
+        sys.stderr.write(f"{path.relative_to(REFERENCE.parent.parent)} {verb}\n")
+    return 1 if stale and "--check" in arguments else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,149 @@
+"""What every command shares: the options all of them take, the settings they run under, and how their errors end."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.cli import errors, output
+from pipeline.cli.values import setting_values
+from pipeline.redaction import redact_text
+
+if TYPE_CHECKING:
+    from pipeline.client import Client
+    from pipeline.settings import LoadedSettings
+
+_PANEL = "Every command"
+
+
+def _shared(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document on stdout instead of text.", rich_help_panel=_PANEL)
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="No progress and no notices on stderr.", rich_help_panel=_PANEL)
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=_PANEL)
+    ] = False,
+    data_dir: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where the embedded database lives.", rich_help_panel=_PANEL)
+    ] = None,
+    database_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Database to use instead.", rich_help_panel=_PANEL)
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Any setting, by its name in 'config show'.", rich_help_panel=_PANEL),
+    ] = None,
+) -> None:
+    """Only its signature is used: these options are added to every command."""
+
+
+@dataclass
+class Invocation:
+    """One run of a command: its shared options, and what is made from them when it is needed."""
+
+    as_json: bool = False
+    quiet: bool = False
+    debug: bool = False
+    data_dir: str | None = None
+    database_url: str | None = None
+    setting: list[str] | None = None
+    failure_details: dict[str, Any] = field(default_factory=dict)
+    """Put into the JSON document when the command fails: what is known at that point."""
+
+    @functools.cached_property
+    def loaded(self) -> LoadedSettings:
+        """The settings with their sources. Raises :class:`~storage.errors.InvalidSettings`."""
+        from pipeline.settings import load_settings
+
+        values = setting_values(self.setting or ())
+        flags = dict.fromkeys(values, "--setting")
+        for name, value in (("data_dir", self.data_dir), ("database_url", self.database_url)):
+            if value is not None:
+                values[name], flags[name] = value, "--" + name.replace("_", "-")
+        return load_settings(values, flags)
+
+    def client(self) -> Client:
+        """The client of the database that the settings name, with logging set up first."""
+        import logging
+
+        from pipeline.client import Client
+
+        logging.basicConfig(
+            level=self.loaded.settings.log_level.upper(),
+            stream=sys.stderr,
+            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        )
+        return Client(settings=self.loaded.settings)
+
+    def notice(self, message: str) -> None:
+        """A line for the person at the terminal."""
+        if not self.quiet:
+            say(message)
+
+    def fail(self, error: BaseException) -> int:
+        """Tell what went wrong, and return the exit code."""
+        failure = errors.describe(error)
+        message = failure.message
+        if not failure.expected:
+            try:
+                kept_in: Path | None = self.loaded.settings.data_dir
+            except Exception:  # the settings may be what failed; the log then goes to a temporary directory
+                kept_in = None
+            message += f"\nThis is a defect in Rowmill. The details are in {errors.write_crash_log(error, kept_in)}"
+        if self.debug:
+            import traceback
+
+            traceback.print_exception(error, file=sys.stderr)
+        say(message, error=True)
+        if self.as_json:
+            output.emit_json({"error": failure.to_json(), **self.failure_details})
+        return failure.exit_code
+
+
+def say(message: str, *, error: bool = False) -> None:
+    """A message on stderr, as it is: no markup, no wrapping; ``error:`` before it is red on a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
+    if error:
+        console.print("error:", style="bold red", end=" ")
+    text = "\n".join(output.printable(line) for line in redact_text(message).splitlines())
+    console.print(text)
+
+
+def command(function: Callable[..., int | None]) -> Callable[..., None]:
+    """Make a typer command: add the shared options, pass them as an :class:`Invocation`, end with the exit code.
+
+    ``function`` takes the invocation first and returns its exit code, ``None`` for 0. Whatever it raises becomes one
+    message and one exit code; only a closed pipe is left to typer.
+    """
+    own = inspect.signature(function, eval_str=True)
+    shared = inspect.signature(_shared, eval_str=True)
+    first, *rest = own.parameters.values()
+    keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*rest, *shared.parameters.values())]
+
+    @functools.wraps(function)
+    def wrapper(**values: Any) -> None:
+        invocation = Invocation(**{name: values.pop(name) for name in shared.parameters})
+        try:
+            code = function(invocation, **values) or errors.OK
+        except (typer.Exit, BrokenPipeError):
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            code = invocation.fail(error)
+        raise typer.Exit(code)
+
+    wrapper.__signature__ = own.replace(parameters=keyword, return_annotation=None)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in keyword}
+    assert first.annotation is Invocation
+    return wrapper

@@ -1,0 +1,293 @@
+"""``rowmill job``: look at jobs, wait for them, cancel and retry them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from pipeline.cli import errors, output
+from pipeline.cli.command import Invocation, command
+from pipeline.cli.foreground import Hooks, foreground
+from pipeline.cli.progress import progress
+from pipeline.status import JobStatus
+from storage.errors import JobCancelled, JobFailed
+
+if TYPE_CHECKING:
+    from pipeline.client import Client
+
+app = typer.Typer(help="Jobs: list, show, wait, cancel, retry.", no_args_is_help=True)
+
+_POLL_SECONDS = 1.0
+
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, or an unambiguous beginning of it.")]
+StateName = Literal[
+    "validating", "queued", "in_progress", "finalizing", "cancelling", "completed", "failed", "cancelled", "expired"
+]
+
+
+@app.command(name="list")
+@command
+def list_jobs(
+    invocation: Invocation,
+    state: Annotated[StateName | None, typer.Option("-s", "--state", help="Only jobs in this state.")] = None,
+    limit: Annotated[int, typer.Option("-n", "--limit", min=1, max=1000, metavar="N", help="At most this many.")] = 20,
+    after: Annotated[str | None, typer.Option(metavar="JOB", help="Only jobs older than this one.")] = None,
+) -> None:
+    """Jobs, the newest first."""
+    with invocation.client() as client:
+        found = client.jobs(state=state, limit=limit, after=after)
+    if invocation.as_json:
+        last = found[-1].id if len(found) == limit else None
+        output.emit_json({"jobs": [status.to_json() for status in found], "after": last})
+        return
+    if not found:
+        invocation.notice("no jobs" + (f" that are {state}" if state else ""))
+        return
+    columns = ("id", "state", "task", "model", "rows", "done", "failed", "age", "output")
+    now = time.time()
+    rows = []
+    for s in found:
+        counts = [f"{n:,}" for n in (s.rows_total, s.rows_done, s.rows_failed)]
+        rows.append([s.id, s.state, s.task, s.model, *counts, output.duration(now - s.created_at), s.output])
+    output.emit(output.table(columns, rows, right=("rows", "done", "failed")))
+
+
+@app.command()
+@command
+def show(
+    invocation: Invocation,
+    job: JobId,
+    row: Annotated[int | None, typer.Option(min=0, metavar="N", help="This input row instead, from 0.")] = None,
+    attempts: Annotated[bool, typer.Option("--attempts", help="Every attempt at every shard, too.")] = False,
+    events: Annotated[bool, typer.Option("--events", help="Every change of state, too.")] = False,
+) -> None:
+    """One job, or one of its rows."""
+    if row is not None:
+        _show_row(invocation, job, row)
+        return
+    with invocation.client() as client:
+        handle = client.job(job)
+        status = handle.status()
+        tried = [_attempt(item) for item in handle.attempts()] if attempts else []
+        happened = [_event(item) for item in handle.events()] if events else []
+    if invocation.as_json:
+        more = ({"attempts": tried} if attempts else {}) | ({"events": happened} if events else {})
+        output.emit_json({"job": status.to_json(), **more})
+        return
+    output.emit(describe(status))
+    if attempts:
+        names = ("shard", "attempt", "state", "resumed", "computed", "seconds", "worker", "error")
+        output.emit("\n" + output.table(names, [[item[name] for name in names] for item in tried]))
+    if events:
+        columns = ("at", "type", "shard", "attempt", "actor", "data")
+        lines = [[output.moment(item["at"]), *(item[c] for c in columns[1:])] for item in happened]
+        output.emit("\n" + output.table(columns, lines))
+
+
+def _show_row(invocation: Invocation, job: str, row: int) -> None:
+    with invocation.client() as client:
+        request = client.request(client.job(job).id, row)
+    if invocation.as_json:
+        output.emit_json({"request": request.to_json()})
+    else:
+        output.emit(output.pairs(request.to_json().items()))
+
+
+def describe(status: JobStatus) -> str:
+    """A job as lines of names and values."""
+    share = f" ({100 * status.rows_done // status.rows_total}%)" if status.rows_total else ""
+    took = None
+    if status.started_at is not None and status.ended_at is not None:
+        took = output.duration(status.ended_at - status.started_at)
+    return output.pairs(
+        [
+            ("id", status.id),
+            ("state", status.state + (" (partial output)" if status.partial and status.rows_done else "")),
+            ("reason", status.stop_reason),
+            ("error", status.error),
+            ("message", status.message),
+            ("task", status.task),
+            ("model", status.model),
+            ("engine", status.engine),
+            ("input", ", ".join(status.input)),
+            ("output", status.output),
+            ("rows", f"{status.rows_done:,} of {status.rows_total:,} done{share}"),
+            ("failed rows", f"{status.rows_failed:,}" if status.rows_failed else None),
+            ("resumed rows", f"{status.rows_resumed:,}" if status.rows_resumed else None),
+            ("shards", _counts(status.shards)),
+            ("tokens", _counts({name.removesuffix("_tokens"): n for name, n in status.tokens.items()})),
+            ("attempts", f"{status.attempts} ({status.failures} failed, {status.losses} lost)"),
+            ("generation", status.gen or None),
+            ("tenant", status.tenant if status.tenant != "default" else None),
+            ("metadata", ", ".join(f"{k}={v}" for k, v in status.metadata.items())),
+            ("idempotency key", status.idempotency_key),
+            ("created", output.moment(status.created_at)),
+            ("started", output.moment(status.started_at)),
+            ("ended", output.moment(status.ended_at)),
+            ("expires", None if status.terminal else output.moment(status.expires_at)),
+            ("took", took),
+        ]
+    )
+
+
+def _counts(counts: Any) -> str:
+    return ", ".join(f"{name} {n:,}" for name, n in counts.items() if n)
+
+
+def _attempt(item: Any) -> dict[str, Any]:
+    ended = item.ended_at
+    return {
+        "shard": item.shard_id,
+        "attempt": item.attempt_no,
+        "state": str(item.state),
+        "resumed": item.rows_resumed,
+        "computed": item.rows_computed,
+        "seconds": None if ended is None else round(ended - item.started_at, 3),
+        "worker": item.worker_id,
+        "error": item.error,
+        "started_at": item.started_at,
+        "ended_at": ended,
+        "stats": dict(item.stats),
+    }
+
+
+def _event(item: Any) -> dict[str, Any]:
+    return {
+        "at": item.at,
+        "type": item.type,
+        "shard": item.shard_id,
+        "attempt": item.attempt_no,
+        "actor": item.actor,
+        "data": dict(item.data),
+    }
+
+
+@app.command(name="errors")
+@command
+def list_errors(
+    invocation: Invocation,
+    job: JobId,
+    limit: Annotated[int, typer.Option("-n", "--limit", min=0, metavar="N", help="At most this many; 0 is all.")] = 100,
+) -> None:
+    """The failed rows: number, code, message.
+
+    Up to 100 of them are kept for each shard; the output's error column has every one.
+    """
+    with invocation.client() as client:
+        handle = client.job(job)
+        found = list(handle.errors(limit=limit + 1 if limit else None))
+    more = bool(limit) and len(found) > limit
+    found = found[:limit] if limit else found
+    if invocation.as_json:
+        rows = [{"row": item.row, "code": item.code, "message": item.message} for item in found]
+        output.emit_json({"job": handle.id, "errors": rows, "more": more})
+        return
+    if not found:
+        invocation.notice("no failed rows")
+        return
+    output.emit(output.table(("row", "code", "message"), [(e.row, e.code, e.message) for e in found], right=("row",)))
+    if more:
+        invocation.notice(f"the first {limit}; --limit 0 shows all that are kept")
+
+
+@app.command()
+@command
+def cancel(invocation: Invocation, job: JobId) -> None:
+    """Stop a job. What is finished is published as a partial output."""
+    with invocation.client() as client:
+        _tell(invocation, client.job(job).cancel())
+
+
+@app.command()
+@command
+def retry(
+    invocation: Invocation,
+    job: JobId,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Compute every row again, not only the failed and missing ones.")
+    ] = False,
+    no_run: Annotated[bool, typer.Option("--no-run", help="Queue only; 'rowmill job resume' runs it.")] = False,
+) -> int:
+    """Go on with a job that has ended: its failed and missing rows; the output is replaced when they are done.
+
+    Without a broker the rows are computed here and now, as in 'rowmill run'.
+    """
+    if no_run or invocation.loaded.settings.broker_url is not None:
+        with invocation.client() as client:
+            _tell(invocation, client.job(job).retry(failed_only=not everything))
+        return errors.OK
+
+    def work(client: Client, hooks: Hooks) -> JobStatus:
+        handle = client.job(job)
+        handle.retry(failed_only=not everything)
+        return handle.resume(**hooks)
+
+    return foreground(invocation, work)
+
+
+@app.command()
+@command
+def resume(invocation: Invocation, job: JobId) -> int:
+    """Go on with an interrupted job, here and now, as the same 'rowmill run' would."""
+
+    def work(client: Client, hooks: Hooks) -> JobStatus:
+        handle = client.job(job)
+        status = handle.status()
+        return status if status.terminal else handle.resume(**hooks)
+
+    return foreground(invocation, work)
+
+
+def _tell(invocation: Invocation, status: JobStatus) -> None:
+    if invocation.as_json:
+        output.emit_json({"job": status.to_json()})
+        return
+    output.emit(f"{status.id}  {status.state}")
+    if status.message:
+        invocation.notice(status.message)
+
+
+@app.command()
+@command
+def wait(
+    invocation: Invocation,
+    job: JobId,
+    timeout: Annotated[
+        float | None, typer.Option(min=0, metavar="SECONDS", help="Give up waiting then, with exit code 124.")
+    ] = None,
+) -> int:
+    """Wait until a job has ended; the exit code says how. Without a broker, a job that nobody runs is run here."""
+    with output.only_ours(), invocation.client() as client:
+        handle = client.job(job)
+        with contextlib.suppress(JobFailed, JobCancelled):  # told by the status, like every other end
+            handle.wait(timeout=timeout, progress=not invocation.quiet and sys.stderr.isatty())
+        status = handle.status()
+    return _end(invocation, status)
+
+
+@app.command()
+@command
+def watch(invocation: Invocation, job: JobId) -> int:
+    """Show a job's progress until it has ended. Ctrl-C only stops the watching."""
+    with invocation.client() as client, progress(quiet=invocation.quiet) as shown:
+        handle = client.job(job)
+        try:
+            while not (status := handle.status()).terminal:
+                shown.update(status)
+                time.sleep(_POLL_SECONDS)
+        except KeyboardInterrupt:
+            shown.notice(f"no longer watching; the job is not touched. To stop it: rowmill job cancel {handle.id}")
+            return errors.SIGNALLED
+    return _end(invocation, status)
+
+
+def _end(invocation: Invocation, status: JobStatus) -> int:
+    if invocation.as_json:
+        output.emit_json({"job": status.to_json()})
+    else:
+        output.emit(describe(status))
+    return errors.exit_code(status.state, status.rows_failed)

@@ -1,0 +1,51 @@
+"""The ``rowmill`` command. Everything heavy is imported inside the commands, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pipeline.cli import config, db, doctor, job
+from pipeline.cli.run import run
+
+app = typer.Typer(
+    name="rowmill",
+    help="Rows of Parquet in, a model over every row, rows of Parquet out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"rowmill {version('rowmill')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Its options only."""
+
+
+app.command(name="run")(run)
+app.add_typer(job.app, name="job")
+app.command(name="doctor")(doctor.doctor)
+app.add_typer(config.app, name="config")
+app.add_typer(db.app, name="db")
+
+
+def main() -> None:
+    """The entry point: run the command line in ``sys.argv``, and end the process with its exit code."""
+    app(prog_name="rowmill")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Data on stdout: JSON documents, tables, and the words for numbers and times."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+VERSION = 1
+"""Version of every JSON shape. It rises when a field goes, or changes its meaning; not when one is added."""
+
+
+def emit_json(document: Mapping[str, Any]) -> None:
+    """One JSON document, with its version, on stdout."""
+    text = json.dumps({"version": VERSION, **document}, indent=2, ensure_ascii=False, allow_nan=False, default=str)
+    emit(text.encode("utf-8", "replace").decode())
+
+
+def emit(text: str) -> None:
+    """One piece of text on stdout, and out of the buffer, so that a closed pipe is noticed here."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> str:
+    """Aligned columns without lines around them; ``right`` names the columns that are aligned to the right.
+
+    Nothing is cut off: a terminal wraps, a pipe gets every character.
+    """
+    cells = [[printable(cell) for cell in row] for row in rows]
+    lines = [[name.upper() for name in columns], *cells]
+    widths = [max(width(line[i]) for line in lines) for i in range(len(columns))]
+    numeric = [name in right for name in columns]
+    return "\n".join(
+        "  ".join(_pad(cell, w, r) for cell, w, r in zip(line, widths, numeric, strict=True)).rstrip() for line in lines
+    )
+
+
+def pairs(items: Iterable[tuple[str, object]]) -> str:
+    """Names and values, one to a line; values that are ``None`` or empty are left out."""
+    kept = [(name, printable(value)) for name, value in items if value not in (None, "", {}, ())]
+    longest = max((width(name) for name, _ in kept), default=0)
+    return "\n".join(f"{_pad(name, longest, False)}  {value}" for name, value in kept)
+
+
+def printable(value: object) -> str:
+    """The value as one line that cannot drive a terminal: control characters are shown as escapes."""
+    text = "" if value is None else str(value)
+    return "".join(c if unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode() for c in text)
+
+
+def width(text: str) -> int:
+    """Cells that the text takes on a terminal."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def _pad(text: str, to: int, right: bool) -> str:
+    space = " " * (to - width(text))
+    return space + text if right else text + space
+
+
+def count(number: float) -> str:
+    """``12,345``; small rates keep two significant digits (``0.25``, ``3.1``)."""
+    if 0 < abs(number) < 10 and number != int(number):
+        return f"{number:.2g}"
+    return f"{number:,.0f}"
+
+
+def plural(number: int, noun: str) -> str:
+    """``1 row``, ``2,000 rows``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def duration(seconds: float) -> str:
+    """``0.4 s``, ``12 s``, ``3 min 20 s``, ``2 h 05 min``, ``3 d 4 h``."""
+    if seconds < 9.95:
+        return f"{max(seconds, 0):.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def moment(at: float | None) -> str | None:
+    """A local time to the second, with its offset from UTC."""
+    return None if at is None else time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(at))
+
+
+def size(n_bytes: float) -> str:
+    """``512 B``, ``1.5 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:,.1f} TiB"
+
+
+@contextmanager
+def only_ours() -> Iterator[None]:
+    """Keep stdout for data: while inside, whatever libraries and their child processes print to it goes to stderr.
+
+    vLLM, for one, logs to stdout, from its children too, so this is done to the file descriptor itself.
+    """
+    try:
+        ours = sys.stdout.fileno() == 1 and sys.stderr.fileno() == 2
+    except (OSError, ValueError):  # replaced by something that is not a file, as tests do
+        ours = False
+    if not ours:
+        yield
+        return
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)

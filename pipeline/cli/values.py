@@ -1,0 +1,109 @@
+"""From words on the command line to the fields of a job. Pure, except for reading ``--spec``."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from storage.errors import InvalidJob, InvalidSettings
+
+_REQUIRED = {"input": "INPUT", "output": "-o/--output", "model": "-m/--model", "task": "-t/--task"}
+_MERGED = ("sampling", "engine_options", "metadata", "inputs", "chat_template_kwargs")
+"""Fields whose flags add to the ``--spec`` file's keys; every other flag replaces the file's value."""
+
+
+def value_of(text: str) -> Any:
+    """JSON where it is JSON (numbers, ``true``, ``null``, lists, objects, quoted strings), else the text itself."""
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except ValueError:
+        return text
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(name)  # NaN and Infinity are not JSON: they stay text
+
+
+def key_values(items: Iterable[str], option: str, *, literal: bool = False) -> dict[str, Any]:
+    """``["a=1", "b=x"]`` → ``{"a": 1, "b": "x"}``; with ``literal`` every value stays text.
+
+    Raises :class:`InvalidJob` for an item without ``=``, an empty key, or a key given twice.
+    """
+    found: dict[str, Any] = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not equals or not key.strip():
+            raise InvalidJob(f"{item!r} is not KEY=VALUE", field=option)
+        if key in found:
+            raise InvalidJob(f"{key!r} is given twice", field=option)
+        found[key] = text if literal else value_of(text)
+    return found
+
+
+def messages(items: Iterable[str]) -> list[dict[str, str]]:
+    """``["system=Be brief.", "user={text}"]`` → chat messages, in order. Raises :class:`InvalidJob`."""
+    found = []
+    for item in items:
+        role, equals, template = item.partition("=")
+        if not equals:
+            raise InvalidJob(f"{item!r} is not ROLE=TEMPLATE", field="--message")
+        found.append({"role": role, "content": template})
+    return found
+
+
+def setting_values(items: Iterable[str]) -> dict[str, Any]:
+    """``["flush_rows=10", "storage_options.s3.anon=true"]`` → nested values. Raises :class:`InvalidSettings`."""
+    from pipeline.settings_sources import text_or_json
+
+    found: dict[str, Any] = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        first, *inner = key.strip().split(".")
+        path = [first.replace("-", "_"), *inner]
+        if not equals or not all(path):
+            raise InvalidSettings(f"{item!r} is not KEY=VALUE", source="--setting")
+        level = found
+        for part in path[:-1]:
+            level = level.setdefault(part, {})
+            if not isinstance(level, dict):
+                raise InvalidSettings(f"{item!r} goes below a value given before", source="--setting")
+        level[path[-1]] = text_or_json(text)
+    return found
+
+
+def spec_file(path: Path) -> dict[str, Any]:
+    """The fields in a ``.toml`` or ``.json`` file. Raises :class:`InvalidJob`: missing, unreadable, not a table."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise InvalidJob(f"no such file: {path}", field="--spec") from None
+    except OSError as error:
+        raise InvalidJob(f"{path} cannot be read: {error.strerror}", field="--spec") from None
+    toml = path.suffix.lower() == ".toml"
+    try:
+        fields = tomllib.loads(data.decode()) if toml else json.loads(data)
+    except ValueError as error:
+        raise InvalidJob(f"{path} is not valid {'TOML' if toml else 'JSON'}: {error}", field="--spec") from None
+    if not isinstance(fields, dict):
+        raise InvalidJob(f"{path} holds a {type(fields).__name__}, not an object of job fields", field="--spec")
+    return fields
+
+
+def job_fields(from_file: Mapping[str, Any], from_flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The job's fields: flags over the file, key by key for sampling, engine options, metadata and inputs.
+
+    Flags that were not given are ``None`` and say nothing. Raises :class:`InvalidJob` for what no job can lack.
+    """
+    fields = dict(from_file)
+    for name, value in from_flags.items():
+        if value is None:
+            continue
+        below = fields.get(name)
+        fields[name] = {**below, **value} if name in _MERGED and isinstance(below, Mapping) else value
+    missing = [option for name, option in _REQUIRED.items() if fields.get(name) in (None, "", [], ())]
+    if missing:
+        raise InvalidJob(f"missing {', '.join(missing)}; see 'rowmill run --help'")
+    return fields

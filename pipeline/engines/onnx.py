@@ -1,0 +1,164 @@
+"""The ONNX Runtime engine: embed, classify and score texts, or run any tensor graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow as pa
+
+from pipeline.engines import onnx_checks as checks
+from pipeline.engines import onnx_graph, onnx_options
+from pipeline.engines.base import Cancellation, EngineContext, ResultBatch, RowBatch
+from pipeline.engines.onnx_folder import TextFolder
+from pipeline.engines.onnx_session import SessionPool, import_runtime, installed
+from pipeline.engines.onnx_stream import Window, stream
+from pipeline.engines.onnx_tensor import TensorModel
+from pipeline.engines.onnx_text import TextModel
+from pipeline.job_spec import JobSpec, Task
+from pipeline.models.export import Exported, exported
+from pipeline.models.model import Model
+from storage.errors import EngineDead, InvalidModel
+
+
+class OnnxEngine:
+    """One graph on ONNX Runtime. Speaks :class:`~pipeline.engines.base.Engine`; options: ``OnnxOptions``.
+
+    Models: a ``.onnx`` file, or a directory with one; a Transformers or sentence-transformers checkpoint, exported into
+    ``context.cache_dir`` on first use. Text tasks need ``tokenizer.json`` beside the graph.
+    """
+
+    name: ClassVar[str] = "onnx"
+    tasks: ClassVar[frozenset[Task]] = frozenset({Task.EMBED, Task.CLASSIFY, Task.SCORE, Task.TENSOR})
+
+    def __init__(self, model: Model, task: Task, options: Mapping[str, Any], context: EngineContext) -> None:
+        self._model = model
+        self._task = task
+        self._options = onnx_options.parse(options)
+        self._context = context
+        self._closed = False
+        self._pool: SessionPool | None = None
+        self._text: TextModel | None = None
+        self._tensor: TensorModel | None = None
+        self._exported: Exported | None = None
+        self._graph: Path | None = None
+        self._version = ""
+
+    @classmethod
+    def check(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:
+        """See :meth:`pipeline.engines.base.Engine.check`. Neither ONNX Runtime nor the model's weights are loaded."""
+        if spec.task not in cls.tasks:
+            able = ", ".join(sorted(cls.tasks))
+            raise InvalidModel(f"engine 'onnx' does {able}, not {spec.task}", field="task")
+        options = onnx_options.parse(spec.engine_options)
+        if spec.task is not Task.TENSOR:
+            checks.check_text(spec.task, model, options, spec.pooling)
+            return checks.check_text_columns(spec, schema)
+        graph = checks.choose_graph(model, options)
+        if graph is None:
+            raise InvalidModel(f"task 'tensor' runs an ONNX graph, and {model.path} holds none", field="model")
+        signature = onnx_graph.of_file(graph)
+        if signature is None:  # too large to parse here: load finds out, and every row is checked
+            return tuple(dict.fromkeys((spec.inputs or {}).values())) or tuple(schema.names)
+        mode = onnx_graph.row_mode(signature, options.row_mode)
+        return checks.check_tensor_columns(spec, signature, mode, schema)
+
+    def load(self) -> None:
+        """Export where needed, open the sessions, run one sample. See :meth:`pipeline.engines.base.Engine.load`."""
+        runtime = import_runtime()
+        self._version = str(runtime.__version__)
+        options, notify = self._options, self._context.notify
+        folder: TextFolder | None = None
+        if self._task is not Task.TENSOR:
+            folder = checks.check_text(self._task, self._model, options)
+        graph = checks.choose_graph(self._model, options)
+        if graph is None:
+            if folder is None:
+                raise InvalidModel(
+                    f"task 'tensor' runs an ONNX graph, and {self._model.path} holds none", field="model"
+                )
+            graph, folder = self._export(folder)
+        self._graph = graph
+        self._pool = pool = SessionPool.open(graph, options, notify)
+        try:
+            signature = onnx_graph.of_session(pool.session, graph)
+            if folder is not None:
+                self._text = TextModel(self._task, folder, signature, pool, options)
+            else:
+                # As check saw it: ONNX Runtime's inference may know more of the shapes than the file says.
+                mode = onnx_graph.row_mode(onnx_graph.of_file(graph) or signature, options.row_mode)
+                self._tensor = TensorModel(signature, mode, pool, options, notify)
+        except BaseException:
+            self.close()
+            raise
+
+    def _export(self, folder: TextFolder) -> tuple[Path, TextFolder]:
+        self._exported = done = exported(
+            folder.weights,
+            "encoder" if self._task is Task.EMBED else "classifier",
+            self._model.digest,
+            self._context.cache_dir,
+            self._context.notify,
+            name=self._model.name,
+            tokenizer=folder.tokenizer is None,
+        )
+        return done.graph, replace(folder, tokenizer=folder.tokenizer or done.tokenizer)
+
+    def result_schema(self, spec: JobSpec) -> pa.Schema:
+        """See :meth:`pipeline.engines.base.Engine.result_schema`."""
+        if self._text is not None:
+            return self._text.result_schema(spec)
+        if self._tensor is not None:
+            return self._tensor.result_schema()
+        raise EngineDead("the ONNX Runtime engine is not loaded")
+
+    def infer(self, spec: JobSpec, batches: Iterable[RowBatch], cancel: Cancellation) -> Iterator[ResultBatch]:
+        """See :meth:`pipeline.engines.base.Engine.infer`. Rows come out by batch, longest texts of a window first."""
+        if self._pool is None or self._closed:
+            raise EngineDead("the ONNX Runtime engine is not loaded, or was closed")
+        self._pool.check_process()
+        prepared: Iterator[Window]
+        if self._text is not None:
+            prepared = self._text.prepare(spec, batches)
+        else:
+            assert self._tensor is not None
+            prepared = self._tensor.prepare(spec, batches)
+        return stream(prepared, self._pool, cancel)
+
+    def stats(self) -> dict[str, Any]:
+        """Versions, real placement, how rows are batched, counters since ``load``; after ``close`` too."""
+        pool, text, tensor = self._pool, self._text, self._tensor
+        facts: dict[str, Any] = {
+            "engine": self.name,
+            "onnxruntime": self._version,
+            "distribution": list(installed()),
+            "graph": None if self._graph is None else self._graph.name,
+        }
+        if pool is not None:
+            facts |= {"providers": list(pool.providers), "sessions": pool.size, "threads": self._options.threads}
+        if text is not None:
+            facts |= {
+                "output": text.head.name,
+                "token_budget": text.token_budget,
+                "max_length": text.tokenizer.max_length,
+            }
+            facts |= text.counts
+        if tensor is not None:
+            facts |= {"row_mode": tensor.mode, "stacked": bool(tensor.stacks)}
+            facts |= tensor.counts
+        if self._exported is not None:
+            facts["export"] = {
+                "exporter": self._exported.exporter,
+                "max_abs_diff": self._exported.max_abs_diff,
+                "versions": self._exported.versions,
+                "from_cache": self._exported.from_cache,
+            }
+        return facts
+
+    def close(self) -> None:
+        """Wait for the runs in flight, then free the sessions. Safe to call twice, and after a failed ``load``."""
+        self._closed = True
+        if self._pool is not None:
+            self._pool.close()

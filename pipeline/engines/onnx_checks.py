@@ -1,0 +1,156 @@
+"""What is refused before ONNX Runtime is loaded: wrong task for the model, missing or wrong columns, bad options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.engines import onnx_graph
+from pipeline.engines.onnx_columns import lossless, tensor_kind
+from pipeline.engines.onnx_folder import TextFolder
+from pipeline.engines.onnx_folder import read as read_folder
+from pipeline.engines.onnx_graph import GraphValue, RowMode, Signature
+from pipeline.engines.onnx_options import OnnxOptions
+from pipeline.engines.onnx_tensor import column_of, row_dims
+from pipeline.engines.onnx_text import head
+from pipeline.engines.onnx_tokens import is_text
+from pipeline.job_spec import JobSpec, Task
+from pipeline.models.export import check_exportable
+from pipeline.models.model import Model
+from storage.errors import InvalidInput, InvalidJob, InvalidModel
+
+
+def choose_graph(model: Model, options: OnnxOptions) -> Path | None:
+    """The ``.onnx`` file to run, or ``None`` when the model has none and must be exported."""
+    if model.path is None:
+        raise InvalidModel(f"model {model.name!r} has no files; engine 'onnx' runs models on disk", field="model")
+    if model.path.is_file():
+        if options.file is not None:
+            raise InvalidJob(f"{model.path} is a file; 'file' chooses within a directory", field="engine_options.file")
+        return model.path
+    chosen = options.graph(model.path)
+    if chosen is not None:
+        return chosen
+    if model.onnx_files:
+        return model.onnx_files[0]
+    usual = [model.path / "model.onnx", model.path / "onnx" / "model.onnx"]
+    return next((path for path in usual if path.is_file()), None)
+
+
+def check_text(task: Task, model: Model, options: OnnxOptions, pooling: str = "auto") -> TextFolder:
+    """Refuse a text task that the model cannot do. Raises :class:`~storage.errors.InvalidModel`, and
+    :class:`~storage.errors.InvalidJob` for a pooling asked of a graph that pools by itself."""
+    graph = choose_graph(model, options)
+    folder = read_folder(model)
+    _fitting_architecture(task, model, folder, exports=graph is None)
+    if graph is None:
+        check_exportable(folder.weights)
+    if folder.tokenizer is None and (graph is not None or not folder.convertible_tokenizer):
+        hint = "; a graph without one can run with task 'tensor'" if graph is not None else ""
+        raise InvalidModel(
+            f"task '{task}' needs tokenizer.json, which {folder.weights} does not hold{hint}", field="model"
+        )
+    signature = onnx_graph.of_file(graph) if graph is not None else None
+    if signature is not None:
+        if "input_ids" not in {value.name for value in signature.inputs}:
+            raise InvalidModel(f"{graph} has no input 'input_ids', so it takes no text: {signature}", field="model")
+        if head(task, signature).rank == 2 and task is Task.EMBED and pooling != "auto":
+            raise InvalidJob("the graph pools by itself; leave it at 'auto'", field="pooling")
+    return folder
+
+
+def _fitting_architecture(task: Task, model: Model, folder: TextFolder, *, exports: bool) -> None:
+    known = folder.architectures
+    names = ", ".join(known)
+    if task is Task.EMBED:
+        if model.autoregressive and exports and not folder.sentence_transformer:
+            raise InvalidModel(
+                f"{model.name} is a causal language model ({names}): it does generate and chat, not embed",
+                field="model",
+            )
+        if folder.classifier:
+            raise InvalidModel(f"{model.name} is a classifier ({names}): it does classify and score", field="model")
+        return
+    if known and not folder.classifier:
+        raise InvalidModel(
+            f"{model.name} has no classification head ({names}): it cannot {task}"
+            + ("" if model.autoregressive else "; it does embed"),
+            field="model",
+        )
+    labels = folder.config.get("id2label") or {}
+    if task is Task.SCORE:
+        if len(labels) > 1:
+            raise InvalidModel(
+                f"task 'score' needs a model with one output; {model.name} has {len(labels)} labels: use 'classify'",
+                field="model",
+            )
+        folder.score_activation()
+    if task is Task.CLASSIFY and folder.config.get("problem_type") == "regression":
+        raise InvalidModel(f"{model.name} is a regression model: it does score, not classify", field="model")
+
+
+def check_text_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
+    """The text columns. Raises :class:`~storage.errors.InvalidInput` when one is missing or holds no text."""
+    names = []
+    for role, name in (("column", spec.column), ("pair_column", spec.pair_column)):
+        if name is None:
+            continue
+        kind = _column_type(schema, name, role)
+        if not is_text(kind):
+            raise InvalidInput(f"column {name!r} is {kind}; text must be string or binary", field=role)
+        names.append(name)
+    return tuple(dict.fromkeys(names))
+
+
+def check_tensor_columns(spec: JobSpec, signature: Signature, mode: RowMode, schema: pa.Schema) -> tuple[str, ...]:
+    """The columns that feed the graph.
+
+    Raises :class:`~storage.errors.InvalidInput` when one is missing, holds no tensors, needs a lossy cast, or has a
+    rank or fixed size that the graph does not take; :class:`~storage.errors.InvalidJob` for an input that the graph
+    does not have.
+    """
+    names = [value.name for value in signature.inputs]
+    if unknown := sorted(set(spec.inputs or {}) - set(names)):
+        raise InvalidJob(
+            f"the graph has no input {', '.join(unknown)}; it has {', '.join(names) or 'none'}", field="inputs"
+        )
+    columns = []
+    for value in signature.inputs:
+        name = column_of(spec, value.name)
+        kind = _column_type(schema, name, f"inputs.{value.name}")
+        _fitting_type(value, mode, name, kind)
+        columns.append(name)
+    return tuple(dict.fromkeys(columns))
+
+
+def _fitting_type(value: GraphValue, mode: RowMode, name: str, kind: pa.DataType) -> None:
+    where = f"inputs.{value.name}"
+    found = tensor_kind(kind)
+    if found is None:
+        raise InvalidInput(f"column {name!r} is {kind}, which holds no tensors; the graph wants {value}", field=where)
+    if not lossless(found.dtype, value.dtype):
+        raise InvalidInput(
+            f"column {name!r} is {kind}, which does not convert to {value} without loss; cast the column", field=where
+        )
+    dims = row_dims(value, mode)
+    if dims is None or found.dims is None:
+        return
+    brought = found.dims[1:] if mode == "unit" and len(found.dims) == len(dims) + 1 else found.dims
+    fits = len(brought) == len(dims) and all(
+        not isinstance(want, int) or have is None or have == want for have, want in zip(brought, dims, strict=True)
+    )
+    if not fits:
+        shape = ", ".join("?" if dim is None else str(dim) for dim in dims)
+        raise InvalidInput(f"column {name!r} holds {found} per row; the graph's {value} wants [{shape}]", field=where)
+
+
+def _column_type(schema: pa.Schema, name: str, field: str) -> pa.DataType:
+    at = schema.get_all_field_indices(name)
+    if not at:
+        there = ", ".join(schema.names) or "none"
+        raise InvalidInput(f"the input has no column {name!r}; its columns are {there}", field=field)
+    if len(at) > 1:
+        raise InvalidInput(f"the input has {len(at)} columns named {name!r}", field=field)
+    kind: pa.DataType = schema.field(at[0]).type
+    return kind

@@ -1,0 +1,180 @@
+"""The signature of an ONNX graph: names, element types and dimensions of its inputs and outputs."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from storage.errors import InvalidModel
+
+Dim = int | str | None
+"""A fixed size, the name of a dynamic one, or ``None`` for a dynamic one without a name."""
+
+READ_LIMIT = 512 * 2**20
+"""Largest file that is parsed before the engine is loaded, in bytes: parsing takes a multiple of it in memory."""
+
+_DTYPES: dict[str, npt.DTypeLike] = {
+    "float": np.float32,
+    "double": np.float64,
+    "float16": np.float16,
+    "int8": np.int8,
+    "int16": np.int16,
+    "int32": np.int32,
+    "int64": np.int64,
+    "uint8": np.uint8,
+    "uint16": np.uint16,
+    "uint32": np.uint32,
+    "uint64": np.uint64,
+    "bool": np.bool_,
+    "string": np.object_,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GraphValue:
+    """One input or output. ``dtype`` is ``object`` for strings; ``dims`` is ``None`` when even the rank is open."""
+
+    name: str
+    dtype: np.dtype[Any]
+    dims: tuple[Dim, ...] | None
+
+    @property
+    def stackable(self) -> bool:
+        """True when the first axis is dynamic."""
+        return bool(self.dims) and not isinstance(self.dims[0], int)  # type: ignore[index]
+
+    @property
+    def unit_batch(self) -> bool:
+        """True when the first axis has the fixed size one."""
+        return bool(self.dims) and self.dims[0] == 1  # type: ignore[index]
+
+    def __str__(self) -> str:
+        kind = "string" if self.dtype == np.object_ else self.dtype.name
+        shape = "…" if self.dims is None else ", ".join("?" if dim is None else str(dim) for dim in self.dims)
+        return f"{self.name}: {kind}[{shape}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    inputs: tuple[GraphValue, ...]
+    outputs: tuple[GraphValue, ...]
+
+    def __str__(self) -> str:
+        return f"({', '.join(map(str, self.inputs))}) -> ({', '.join(map(str, self.outputs))})"
+
+
+def of_session(session: Any, path: Path) -> Signature:
+    """The signature as ONNX Runtime sees it, its own shape inference included.
+
+    Raises :class:`~storage.errors.InvalidModel` for inputs or outputs that are not tensors of a supported type.
+    """
+    values = [*session.get_inputs(), *session.get_outputs()]
+    # ONNX Runtime shows an open rank as an empty shape, like a scalar's; only the file tells them apart.
+    scalars = {value.name for value in values if not value.shape}
+    open_rank = _open_rank(path) & scalars if scalars else set()
+
+    def one(value: Any, what: str) -> GraphValue:
+        if not value.type.startswith("tensor("):
+            raise InvalidModel(f"{path}: {what} {value.name!r} is a {value.type}; only tensors are supported")
+        dims = None if value.name in open_rank else tuple(_dim(dim) for dim in value.shape)
+        return GraphValue(value.name, _dtype(value.type[len("tensor(") : -1], value.name, path), dims)
+
+    return Signature(
+        tuple(one(value, "input") for value in session.get_inputs()),
+        tuple(one(value, "output") for value in session.get_outputs()),
+    )
+
+
+def of_file(path: Path) -> Signature | None:
+    """The signature as the file declares it, without loading weights kept beside it.
+
+    ``None`` when it cannot be told cheaply: the package ``onnx`` is not installed, or the file exceeds ``READ_LIMIT``.
+    Raises :class:`~storage.errors.InvalidModel` for a file that is not ONNX, and as :func:`of_session`.
+    """
+    graph = _parse(path)
+    if graph is None:
+        return None
+    weights = {tensor.name for tensor in graph.initializer}
+
+    def one(value: Any, what: str) -> GraphValue:
+        import onnx
+
+        kind = value.type.WhichOneof("value")
+        if kind != "tensor_type":
+            raise InvalidModel(f"{path}: {what} {value.name!r} is a {kind or 'value without a type'}, not a tensor")
+        tensor = value.type.tensor_type
+        name = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+        dims = None
+        if tensor.HasField("shape"):
+            dims = tuple(_dim(getattr(dim, dim.WhichOneof("value") or "", None)) for dim in tensor.shape.dim)
+        return GraphValue(value.name, _dtype(name, value.name, path), dims)
+
+    return Signature(
+        tuple(one(value, "input") for value in graph.input if value.name not in weights),
+        tuple(one(value, "output") for value in graph.output),
+    )
+
+
+def _parse(path: Path) -> Any | None:
+    if importlib.util.find_spec("onnx") is None or path.stat().st_size > READ_LIMIT:
+        return None
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        return onnx.load(str(path), load_external_data=False).graph
+    except (DecodeError, OSError, ValueError) as error:
+        raise InvalidModel(f"{path} is not a readable ONNX file: {error}") from error
+
+
+def _open_rank(path: Path) -> set[str]:
+    graph = _parse(path)
+    if graph is None:
+        return set()
+    return {v.name for v in [*graph.input, *graph.output] if not v.type.tensor_type.HasField("shape")}
+
+
+def _dim(dim: object) -> Dim:
+    if isinstance(dim, int) and dim >= 0:
+        return dim
+    return dim if isinstance(dim, str) and dim else None
+
+
+def _dtype(name: str, value: str, path: Path) -> np.dtype[Any]:
+    if name not in _DTYPES:
+        raise InvalidModel(f"{path}: {value!r} has element type {name}, which no Arrow column can carry")
+    return np.dtype(_DTYPES[name])
+
+
+RowMode = Literal["stack", "unit", "whole"]
+"""What a row is: an item along the first axis of every input and output, run stacked; such an item, run alone because
+the axis has the fixed size one; or the whole input."""
+
+
+def row_mode(signature: Signature, wanted: Literal["auto", "stack", "whole"]) -> RowMode:
+    """How rows map onto the graph.
+
+    Stacked, when every input and output has a dynamic first axis, under one name where the inputs name it. Raises
+    :class:`~storage.errors.InvalidModel` when stacking was asked for and the graph cannot do it.
+    """
+    values: Sequence[GraphValue] = [*signature.inputs, *signature.outputs]
+    if wanted == "whole" or not signature.inputs:
+        return "whole"
+    names = {value.dims[0] for value in signature.inputs if value.dims}
+    if all(value.stackable for value in values) and len(names) == 1:
+        return "stack"
+    if wanted == "stack":
+        raise InvalidModel(
+            f"row_mode 'stack' needs one dynamic first axis for every input and output; it has {signature}"
+        )
+    if all(value.unit_batch for value in signature.inputs) and all(
+        v.unit_batch or v.stackable for v in signature.outputs
+    ):
+        return "unit"
+    return "whole"

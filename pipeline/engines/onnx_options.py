@@ -1,0 +1,127 @@
+"""Pure: ``engine_options`` of the ONNX Runtime engine, validated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, field_validator
+
+from storage.errors import InvalidJob
+
+Provider = tuple[str, dict[str, str]]
+
+
+class OnnxOptions(BaseModel):
+    """How ONNX Runtime runs the graph. ``None`` means: chosen at load, by what the machine has."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    providers: tuple[Provider, ...] | None = None
+    """Execution providers, best first: names or ``[name, {option: value}]``; ``None``: CUDA if it works, else CPU."""
+    allow_fallback: StrictBool = False
+    """Go on when a provider that was named is not active, instead of refusing."""
+    file: str | None = None
+    """Which ``.onnx`` file of the model directory, relative to it."""
+    sessions: Annotated[StrictInt, Field(ge=1, le=256)] | None = None
+    """Copies of the model running side by side; ``None``: one per core on CPU, one on a GPU."""
+    threads: Annotated[StrictInt, Field(ge=1, le=1024)] = 1
+    """Threads of each session (``intra_op_num_threads`` is another name for it)."""
+    token_budget: Annotated[StrictInt, Field(ge=1)] | None = None
+    """Most padded tokens in a batch of texts; ``None``: 512 on CPU, 16,384 on a GPU."""
+    max_batch: Annotated[StrictInt, Field(ge=1)] = 256
+    """Most rows in a batch."""
+    window_rows: Annotated[StrictInt, Field(ge=1)] = 4096
+    """Rows looked at together when texts are sorted by length and duplicates found."""
+    row_mode: Literal["auto", "stack", "whole"] = "auto"
+    """``tensor``: is a row one item along the graph's first axis, or the whole input? ``auto`` reads the graph."""
+    graph_optimization_level: Literal["disable", "basic", "extended", "layout", "all"] = "all"
+    """ONNX Runtime's own graph optimizations."""
+    session_config: dict[str, str] = {}
+    """``SessionOptions.add_session_config_entry``: key → value."""
+
+    @field_validator("providers", mode="before")
+    @classmethod
+    def _names_and_pairs(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        if isinstance(value, str) or not isinstance(value, list | tuple) or not value:
+            raise ValueError('a list of provider names or of [name, {option: value}], such as ["CPUExecutionProvider"]')
+        pairs: list[Provider] = []
+        for item in value:
+            match item:
+                case str():
+                    pairs.append((item, {}))
+                case [str() as name, Mapping() as options]:
+                    pairs.append((name, {str(k): str(v) for k, v in options.items()}))
+                case _:
+                    raise ValueError(f"{item!r} is neither a provider's name nor [name, {{option: value}}]")
+        names = [name for name, _ in pairs]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"{', '.join(sorted(twice))} is named twice")
+        for name, options in pairs:
+            _no_paths(options, f"provider {name}")
+        return tuple(pairs)
+
+    @field_validator("session_config", mode="before")
+    @classmethod
+    def _strings(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or not all(isinstance(v, str | int | float) for v in value.values()):
+            raise ValueError('a mapping of string to string, such as {"session.dynamic_block_base": "4"}')
+        entries = {str(key): str(entry) for key, entry in value.items()}
+        _no_paths(entries, "session_config")
+        return entries
+
+    @field_validator("file")
+    @classmethod
+    def _inside_the_directory(cls, value: str | None) -> str | None:
+        if value is not None:
+            path = PurePosixPath(value)
+            if path.is_absolute() or ".." in path.parts or "\\" in value:
+                raise ValueError(f"{value!r} leaves the model directory; give a path in it, such as onnx/model.onnx")
+            if path.suffix != ".onnx":
+                raise ValueError(f"{value!r} is not a .onnx file")
+        return value
+
+    def graph(self, folder: Path) -> Path | None:
+        """The graph that ``file`` names in ``folder``, or ``None`` when the choice is left open.
+
+        Raises :class:`~storage.errors.InvalidJob` when there is no such file.
+        """
+        if self.file is None:
+            return None
+        path = folder / self.file
+        if not path.is_file():
+            raise InvalidJob(f"the model directory {folder} has no {self.file}", field="engine_options.file")
+        return path
+
+
+def _no_paths(options: Mapping[str, str], where: str) -> None:
+    # Such entries make the runtime read or write files anywhere; a job may name nothing outside its model directory.
+    if named := sorted(key for key in options if "path" in key.lower() or "file" in key.lower()):
+        raise ValueError(f"{where}: {', '.join(named)} names a file, which a job may not")
+
+
+_ALIASES = {"intra_op_num_threads": "threads"}
+
+
+def parse(options: Mapping[str, Any]) -> OnnxOptions:
+    """Validated options, or :class:`~storage.errors.InvalidJob` naming the first option at fault and why."""
+    fields: dict[str, Any] = {}
+    for key, value in options.items():
+        name = _ALIASES.get(key, key)
+        if name in fields:
+            raise InvalidJob(f"the same option as {name}; give one of them", field=f"engine_options.{key}")
+        fields[name] = value
+    try:
+        return OnnxOptions(**fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(sorted([*OnnxOptions.model_fields, *_ALIASES]))
+            what = f"unknown option of engine 'onnx'; it has {known}"
+        else:
+            what = f"{first['msg'].removeprefix('Value error, ')} (given: {first['input']!r})"
+        raise InvalidJob(what, field=f"engine_options.{where}") from None

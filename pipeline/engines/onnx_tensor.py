@@ -1,0 +1,240 @@
+"""The task ``tensor``: rows of tensor columns through any graph, stacked where the graph allows it."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
+from pipeline.engines.onnx_columns import Failure, RowTensors, column_type, lossless, read, tensor_kind, to_arrow
+from pipeline.engines.onnx_graph import Dim, GraphValue, RowMode, Signature
+from pipeline.engines.onnx_options import OnnxOptions
+from pipeline.engines.onnx_session import Array, Run, RunFailed, SessionPool
+from pipeline.engines.onnx_stream import Indices, Pack, Window, bisect, record_batch
+from pipeline.job_spec import JobSpec
+from pipeline.row_errors import RowErrorCode
+from storage.errors import InvalidJob
+
+PACK_BYTES = 64 * 2**20
+"""Most input bytes stacked into a batch."""
+
+
+def row_dims(value: GraphValue, mode: RowMode) -> tuple[Dim, ...] | None:
+    """The shape of one row of this input or output; ``None`` when the rank is open."""
+    return value.dims if mode == "whole" or value.dims is None else value.dims[1:]
+
+
+def column_of(spec: JobSpec, name: str) -> str:
+    """The input column that feeds the graph input ``name``."""
+    return (spec.inputs or {}).get(name, name)
+
+
+class TensorModel:
+    """A loaded graph without any meaning of its own."""
+
+    def __init__(
+        self,
+        signature: Signature,
+        mode: RowMode,
+        pool: SessionPool,
+        options: OnnxOptions,
+        notify: Callable[[str], None],
+    ) -> None:
+        self._signature = signature
+        self._pool = pool
+        self._notify = notify
+        self._lock = threading.Lock()
+        self._max_batch = options.max_batch
+        self._sample: dict[str, Array] | None = None
+        self.counts: Counter[str] = Counter()
+        self.mode = mode
+        self.stacks: bool | None = None if self.mode == "stack" else False
+        """Whether rows may be stacked: ``None`` until the first batch has proved it."""
+        self._types = {v.name: column_type(v.dtype, row_dims(v, self.mode)) for v in signature.outputs}
+
+    def result_schema(self) -> pa.Schema:
+        """One column per graph output, under its own name."""
+        return pa.schema([pa.field(name, kind) for name, kind in self._types.items()])
+
+    def prepare(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[Window]:
+        """A window per row batch: rows that fit the graph, grouped by their exact shapes."""
+        for batch in batches:
+            yield self._window(spec, batch)
+
+    def _window(self, spec: JobSpec, batch: RowBatch) -> Window:
+        n = len(batch.rows)
+        failures: dict[int, Failure] = {}
+        tensors: dict[str, RowTensors] = {}
+        for value in self._signature.inputs:
+            tensors[value.name] = rows = self._read(value, column_of(spec, value.name), batch)
+            for at, failure in rows.failures.items():
+                failures.setdefault(at, failure)
+        self._count(rows=n)
+        good = np.setdiff1d(np.arange(n), np.fromiter(failures, np.int64, len(failures)))
+        packs = [self._pack(batch.rows, tensors, part) for part in self._parts(tensors, good)]
+        return Window(packs, tuple(RowFailure(int(batch.rows[at]), *failure) for at, failure in failures.items()))
+
+    def _read(self, value: GraphValue, name: str, batch: RowBatch) -> RowTensors:
+        column: Any = batch.columns.column(name)
+        label = f"input {value.name!r}" + ("" if name == value.name else f" (column {name!r})")
+        kind = tensor_kind(column.type)
+        if kind is None or not lossless(kind.dtype, value.dtype):
+            failure = (
+                RowErrorCode.WRONG_TYPE,
+                f"{label} is {value}; {column.type} does not convert to it without loss",
+            )
+            empty = np.zeros((len(column), 0), np.int64)
+            failures: dict[int, Failure] = dict.fromkeys(range(len(column)), failure)
+            return RowTensors(np.empty(0, value.dtype), np.zeros(len(column), np.int64), empty, failures)
+        dims = row_dims(value, self.mode)
+        found = len(kind.dims) if kind.dims is not None else 0
+        if self.mode == "unit" and dims is not None and found == len(dims) + 1:
+            dims = value.dims  # the row brings the axis of size one itself
+        rows = read(column, found if dims is None else len(dims), label)
+        if dims is not None:
+            rows.fit(dims, label)
+        return rows
+
+    def _parts(self, tensors: Mapping[str, RowTensors], good: Indices) -> list[Indices]:
+        if not len(good):
+            return []
+        if self.stacks is False:
+            # Run one by one, but handed to the sessions in pieces.
+            return np.array_split(good, min(len(good), 4 * self._pool.size))
+        shapes = np.concatenate([rows.shapes[good] for rows in tensors.values()], axis=1)
+        _, group = (
+            np.unique(shapes, axis=0, return_inverse=True) if shapes.shape[1] else (None, np.zeros(len(good), int))
+        )
+        parts = []
+        for which in range(int(group.max()) + 1):
+            members = good[group.reshape(-1) == which]
+            row_bytes = sum(
+                int(np.prod(rows.shapes[members[0]], dtype=np.int64)) * rows.flat.itemsize for rows in tensors.values()
+            )
+            size = max(1, min(self._max_batch, PACK_BYTES // max(1, row_bytes)))
+            parts += [members[start : start + size] for start in range(0, len(members), size)]
+        return parts
+
+    def _pack(self, rows: Indices, tensors: Mapping[str, RowTensors], items: Indices) -> Pack:
+        def compute(run: Run) -> ResultBatch:
+            batches: list[pa.RecordBatch] = []
+            done: list[Indices] = []
+            refused: list[tuple[int, str]] = []
+            pieces = [items] if self.stacks is not False else [items[i : i + 1] for i in range(len(items))]
+            for piece in pieces:
+                parts, bad = bisect(
+                    lambda part: self._compute(run, tensors, part), piece, lambda: self._still_works(run)
+                )
+                if len(parts) > 1 and not bad:
+                    self._too_large(len(piece))
+                done += [part for part, _ in parts]
+                batches += [batch for _, batch in parts]
+                refused += bad
+            failures = tuple(RowFailure(int(rows[at]), RowErrorCode.ENGINE_REFUSED, message) for at, message in refused)
+            if not done:
+                return ResultBatch(np.empty(0, np.int64), None, failures)
+            values = pa.concat_batches(batches)  # type: ignore[attr-defined]  # newer than the stubs
+            return ResultBatch(rows[np.concatenate(done)], values, failures)
+
+        return compute
+
+    def _compute(self, run: Run, tensors: Mapping[str, RowTensors], items: Indices) -> pa.RecordBatch:
+        if len(items) > 1 and self.stacks is not False:
+            outputs = self._run(run, tensors, items)
+            if self._legitimate(run, tensors, items, outputs):
+                return self._columns(outputs)
+        singles = [self._columns(self._alone(run, tensors, items[i : i + 1])) for i in range(len(items))]
+        return singles[0] if len(singles) == 1 else pa.concat_batches(singles)  # type: ignore[attr-defined]
+
+    def _run(self, run: Run, tensors: Mapping[str, RowTensors], items: Indices) -> list[Array]:
+        """Graph outputs for the rows; for a graph whose row is the whole input, of the one row."""
+        feed = {}
+        for value in self._signature.inputs:
+            stacked = tensors[value.name].gather(items).astype(value.dtype, copy=False)
+            if self.mode == "whole" or (self.mode == "unit" and stacked.ndim == len(value.dims or ()) + 1):
+                stacked = stacked.reshape(stacked.shape[1:])  # of the one row
+            feed[value.name] = stacked
+        outputs = run(feed)
+        self._count(runs=1)
+        if self._sample is None and len(items) == 1:
+            self._sample = {name: array.copy() for name, array in feed.items()}
+        return outputs
+
+    def _alone(self, run: Run, tensors: Mapping[str, RowTensors], item: Indices) -> list[Array]:
+        """Outputs of one row, each with a leading axis of size one."""
+        outputs = self._run(run, tensors, item)
+        if self.mode == "whole":
+            return [output[None] for output in outputs]
+        for value, output in zip(self._signature.outputs, outputs, strict=True):
+            if not output.ndim or len(output) != 1:
+                raise InvalidJob(
+                    f"the graph gives output {value.name!r} of shape {list(output.shape)} for one row, so its first "
+                    "axis does not count rows; set it to 'whole', and let each row hold a whole input",
+                    field="engine_options.row_mode",
+                )
+        return outputs
+
+    def _legitimate(self, run: Run, tensors: Mapping[str, RowTensors], items: Indices, outputs: list[Array]) -> bool:
+        """Whether stacking gives each row what it gets alone.
+
+        Checked by size on every batch, and by value once: the first and the last row of the first batch are run alone.
+        A graph that normalizes over its first axis, say, passes the one and fails the other.
+        """
+        fits = all(output.ndim and len(output) == len(items) for output in outputs)
+        if fits and self.stacks is None:
+            for at in (0, len(items) - 1):
+                alone = self._alone(run, tensors, items[at : at + 1])
+                fits = fits and all(_same(out[at : at + 1], one) for out, one in zip(outputs, alone, strict=True))
+        with self._lock:
+            told = self.stacks is False
+            self.stacks = fits and self.stacks is not False
+        if not fits and not told:
+            self._notify("rows change each other's result when they are stacked in this graph; each is run alone")
+        return fits
+
+    def _columns(self, outputs: list[Array]) -> pa.RecordBatch:
+        columns = {}
+        for value, output in zip(self._signature.outputs, outputs, strict=True):
+            try:
+                columns[value.name] = to_arrow(output, self._types[value.name])
+            except ValueError as error:
+                raise InvalidJob(
+                    f"the graph declares its output as {value} and gives something else: {error}"
+                ) from error
+        return record_batch(columns, self.result_schema())
+
+    def _still_works(self, run: Run) -> bool:
+        if self._sample is None:
+            return True
+        try:
+            run(self._sample)
+        except RunFailed:
+            return False
+        return True
+
+    def _too_large(self, n_rows: int) -> None:
+        with self._lock:
+            if self._max_batch >= n_rows:
+                self._max_batch = max(1, n_rows // 2)
+                self.counts["batch_halvings"] += 1
+
+    def _count(self, **numbers: int) -> None:
+        with self._lock:
+            self.counts.update(numbers)
+
+
+def _same(stacked: Array, alone: Array) -> bool:
+    if stacked.shape != alone.shape:
+        return False
+    if stacked.dtype.kind != "f":
+        return bool(np.array_equal(stacked, alone))
+    # Kernels sum in another order for another batch size: a thousandth of the row's own scale is no rounding error.
+    a, b = stacked.astype(np.float64), alone.astype(np.float64)
+    finite = np.isfinite(b)
+    scale = float(np.abs(b[finite]).max(initial=0.0))
+    return bool(np.allclose(a, b, rtol=1e-3, atol=1e-3 * scale, equal_nan=True))

@@ -1,0 +1,327 @@
+"""The text tasks (embed, classify, score) on one graph: windows of rows to batches of tokens to result columns."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline.batching import pack
+from pipeline.engines import onnx_pooling as pooling
+from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
+from pipeline.engines.onnx_folder import TextFolder
+from pipeline.engines.onnx_graph import GraphValue, Signature
+from pipeline.engines.onnx_options import OnnxOptions
+from pipeline.engines.onnx_session import Array, Call, Run, RunFailed, SessionPool
+from pipeline.engines.onnx_stream import Indices, Pack, Window, bisect, record_batch, windows
+from pipeline.engines.onnx_tokens import DistinctTexts, TextTokenizer, Tokens, distinct
+from pipeline.job_spec import JobSpec, Task
+from pipeline.row_errors import RowErrorCode
+from storage.errors import InvalidJob, InvalidModel
+
+Floats = npt.NDArray[np.float32]
+
+WINDOW_BYTES = 32 * 2**20
+CPU_TOKENS = 512
+GPU_TOKENS = 16_384
+"""Padded tokens in a batch. Measured on two cores with all-MiniLM-L6-v2: 512 to 1,024 best, 16,384 a quarter slower."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The output that a task reads. ``rank`` 3: token states, to be pooled; 2: a vector or logits for each text."""
+
+    name: str
+    position: int
+    rank: int
+
+
+class TextModel:
+    """A loaded text graph with its tokenizer. Raises :class:`~storage.errors.InvalidModel` when they do not fit."""
+
+    def __init__(
+        self, task: Task, folder: TextFolder, signature: Signature, pool: SessionPool, options: OnnxOptions
+    ) -> None:
+        self.task = task
+        self._folder = folder
+        self._pool = pool
+        self._options = options
+        self._lock = threading.Lock()
+        self.counts: Counter[str] = Counter()
+        self._inputs = {value.name: value for value in signature.inputs}
+        if unknown := set(self._inputs) - _MADE:
+            raise InvalidModel(
+                f"the graph has the input {', '.join(sorted(unknown))}; texts give {', '.join(sorted(_MADE))}"
+            )
+        if "input_ids" not in self._inputs:
+            raise InvalidModel(f"the graph has no input 'input_ids', so it takes no text: {signature}")
+        batch, length = _fixed_shape(self._inputs["input_ids"])
+        self._fixed_batch, self._fixed_length = batch, length
+        limits = [limit for limit in (folder.max_length, length) if limit is not None]
+        self.tokenizer = TextTokenizer(folder, min(limits, default=None))
+        self.head = head(task, signature)
+        self.token_budget = options.token_budget or (CPU_TOKENS if pool.on_cpu else GPU_TOKENS)
+        self._sample = self.tokenizer.encode([("a",)], truncate=True)
+        if not len(self._sample.ids):
+            self._sample = Tokens(
+                np.zeros(1, np.int32), np.zeros(1, np.int32), np.ones(1, np.int64), np.zeros(1, bool), {}
+            )
+        self.width = self._measure_width()
+        if task is Task.SCORE and self.width != 1:
+            raise InvalidModel(f"task 'score' needs a model with one output; this one has {self.width}: use 'classify'")
+        self._labels = pa.array([folder.label(i) for i in range(self.width)], pa.string())
+
+    def _measure_width(self) -> int:
+        """One run before the first row: proves that graph and tokenizer fit, and tells the width of the output."""
+        try:
+            out = self._pool.submit(
+                Call(), lambda run: self._forward(run, self._sample, np.zeros(1, np.int64))
+            ).result()
+        except RunFailed as error:
+            raise InvalidModel(f"the graph does not run on a tokenized text: {error}") from error
+        return int(out.shape[-1])
+
+    def result_schema(self, spec: JobSpec) -> pa.Schema:
+        """Result columns of the task, as the output contract has them."""
+        fields: list[Any]
+        match self.task:
+            case Task.EMBED:
+                width = self.width * (len(self._modes(spec)) if self.head.rank == 3 else 1)
+                fields = [pa.field("embedding", pa.list_(pa.float32(), width)), pa.field("prompt_tokens", pa.int32())]
+            case Task.CLASSIFY:
+                scores = pa.list_(pa.struct([pa.field("label", pa.string()), pa.field("score", pa.float32())]))
+                fields = [
+                    pa.field("label", pa.string()),
+                    pa.field("score", pa.float32()),
+                    pa.field("scores", scores),
+                ]
+            case _:
+                fields = [pa.field("score", pa.float32())]
+        return pa.schema(fields)
+
+    def _modes(self, spec: JobSpec) -> tuple[str, ...]:
+        if spec.pooling != "auto":
+            if self.head.rank == 2:
+                raise InvalidJob("the graph pools by itself; leave pooling at 'auto'", field="pooling")
+            return (spec.pooling,)
+        return self._folder.pooling or ("mean",)
+
+    def prepare(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[Window]:
+        """Tokenize window by window, as the stream asks for them."""
+        columns = [name for name in (spec.column, spec.pair_column) if name is not None]
+        job = _TextJob(self, spec)
+        for rows, parts in windows(batches, self._options.window_rows, WINDOW_BYTES):
+            texts = distinct(parts, columns)
+            tokens = self.tokenizer.encode(texts.texts, truncate=spec.overlong != "error")
+            yield job.window(rows, texts, tokens)
+
+    def count(self, **numbers: int) -> None:
+        with self._lock:
+            self.counts.update(numbers)
+
+    def too_large(self, budget: int) -> None:
+        """A batch of this budget failed whole and passed in halves: use half of it from now on."""
+        with self._lock:
+            if self.token_budget == budget:
+                self.token_budget = max(1, budget // 2)
+                self.counts["budget_halvings"] += 1
+
+    def packs_of(self, lengths: Indices, budget: int) -> list[Indices]:
+        rows = self._options.max_batch
+        if self._fixed_batch is not None:
+            rows = min(rows, self._fixed_batch)
+        if self._fixed_length is not None:
+            lengths = np.full_like(lengths, self._fixed_length)
+        return pack(lengths, max(budget, self._fixed_length or 1), rows)
+
+    def states(self, run: Run, tokens: Tokens, items: Indices) -> Floats:
+        """The head's output for the texts ``items``, float32 [k, s, d] or [k, d]."""
+        out = self._forward(run, tokens, items)
+        self.count(runs=1, padded_tokens=len(items) * int(tokens.lengths[items].max()))
+        return out
+
+    def still_works(self, run: Run) -> bool:
+        """Whether the session computes what it computed when it was loaded."""
+        try:
+            self._forward(run, self._sample, np.zeros(1, np.int64))
+        except RunFailed:
+            return False
+        return True
+
+    def _forward(self, run: Run, tokens: Tokens, items: Indices) -> Floats:
+        output = run(self._feed(tokens, items))[self.head.position][: len(items)]
+        if output.ndim != self.head.rank or len(output) != len(items):
+            raise InvalidModel(
+                f"graph output {self.head.name!r} has shape {list(output.shape)} for {len(items)} texts; "
+                f"expected {self.head.rank} axes, the first of them over the texts"
+            )
+        return output.astype(np.float32, copy=False)
+
+    def _feed(self, tokens: Tokens, items: Indices) -> dict[str, Array]:
+        lengths = tokens.lengths[items]
+        n, width = len(items), self._fixed_length or int(lengths.max())
+        mask = np.arange(width)[None, :] < lengths[:, None]
+        starts = tokens.starts[items]
+        source = (starts[:, None] + np.arange(width)[None, :])[mask]
+        feed: dict[str, Array] = {}
+        for name, value in self._inputs.items():
+            array: Array
+            if name == "attention_mask":
+                array = mask.astype(value.dtype)
+            elif name == "position_ids":
+                array = np.broadcast_to(np.arange(width, dtype=value.dtype), (n, width)).copy()
+            else:
+                flat, fill = (tokens.ids, self.tokenizer.pad_id) if name == "input_ids" else (tokens.types, 0)
+                array = np.full((n, width), fill, dtype=value.dtype)
+                array[mask] = flat[source]
+            if self._fixed_batch is not None and n < self._fixed_batch:
+                array = np.concatenate([array, np.repeat(array[:1], self._fixed_batch - n, axis=0)])
+            feed[name] = array
+        return feed
+
+    def columns(self, spec: JobSpec, out: Floats, lengths: Indices) -> dict[str, npt.NDArray[Any]]:
+        """What is kept of a batch, per text: ``embedding`` [k, d], ``probabilities`` [k, labels] or ``score`` [k]."""
+        match self.task:
+            case Task.EMBED:
+                vectors = pooling.pool(out, lengths, self._modes(spec)) if self.head.rank == 3 else out
+                normalize = self._folder.normalize if spec.normalize is None else spec.normalize
+                return {"embedding": pooling.unit_length(vectors) if normalize else vectors}
+            case Task.CLASSIFY:
+                softmax = self._folder.class_activation(self.width) == "softmax"
+                return {"probabilities": pooling.softmax(out) if softmax else pooling.sigmoid(out)}
+            case _:
+                sigmoid = self._folder.score_activation() == "sigmoid"
+                return {"score": (pooling.sigmoid(out) if sigmoid else out)[:, 0]}
+
+    def values(self, spec: JobSpec, columns: dict[str, npt.NDArray[Any]], lengths: Indices) -> pa.RecordBatch:
+        """Result rows, from what :meth:`columns` kept, already one per row."""
+        schema = self.result_schema(spec)
+        match self.task:
+            case Task.EMBED:
+                vectors = columns["embedding"]
+                flat = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
+                arrays: dict[str, Any] = {
+                    "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
+                    "prompt_tokens": pa.array(lengths.astype(np.int32)),
+                }
+            case Task.CLASSIFY:
+                p = columns["probabilities"]
+                best = p.argmax(axis=1)
+                labels = self._labels.take(pa.array(np.tile(np.arange(self.width), len(p)), pa.int64()))
+                pairs = pa.StructArray.from_arrays([labels, pa.array(p.reshape(-1))], ["label", "score"])
+                offsets = pa.array(np.arange(len(p) + 1) * self.width, pa.int32())
+                arrays = {
+                    "label": self._labels.take(pa.array(best, pa.int64())),
+                    "score": pa.array(p[np.arange(len(p)), best]),
+                    "scores": pa.ListArray.from_arrays(offsets, pairs),
+                }
+            case _:
+                arrays = {"score": pa.array(np.ascontiguousarray(columns["score"]))}
+        return record_batch(arrays, schema)
+
+
+_MADE = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})
+
+
+class _TextJob:
+    """The windows of one ``infer`` call."""
+
+    def __init__(self, model: TextModel, spec: JobSpec) -> None:
+        self._model = model
+        self._spec = spec
+
+    def window(self, rows: Indices, texts: DistinctTexts, tokens: Tokens) -> Window:
+        failures = [RowFailure(int(rows[at]), code, message) for at, (code, message) in texts.failures.items()]
+        # Positions within the window, grouped by text: those of text u are members[bounds[u]:bounds[u + 1]].
+        members = np.argsort(texts.of_row, kind="stable")[int((texts.of_row < 0).sum()) :]
+        repeats = np.bincount(texts.of_row[members], minlength=len(texts.texts)).astype(np.int64)
+        bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(repeats)])
+        for text, (code, message) in tokens.failures.items():
+            failures += [RowFailure(int(rows[at]), code, message) for at in members[bounds[text] : bounds[text + 1]]]
+        good = np.flatnonzero(tokens.lengths > 0)
+        self._model.count(
+            rows=len(rows),
+            prompt_tokens=int((tokens.lengths * repeats).sum()),
+            truncated_rows=int(repeats[tokens.truncated].sum()),
+            duplicate_rows=int((repeats[good] - 1).sum()),
+        )
+        budget = self._model.token_budget
+        packs = [
+            self._pack(rows, tokens, good[batch], members, bounds, budget)
+            for batch in self._model.packs_of(tokens.lengths[good], budget)
+        ]
+        return Window(packs, tuple(failures))
+
+    def _pack(
+        self, rows: Indices, tokens: Tokens, items: Indices, members: Indices, bounds: Indices, budget: int
+    ) -> Pack:
+        model, spec = self._model, self._spec
+
+        def compute(run: Run) -> ResultBatch:
+            parts, refused = bisect(
+                lambda part: model.columns(spec, model.states(run, tokens, part), tokens.lengths[part]),
+                items,
+                lambda: model.still_works(run),
+            )
+            if len(parts) > 1 and not refused:
+                model.too_large(budget)
+            failures = tuple(
+                RowFailure(int(rows[at]), RowErrorCode.ENGINE_REFUSED, message)
+                for text, message in refused
+                for at in members[bounds[text] : bounds[text + 1]]
+            )
+            if not parts:
+                return ResultBatch(np.empty(0, np.int64), None, failures)
+            done = np.concatenate([part for part, _ in parts])
+            repeats = bounds[done + 1] - bounds[done]
+            kept = {
+                name: np.repeat(np.concatenate([columns[name] for _, columns in parts]), repeats, axis=0)
+                for name in parts[0][1]
+            }
+            at = np.concatenate([members[bounds[text] : bounds[text + 1]] for text in done])
+            values = model.values(spec, kept, np.repeat(tokens.lengths[done], repeats))
+            return ResultBatch(rows[at], values, failures)
+
+        return compute
+
+
+def _fixed_shape(value: GraphValue) -> tuple[int | None, int | None]:
+    if value.dims is None or len(value.dims) != 2:
+        raise InvalidModel(f"graph input {value} should have two axes: texts and tokens")
+    batch, length = (dim if isinstance(dim, int) else None for dim in value.dims)
+    return batch, length
+
+
+def head(task: Task, signature: Signature) -> Head:
+    """The output that ``task`` reads, by name where exporters agree on one, else the first of a fitting rank.
+
+    Raises :class:`~storage.errors.InvalidModel` when there is none, which is how a graph of the wrong kind shows.
+    """
+    floats = [
+        (i, value) for i, value in enumerate(signature.outputs) if value.dtype.kind == "f" and value.dims is not None
+    ]
+    ranked = [(i, value.name, len(value.dims or ())) for i, value in floats]
+    by_name = {name: (i, name, rank) for i, name, rank in ranked}
+    embed = task is Task.EMBED
+    names = ("last_hidden_state", "token_embeddings", "sentence_embedding") if embed else ("logits",)
+    ranks = (3, 2) if embed else (2,)
+    for name in names:
+        if name in by_name and by_name[name][2] in ranks:
+            i, _, rank = by_name[name]
+            return Head(name, i, rank)
+    for rank in ranks:
+        # Logits are no embedding, and states are no logits.
+        found = [item for item in ranked if item[2] == rank and not (task is Task.EMBED and item[1] == "logits")]
+        if task is not Task.EMBED:
+            found = [item for item in found if "embed" not in item[1] and "pool" not in item[1]]
+        if found:
+            return Head(found[0][1], found[0][0], rank)
+    wanted = "token states [texts, tokens, width] or embeddings" if task is Task.EMBED else "logits [texts, labels]"
+    outputs = ", ".join(map(str, signature.outputs))
+    raise InvalidModel(f"task '{task}' needs a graph that gives {wanted}; this one gives {outputs}")

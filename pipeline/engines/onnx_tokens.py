@@ -1,0 +1,200 @@
+"""Text columns to token ids: in Rust, unpadded, each distinct text once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline.engines.onnx_folder import TextFolder
+from pipeline.row_errors import RowErrorCode
+from storage.errors import EngineMissing, InvalidModel
+
+Indices = npt.NDArray[np.int64]
+Ids = npt.NDArray[np.int32]
+CLIP_CHARACTERS = 65_536
+"""Single texts longer than this (and than 64 characters a token of the limit) are tokenized by their beginning first:
+a text of 20 MB was measured to take 10 s and 1.9 GB, for 256 tokens."""
+
+Failure = tuple[str, str]
+"""A ``RowErrorCode`` and a message."""
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """True for what a text column may be: strings or bytes, plain, large, view or dictionary-encoded."""
+    if pa.types.is_dictionary(kind):
+        return is_text(kind.value_type)
+    return (
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_string_view(kind)
+        or pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DistinctTexts:
+    """The distinct values of n rows. ``texts``: u tuples of one text or a pair; ``of_row``: int64 [n], which of them a
+    row has, or -1 for a row in ``failures`` (row position → code, message)."""
+
+    texts: list[tuple[str, ...]]
+    of_row: Indices
+    failures: dict[int, Failure]
+
+
+def distinct(batches: Sequence[pa.RecordBatch], columns: Sequence[str]) -> DistinctTexts:
+    """The distinct texts (or pairs, for two columns) of the rows. Null is ``missing_value``; bytes that are not UTF-8
+    are ``invalid_utf8``, in a string column too, because Parquet readers do not look."""
+    failures: dict[int, Failure] = {}
+    decoded: list[list[str | None]] = []
+    codes: list[Indices] = []
+    for name in columns:
+        chunks = [batch.column(name).cast(pa.large_binary()) for batch in batches]
+        encoded = pa.chunked_array(chunks, pa.large_binary()).combine_chunks().dictionary_encode()
+        values: list[str | None] = []
+        broken: dict[int, str] = {}
+        for code, raw in enumerate(encoded.dictionary.to_pylist()):
+            assert raw is not None  # a dictionary holds no nulls
+            try:
+                values.append(raw.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                values.append(None)
+                broken[code] = f"column {name!r} is not UTF-8: {error.reason} at byte {error.start}"
+        of_row = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        for row in np.flatnonzero(of_row < 0):
+            failures.setdefault(int(row), (RowErrorCode.MISSING_VALUE, f"column {name!r} is null"))
+        for row in np.flatnonzero(np.isin(of_row, list(broken))) if broken else ():
+            failures.setdefault(int(row), (RowErrorCode.INVALID_UTF8, broken[int(of_row[row])]))
+        decoded.append(values)
+        codes.append(of_row)
+    good = np.ones(len(codes[0]), dtype=bool)
+    good[list(failures)] = False
+    key = codes[0] if len(codes) == 1 else codes[0] * max(1, len(decoded[1])) + codes[1]
+    _, first, inverse = np.unique(key[good], return_index=True, return_inverse=True)
+    rows = np.flatnonzero(good)
+    texts = [
+        tuple(values[int(code[row])] or "" for values, code in zip(decoded, codes, strict=True)) for row in rows[first]
+    ]
+    result = np.full(len(good), -1, dtype=np.int64)
+    result[good] = inverse.astype(np.int64)
+    return DistinctTexts(texts, result, failures)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Token ids of u texts, end to end. ``ids``, ``types``: int32 [sum of lengths]; ``lengths``: int64 [u];
+    ``truncated``: bool [u]; ``failures``: text → code, message (the length of such a text is 0)."""
+
+    ids: Ids
+    types: Ids
+    lengths: Indices
+    truncated: npt.NDArray[np.bool_]
+    failures: dict[int, Failure]
+
+    @property
+    def starts(self) -> Indices:
+        """int64 [u]: where each text begins in ``ids``."""
+        return (
+            np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths)[:-1]]) if len(self.lengths) else self.lengths
+        )
+
+
+class TextTokenizer:
+    """``tokenizer.json`` of a model, with the model's own length limit."""
+
+    def __init__(self, folder: TextFolder, max_length: int | None) -> None:
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise EngineMissing("the package tokenizers is not installed; install rowmill[onnx]") from error
+        assert folder.tokenizer is not None
+        self._lock = threading.Lock()
+        self.prompt = folder.prompt
+        self.max_length = max_length
+        self.vocab_size = folder.vocab_size
+        try:
+            text = folder.tokenizer.read_text(encoding="utf-8")
+            self._whole = Tokenizer.from_str(text)
+            self._cut = Tokenizer.from_str(text)
+        except Exception as error:  # the Rust binding raises a bare Exception for whatever is wrong with the file
+            raise InvalidModel(f"{folder.tokenizer} cannot be read: {error}") from error
+        padding = self._whole.padding or {}
+        self.pad_id = int(folder.config.get("pad_token_id") or padding.get("pad_id") or 0)
+        for tokenizer in (self._whole, self._cut):
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            if folder.lower_case:
+                _lower_case(tokenizer)
+        if max_length is not None:
+            self._cut.enable_truncation(max_length)
+
+    def encode(self, texts: Sequence[tuple[str, ...]], *, truncate: bool) -> Tokens:
+        """Token ids of the texts or pairs, special tokens included.
+
+        Texts past the limit are cut (the longer one of a pair first), or are ``prompt_too_long`` without ``truncate``.
+        Ids outside the vocabulary are ``invalid_value``: one of them would fail its whole batch on a CPU, and read
+        garbage on a GPU.
+        """
+        whole: list[Any] = [
+            self.prompt + text[0] if len(text) == 1 else (self.prompt + text[0], text[1]) for text in texts
+        ]
+        tokenizer = self._cut if truncate else self._whole
+        clip = None if self.max_length is None else max(CLIP_CHARACTERS, 64 * self.max_length)
+        clipped = {i for i, text in enumerate(whole) if clip is not None and isinstance(text, str) and len(text) > clip}
+        encodings = tokenizer.encode_batch_fast([text[:clip] if i in clipped else text for i, text in enumerate(whole)])
+        limit = self.max_length or 0
+        for index in sorted(clipped):
+            # Twice the limit lies within the clip: what was clipped cannot have changed the tokens before the limit.
+            if len(encodings[index].ids) + len(encodings[index].overflowing) * limit < 2 * limit:
+                encodings[index] = tokenizer.encode_batch_fast([whole[index]])[0]
+                clipped.discard(index)
+        failures: dict[int, Failure] = {}
+        kept: list[list[int]] = []
+        types: list[list[int]] = []
+        truncated = np.zeros(len(texts), dtype=bool)
+        for index, encoding in enumerate(encodings):
+            ids = encoding.ids
+            failure = None
+            if not ids:
+                failure = (RowErrorCode.INVALID_VALUE, "the text has no tokens")
+            elif self.max_length is not None and len(ids) > self.max_length:
+                count = f"at least {len(ids)}" if index in clipped else f"{len(ids)}"
+                failure = (
+                    RowErrorCode.PROMPT_TOO_LONG,
+                    f"the text has {count} tokens, the model's limit is {self.max_length}",
+                )
+            elif self.vocab_size is not None and max(ids) >= self.vocab_size:
+                failure = (
+                    RowErrorCode.INVALID_VALUE,
+                    f"token id {max(ids)} lies outside the model's vocabulary of {self.vocab_size}",
+                )
+            if failure is not None:
+                failures[index] = failure
+                ids = []
+            kept.append(ids)
+            types.append(encoding.type_ids if ids else [])
+            truncated[index] = truncate and bool(ids) and len(encoding.overflowing) > 0
+        lengths = np.fromiter(map(len, kept), np.int64, len(kept))
+        total = int(lengths.sum())
+        return Tokens(
+            ids=np.fromiter(chain.from_iterable(kept), np.int32, total),
+            types=np.fromiter(chain.from_iterable(types), np.int32, total),
+            lengths=lengths,
+            truncated=truncated,
+            failures=failures,
+        )
+
+
+def _lower_case(tokenizer: Any) -> None:
+    from tokenizers import normalizers
+
+    inner = tokenizer.normalizer
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([inner] if inner is not None else [])])

@@ -1,0 +1,169 @@
+"""The engines that this process keeps loaded, shared between shards and jobs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.engines import registry
+from pipeline.engines.base import Engine, EngineContext
+from pipeline.job_spec import Task
+from pipeline.models.model import Model
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class _Entry:
+    """One engine. ``users`` counts its leases; ``used`` orders entries by their last one."""
+
+    key: str
+    engine: Engine
+    users: int = 0
+    used: int = 0
+    closing: bool = False
+    loaded: threading.Event = field(default_factory=threading.Event)
+    gone: threading.Event = field(default_factory=threading.Event)
+    failure: BaseException | None = None
+
+
+class EnginePool:
+    """Loads each engine once, keeps it warm, and closes the one that was used longest ago when there are too many.
+
+    At most ``max_engines`` stay loaded, because each of them may take most of a device's memory. An engine in use is
+    never closed: when all are, the pool grows past its limit and shrinks again as leases end.
+    """
+
+    def __init__(self, context: EngineContext, max_engines: int = 1) -> None:
+        if max_engines < 1:
+            raise ValueError(f"max_engines must be at least 1, not {max_engines}")
+        self._context = context
+        self._max = max_engines
+        self._lock = threading.Lock()
+        self._entries: dict[str, _Entry] = {}
+        self._dying: set[_Entry] = set()
+        self._clock = 0
+        self._closed = False
+
+    @contextmanager
+    def lease(self, name: str, model: Model, task: Task, options: Mapping[str, Any]) -> Iterator[Engine]:
+        """A loaded engine, kept until the block ends. Two threads that ask at once share one load.
+
+        Raises whatever the engine's ``load`` raises (in every thread that waited for it; the next lease tries again),
+        and :class:`~storage.errors.InvalidJob` for an unknown engine.
+        """
+        key = registry.engine_key(name, model, task, options)
+        entry = self._enter(key, name, model, task, options)
+        try:
+            yield entry.engine
+        finally:
+            self._leave(entry)
+
+    def discard(self, engine: Engine) -> None:
+        """Never lease this engine again: it is dead. It is closed when its last lease ends, and rebuilt on demand."""
+        with self._lock:
+            for entry in self._entries.values():
+                if entry.engine is engine:
+                    self._condemn(entry)
+                    break
+            doomed = self._unused()
+        self._end(doomed)
+
+    def loaded(self) -> tuple[Engine, ...]:
+        """The engines that are loaded now, the one used longest ago first."""
+        with self._lock:
+            ready = [entry for entry in self._entries.values() if entry.loaded.is_set()]
+            return tuple(entry.engine for entry in sorted(ready, key=lambda entry: entry.used))
+
+    def close(self) -> None:
+        """Close every engine, in use or not: the process is about to end. No lease is given afterwards.
+
+        An engine that is still loading in another thread is closed there.
+        """
+        with self._lock:
+            self._closed = True
+            for entry in list(self._entries.values()):
+                self._condemn(entry)
+            doomed = self._taken([entry for entry in self._dying if entry.loaded.is_set()])
+        self._end(doomed)
+
+    def _enter(self, key: str, name: str, model: Model, task: Task, options: Mapping[str, Any]) -> _Entry:
+        while True:
+            with self._lock:
+                if self._closed:
+                    raise RuntimeError("the engine pool is closed")
+                # A dead engine may still hold the memory that its successor needs.
+                predecessor = next((entry for entry in self._dying if entry.key == key), None)
+                if predecessor is None:
+                    entry = self._entries.get(key)
+                    first = entry is None
+                    if entry is None:
+                        engine = registry.engine_class(name)(model, task, options, self._context)
+                        entry = self._entries[key] = _Entry(key, engine)
+                    entry.users += 1
+                    self._clock += 1
+                    entry.used = self._clock
+                    doomed = self._surplus() if first else []
+                    break
+            predecessor.gone.wait()
+        if first:
+            self._end(doomed)
+            self._load(entry)
+        entry.loaded.wait()
+        if entry.failure is not None or self._closed:
+            self._leave(entry)
+            raise entry.failure or RuntimeError("the engine pool is closed")
+        return entry
+
+    def _load(self, entry: _Entry) -> None:
+        try:
+            entry.engine.load()
+        except BaseException as error:  # raised by every lease that waits for this load
+            entry.failure = error
+            with self._lock:
+                self._condemn(entry)
+        finally:
+            entry.loaded.set()
+
+    def _leave(self, entry: _Entry) -> None:
+        with self._lock:
+            entry.users -= 1
+            doomed = self._surplus()
+        self._end(doomed)
+
+    def _condemn(self, entry: _Entry) -> None:
+        if self._entries.get(entry.key) is entry:
+            del self._entries[entry.key]
+        self._dying.add(entry)
+
+    def _surplus(self) -> list[_Entry]:
+        """Take out the idle entries above the limit, the one used longest ago first."""
+        idle = sorted((e for e in self._entries.values() if e.users == 0), key=lambda entry: entry.used)
+        for entry in idle[: max(0, len(self._entries) - self._max)]:
+            self._condemn(entry)
+        return self._unused()
+
+    def _unused(self) -> list[_Entry]:
+        return self._taken([entry for entry in self._dying if entry.users == 0])
+
+    def _taken(self, entries: list[_Entry]) -> list[_Entry]:
+        """Those of them that no other thread is closing already; the caller closes them."""
+        fresh = [entry for entry in entries if not entry.closing]
+        for entry in fresh:
+            entry.closing = True
+        return fresh
+
+    def _end(self, entries: list[_Entry]) -> None:
+        for entry in entries:
+            try:
+                entry.engine.close()
+            except Exception:
+                # It is given up anyway; what it could not free goes with the process.
+                log.exception("engine %s did not close cleanly", entry.engine.name)
+            with self._lock:
+                self._dying.discard(entry)
+            entry.gone.set()

@@ -1,0 +1,297 @@
+"""From rows to prompts of token ids: templates rendered, chat templates applied, texts tokenized and checked.
+
+The tokens are those of ``LLM.generate`` and ``LLM.chat`` for the same text and messages: vLLM's own renderer and
+tokenizer make them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.engines.base import RowBatch, RowFailure
+from pipeline.job_spec import JobSpec, Task
+from pipeline.row_errors import MESSAGE_LIMIT, RowErrorCode
+from pipeline.template import Template
+from storage.errors import InvalidInput, InvalidModel, RowError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""The roles that a message may have; which of them a model's template knows is for the template to say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One row, ready for the engine."""
+
+    row: int
+    tokens: list[int]
+
+
+# ---- columns -------------------------------------------------------------------------------------------------------
+
+
+def templates(spec: JobSpec) -> list[tuple[str, Template]]:
+    """The templates that the job reads columns through, each with the name of its field."""
+    if spec.messages is not None:
+        return [(f"messages.{index}.content", Template(m.content)) for index, m in enumerate(spec.messages)]
+    return [("prompt", Template(spec.prompt))] if spec.prompt is not None else []
+
+
+def check_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
+    """The columns that the job reads. Raises :class:`InvalidInput` where one is missing or holds the wrong type."""
+    columns: dict[str, None] = {}
+    for field, template in templates(spec):
+        for name in template.fields:
+            kind = _column(schema, name, field)
+            if pa.types.is_nested(kind):
+                raise InvalidInput(f"column {name!r} is {kind}; a template takes text, numbers and dates", field=field)
+            columns[name] = None
+    if spec.column is not None:
+        kind = _column(schema, spec.column, "column")
+        if not (_is_text(kind) or _is_messages(kind)):
+            raise InvalidInput(
+                f"column {spec.column!r} is {kind}; messages are list<struct<role: string, content: string>>, or text "
+                'that holds them as JSON: [{"role": "user", "content": "…"}]',
+                field="column",
+            )
+        columns[spec.column] = None
+    return tuple(columns)
+
+
+def _column(schema: pa.Schema, name: str, field: str) -> pa.DataType:
+    found = schema.get_all_field_indices(name)
+    if len(found) > 1:
+        raise InvalidInput(f"the input has {len(found)} columns named {name!r}", field=field)
+    if not found:
+        raise InvalidInput(f"the input has no column {name!r}; it has {', '.join(schema.names) or 'none'}", field=field)
+    kind: pa.DataType = schema.field(found[0]).type
+    return kind.value_type if isinstance(kind, pa.DictionaryType) else kind
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return (
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_string_view(kind)
+        or pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
+        or pa.types.is_fixed_size_binary(kind)
+    )
+
+
+def _is_messages(kind: pa.DataType) -> bool:
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        return False
+    item = kind.value_type
+    names = {field.name: field.type for field in item} if pa.types.is_struct(item) else {}
+    return {"role", "content"} <= names.keys() and _is_text(names["role"]) and _is_text(names["content"])
+
+
+def values(column: pa.Array[Any]) -> list[Any]:
+    """One Python value for each row: ``str``, ``int``, ``float``, ``bool``, a list of messages, ``bytes`` that are not
+    UTF-8, or ``None``. Dates, times and decimals become text as Arrow writes them."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return values(column.cast(kind.value_type))
+    if _is_text(kind):
+        try:
+            found = column.to_pylist()
+        except UnicodeDecodeError:
+            # Parquet does not promise that a string column is UTF-8.
+            found = column.cast(pa.large_binary()).to_pylist()
+        return [_decoded(value) if isinstance(value, bytes) else value for value in found]
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_nested(kind):
+        return column.to_pylist()
+    if pa.types.is_null(kind):
+        return [None] * len(column)
+    return pc.cast(column, pa.large_string()).to_pylist()
+
+
+def _decoded(value: bytes) -> str | bytes:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+# ---- messages ------------------------------------------------------------------------------------------------------
+
+
+def parse_messages(value: Any) -> list[dict[str, Any]]:
+    """The messages of one row of a chat column: a list of mappings, or JSON text of one. Raises :class:`RowError`."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise RowError(RowErrorCode.INVALID_VALUE, f"the messages are not JSON: {error}") from None
+    if not isinstance(value, list) or not value:
+        raise RowError(RowErrorCode.INVALID_VALUE, "the messages must be a list of at least one message")
+    return [_message(index, message) for index, message in enumerate(value)]
+
+
+def _message(index: int, message: Any) -> dict[str, Any]:
+    def refuse(why: str) -> RowError:
+        return RowError(RowErrorCode.INVALID_VALUE, f"message {index}: {why}")
+
+    if not isinstance(message, Mapping):
+        raise refuse("must be an object with role and content")
+    # Every struct of an Arrow column has all the fields; those that are null are simply not there.
+    found = {name: item for name, item in message.items() if item is not None}
+    role, content = found.get("role"), found.get("content")
+    if role not in ROLES:
+        raise refuse(f"role must be one of {', '.join(ROLES)}, not {role!r}")
+    if isinstance(content, list):
+        # Parts other than text name images and sounds to fetch, which a row must not make this machine do.
+        for part in content:
+            if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+                raise refuse("content parts other than text are not supported")
+    elif not isinstance(content, str) and not (content is None and found.get("tool_calls")):
+        raise refuse("content must be text")
+    return found
+
+
+# ---- tokens --------------------------------------------------------------------------------------------------------
+
+
+class Prompts:
+    """Turns row batches into prompts, for one job on one engine. Not to be shared between threads.
+
+    ``llm`` is vLLM's ``AsyncLLM``; ``room`` the tokens of the context to leave for the answer when a prompt is cut.
+    """
+
+    def __init__(self, llm: Any, spec: JobSpec, room: int) -> None:
+        from vllm.renderers import ChatParams
+        from vllm.renderers.params import merge_kwargs
+        from vllm.utils.mistral import is_mistral_tokenizer
+
+        self._renderer = llm.renderer
+        self._tokenizer = llm.get_tokenizer()
+        self._context: int = llm.model_config.max_model_len
+        self._room = room
+        self._truncate = spec.overlong == "truncate"
+        self._column = spec.column
+        self._templates = [template for _, template in templates(spec)]
+        self._fields = list(dict.fromkeys(name for template in self._templates for name in template.fields))
+        self._chat = spec.task is Task.CHAT
+        # The roles of templated messages; ``prompt`` is the one message of a user.
+        self._roles = [message.role for message in spec.messages] if spec.messages is not None else ["user"]
+        defaults = self._renderer.default_chat_tok_params if self._chat else self._renderer.default_cmpl_tok_params
+        self._lower_case = bool(defaults.do_lower_case)
+        # As LLM.chat does: a chat template writes the special tokens itself.
+        self._special_tokens = False if self._chat else bool(defaults.add_special_tokens)
+        # The arguments are those of LLM.chat, so that the text is, too.
+        direct = is_mistral_tokenizer(self._tokenizer)
+        own = {"add_generation_prompt": True, "continue_final_message": False, "tools": None, "tokenize": direct}
+        self._chat_params = ChatParams(chat_template_kwargs=merge_kwargs(own, spec.chat_template_kwargs))
+
+    def check_chat_template(self) -> None:
+        """Raise :class:`InvalidModel` when the model has no chat template, or one that cannot be read at all."""
+        from vllm.renderers.chat_utils import ChatTemplateResolutionError
+
+        try:
+            self._renderer.render_messages([{"role": "user", "content": "hello"}], self._chat_params)
+        except ChatTemplateResolutionError:
+            raise InvalidModel(
+                "the model has no chat template; use task 'generate' with a prompt that says it all, or add a "
+                "chat_template.jinja to the model's directory",
+                field="task",
+            ) from None
+        except ValueError:
+            # A template may refuse this very message; each row will say so for itself.
+            return
+
+    def read(self, batch: RowBatch, chunk: int) -> Iterator[tuple[list[Prompt], list[RowFailure]]]:
+        """The prompts of a batch, ``chunk`` rows at a time, and the rows that cannot be one."""
+        names = self._fields if self._column is None else [self._column]
+        columns = {name: values(batch.columns.column(batch.columns.schema.get_field_index(name))) for name in names}
+        rows = batch.rows.tolist()
+        for start in range(0, len(rows), chunk):
+            failures: list[RowFailure] = []
+            ready: list[tuple[int, str | list[int]]] = []
+            for index in range(start, min(start + chunk, len(rows))):
+                try:
+                    ready.append((rows[index], self._render({name: columns[name][index] for name in names})))
+                except RowError as error:
+                    failures.append(RowFailure(rows[index], error.code, error.message[:MESSAGE_LIMIT]))
+            yield self._tokenize(ready, failures), failures
+
+    def _render(self, row: Mapping[str, Any]) -> str | list[int]:
+        """The text of one row's prompt (or its tokens, where a chat template makes them directly)."""
+        for name, value in row.items():
+            if value is None:
+                raise RowError(RowErrorCode.MISSING_VALUE, f"column {name!r} is null")
+            if isinstance(value, bytes):
+                raise RowError(RowErrorCode.INVALID_UTF8, f"column {name!r} holds bytes that are not UTF-8")
+        if not self._chat:
+            text = self._templates[0].render(row)
+        else:
+            if self._column is not None:
+                messages = parse_messages(row[self._column])
+            else:
+                texts = [template.render(row) for template in self._templates]
+                messages = [{"role": r, "content": t} for r, t in zip(self._roles, texts, strict=True)]
+                if not any(texts):
+                    raise RowError(RowErrorCode.INVALID_VALUE, "the messages are empty")
+            made = self._apply_chat_template(messages)
+            if not isinstance(made, str):
+                return made
+            text = made
+        if not text:
+            raise RowError(RowErrorCode.INVALID_VALUE, "the prompt is empty")
+        try:
+            text.encode()  # JSON can hold half of a surrogate pair
+        except UnicodeEncodeError as error:
+            raise RowError(RowErrorCode.INVALID_UTF8, f"the text is not valid Unicode: {error.reason}") from None
+        return text.lower() if self._lower_case else text
+
+    def _apply_chat_template(self, messages: list[dict[str, Any]]) -> str | list[int]:
+        from vllm.exceptions import VLLMClientError
+
+        try:
+            _, prompt = self._renderer.render_messages(messages, self._chat_params)
+        # What vLLM and a template's raise_exception raise for messages that they do not take.
+        except (VLLMClientError, ValueError, TypeError, KeyError) as error:
+            raise RowError(RowErrorCode.INVALID_VALUE, f"the chat template refuses the messages: {error}") from None
+        if "prompt_token_ids" in prompt:
+            return list(prompt["prompt_token_ids"])
+        return str(prompt["prompt"])
+
+    def _tokenize(self, ready: Sequence[tuple[int, str | list[int]]], failures: list[RowFailure]) -> list[Prompt]:
+        # A text this long cannot fit, whatever its tokens are; it is not worth finding out how many there are.
+        most = self._context * self._tokenizer.max_chars_per_token
+        texts = [(row, text) for row, text in ready if isinstance(text, str) and (self._truncate or len(text) <= most)]
+        tokens: dict[int, list[int]] = {row: made for row, made in ready if not isinstance(made, str)}
+        if texts:
+            # All at once: the tokenizer works on them in parallel, without Python.
+            tokens |= zip((row for row, _ in texts), self._encode([text for _, text in texts]), strict=True)
+        prompts = []
+        for row, text in ready:
+            made = tokens.get(row)
+            if made is not None and len(made) < self._context:
+                prompts.append(Prompt(row, made))
+            elif made is not None and self._truncate:
+                limit = max(1, self._context - self._room)
+                prompts.append(Prompt(row, self._encode([text], limit)[0] if isinstance(text, str) else text[:limit]))
+            else:
+                size = f"{len(text)} characters" if made is None else f"at least {len(made)} tokens"
+                message = f"the prompt has {size}; with one more to generate it must fit into {self._context} tokens"
+                failures.append(RowFailure(row, RowErrorCode.PROMPT_TOO_LONG, message))
+        return prompts
+
+    def _encode(self, texts: list[str], limit: int | None = None) -> list[list[int]]:
+        """The tokens of each text, ``limit`` at most. A cut falls on the side that the tokenizer is set to, and leaves
+        the special tokens."""
+        made = self._tokenizer(
+            texts,
+            add_special_tokens=self._special_tokens,
+            truncation=True,
+            # One more than fits is enough to see that it does not.
+            max_length=limit or self._context + 1,
+        )
+        return list(made["input_ids"])

@@ -1,0 +1,182 @@
+"""What a job reads: its files, their rows and row groups, and one schema over all of them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Protocol
+from urllib.parse import unquote
+
+import pyarrow as pa
+
+from pipeline import input_conversion
+from pipeline.input_formats import Format, Kind, format_of
+from pipeline.input_schema import UnifiedSchema
+from pipeline.planning import InputFile
+from storage import listing, locations, parquet
+from storage.errors import InvalidInput
+from storage.locations import normalize
+from storage.objects import ObjectInfo, ObjectStore
+from storage.records import Source
+
+HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+"""How Hive spells null in a folder's name."""
+_READERS = 8
+_AHEAD = 128
+"""Footers that are read ahead of the one being looked at."""
+_INT = re.compile(r"-?\d+")
+
+
+class InputSpec(Protocol):
+    """The part of a job's specification that says where its rows come from and go to."""
+
+    @property
+    def input(self) -> tuple[str, ...]: ...
+    @property
+    def output(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """``sources`` in row order; ``files`` are their row groups, for planning; ``schema`` covers all of them."""
+
+    sources: list[Source]
+    files: list[InputFile]
+    schema: pa.Schema
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A Parquet file to read; ``origin`` is what the user calls it."""
+
+    info: ObjectInfo
+    origin: str
+    partition: dict[str, str | None] = field(default_factory=dict)
+    converted: bool = False
+
+
+def discover(store: ObjectStore, spec: InputSpec, work_dir_uri: str) -> Inputs:
+    """Find the input, turn what is not Parquet into Parquet below ``work_dir_uri``, and read all footers.
+
+    Files come in the order of ``spec.input``, sorted by name within each. Hive folders (``k=v``) below a directory or
+    from a glob's first wildcard on become columns at the end, unless the files have them. Raises
+    :class:`InvalidInput`, naming the file and the reason; nothing but chunks in the work folder is ever written.
+    """
+    unified = UnifiedSchema()
+    files = list(_parquet_files(store, _found(store, spec), work_dir_uri))
+    sources: list[Source] = []
+    groups: list[InputFile] = []
+    for idx, (file, stats) in enumerate(zip(files, _footers(store, files), strict=True)):
+        unified.add(stats.schema, file.origin)
+        sources.append(Source(idx, file.info.uri, file.info.etag, file.info.n_bytes, stats.n_rows, file.partition))
+        groups.append(InputFile(idx, stats.row_groups))
+    keys = dict.fromkeys(key for file in files for key in file.partition if key not in unified)
+    sources = [replace(s, partition={k: v for k, v in s.partition.items() if k in keys}) for s in sources]
+    fields = [_typed(item) for item in unified.schema] if any(file.converted for file in files) else unified.schema
+    partition = [pa.field(key, _partition_type(key, sources)) for key in keys]
+    schema = pa.schema([*fields, *partition])
+    if not schema.names and any(source.n_rows for source in sources):
+        raise InvalidInput("the input has rows and no columns", field="input")
+    return Inputs(sources, groups, schema)
+
+
+def _typed(item: pa.Field[pa.DataType]) -> pa.Field[pa.DataType]:
+    """A CSV or JSONL column without any value has no type of its own: it is text."""
+    return item.with_type(pa.string()) if pa.types.is_null(item.type) else item
+
+
+def _footers(store: ObjectStore, files: Sequence[_File]) -> Iterator[parquet.FileStats]:
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="rowmill-footers") as pool:
+        for start in range(0, len(files), _AHEAD):
+            uris = [file.info.uri for file in files[start : start + _AHEAD]]
+            yield from pool.map(partial(parquet.stats, store), uris)
+
+
+def _parquet_files(store: ObjectStore, found: Sequence[tuple[_File, Format]], work_dir_uri: str) -> Iterator[_File]:
+    number = 0
+    for file, kind in found:
+        if kind.kind is Kind.PARQUET:
+            yield file
+            continue
+        for uri in input_conversion.convert(store, file.info, kind, work_dir_uri, number):
+            number += 1
+            yield _File(store.info(uri), file.origin, file.partition, converted=True)
+
+
+def _found(store: ObjectStore, spec: InputSpec) -> list[tuple[_File, Format]]:
+    output = normalize(spec.output)
+    found: list[tuple[_File, Format]] = []
+    by: dict[str, str] = {}
+    for pattern in map(normalize, spec.input):
+        _refuse_output_inside(pattern, output)
+        infos = store.find(pattern)
+        if not infos:
+            raise InvalidInput(
+                f"no file matches {pattern} (names that begin with '.' or '_' are not read)", field="input"
+            )
+        here: dict[Kind, str] = {}
+        for info in infos:
+            if _is_within(info.uri, locations.data_dir(output)) or _is_within(info.uri, f"{output}/.rowmill"):
+                raise InvalidInput(f"{info.uri} lies where the output goes ({output})", field="input")
+            if info.uri in by:
+                raise InvalidInput(f"{info.uri} is in the input twice: {by[info.uri]} and {pattern}", field="input")
+            by[info.uri] = pattern
+            kind = format_of(store, info.uri)
+            here.setdefault(kind.kind, info.uri)
+            found.append((_File(info, info.uri, _partition_of(info.uri, pattern)), kind))
+        if len(here) > 1:
+            (one, first), (other, second) = list(here.items())[:2]
+            raise InvalidInput(
+                f"{pattern} mixes formats: {first} is {one}, {second} is {other}; give one format at a time",
+                field="input",
+            )
+    return found
+
+
+def _refuse_output_inside(pattern: str, output: str) -> None:
+    """A job must not find its own output when its input is listed again, nor another job this one's."""
+    example = locations.part(output, 0)
+    inside = _is_within(output, pattern)
+    if not inside and listing.is_glob(pattern):
+        # A glob may match a folder, which then stands for all below it.
+        parts = example.split("/")
+        inside = any(listing.matches(pattern, "/".join(parts[:n])) for n in range(1, len(parts) + 1))
+    if inside:
+        raise InvalidInput(
+            f"the output {output} lies inside the input {pattern}: it would be read as input the next time",
+            field="input",
+        )
+
+
+def _is_within(path: str, folder: str) -> bool:
+    path, folder = _resolved(path), _resolved(folder)
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+def _resolved(uri: str) -> str:
+    return os.path.realpath(uri) if locations.protocol(uri) == "file" else uri
+
+
+def _partition_of(uri: str, pattern: str) -> dict[str, str | None]:
+    """The hive keys in the folders between what was asked for and the file."""
+    if uri == pattern:
+        return {}
+    root = pattern if uri.startswith(pattern + "/") else listing.literal_prefix(pattern)
+    found: dict[str, str | None] = {}
+    for name in uri[len(root) :].strip("/").split("/")[:-1]:
+        key, equals, value = name.partition("=")
+        if equals and key:
+            found[unquote(key)] = None if value == HIVE_NULL else unquote(value)
+    return found
+
+
+def _partition_type(key: str, sources: Sequence[Source]) -> pa.DataType:
+    """``int32`` where every value is one, text otherwise: what pyarrow's HivePartitioning infers."""
+    values = {value for source in sources if (value := source.partition.get(key)) is not None}
+    if values and all(_INT.fullmatch(value) and -(2**31) <= int(value) < 2**31 for value in values):
+        return pa.int32()
+    return pa.string()

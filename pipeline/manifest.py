@@ -1,0 +1,144 @@
+"""``_manifest.json``: what is needed to trust a run, or to repeat it. Pure: plain values in, JSON-able values out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from storage.records import Job, Source
+from storage.states import JobState
+
+MANIFEST_VERSION = 1
+"""Raised when a field changes its meaning or goes; new fields may come without."""
+
+
+def part(
+    uri: str,
+    *,
+    n_bytes: int,
+    sha256: str,
+    row_start: int,
+    rows: int,
+    failed: int,
+    missing: Iterable[tuple[int, int]],
+) -> dict[str, Any]:
+    """One published file: ``rows`` rows, those of the job from ``row_start`` on, but for the ranges in ``missing``.
+
+    ``missing`` are half-open ranges of the job's rows.
+    """
+    return {
+        "path": "/".join(uri.split("/")[-2:]),
+        "bytes": n_bytes,
+        "sha256": sha256,
+        "row_start": row_start,
+        "rows": rows,
+        "rows_failed": failed,
+        "missing": [[low, high] for low, high in missing],
+    }
+
+
+def build(
+    *,
+    job: Job,
+    parts: Sequence[Mapping[str, Any]],
+    sources: Sequence[Source],
+    attempts: Iterable[Mapping[str, Any]],
+    published_at: float,
+    versions: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The manifest of a job as it is published. ``parts`` are made by :func:`part`, in row order.
+
+    ``attempts`` are the engines' statements about themselves, ``published_at`` Unix seconds, ``versions`` those of the
+    libraries that published. Row ranges are half-open and count from the start of the input.
+    """
+    missing = _missing(parts, job.rows_total)
+    rows = sum(entry["rows"] for entry in parts)
+    failed = sum(entry["rows_failed"] for entry in parts)
+    return {
+        "manifest_version": MANIFEST_VERSION,
+        "job": {
+            "id": job.id,
+            "tenant": job.tenant,
+            "state": str(job.state),
+            "generation": job.gen,
+            "stop_reason": job.stop_reason,
+            "error": job.error,
+        },
+        "partial": bool(missing) or job.state is not JobState.COMPLETED,
+        "rows": {
+            "total": job.rows_total,
+            "published": rows,
+            "succeeded": rows - failed,
+            "failed": failed,
+            "missing": job.rows_total - rows,
+        },
+        "missing": [[low, high] for low, high in missing],
+        "tokens": dict(job.tokens),
+        "spec": dict(job.spec),
+        "spec_hash": job.spec_hash,
+        "model": {
+            "name": job.spec.get("model"),
+            "digest": job.plan.get("model_digest"),
+            "architectures": list(job.plan.get("architectures", ())),
+        },
+        "engine": {"name": job.engine, "key": job.engine_key, "facts": _distinct(attempts)},
+        "versions": dict(versions or {}),
+        "inputs": [
+            {
+                "uri": source.uri,
+                "etag": source.etag,
+                "bytes": source.n_bytes,
+                "rows": source.n_rows,
+                "partition": dict(source.partition),
+            }
+            for source in sources
+        ],
+        "timings": {
+            "created_at": job.created_at,
+            "started_at": job.started_at,
+            "published_at": published_at,
+            "seconds": None if job.started_at is None else round(published_at - job.started_at, 3),
+        },
+        "parts": [dict(entry) for entry in parts],
+    }
+
+
+def _missing(parts: Sequence[Mapping[str, Any]], total: int) -> list[tuple[int, int]]:
+    """Half-open ranges of the job's rows that no part holds, in order and merged."""
+    gaps: list[tuple[int, int]] = []
+    at = 0
+    for entry in sorted(parts, key=lambda item: int(item["row_start"])):
+        gaps.append((at, entry["row_start"]))
+        gaps.extend((low, high) for low, high in entry["missing"])
+        at = entry["row_start"] + entry["rows"] + sum(high - low for low, high in entry["missing"])
+    gaps.append((at, total))
+    merged: list[tuple[int, int]] = []
+    for low, high in gaps:
+        if low >= high:
+            continue
+        if merged and merged[-1][1] == low:
+            merged[-1] = (merged[-1][0], high)
+        else:
+            merged.append((low, high))
+    return merged
+
+
+def _distinct(statements: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The statements that differ in more than numbers; of those that do not, what they agree on (so no counters)."""
+    found: dict[str, dict[str, Any]] = {}
+    for statement in statements:
+        key = json.dumps(_without_numbers(statement), sort_keys=True, default=str)
+        if key in found:
+            found[key] = {k: v for k, v in found[key].items() if k in statement and statement[k] == v}
+        else:
+            found[key] = dict(statement)
+    return [facts for facts in found.values() if facts]
+
+
+def _without_numbers(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: v for k, v in ((k, _without_numbers(v)) for k, v in value.items()) if v is not None}
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return None
+    return value

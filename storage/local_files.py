@@ -1,0 +1,142 @@
+"""Files of this machine, written so that a crash leaves the old content, the new content, or nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from storage.errors import RowmillError
+
+OnConflict = Literal["replace", "keep", "fail"]
+"""When the target exists: replace it, keep it (the new content is dropped), or raise ``FileExistsError``."""
+
+_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
+
+
+def etag(stat: os.stat_result) -> str:
+    """Changes when the file is replaced or written to. Nanoseconds, since two writes may fall into one second."""
+    return f"{stat.st_size:x}-{stat.st_mtime_ns:x}-{stat.st_ino:x}"
+
+
+def open_temporary(target: Path) -> tuple[IO[bytes], Path]:
+    """A new file beside ``target`` (whose folders are made), under a hidden name that no ``*.parquet`` matches."""
+    while True:
+        make_dirs(target.parent)
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+        try:
+            return temporary.open("xb"), temporary
+        except FileNotFoundError:
+            # The folder was empty and was tidied away in between, by delete_tree of a neighbour.
+            if target.parent.is_dir():
+                raise
+
+
+def publish(temporary: Path, target: Path, on_conflict: OnConflict) -> bool:
+    """Give a finished, synced file its real name in one step; false when an existing target was kept."""
+    if on_conflict == "replace":
+        temporary.replace(target)
+    else:
+        try:
+            _link_new(temporary, target)
+        except FileExistsError:
+            if on_conflict == "fail":
+                raise
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+    sync_dir(target.parent)
+    return True
+
+
+def _link_new(temporary: Path, target: Path) -> None:
+    try:
+        os.link(temporary, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # Without hard links: reserve the name, then fill it. Of several writers one wins; a reader may see it empty.
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        temporary.replace(target)
+
+
+def link(source: Path, target: Path) -> bool:
+    """Make ``target`` another name of ``source``, replacing it in one step; false where links are not supported."""
+    make_dirs(target.parent)
+    # The temporary name stands beside the source, so that a crash leaves nothing among the published files.
+    temporary = source.with_name(f".{source.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        os.link(source, temporary)
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            return False
+        raise
+    try:
+        temporary.replace(target)
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            return False
+        raise
+    finally:
+        # Two names of one file: replace() then does nothing and leaves both.
+        temporary.unlink(missing_ok=True)
+    sync_dir(target.parent)
+    return True
+
+
+def make_dirs(folder: Path) -> None:
+    """Make a folder and what is missing above it, each durably."""
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        sync_dir(path.parent)
+
+
+def sync_dir(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network file systems refuse to sync a folder: there, the rename is as durable as it gets.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def remove_tree(folder: Path) -> None:
+    """Delete a folder and all in it, whoever else is at it; then its parent, if that is hidden and now empty."""
+
+    def gone_is_fine(function: object, path: str, error: tuple[type[BaseException], BaseException, Any]) -> None:
+        if not isinstance(error[1], FileNotFoundError):
+            raise error[1]
+
+    shutil.rmtree(folder, onerror=gone_is_fine)
+    if folder.parent.name.startswith("."):
+        try:
+            folder.parent.rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                raise
+
+
+def walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
+    """Every file below ``folder``, through symbolic links too. Raises :class:`RowmillError` where links form a ring."""
+    stat = os.stat(folder)  # noqa: PTH116
+    here = (stat.st_dev, stat.st_ino)
+    if here in above:
+        raise RowmillError(f"{folder} is a symbolic link to a folder that contains it")
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from walk(entry.path, above | {here})
+            elif entry.is_file():
+                yield entry.path

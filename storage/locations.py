@@ -1,0 +1,82 @@
+"""Where each object of a job lives, from its output location alone. Pure: nothing is looked up.
+
+::
+
+    <output>/data/part-00042.parquet          final files, and nothing else
+    <output>/_manifest.json, _SUCCESS
+    <output>/.rowmill/<job>/attempts/…         what attempts write
+    <output>/.rowmill/<job>/input/…            input that was converted to Parquet
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from storage.errors import InvalidJob
+
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
+_LOCAL = ("file", "local")
+
+
+def protocol(uri: str) -> str:
+    """The scheme of a URL in lower case; ``"file"`` for a plain path."""
+    match = _SCHEME.match(uri)
+    name = match[1].lower() if match else "file"
+    return "file" if name in _LOCAL else name
+
+
+def normalize(uri: str) -> str:
+    """One spelling per place: local paths absolute and without ``file://``, no trailing slash, remote URLs as they are.
+
+    Raises :class:`InvalidJob` for chained URLs (``::``), which could reach through to other file systems.
+    """
+    if "::" in uri:
+        raise InvalidJob(f"{uri!r} chains filesystems with '::', which is refused; give one plain path or URL")
+    if protocol(uri) != "file":
+        return uri.rstrip("/")
+    return os.path.abspath(os.path.expanduser(_SCHEME.sub("", uri)))  # noqa: PTH100, PTH111 - keeps globs as they are
+
+
+def data_dir(output: str) -> str:
+    """The folder of the final files."""
+    return f"{_base(output)}/data"
+
+
+def part(output: str, idx: int) -> str:
+    """The final file of shard ``idx``."""
+    return f"{data_dir(output)}/part-{idx:05d}.parquet"
+
+
+def manifest(output: str) -> str:
+    return f"{_base(output)}/_manifest.json"
+
+
+def success(output: str) -> str:
+    """The empty object that says: all of it is there."""
+    return f"{_base(output)}/_SUCCESS"
+
+
+def work_dir(output: str, job_id: str) -> str:
+    """Everything of one job that is not final; ends with a slash. Hidden, so that no reader takes it for data."""
+    return f"{_base(output)}/.rowmill/{job_id}/"
+
+
+def attempt_dir(output: str, job_id: str, shard_idx: int, gen: int, attempt_no: int, nonce: str) -> str:
+    """A folder that one try at one shard has to itself. The nonce keeps a fenced attempt out of its successor's."""
+    return f"{work_dir(output, job_id)}attempts/{gen}-{shard_idx:05d}/{attempt_no}-{nonce}"
+
+
+def input_chunk(output: str, job_id: str, n: int) -> str:
+    """Chunk ``n`` of input that was converted to Parquet."""
+    return chunk_in(work_dir(output, job_id), n)
+
+
+def chunk_in(work_dir_uri: str, n: int, key: str = "") -> str:
+    """:func:`input_chunk`, from the work folder; ``key`` tells apart chunks made of different content."""
+    suffix = f"-{key}" if key else ""
+    return f"{work_dir_uri.rstrip('/')}/input/chunk-{n:05d}{suffix}.parquet"
+
+
+def _base(output: str) -> str:
+    return output.rstrip("/")

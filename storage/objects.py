@@ -1,0 +1,375 @@
+"""Objects on anything that fsspec reads and writes, local paths first: open, put, list, publish, delete.
+
+Errors that may pass are tried again here and nowhere else (see :mod:`storage.transient`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+
+import fsspec
+
+from storage import listing, local_files
+from storage.errors import CorruptFile, InvalidInput, Unreachable
+from storage.local_files import OnConflict
+from storage.locations import normalize, protocol
+from storage.new_file import NewFile, NewLocalFile, NewRemoteFile, Written
+from storage.object_errors import explain, no_filesystem
+from storage.transient import response_code, retrying
+
+__all__ = ["NewFile", "ObjectInfo", "ObjectStore", "Written"]
+
+T = TypeVar("T")
+
+RETRY_SECONDS = 60.0
+"""How long one operation is tried again before it counts as unreachable."""
+_CHUNK = 2**20
+_BLOCK = 2 * 2**20
+_DELETERS = 8
+
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "s3": {
+        # Other processes write too: a listing kept from before is wrong. Four parts of 50 MiB bound an upload's memory.
+        "use_listings_cache": False,
+        "max_concurrency": 4,
+        # One place retries. botocore's own would multiply with it: minutes instead of seconds until an error shows.
+        "config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": 2}},
+    }
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One object. ``etag`` changes when its content does."""
+
+    uri: str
+    n_bytes: int
+    etag: str
+
+
+class ObjectStore:
+    """Files by path or URL. Safe to share between threads; one per process.
+
+    ``options``: protocol → fsspec's own options, from the operator's settings. ``retry_seconds`` bounds how long one
+    operation is repeated after errors that may pass; then it raises :class:`~storage.errors.Unreachable`. A missing or
+    forbidden object is :class:`~storage.errors.InvalidInput`, a full disk :class:`~storage.errors.StorageFull`; every
+    error names the object.
+    """
+
+    def __init__(
+        self, options: Mapping[str, Mapping[str, Any]] | None = None, *, retry_seconds: float = RETRY_SECONDS
+    ) -> None:
+        self._options = {name: dict(values) for name, values in (options or {}).items()}
+        self._retry_seconds = retry_seconds
+        self._filesystems: dict[tuple[int, str], Any] = {}
+        self._lock = threading.Lock()
+
+    def stat(self, uri: str) -> ObjectInfo | None:
+        """The object's size and etag; ``None`` when there is none (a folder is none)."""
+        uri = normalize(uri)
+
+        def look() -> ObjectInfo | None:
+            try:
+                if protocol(uri) == "file":
+                    path = Path(uri)
+                    return _local_info(uri) if path.stat() and not path.is_dir() else None
+                info = self._fresh(uri).info(self._path(uri))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            return _remote_info(uri, info) if info["type"] == "file" else None
+
+        return self._call(uri, look)
+
+    def info(self, uri: str) -> ObjectInfo:
+        """Like :meth:`stat`; raises :class:`InvalidInput` when there is no such object."""
+        found = self.stat(uri)
+        if found is None:
+            raise InvalidInput(f"{uri} does not exist")
+        return found
+
+    def exists(self, uri: str) -> bool:
+        return self.stat(uri) is not None
+
+    def find(self, pattern: str) -> list[ObjectInfo]:
+        """The objects that a path, a folder (all below it) or a glob (``**`` too) stands for, sorted by name.
+
+        Names beginning with ``.`` or ``_`` are left out, as Spark and Hive do. Empty when nothing matches.
+        """
+        pattern = normalize(pattern)
+
+        def look() -> list[ObjectInfo]:
+            if protocol(pattern) == "file":
+                found = [_local_info(path) for path in listing.local_files_of(pattern)]
+            else:
+                items = listing.remote_files_of(self._fresh(pattern), self._path(pattern))
+                found = [_remote_info(self._url(pattern, name), info) for name, info in items.items()]
+            return sorted(found, key=lambda item: item.uri)
+
+        return self._call(pattern, look)
+
+    def open(self, uri: str) -> BinaryIO:
+        """A seekable binary reader, also for pyarrow. Its reads are tried again like everything else."""
+        uri = normalize(uri)
+        if protocol(uri) == "file":
+            return self._call(uri, lambda: cast(BinaryIO, Path(uri).open("rb")))
+        # Blocks, since Parquet reads several columns at once: readahead would throw away what the next column needs.
+        cache = {"block_size": _BLOCK, "cache_type": "blockcache", "cache_options": {"maxblocks": 16}}
+        file = self._call(uri, lambda: self._fresh(uri).open(self._path(uri), "rb", **cache))
+        return cast(BinaryIO, _PatientReader(uri, file, self._call))
+
+    def read_bytes(self, uri: str) -> bytes:
+        uri = normalize(uri)
+        if protocol(uri) == "file":
+            return self._call(uri, lambda: Path(uri).read_bytes())
+        return self._call(uri, lambda: cast(bytes, self._fresh(uri).cat_file(self._path(uri))))
+
+    def create(self, uri: str, *, on_conflict: OnConflict = "replace") -> NewFile:
+        """A new file to write in a ``with`` block: published when it ends well, else it never was.
+
+        ``on_conflict="keep"`` lets an object that is there already stand (for content that its name determines).
+        """
+        uri = normalize(uri)
+        if protocol(uri) == "file":
+            return NewLocalFile(uri, on_conflict)
+        if on_conflict == "fail":
+            raise NotImplementedError("only put_bytes creates conditionally at a remote store")
+        return NewRemoteFile(uri, partial(self._upload, uri, on_conflict))
+
+    def put_bytes(self, uri: str, data: bytes, *, if_absent: bool = False) -> Written:
+        """Write a small object in one step. With ``if_absent``, ``FileExistsError`` when there is one already."""
+        uri = normalize(uri)
+        if protocol(uri) == "file":
+            with NewLocalFile(uri, "fail" if if_absent else "replace") as file:
+                file.write(data)
+            return file.written
+        self._put_remote(uri, data, if_absent)
+        found = self.info(uri)
+        return Written(uri, len(data), hashlib.sha256(data).hexdigest(), found.etag)
+
+    def verify(self, written: Written) -> None:
+        """Read the object again; raises :class:`CorruptFile` when it is not what was written."""
+        self.verify_content(written.uri, written.n_bytes, written.sha256)
+
+    def verify_content(self, uri: str, n_bytes: int, sha256: str) -> None:
+        """Like :meth:`verify`, from the size and the hash alone."""
+        found = self.stat(uri)
+        if found is None:
+            raise CorruptFile(f"{uri} is gone")
+        if found.n_bytes != n_bytes:
+            raise CorruptFile(f"{uri} has {found.n_bytes} bytes, not the {n_bytes} that were written")
+        if (actual := self._sha256(uri)) != sha256:
+            raise CorruptFile(f"{uri} is not what was written: its SHA-256 is {actual}, not {sha256}")
+
+    def publish(self, source: str, target: str, *, sha256: str | None = None) -> None:
+        """Make ``source``'s content appear as ``target`` in one step, without moving it through this process.
+
+        Local: a hard link (a copy where links are unsupported); remote: a copy within the store. Converges: run again
+        after ``source`` was collected, it is content with a target that has this ``sha256``; otherwise it raises
+        :class:`CorruptFile`.
+        """
+        source, target = normalize(source), normalize(target)
+        found = self.stat(source)
+        if found is None:
+            if sha256 is not None and self.exists(target) and self._sha256(target) == sha256:
+                return
+            raise CorruptFile(f"{source} is gone, and {target} does not hold its content")
+        if protocol(source) == protocol(target) == "file":
+            if not self._call(target, lambda: local_files.link(Path(source), Path(target)), writing=True):
+                self._copy(source, target)
+            return
+        if protocol(source) != protocol(target):
+            self._copy(source, target)
+            return
+        filesystem = self._fresh(target)
+        self._call(target, lambda: filesystem.cp_file(self._path(source), self._path(target)), writing=True)
+        if self.info(target).n_bytes != found.n_bytes:
+            raise CorruptFile(f"{target} is not as long as {source}, which was copied there")
+
+    def delete(self, uris: Iterable[str]) -> None:
+        """Delete objects; absent ones are fine."""
+        paths = [normalize(uri) for uri in uris]
+        if len(paths) <= 1 or all(protocol(path) == "file" for path in paths):
+            for path in paths:
+                self._delete_one(path)
+            return
+        with ThreadPoolExecutor(_DELETERS) as pool:
+            list(pool.map(self._delete_one, paths))
+
+    def delete_tree(self, prefix: str) -> None:
+        """Delete everything below a folder, hidden or not. A hidden parent folder that this empties goes too."""
+        prefix = normalize(prefix)
+        if protocol(prefix) != "file":
+            path = self._path(prefix)
+            if "/" not in path.strip("/"):
+                raise ValueError(f"refusing to delete all of {prefix}")
+            # Not fsspec's recursive rm, which would expand wildcards in the name.
+            found = self._call(prefix, lambda: cast(list[str], self._fresh(prefix).find(path)), writing=True)
+            self.delete(self._url(prefix, name) for name in found)
+            return
+        folder = Path(prefix)
+        if folder == folder.parent:
+            raise ValueError("refusing to delete the root folder")
+
+        self._call(prefix, lambda: local_files.remove_tree(folder), writing=True)
+
+    def arrow_filesystem(self, uris: Sequence[str]) -> tuple[Any, list[str]]:
+        """A ``pyarrow.fs.FileSystem``, and the paths in it of objects that all live at one store."""
+        from pyarrow import fs
+
+        paths = [normalize(uri) for uri in uris]
+        if all(protocol(path) == "file" for path in paths):
+            return fs.LocalFileSystem(), paths
+        handler = fs.FSSpecHandler(self._filesystem(paths[0]))  # type: ignore[abstract]
+        return fs.PyFileSystem(handler), [self._path(path) for path in paths]
+
+    def _call(self, uri: str, call: Callable[[], T], *, writing: bool = False) -> T:
+        try:
+            return retrying(call, what=uri, seconds=self._retry_seconds)
+        except (Unreachable, FileExistsError):
+            raise
+        except Exception as error:
+            ours = explain(uri, error, writing=writing)
+            if ours is None or ours is error:
+                raise
+            raise ours from error
+
+    def _filesystem(self, uri: str) -> Any:
+        name = protocol(uri)
+        key = (os.getpid(), name)  # a file system's event loop does not survive a fork
+        with self._lock:
+            if key not in self._filesystems:
+                try:
+                    kind = fsspec.get_filesystem_class(name)
+                except (ImportError, ValueError) as error:
+                    raise no_filesystem(uri, name, error) from error
+                names = (name, *((kind.protocol,) if isinstance(kind.protocol, str) else kind.protocol))
+                defaults = next((_DEFAULTS[n] for n in names if n in _DEFAULTS), {})
+                given = next((self._options[n] for n in names if n in self._options), {})
+                made = kind(**{**defaults, **given}, skip_instance_cache=True)
+                if "s3" in names and "retries" not in given:
+                    made.retries = 1
+                self._filesystems[key] = made
+            return self._filesystems[key]
+
+    def _fresh(self, uri: str) -> Any:
+        """The file system, without listings kept from before."""
+        filesystem = self._filesystem(uri)
+        filesystem.invalidate_cache()
+        return filesystem
+
+    def _path(self, uri: str) -> str:
+        return cast(str, self._filesystem(uri)._strip_protocol(uri))
+
+    def _url(self, like: str, name: str) -> str:
+        """The URL of an fsspec name, with the same scheme as ``like``."""
+        return name if "://" in name else f"{like.partition('://')[0]}://{name}"
+
+    def _upload(self, uri: str, on_conflict: OnConflict, path: str) -> tuple[int, str]:
+        if on_conflict == "keep" and (found := self.stat(uri)):
+            return Path(path).stat().st_size, found.etag
+        self._call(uri, lambda: self._filesystem(uri).put_file(path, self._path(uri)), writing=True)
+        found = self.info(uri)
+        return found.n_bytes, found.etag
+
+    def _put_remote(self, uri: str, data: bytes, if_absent: bool) -> None:
+        tries = 0
+
+        def put() -> None:
+            nonlocal tries
+            tries += 1
+            try:
+                mode = "create" if if_absent else "overwrite"
+                self._filesystem(uri).pipe_file(self._path(uri), data, mode=mode)
+            except OSError as error:
+                refused = isinstance(error, FileExistsError) or response_code(error) in ("PreconditionFailed", "412")
+                if not refused:
+                    raise
+                # After a time-out it may be our own first try that is there.
+                if tries == 1 or self.read_bytes(uri) != data:
+                    raise FileExistsError(f"{uri} exists") from error
+
+        self._call(uri, put, writing=True)
+
+    def _sha256(self, uri: str) -> str:
+        with self.open(uri) as file:
+            return hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
+
+    def _copy(self, source: str, target: str) -> None:
+        with self.open(source) as reader, self.create(target) as writer:
+            while chunk := reader.read(_CHUNK):
+                writer.write(chunk)
+
+    def _delete_one(self, uri: str) -> None:
+        def remove() -> None:
+            try:
+                if protocol(uri) == "file":
+                    Path(uri).unlink()
+                else:
+                    self._filesystem(uri).rm_file(self._path(uri))
+            except FileNotFoundError:
+                pass
+
+        self._call(uri, remove, writing=True)
+
+
+def _local_info(path: str) -> ObjectInfo:
+    stat = os.stat(path)  # noqa: PTH116
+    return ObjectInfo(path, stat.st_size, local_files.etag(stat))
+
+
+def _remote_info(uri: str, info: Mapping[str, Any]) -> ObjectInfo:
+    """Stores name their version differently; without any, the time of the last change and the size must do."""
+    n_bytes = int(info["size"] or 0)
+    for name in ("ETag", "etag", "md5Hash", "generation"):
+        if info.get(name):
+            return ObjectInfo(uri, n_bytes, str(info[name]).strip('"'))
+    changed = next(
+        (info[n] for n in ("LastModified", "last_modified", "mtime", "updated", "created") if info.get(n)), ""
+    )
+    return ObjectInfo(uri, n_bytes, f"{n_bytes:x}-{changed}")
+
+
+class _PatientReader(io.RawIOBase):
+    """A reader whose reads are tried again: fsspec's own moves on only after a read has succeeded."""
+
+    def __init__(self, uri: str, file: Any, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self._uri, self._file, self._call = uri, file, call
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return cast(int, self._file.tell())
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return cast(int, self._file.seek(offset, whence))
+
+    def read(self, size: int | None = -1) -> bytes:
+        return cast(bytes, self._call(self._uri, lambda: self._file.read(-1 if size is None else size)))
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        data = self.read(view.nbytes)
+        view[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        return self.read()
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()

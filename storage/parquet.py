@@ -1,0 +1,225 @@
+"""Parquet: what the footer says, rows out in bounded batches, files in with checksums."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import groupby
+from types import TracebackType
+from typing import IO, cast
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyroaring import BitMap
+
+from storage.errors import CorruptFile, InputChanged, InvalidInput, RowmillError
+from storage.objects import NewFile, ObjectStore, Written
+from storage.parquet_batches import Readable, conform, readable, row_groups, without_columns
+from storage.records import Slice, Source
+
+RowIds = npt.NDArray[np.int64]
+
+ROW_GROUP_ROWS = 65_536
+ROW_GROUP_BYTES = 32 * 2**20
+"""Row groups end at whichever comes first; the writer buffers one of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileStats:
+    """What a footer says. ``row_groups``: (rows, uncompressed bytes) of each."""
+
+    n_rows: int
+    schema: pa.Schema
+    row_groups: tuple[tuple[int, int], ...]
+
+
+def stats(store: ObjectStore, uri: str) -> FileStats:
+    """The footer's facts; no data is read. Raises :class:`InvalidInput`, saying why, when this is no Parquet file."""
+    with store.open(uri) as file, readable(uri, InvalidInput, "it is not a readable Parquet file"):
+        parquet = pq.ParquetFile(file)
+        footer = parquet.metadata
+        groups = (footer.row_group(i) for i in range(footer.num_row_groups))
+        sizes = tuple((group.num_rows, max(0, group.total_byte_size)) for group in groups)
+        return FileStats(footer.num_rows, parquet.schema_arrow, sizes)
+
+
+def read(
+    store: ObjectStore,
+    sources: Mapping[int, Source],
+    slices: Sequence[Slice],
+    *,
+    schema: pa.Schema,
+    columns: Sequence[str],
+    only: BitMap | None,
+    batch_rows: int,
+    batch_bytes: int,
+) -> Iterator[tuple[RowIds, pa.RecordBatch]]:
+    """The rows of ``slices``, in order, in batches of at most ``batch_rows`` rows and about ``batch_bytes`` bytes.
+
+    Yields (``int64 [n]``: row indices that count through the slices; n rows of ``columns``, with ``schema``'s types).
+    ``only`` leaves out all other indices. Columns that a file lacks come from its hive partition, or are null. A single
+    row may exceed ``batch_bytes``. Text is not checked for being UTF-8.
+
+    Raises :class:`InputChanged` when a file is not the one that was planned, :class:`InvalidInput` when it is damaged.
+    """
+    target = pa.schema([schema.field(name) for name in columns])
+    start = 0
+    for source_idx, group in groupby(slices, key=lambda item: item.source):
+        pieces = []
+        for item in group:
+            if only is None or only.range_cardinality(start, start + item.row_n):
+                pieces.append((start, item))
+            start += item.row_n
+        if pieces:
+            yield from _read_file(store, sources[source_idx], pieces, target, only, batch_rows, batch_bytes)
+
+
+def _read_file(
+    store: ObjectStore,
+    source: Source,
+    pieces: Sequence[tuple[int, Slice]],
+    target: pa.Schema,
+    only: BitMap | None,
+    batch_rows: int,
+    batch_bytes: int,
+) -> Iterator[tuple[RowIds, pa.RecordBatch]]:
+    _check_unchanged(store, source)
+    with store.open(source.uri) as file:
+        with readable(source.uri, InvalidInput, "it is not a readable Parquet file"):
+            reader = Readable(file, source.uri, target.names, batch_rows, batch_bytes)
+        for start, item in pieces:
+            shift = start - item.row_lo
+            for group in row_groups(reader.footer, item.row_lo, item.row_lo + item.row_n):
+                if only is not None and not only.range_cardinality(group.lo + shift, group.hi + shift):
+                    continue
+                where = f"{source.uri}, row group {group.number}"
+                batches = reader.batches(group) if reader.columns else without_columns(group, batch_rows)
+                for lo, raw in _guarded(batches, where):
+                    rows, batch = _selected(lo + shift, raw, only)
+                    if len(rows):
+                        with readable(where, InvalidInput, "its values do not fit the column types of the job"):
+                            batch = conform(batch, target, source.partition)
+                        yield rows, batch
+
+
+def _guarded(batches: Iterator[tuple[int, pa.RecordBatch]], where: str) -> Iterator[tuple[int, pa.RecordBatch]]:
+    while True:
+        with readable(where, InvalidInput, "it is damaged"):
+            item = next(batches, None)
+        if item is None:
+            return
+        yield item
+
+
+def _check_unchanged(store: ObjectStore, source: Source) -> None:
+    found = store.stat(source.uri)
+    if found is None:
+        raise InputChanged(f"input file {source.uri} is gone since the job was planned; submit a new job")
+    if found.etag != source.etag:
+        raise InputChanged(
+            f"input file {source.uri} was changed after the job was planned (it is {found.etag}, and was "
+            f"{source.etag}); submit a new job"
+        )
+
+
+def _selected(first: int, batch: pa.RecordBatch, only: BitMap | None) -> tuple[RowIds, pa.RecordBatch]:
+    count = batch.num_rows
+    if only is None or only.range_cardinality(first, first + count) == count:
+        return np.arange(first, first + count, dtype=np.int64), batch
+    rows = np.array((only & BitMap(range(first, first + count))).to_array(), dtype=np.int64)
+    return rows, batch.take(rows - first)
+
+
+def scan(
+    file: object, uri: str, *, batch_rows: int, batch_bytes: int
+) -> tuple[pa.Schema, int, Iterator[pa.RecordBatch]]:
+    """Schema, row count and all rows of a file of our own, columns by position; ``file`` is a reader or a buffer.
+
+    Raises :class:`CorruptFile`, at once or while iterating.
+    """
+    with readable(uri, CorruptFile, "it is not a readable Parquet file"):
+        reader = Readable(file, uri, None, batch_rows, batch_bytes)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for group in row_groups(reader.footer, 0, reader.footer.num_rows):
+            found = reader.batches(group)
+            while True:
+                with readable(f"{uri}, row group {group.number}", CorruptFile, "it is damaged"):
+                    item = next(found, None)
+                if item is None:
+                    break
+                yield item[1]
+
+    return reader.schema, reader.footer.num_rows, batches()
+
+
+def writer(store: ObjectStore, uri: str, schema: pa.Schema, *, keep_existing: bool = False) -> ParquetOutput:
+    """A Parquet file to write in a ``with`` block; published when it ends well, else it never was.
+
+    zstd, page checksums, row groups of at most ``ROW_GROUP_ROWS`` rows and about ``ROW_GROUP_BYTES`` bytes.
+    """
+    return ParquetOutput(store.create(uri, on_conflict="keep" if keep_existing else "replace"), schema)
+
+
+class ParquetOutput:
+    """See :func:`writer`."""
+
+    def __init__(self, file: NewFile, schema: pa.Schema) -> None:
+        self._file = file
+        self._schema = schema
+        self._pending: list[pa.Table] = []
+        self._rows = self._bytes = 0
+        self.n_rows = 0
+        try:
+            self._writer = pq.ParquetWriter(cast(IO[bytes], file), schema, compression="zstd", write_page_checksum=True)
+        except BaseException:
+            file.close()
+            raise
+
+    @property
+    def written(self) -> Written:
+        """What was published. Only after a clean exit."""
+        return self._file.written
+
+    def write(self, rows: pa.Table | pa.RecordBatch) -> None:
+        """Append rows of exactly the schema given."""
+        table = pa.Table.from_batches([rows]) if isinstance(rows, pa.RecordBatch) else rows
+        self._pending.append(table)
+        self._rows += table.num_rows
+        self._bytes += table.nbytes
+        self.n_rows += table.num_rows
+        if self._rows >= ROW_GROUP_ROWS or self._bytes >= ROW_GROUP_BYTES:
+            self._write_out()
+
+    def _write_out(self) -> None:
+        if self._rows:
+            groups = max(-(-self._rows // ROW_GROUP_ROWS), -(-self._bytes // ROW_GROUP_BYTES), 1)
+            self._writer.write_table(pa.concat_tables(self._pending), row_group_size=-(-self._rows // groups))
+        self._pending, self._rows, self._bytes = [], 0, 0
+
+    def __enter__(self) -> ParquetOutput:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._abandon()
+            self._file.__exit__(kind, error, trace)
+            return
+        try:
+            self._write_out()
+            self._writer.close()
+        except BaseException as problem:
+            self._abandon()
+            self._file.__exit__(type(problem), problem, problem.__traceback__)
+            raise
+        self._file.__exit__(None, None, None)
+
+    def _abandon(self) -> None:
+        # Its file is thrown away; what matters is the error that led here.
+        with suppress(OSError, pa.ArrowException, RowmillError):
+            self._writer.close()

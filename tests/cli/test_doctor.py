@@ -1,0 +1,159 @@
+"""The doctor: each check on a machine of the kind that it is about, as far as one can be made here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline import doctor, doctor_engines, doctor_machine, doctor_probes
+from pipeline.cli.doctor import verdict
+from pipeline.doctor_check import Check
+from storage import database as storage_database
+from tests.cli.conftest import Rowmill
+
+
+def test_the_built_in_graph_is_the_model_that_it_is_said_to_be() -> None:
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load_from_string(doctor_probes.ADD_GRAPH)
+    onnx.checker.check_model(model)
+    assert [node.op_type for node in model.graph.node] == ["Add"]
+
+
+def test_onnx_runtime_is_proved_by_a_graph_that_ran() -> None:
+    pytest.importorskip("onnxruntime")
+    result = doctor_engines.probe(["onnx", "CPUExecutionProvider"], 60)
+    assert result["ok"]
+    assert result["active"] == ["CPUExecutionProvider"]
+    assert result["placement"] == ["CPUExecutionProvider"]
+
+
+@pytest.mark.skipif(doctor_machine.has_gpu(), reason="there is a GPU here")
+def test_a_provider_that_falls_back_to_the_cpu_does_not_pass() -> None:
+    pytest.importorskip("onnxruntime")
+    assert not doctor_engines.probe(["onnx", "CUDAExecutionProvider"], 60)["ok"]
+
+
+def test_two_builds_of_onnx_runtime_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        folder = tmp_path / f"{name.replace('-', '_')}-1.0.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (check,) = doctor_engines.onnx()
+    assert check.status == "fail"
+    assert "onnxruntime and onnxruntime-gpu" in check.detail
+    assert check.remedy is not None
+    assert "pip uninstall onnxruntime onnxruntime-gpu" in check.remedy
+
+
+def test_a_probe_that_crashes_or_hangs_is_a_finding() -> None:
+    crashed = doctor_engines.probe(["nonsense"], 60)
+    assert not crashed["ok"]
+    assert "KeyError" in crashed["error"]
+    late = doctor_engines.probe(["onnx-providers"], 0.001)
+    assert late == {"ok": False, "error": "no answer within 0 s"}
+
+
+def test_a_database_that_is_not_there_yet_is_not_made(tmp_path: Path) -> None:
+    check = doctor.database(f"sqlite:///{tmp_path / 'new.db'}")
+    assert check.status == "ok"
+    assert "not there yet" in check.detail
+    assert not (tmp_path / "new.db").exists()
+
+
+def test_a_database_at_this_versions_schema(database_url: str) -> None:
+    check = doctor.database(database_url)
+    assert check.status == "ok"
+    assert check.facts["revision"] == check.facts["newest"]
+
+
+@pytest.mark.postgres
+def test_an_empty_server_needs_an_upgrade(postgres_empty: str) -> None:
+    check = doctor.database(postgres_empty)
+    assert check.status == "warn"
+    assert check.remedy == "run 'rowmill db upgrade'"
+    storage_database.upgrade(postgres_empty)
+    assert doctor.database(postgres_empty).status == "ok"
+
+
+def test_a_server_that_does_not_answer_is_unreachable() -> None:
+    check = doctor.database("postgresql://u:hunter2@127.0.0.1:1/d")
+    assert (check.status, check.unreachable) == ("fail", True)
+    assert "hunter2" not in check.detail
+
+
+@pytest.mark.parametrize("url", ["nonsense", "mysql://h/d"])
+def test_a_bad_database_url_is_not_called_unreachable(url: str) -> None:
+    check = doctor.database(url)
+    assert (check.status, check.unreachable) == ("fail", False)
+
+
+def test_the_broker(redis_url: str) -> None:
+    assert doctor.broker(None).status == "skip"
+    assert doctor.broker(redis_url).status == "ok"
+    gone = doctor.broker("redis://:hunter2@127.0.0.1:1/0")
+    assert (gone.status, gone.unreachable) == ("fail", True)
+    assert "hunter2" not in gone.detail
+    bad = doctor.broker("carrier-pigeon://h")
+    assert (bad.status, bad.unreachable) == ("fail", False)
+
+
+def test_directories(tmp_path: Path) -> None:
+    missing = doctor_machine.directory("data directory", tmp_path / "a" / "b", sqlite=True)
+    assert missing.status in ("ok", "warn")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").write_text("")
+    check = doctor_machine.directory("data directory", tmp_path / "file" / "b", sqlite=False)
+    assert check.status == "fail"
+    assert check.remedy is not None
+    assert "data_dir" in check.remedy
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_that_may_not_be_written_to(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    assert doctor_machine.directory("cache directory", tmp_path, sqlite=False).status == "fail"
+
+
+def test_the_machine() -> None:
+    for check in (doctor_machine.cpu(), doctor_machine.memory(), doctor_machine.shared_memory(), doctor_machine.gpu()):
+        assert check.detail
+
+
+def test_a_driver_whose_gpu_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    command.write_text("#!/bin/sh\necho 'No devices were found' >&2\nexit 6\n")
+    command.chmod(0o755)
+    assert doctor_machine.gpu().status == "warn"
+    assert doctor_machine.gpu().detail == "No devices were found"
+    command.write_text("#!/bin/sh\necho 'NVIDIA H200, 143771 MiB, 580.95'\n")
+    assert doctor_machine.gpu().status == "ok"
+    assert doctor_machine.has_gpu()
+
+
+@pytest.mark.parametrize(
+    ("found", "code"),
+    [
+        ([Check("a", "ok", ""), Check("b", "warn", ""), Check("c", "skip", "")], 0),
+        ([Check("a", "fail", "")], 1),
+        ([Check("a", "fail", ""), Check("broker", "fail", "", unreachable=True)], 7),
+    ],
+)
+def test_the_verdict(found: list[Check], code: int) -> None:
+    assert verdict(found) == code
+
+
+def test_the_command(rowmill: Rowmill) -> None:
+    done = rowmill("doctor", "--json", "--setting", "storage_options.s3.secret=hunter2", ROWMILL_CACHE_DIRR="x")
+    assert done.code == 0, done.out
+    assert "hunter2" not in done.out + done.err
+    found = {check["name"]: check for check in done.document["checks"]}
+    assert found["settings"]["status"] == "warn"
+    assert "ROWMILL_CACHE_DIR" in found["settings"]["detail"]
+    assert found["database"]["status"] == "ok"
+    assert found["engine onnx, CPU"]["status"] == "ok"
+    assert found["engine vllm"]["status"] in ("ok", "warn")
+    assert not (rowmill.home.parent / "data").exists()

@@ -1,0 +1,114 @@
+"""Rates, estimates and lines, with a clock that the test moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from pipeline.cli import progress
+from pipeline.cli.progress import Bar, Lines, Rates, Silent, describe
+from pipeline.status import JobStatus
+from storage.states import JobState
+
+Make = Callable[..., JobStatus]
+
+
+def test_rates_and_time_left(status: Make) -> None:
+    rates = Rates()
+    rates.update(status(rows_total=1000), 0.0)
+    assert rates.rows is None
+    assert rates.remaining(0.0) is None
+    rates.update(status(rows_total=1000, rows_done=100, tokens={"prompt_tokens": 500, "completion_tokens": 100}), 10.0)
+    assert rates.rows == 10
+    assert rates.tokens == 60
+    assert rates.remaining(10.0) == 90
+
+
+def test_between_flushes_the_rate_stands_and_the_time_left_runs_down(status: Make) -> None:
+    rates = Rates()
+    rates.update(status(rows_total=1000), 0.0)
+    rates.update(status(rows_total=1000, rows_done=100), 10.0)
+    rates.update(status(rows_total=1000, rows_done=100), 30.0)
+    assert rates.rows == 10
+    assert rates.remaining(30.0) == 70
+    assert rates.remaining(500.0) == 0
+
+
+def test_old_moves_are_forgotten(status: Make) -> None:
+    rates = Rates()
+    for second, rows in [(0, 0), (100, 10), (200, 20), (210, 1020), (280, 8020)]:
+        rates.update(status(rows_total=9000, rows_done=rows), float(second))
+    assert rates.rows == 100
+
+
+def test_rows_that_were_done_before_are_not_counted(status: Make) -> None:
+    rates = Rates()
+    rates.update(status(rows_total=1000, rows_done=900), 0.0)
+    rates.update(status(rows_total=1000, rows_done=910), 1.0)
+    assert rates.rows == 10
+
+
+def test_planning_does_not_slow_the_estimate(status: Make) -> None:
+    rates = Rates()
+    rates.update(status(state=JobState.VALIDATING), 0.0)
+    rates.update(status(state=JobState.QUEUED, rows_total=100), 1000.0)
+    rates.update(status(rows_total=100), 1000.0)
+    rates.update(status(rows_total=100, rows_done=50), 1001.0)
+    assert rates.rows == 50
+
+
+def test_counts_that_fall_start_anew(status: Make) -> None:
+    rates = Rates()
+    rates.update(status(rows_total=100, rows_done=50), 0.0)
+    rates.update(status(rows_total=100, rows_done=10), 1.0)
+    assert rates.rows is None
+
+
+def test_lines(status: Make) -> None:
+    rates = Rates()
+    assert describe(status(state=JobState.VALIDATING), rates, 0.0) == "validating"
+    rates.update(status(rows_total=20_000), 0.0)
+    now = status(rows_total=20_000, rows_done=4_096, rows_failed=3, tokens={"prompt_tokens": 10_000})
+    rates.update(now, 4.0)
+    assert describe(now, rates, 4.0) == (
+        "in_progress: 4,096 of 20,000 rows (20%), 1,024 rows/s, 2,500 tokens/s, 16 s left, 3 failed"
+    )
+
+
+def test_without_a_terminal_a_line_is_written_now_and_then(status: Make) -> None:
+    now, written = [0.0], list[str]()
+    lines = Lines(written.append, lambda: now[0])
+    for second in range(25):
+        now[0] = float(second)
+        lines.update(status(rows_total=100, rows_done=second))
+    assert [line.split(",")[0] for line in written] == [
+        "in_progress: 0 of 100 rows (0%)",
+        "in_progress: 10 of 100 rows (10%)",
+        "in_progress: 20 of 100 rows (20%)",
+    ]
+    lines.update(status(state=JobState.COMPLETED, rows_total=100, rows_done=100))
+    assert written[-1].startswith("completed: 100 of 100 rows (100%)")
+    lines.notice("hello")
+    assert written[-1] == "hello"
+
+
+def test_the_kind_that_suits(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert type(progress.progress(quiet=True)) is Silent
+    assert type(progress.progress(quiet=False)) is Lines
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert type(progress.progress(quiet=False)) is Bar
+    monkeypatch.setenv("TERM", "dumb")
+    assert type(progress.progress(quiet=False)) is Lines
+
+
+def test_the_bar_takes_every_kind_of_status(status: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    with Bar(clock=lambda: 0.0) as bar:
+        bar.update(status(state=JobState.VALIDATING))
+        bar.update(status(rows_total=10, rows_done=5))
+        bar.notice("[red]exporting[/red]\x1b[0m")
+        bar.update(status(state=JobState.COMPLETED, rows_total=10, rows_done=10))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "[red]exporting[/red]\\x1b[0m" in captured.err

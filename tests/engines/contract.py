@@ -1,0 +1,356 @@
+"""What every engine must do, as one test suite. Subclass ``EngineContract`` once per engine and task.
+
+A subclass gives four fixtures, and may loosen the three class attributes::
+
+    class TestMine(EngineContract):
+        @pytest.fixture
+        def engine(self) -> Engine: ...       # loaded; may be the session's, the suite leaves it usable
+        @pytest.fixture
+        def unloaded(self) -> Engine: ...     # made but not loaded: it is closed twice
+        @pytest.fixture
+        def spec(self) -> JobSpec: ...        # short answers (``max_tokens``) keep it quick
+        @pytest.fixture
+        def make_batch(self) -> MakeBatch: ...  # (first, n) → rows first … first + n, each with content of its own
+
+Nothing here sleeps or measures time: a test that hangs is ended by the suite's timeout.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.engines.base import Cancellation, Engine, ResultBatch, RowBatch, RowFailure
+from pipeline.job_spec import JobSpec
+from pipeline.row_errors import RowErrorCode
+
+MakeBatch = Callable[[int, int], RowBatch]
+"""``(first, n)`` → a batch with the rows ``first`` … ``first + n - 1``; no two rows have the same content."""
+
+
+class Source:
+    """Batches that count how often they are asked for, and by how many threads at once."""
+
+    def __init__(self, batches: Iterable[RowBatch], on_draw: Callable[[int], None] = lambda n: None) -> None:
+        self._batches = iter(batches)
+        self._on_draw = on_draw
+        self._busy = threading.Lock()
+        self.drawn_rows = 0
+        self.drawn = 0
+        self.overlapped = False
+
+    def __iter__(self) -> Iterator[RowBatch]:
+        return self
+
+    def __next__(self) -> RowBatch:
+        if not self._busy.acquire(blocking=False):
+            self.overlapped = True
+            raise AssertionError("batches was drawn by two threads at the same time")
+        try:
+            batch = next(self._batches)
+            self.drawn += 1
+            self.drawn_rows += len(batch.rows)
+            self._on_draw(self.drawn)
+            return batch
+        finally:
+            self._busy.release()
+
+
+class EngineContract:
+    """The suite. Results are compared by :meth:`same`."""
+
+    batch_rows = 16
+    """Rows in most batches."""
+    many_rows = 100_000
+    """Rows of a call that is stopped early: far more than the engine's window."""
+    look_ahead_rows = 20_000
+    """Most rows that may have been drawn when the first result comes."""
+
+    @pytest.fixture
+    def engine(self) -> Engine:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def unloaded(self) -> Engine:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def spec(self) -> JobSpec:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def make_batch(self) -> MakeBatch:
+        raise NotImplementedError
+
+    def same(self, left: Any, right: Any) -> bool:
+        """Whether two results of the same row agree. Floats may differ in the last digits between batches."""
+        if isinstance(left, dict):
+            return left.keys() == right.keys() and all(self.same(left[key], right[key]) for key in left)
+        if isinstance(left, list):
+            return len(left) == len(right) and all(self.same(a, b) for a, b in zip(left, right, strict=True))
+        if isinstance(left, float):
+            return math.isclose(left, right, rel_tol=1e-3, abs_tol=1e-4)
+        return bool(left == right)
+
+    # -- results ------------------------------------------------------------------------------------------------------
+
+    def test_one_result_for_every_row(self, engine: Engine, spec: JobSpec, make_batch: MakeBatch) -> None:
+        answered = run(engine, spec, split(make_batch, 5 * self.batch_rows, self.batch_rows))
+        assert sorted(answered) == list(range(5 * self.batch_rows))
+        assert not [answer for answer in answered.values() if isinstance(answer, RowFailure)]
+
+    def test_results_belong_to_their_rows(self, engine: Engine, spec: JobSpec, make_batch: MakeBatch) -> None:
+        """The same content under another row number and in another batch gets the same answer."""
+        n = 3 * self.batch_rows
+        straight = run(engine, spec, split(make_batch, n, self.batch_rows))
+        whole = make_batch(0, n)
+        order = np.random.default_rng(0).permutation(n)
+        mixed = RowBatch(order + 1000, whole.columns.take(pa.array(order, pa.int64())))
+        answered = run(engine, spec, [mixed])
+        assert sorted(answered) == list(range(1000, 1000 + n))
+        for row in range(n):
+            assert self.same(answered[row + 1000], straight[row]), f"row {row}"
+        if n > 1:
+            assert any(not self.same(straight[0], straight[row]) for row in range(1, n)), "all answers are the same"
+
+    def test_schema_is_the_promised_one(self, engine: Engine, spec: JobSpec, make_batch: MakeBatch) -> None:
+        promised = engine.result_schema(spec)
+        assert promised.names
+        assert "error" not in promised.names
+        for result in engine.infer(spec, iter(split(make_batch, 20, 7)), Cancellation()):
+            assert result.rows.dtype == np.int64
+            if result.values is None:
+                assert len(result.rows) == 0
+            else:
+                assert result.values.schema.equals(promised)
+                assert result.values.num_rows == len(result.rows)
+                result.values.validate(full=True)
+
+    def test_no_rows_no_results(self, engine: Engine, spec: JobSpec, make_batch: MakeBatch) -> None:
+        assert run(engine, spec, []) == {}
+        assert run(engine, spec, [make_batch(0, 0)]) == {}
+        assert sorted(run(engine, spec, [make_batch(0, 0), make_batch(3, 2), make_batch(0, 0)])) == [3, 4]
+
+    def test_batches_of_one_row(self, engine: Engine, spec: JobSpec, make_batch: MakeBatch) -> None:
+        assert sorted(run(engine, spec, split(make_batch, 5, 1))) == [0, 1, 2, 3, 4]
+
+    def test_sliced_columns(self, engine: Engine, spec: JobSpec, make_batch: MakeBatch) -> None:
+        """A batch may be a window on larger buffers; nothing outside it may leak in."""
+        whole = run(engine, spec, [make_batch(0, 8)])
+        batch = make_batch(0, 8)
+        part = run(engine, spec, [RowBatch(batch.rows[3:6], batch.columns.slice(3, 3))])
+        assert sorted(part) == [3, 4, 5]
+        for row, answer in part.items():
+            assert self.same(answer, whole[row]), f"row {row}"
+
+    # -- rows that cannot be computed ---------------------------------------------------------------------------------
+
+    def test_null_is_a_missing_value(self, engine: Engine, spec: JobSpec, make_batch: MakeBatch) -> None:
+        batch = make_batch(0, 6)
+        columns = batch.columns.take(pa.array([0, None, 2, 3, None, 5], pa.int64()))
+        answered = run(engine, spec, [RowBatch(batch.rows, columns)])
+        assert sorted(answered) == [0, 1, 2, 3, 4, 5]
+        failed = {row: answer for row, answer in answered.items() if isinstance(answer, RowFailure)}
+        assert sorted(failed) == [1, 4]
+        for failure in failed.values():
+            assert failure.code == RowErrorCode.MISSING_VALUE
+            assert any(name in failure.message for name in batch.columns.schema.names), "the message names the column"
+
+    def test_nothing_but_nulls(self, engine: Engine, spec: JobSpec, make_batch: MakeBatch) -> None:
+        batch = make_batch(0, 3)
+        columns = batch.columns.take(pa.array([None] * 3, pa.int64()))
+        answered = run(engine, spec, [RowBatch(batch.rows, columns)])
+        assert {row: type(answer) for row, answer in answered.items()} == dict.fromkeys(range(3), RowFailure)
+
+    # -- streaming ----------------------------------------------------------------------------------------------------
+
+    def test_batches_are_drawn_lazily(self, engine: Engine, spec: JobSpec, make_batch: MakeBatch) -> None:
+        source = Source(stream(make_batch, self.many_rows, self.batch_rows))
+        with closing(results(engine, spec, source)) as found:
+            next(found)
+            assert source.drawn_rows <= self.look_ahead_rows
+        assert not source.overlapped
+
+    def test_nothing_is_drawn_before_the_first_result_is_asked_for(
+        self, engine: Engine, spec: JobSpec, make_batch: MakeBatch
+    ) -> None:
+        source = Source(stream(make_batch, self.batch_rows, self.batch_rows))
+        found = results(engine, spec, source)
+        found.close()
+        assert source.drawn == 0
+
+    def test_two_calls_at_once(self, engine: Engine, spec: JobSpec, make_batch: MakeBatch) -> None:
+        """Both have begun before either may end, and each gets its own rows."""
+        both = threading.Barrier(2)
+
+        def call(first: int) -> dict[int, Any]:
+            def meet(n: int) -> None:
+                if n == 1:
+                    both.wait()
+
+            batches = [make_batch(first + at, self.batch_rows) for at in range(0, 3 * self.batch_rows, self.batch_rows)]
+            return run(engine, spec, Source(batches, meet))
+
+        n = 3 * self.batch_rows
+        with ThreadPoolExecutor(2) as pool:
+            left, right = pool.map(call, (0, n))
+        assert sorted(left) == list(range(n))
+        assert sorted(right) == list(range(n, 2 * n))
+        alone = run(engine, spec, split(make_batch, 2 * n, self.batch_rows))
+        for row, answer in {**left, **right}.items():
+            assert self.same(answer, alone[row]), f"row {row}"
+
+    # -- stopping -----------------------------------------------------------------------------------------------------
+
+    def test_cancel_after_the_first_result(self, engine: Engine, spec: JobSpec, make_batch: MakeBatch) -> None:
+        cancel = Cancellation()
+        source = Source(stream(make_batch, self.many_rows, self.batch_rows))
+        with closing(results(engine, spec, source, cancel)) as found:
+            answered = count(next(found))
+            cancel.cancel("test")
+            answered += sum(count(result) for result in found)
+        assert answered < self.many_rows
+        assert source.drawn_rows < self.many_rows
+        self.still_works(engine, spec, make_batch)
+
+    def test_cancel_from_another_thread(self, engine: Engine, spec: JobSpec, make_batch: MakeBatch) -> None:
+        """The caller waits for the next result while another thread, signalled by a drawn batch, cancels."""
+        cancel, begun = Cancellation(), threading.Event()
+        thread = cancel_when(begun, cancel)
+        source = Source(stream(make_batch, self.many_rows, self.batch_rows), lambda n: begun.set() if n == 3 else None)
+        answered = run(engine, spec, source, cancel)
+        thread.join()
+        assert len(answered) < self.many_rows
+        self.still_works(engine, spec, make_batch)
+
+    def test_cancelled_before_it_began(self, engine: Engine, spec: JobSpec, make_batch: MakeBatch) -> None:
+        cancel = Cancellation()
+        cancel.cancel("test")
+        source = Source(stream(make_batch, self.many_rows, self.batch_rows))
+        assert len(run(engine, spec, source, cancel)) < self.many_rows
+        assert source.drawn_rows <= self.look_ahead_rows
+        self.still_works(engine, spec, make_batch)
+
+    def test_closed_early(self, engine: Engine, spec: JobSpec, make_batch: MakeBatch) -> None:
+        source = Source(stream(make_batch, self.many_rows, self.batch_rows))
+        found = results(engine, spec, source)
+        next(found)
+        found.close()
+        assert source.drawn_rows < self.many_rows
+        drawn = source.drawn
+        self.still_works(engine, spec, make_batch)
+        assert source.drawn == drawn
+
+    def test_one_call_cancelled_leaves_the_other_alone(
+        self, engine: Engine, spec: JobSpec, make_batch: MakeBatch
+    ) -> None:
+        cancel = Cancellation()
+        n = 3 * self.batch_rows
+        with closing(results(engine, spec, stream(make_batch, self.many_rows, self.batch_rows), cancel)) as stopped:
+            next(stopped)
+            with closing(results(engine, spec, stream(make_batch, n, self.batch_rows))) as other:
+                answered = collect([next(other)])
+                cancel.cancel("test")
+                for _ in stopped:
+                    pass
+                answered |= collect(other)
+        assert sorted(answered) == list(range(n))
+
+    # -- errors -------------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("good", [0, 3])
+    def test_errors_of_the_source_come_through(
+        self, engine: Engine, spec: JobSpec, make_batch: MakeBatch, good: int
+    ) -> None:
+        class Unreadable(Exception):
+            pass
+
+        def batches() -> Iterator[RowBatch]:
+            yield from stream(make_batch, good * self.batch_rows, self.batch_rows)
+            raise Unreadable
+
+        with pytest.raises(Unreadable):
+            run(engine, spec, batches())
+        self.still_works(engine, spec, make_batch)
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def test_close_without_load_and_twice(self, unloaded: Engine) -> None:
+        unloaded.close()
+        unloaded.close()
+
+    def test_stats_are_json(self, engine: Engine, spec: JobSpec, make_batch: MakeBatch) -> None:
+        run(engine, spec, [make_batch(0, 2)])
+        json.dumps(engine.stats(), allow_nan=False)
+
+    def test_the_class_says_what_it_does(self, engine: Engine, spec: JobSpec) -> None:
+        assert type(engine).name
+        assert spec.task in type(engine).tasks
+
+    def still_works(self, engine: Engine, spec: JobSpec, make_batch: MakeBatch) -> None:
+        """The engine answers another call as if nothing had happened."""
+        assert sorted(run(engine, spec, [make_batch(500, 4)])) == [500, 501, 502, 503]
+
+
+def cancel_when(signal: threading.Event, cancel: Cancellation) -> threading.Thread:
+    """A started thread that cancels once the signal is set."""
+
+    def wait_and_cancel() -> None:
+        signal.wait()
+        cancel.cancel("test")
+
+    thread = threading.Thread(target=wait_and_cancel)
+    thread.start()
+    return thread
+
+
+def stream(make_batch: MakeBatch, n: int, batch_rows: int) -> Iterator[RowBatch]:
+    """``n`` rows in batches, made as they are drawn."""
+    for first in range(0, n, batch_rows):
+        yield make_batch(first, min(batch_rows, n - first))
+
+
+def split(make_batch: MakeBatch, n: int, batch_rows: int) -> Sequence[RowBatch]:
+    return list(stream(make_batch, n, batch_rows))
+
+
+def results(engine: Engine, spec: JobSpec, batches: Iterable[RowBatch], cancel: Cancellation | None = None) -> Any:
+    """The call's iterator, which has ``close``."""
+    return engine.infer(spec, batches, Cancellation() if cancel is None else cancel)
+
+
+def run(
+    engine: Engine, spec: JobSpec, batches: Iterable[RowBatch], cancel: Cancellation | None = None
+) -> dict[int, Any]:
+    """Row → its result as a dict of Python values, or its failure."""
+    return collect(results(engine, spec, batches, cancel))
+
+
+def collect(found: Iterable[ResultBatch]) -> dict[int, Any]:
+    """Row → result or failure. Fails when a row was answered twice."""
+    answered: dict[int, Any] = {}
+    for result in found:
+        values = [] if result.values is None else result.values.to_pylist()
+        assert len(values) == len(result.rows)
+        for row, answer in zip(result.rows.tolist(), values, strict=True):
+            assert row not in answered, f"row {row} was answered twice"
+            answered[row] = answer
+        for failure in result.failures:
+            assert failure.row not in answered, f"row {failure.row} was answered twice"
+            assert failure.code in set(RowErrorCode)
+            assert failure.message
+            answered[failure.row] = failure
+    return answered
+
+
+def count(result: ResultBatch) -> int:
+    return len(result.rows) + len(result.failures)

