@@ -86,7 +86,7 @@ def show(output: Path, columns: Sequence[str], console: Console, rows: int = 5) 
     data = pq.read_table(output / "data")
     table = Table(title=f"{output}/data: the first {rows} of {data.num_rows} rows", title_justify="left")
     for name in columns:
-        table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=44)
+        table.add_column(name)
     for row in data.select(columns).slice(0, rows).to_pylist():
         table.add_row(*(_cell(row[name]) for name in columns))
     console.print(table)
@@ -106,7 +106,7 @@ def main() -> None:
         *("--sampling", "max_tokens=24", "--sampling", "temperature=0", "--overwrite"),
         console=console,
     )
-    show(stories, ["id", "text", "output", "finish_reason"], console)
+    show(stories, ["id", "text", "output"], console)
     console.print("[dim](The tiny Llama was never trained: what it says is noise, but it is vLLM that says it.)[/dim]")
 
     console.rule("2. Embed text with ONNX Runtime")
@@ -134,11 +134,13 @@ def _built(path: Path, build: object) -> Path:
 
 
 def _cell(value: object) -> Text:
-    """The value as plain text: no markup of its own, no control characters."""
+    """The value as one short line of plain text: no markup of its own, no control characters."""
     if isinstance(value, list):
         return Text(f"[{', '.join(f'{x:.3f}' for x in value[:3])}, … {len(value)} floats]")
     shown = "" if value is None else str(value)
-    return Text(shown if shown.isprintable() else repr(shown))
+    text = Text(shown if shown.isprintable() else repr(shown))
+    text.truncate(32, overflow="ellipsis")
+    return text
 
 
 if __name__ == "__main__":

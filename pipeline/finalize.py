@@ -15,10 +15,10 @@ import pyarrow as pa
 from pipeline import assembly, manifest
 from pipeline.flusher import patiently
 from pipeline.job_spec import JobSpec
-from pipeline.outputs import published
+from pipeline.outputs import is_free, published
 from pipeline.plan_record import PlanRecord
 from pipeline.runtime import Runtime
-from storage import finalizing, garbage, locations, parquet
+from storage import failpoints, finalizing, garbage, locations, parquet
 from storage.errors import InputChanged
 from storage.finalizing import Closed
 from storage.records import Job
@@ -35,8 +35,10 @@ def finalize_job(runtime: Runtime, job_id: str | None = None) -> Job | None:
     )
     if job is None:
         return None
+    failpoints.hit("finalize.claimed")
     target = finalizing.end_state(job)
     entries = _publish(runtime, job, target)
+    failpoints.hit("finalize.complete")
     error = job.error or _why(runtime, job, target)
     ended = _complete(runtime, job, target, error)
     _sweep(runtime, job, target, bool(entries))
@@ -57,6 +59,10 @@ def _why(runtime: Runtime, job: Job, target: JobState) -> str | None:
 
 def _publish(runtime: Runtime, job: Job, target: JobState) -> list[dict[str, Any]]:
     store, output = runtime.store, job.output_uri
+    if target is not JobState.COMPLETED and not job.publishing and not is_free(store, output):
+        runtime.notify(f"{output} keeps what an earlier job published; this one did not complete")
+        return []
+    finalizing.begin_publishing(runtime.database, job, actor=runtime.actor)
     # Readers trust the marks, so these go first and come back last.
     store.delete([locations.success(output), locations.manifest(output)])
     entries: list[dict[str, Any]] = []
@@ -66,6 +72,7 @@ def _publish(runtime: Runtime, job: Job, target: JobState) -> list[dict[str, Any
             finalizing.renew(runtime.database, job, lease_seconds=runtime.settings.lease_seconds)
         entry = _publish_shard(runtime, job, closed)
         if entry is not None:
+            failpoints.hit("finalize.part")
             names.add(locations.part(output, closed.shard.idx))
             entries.append(entry)
     if not entries and target is JobState.COMPLETED:
@@ -73,6 +80,7 @@ def _publish(runtime: Runtime, job: Job, target: JobState) -> list[dict[str, Any
     _remove_stale(runtime, output, names)
     if not entries and target is not JobState.COMPLETED:
         return entries
+    failpoints.hit("finalize.manifest")
     document = manifest.build(
         job=replace(job, state=target),
         parts=entries,
@@ -81,6 +89,7 @@ def _publish(runtime: Runtime, job: Job, target: JobState) -> list[dict[str, Any
         published_at=runtime.database.clock(),
     )
     store.put_bytes(locations.manifest(output), json.dumps(document, indent=2).encode())
+    failpoints.hit("finalize.success")
     if target is JobState.COMPLETED:
         store.put_bytes(locations.success(output), b"")
     return entries

@@ -20,7 +20,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_e
 from pipeline import assembly
 from pipeline.engines.base import ResultBatch
 from pipeline.runtime import Runtime
-from storage import parquet, shards
+from storage import failpoints, parquet, shards
 from storage.errors import TransientError
 from storage.records import Claim, PartFile, RowException
 
@@ -114,6 +114,7 @@ class Flusher:
             file.write(table)
         written = file.written
         runtime.store.verify(written)
+        failpoints.hit("flush.stored")
         part = PartFile(
             attempt_no=claim.attempt_no,
             seq=seq,
@@ -131,6 +132,7 @@ class Flusher:
         ]
         tokens = _count_tokens(buffer)
         patiently(lambda: shards.flush(runtime.database, claim, part, tokens=tokens, exceptions=exceptions))
+        failpoints.hit("flush.recorded")
         if failed and claim.job.spec.get("max_failed_rows") is not None:
             shards.stop_if_too_many_failed(runtime.database, claim.job.id, runtime.actor)
         self.seconds += time.monotonic() - began

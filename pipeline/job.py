@@ -16,7 +16,7 @@ from pipeline.models.resolve import resolve
 from pipeline.outputs import refuse_existing
 from pipeline.plan_record import PlanRecord
 from pipeline.runtime import Runtime
-from storage import jobs, locations, retries
+from storage import failpoints, jobs, locations, retries
 from storage.errors import Conflict, InvalidInput, InvalidJob
 from storage.records import Job
 
@@ -60,6 +60,7 @@ def submit_job(runtime: Runtime, fields: dict[str, Any], *, resume: bool = False
         refuse_existing(runtime.store, spec.output)
     job_id = str(uuid_utils.uuid7())
     prepared = _prepare(runtime, job_id, spec, engine, model) if plan and live is None else None
+    failpoints.hit("plan.prepared")
     job = jobs.insert(
         runtime.database,
         job_id=job_id,

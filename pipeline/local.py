@@ -17,7 +17,7 @@ from pipeline.shard import execute
 from pipeline.status import JobStatus
 from pipeline.status_of import job_status
 from storage import claims, jobs, workers
-from storage.errors import Conflict, IllegalTransition, Interrupted, TransientError
+from storage.errors import Conflict, IllegalTransition, Interrupted, LeaseLost, TransientError
 from storage.records import Job
 from storage.states import TERMINAL_JOB, JobState
 
@@ -88,7 +88,9 @@ def _work(
     if interrupt.cancelled:
         raise Interrupted(f"job {job_id} was interrupted; everything finished is flushed")
     while True:
-        job = finalize_job(runtime, job_id) or jobs.get(runtime.database, job_id)
+        with suppress(LeaseLost):  # cancelled while it was being published: the next round sees to it
+            finalize_job(runtime, job_id)
+        job = jobs.get(runtime.database, job_id)
         status = job_status(runtime.database, job)
         if job.state in TERMINAL_JOB:
             on_progress(status)

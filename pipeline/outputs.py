@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from storage.objects import ObjectStore
-
 from storage import locations
 from storage.errors import Conflict
+from storage.objects import ObjectStore
 from storage.records import PartFile
 
 
 def refuse_existing(store: ObjectStore, output: str) -> None:
     """Raise :class:`Conflict` when ``output`` holds published rows, whoever published them."""
-    marks = (locations.success(output), locations.manifest(output))
-    if any(store.exists(mark) for mark in marks) or store.find(f"{locations.data_dir(output)}/*.parquet"):
+    if not is_free(store, output):
         raise Conflict(
             f"{output} already holds published rows; choose another output, or pass --overwrite (overwrite=True) "
             "to replace them when the new job ends",
             field="output",
         )
+
+
+def is_free(store: ObjectStore, output: str) -> bool:
+    """Whether nobody has published anything at ``output``."""
+    marks = (locations.success(output), locations.manifest(output))
+    return not any(store.exists(mark) for mark in marks) and not store.find(f"{locations.data_dir(output)}/*.parquet")
 
 
 def published(store: ObjectStore, output: str, idx: int, file: PartFile | None) -> PartFile | None:

@@ -26,7 +26,7 @@ from pipeline.outputs import published
 from pipeline.plan_record import PlanRecord
 from pipeline.retry import backoff
 from pipeline.runtime import Runtime
-from storage import locations, parquet, shards
+from storage import failpoints, locations, parquet, shards
 from storage.errors import (
     CommitUnknown,
     EngineDead,
@@ -47,6 +47,7 @@ def execute(runtime: Runtime, claim: Claim, keeper: LeaseKeeper, interrupt: Canc
 
     Raises only what says that this process should stop working: nothing, so far. Every outcome is in the database.
     """
+    failpoints.hit("claim.taken")
     cancel = keeper.hold(claim)
     forget = interrupt.on_cancel(lambda: cancel.cancel(interrupt.reason or "interrupted"))
     try:
@@ -129,8 +130,10 @@ def run_shard(
             return
         ledger.close()
         output = _assemble(runtime, claim, plan, spec, schema, directory, (*claim.parts, *flusher.parts))
+        failpoints.hit("commit.assembled")
         stats = _stats(engine, began, flusher)
         patiently(lambda: shards.commit(runtime.database, claim, output, stats=stats))
+        failpoints.hit("commit.done")
 
 
 def _rows(runtime: Runtime, claim: Claim, plan: PlanRecord) -> Iterator[RowBatch]:

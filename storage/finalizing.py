@@ -78,6 +78,20 @@ def renew(database: Database, claimed: Job, *, lease_seconds: float) -> None:
             raise LeaseLost(f"another finalizer has taken job {claimed.id}")
 
 
+def begin_publishing(database: Database, claimed: Job, *, actor: str) -> None:
+    """Note that this job replaces from now on what is published at its output, or :class:`LeaseLost`."""
+    job = tables.job
+    with database.write() as connection:
+        result = connection.execute(
+            job.update()
+            .where(job.c.id == claimed.id, job.c.finalize_epoch == claimed.finalize_epoch)
+            .values(publishing=True)
+        )
+        if result.rowcount != 1:
+            raise LeaseLost(f"another finalizer has taken job {claimed.id}")
+        record(connection, claimed.id, "finalize.publishing", actor, data={"epoch": claimed.finalize_epoch})
+
+
 def closed_shards(database: Database, job_id: str, *, page: int = 200) -> Iterator[Closed]:
     """Every shard position in row order, a page of them in memory at a time."""
     shard, part = tables.shard, tables.part_file

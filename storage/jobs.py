@@ -212,6 +212,9 @@ def request_stop(database: Database, job_id: str, reason: str, *, actor: str) ->
                 actor,
                 stop_reason=reason,
                 cancel_requested_at=now(),
+                # A finalizer that is at work finds itself fenced; whoever comes next need not wait for its lease.
+                finalize_epoch=tables.job.c.finalize_epoch + 1,
+                finalize_until=None,
                 data={"reason": reason},
             )
     while cancel_ready(database, job_id, actor=actor):

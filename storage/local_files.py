@@ -91,7 +91,7 @@ def link(source: Path, target: Path) -> bool:
 def make_dirs(folder: Path) -> None:
     """Make a folder and what is missing above it, each durably."""
     missing = []
-    while not folder.is_dir():
+    while not folder.exists():
         missing.append(folder)
         folder = folder.parent
     for path in reversed(missing):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,13 +36,15 @@ RETRY_SECONDS = 60.0
 _CHUNK = 2**20
 _BLOCK = 2 * 2**20
 _DELETERS = 8
+_MARK = "rowmill-put"
+_THERE_ALREADY = ("PreconditionFailed", "412")
 
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "s3": {
         # Other processes write too: a listing kept from before is wrong. Four parts of 50 MiB bound an upload's memory.
         "use_listings_cache": False,
         "max_concurrency": 4,
-        # One place retries. botocore's own would multiply with it: minutes instead of seconds until an error shows.
+        # Only so that a large upload survives one bad part; more would multiply with our own retries.
         "config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": 2}},
     }
 }
@@ -281,20 +284,19 @@ class ObjectStore:
         return found.n_bytes, found.etag
 
     def _put_remote(self, uri: str, data: bytes, if_absent: bool) -> None:
-        tries = 0
+        filesystem, path = self._filesystem(uri), self._path(uri)
+        mode = "create" if if_absent else "overwrite"
+        # Below us, the HTTP library may send a request again after its answer was lost: then it is our own object that
+        # is in the way, which only a mark of our own can tell.
+        mark = {"Metadata": {_MARK: secrets.token_hex(8)}} if if_absent and protocol(uri) in ("s3", "s3a") else {}
 
         def put() -> None:
-            nonlocal tries
-            tries += 1
             try:
-                mode = "create" if if_absent else "overwrite"
-                self._filesystem(uri).pipe_file(self._path(uri), data, mode=mode)
+                filesystem.pipe_file(path, data, mode=mode, **mark)
             except OSError as error:
-                refused = isinstance(error, FileExistsError) or response_code(error) in ("PreconditionFailed", "412")
-                if not refused:
+                if not isinstance(error, FileExistsError) and response_code(error) not in _THERE_ALREADY:
                     raise
-                # After a time-out it may be our own first try that is there.
-                if tries == 1 or self.read_bytes(uri) != data:
+                if not mark or filesystem.metadata(path, refresh=True).get(_MARK) != mark["Metadata"][_MARK]:
                     raise FileExistsError(f"{uri} exists") from error
 
         self._call(uri, put, writing=True)

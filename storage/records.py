@@ -70,7 +70,8 @@ class Job:
     """One job. ``rows_*`` and ``tokens`` count committed shards only; what running ones have flushed is in the shards.
 
     ``n_open`` shards are still to end, ``n_dead`` of the ended ones were given up. ``stop_reason`` is set when the job
-    is being wound down (or was): ``"cancelled"``, ``"expired"``, ``"max_failed_rows"``, ``"failed"``.
+    is being wound down (or was): ``"cancelled"``, ``"expired"``, ``"max_failed_rows"``, ``"failed"``. ``publishing``:
+    this job has begun to replace whatever was published at its output.
     """
 
     id: str
@@ -96,6 +97,7 @@ class Job:
     rows_failed: int
     tokens: Mapping[str, int]
     finalize_epoch: int
+    publishing: bool
     created_at: float
     started_at: float | None
     ended_at: float | None

@@ -38,6 +38,7 @@ def job(row: Row) -> Job:
         rows_failed=row.rows_failed,
         tokens=tokens(row),
         finalize_epoch=row.finalize_epoch,
+        publishing=row.publishing,
         created_at=row.created_at,
         started_at=row.started_at,
         ended_at=row.ended_at,

@@ -6,7 +6,15 @@ import errno
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from tenacity import RetryError, Retrying, retry_if_exception, stop_after_delay, wait_exponential, wait_random
+from tenacity import (
+    RetryError,
+    Retrying,
+    retry_if_exception,
+    stop_after_attempt,
+    stop_after_delay,
+    stop_all,
+    wait_random_exponential,
+)
 
 from storage.errors import Unreachable
 
@@ -24,7 +32,8 @@ _CODES = frozenset({
 })  # fmt: skip
 # By qualified name, so that no client library is imported to ask.
 _TYPES = frozenset({
-    "botocore.exceptions.HTTPClientError",  # includes every connection error and time-out of botocore
+    "botocore.exceptions.HTTPClientError",
+    "botocore.exceptions.ConnectionError",
     "botocore.parsers.ResponseParserError",  # throttling answers may be cut short (fsspec/s3fs#484)
     "aiohttp.client_exceptions.ClientConnectionError",
     "aiohttp.client_exceptions.ClientPayloadError",
@@ -89,15 +98,15 @@ def is_transient(error: BaseException) -> bool:
 
 
 def retrying(call: Callable[[], T], *, what: str, seconds: float) -> T:
-    """The result of ``call``, repeated after transient errors for up to ``seconds`` seconds.
+    """The result of ``call``, repeated after transient errors for up to ``seconds`` seconds, and three times at least.
 
-    Waits double from 0.1 s to 10 s, with up to 1 s of jitter. Raises :class:`Unreachable`, naming ``what``, when the
-    time is up; any other error at once, as it is.
+    Waits a random time below a bound that doubles from 0.2 s to 10 s. Raises :class:`Unreachable`, naming ``what``, when
+    the time is up; any other error at once, as it is.
     """
     attempts = Retrying(
         retry=retry_if_exception(is_transient),
-        wait=wait_exponential(multiplier=0.1, max=min(10.0, seconds)) + wait_random(0, min(1.0, seconds / 10)),
-        stop=stop_after_delay(seconds),
+        wait=wait_random_exponential(multiplier=0.2, max=10.0),
+        stop=stop_all(stop_after_delay(seconds), stop_after_attempt(3)),
     )
     try:
         return attempts(call)

@@ -7,9 +7,10 @@ publishes again. So a broker that does not answer costs latency, never work, and
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
-from celery import Celery
-from kombu.exceptions import OperationalError
+if TYPE_CHECKING:
+    from celery import Celery
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,8 @@ class Wakeups:
     def __init__(self, broker_url: str | None) -> None:
         self._app: Celery | None = None
         if broker_url is not None:
+            from celery import Celery
+
             self._app = Celery("rowmill", broker=broker_url, set_as_current=False)
             self._app.conf.update(
                 task_serializer="json",
@@ -47,6 +50,8 @@ class Wakeups:
     def _send(self, name: str, queue: str, count: int) -> None:
         if self._app is None:
             return
+        from kombu.exceptions import OperationalError
+
         args = [queue] if name == RUN else []
         try:
             for _ in range(count):

@@ -70,6 +70,7 @@ def upgrade() -> None:
         ),
         sa.Column("max_failed_rows", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=True),
         sa.Column("finalize_epoch", sa.Integer(), server_default="0", nullable=False),
+        sa.Column("publishing", sa.Boolean(), server_default=sa.text("(false)"), nullable=False),
         sa.Column("finalize_owner", sa.Text(), nullable=True),
         sa.Column("finalize_until", sa.Double(), nullable=True),
         sa.Column("created_at", sa.Double(), nullable=False),
@@ -159,6 +160,8 @@ def upgrade() -> None:
         sa.Column("committed_attempt", sa.Integer(), nullable=True),
         sa.Column("n_fail", sa.Integer(), server_default="0", nullable=False),
         sa.Column("n_lost", sa.Integer(), server_default="0", nullable=False),
+        sa.Column("n_crash", sa.Integer(), server_default="0", nullable=False),
+        sa.Column("suspect", sa.Integer(), nullable=True),
         sa.Column(
             "prompt_tokens", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), server_default="0", nullable=False
         ),

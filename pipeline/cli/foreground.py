@@ -64,7 +64,12 @@ def foreground(invocation: Invocation, work: Callable[[Client, Hooks], JobStatus
         try:
             with InterruptWatch(first, again), output.only_ours(), invocation.client() as client:
                 hooks = Hooks(on_progress=on_progress, on_notice=shown.notice, interrupt=interrupt)
-                status = work(client, hooks)
+                try:
+                    status = work(client, hooks)
+                except Interrupted:
+                    if seen:
+                        seen.append(client.job(seen[-1].id).status())  # with what the interruption flushed
+                    raise
                 if status.rows_failed:
                     codes.update(row.code for row in client.job(status.id).errors(limit=_COUNTED_ERRORS))
         except Interrupted as error:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from pipeline.cli import progress
-from pipeline.cli.progress import Bar, Lines, Rates, Silent, describe
+from pipeline.cli.progress import Bar, Lines, Rates, Silent, describe, describe_shortly
 from pipeline.status import JobStatus
 from storage.states import JobState
 
@@ -58,10 +58,20 @@ def test_planning_does_not_slow_the_estimate(status: Make) -> None:
     assert rates.rows == 50
 
 
-def test_counts_that_fall_start_anew(status: Make) -> None:
+def test_counts_that_fall_for_a_moment_change_nothing(status: Make) -> None:
+    rates = Rates()
+    rates.update(status(rows_total=100), 0.0)
+    rates.update(status(rows_total=100, rows_done=50), 1.0)
+    shown = rates.update(status(rows_total=100, rows_done=10), 2.0)
+    assert shown.rows_done == 50
+    assert rates.rows == 50
+
+
+def test_a_retry_starts_anew(status: Make) -> None:
     rates = Rates()
     rates.update(status(rows_total=100, rows_done=50), 0.0)
-    rates.update(status(rows_total=100, rows_done=10), 1.0)
+    rates.update(status(rows_total=100, rows_done=100), 1.0)
+    assert rates.update(status(rows_total=100, rows_done=90, gen=1), 2.0).rows_done == 90
     assert rates.rows is None
 
 
@@ -74,6 +84,7 @@ def test_lines(status: Make) -> None:
     assert describe(now, rates, 4.0) == (
         "in_progress: 4,096 of 20,000 rows (20%), 1,024 rows/s, 2,500 tokens/s, 16 s left, 3 failed"
     )
+    assert describe_shortly(now, rates, 4.0) == ("4,096/20,000 · 1,024 rows/s · 2,500 tokens/s · 16 s left · 3 failed")
 
 
 def test_without_a_terminal_a_line_is_written_now_and_then(status: Make) -> None:

@@ -270,6 +270,7 @@ def test_cancel_a_job_that_was_interrupted(rowmill: Rowmill, texts: Callable[...
     assert document["error"]["exit_code"] == 5
     assert document["resume"].startswith("rowmill run texts.parquet")
     job = document["job"]["id"]
+    assert document["job"]["rows_done"] == _only_job(rowmill)["rows_done"]
     cancelled = rowmill.inside("job", "cancel", job)
     assert cancelled.code == 0
     assert cancelled.out.startswith(f"{job}  cancelled")

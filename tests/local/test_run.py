@@ -16,6 +16,7 @@ import pytest
 from pipeline import Client
 from pipeline.engines.base import Cancellation
 from pipeline.settings import Settings
+from storage import failpoints, jobs
 from storage.errors import Conflict, Interrupted, InvalidInput, InvalidJob, JobCancelled
 from storage.states import AttemptState, JobState, RequestState
 
@@ -273,3 +274,44 @@ def test_a_finished_output_is_only_replaced_on_request(client: Client, texts: Pa
     client.run(**(job | {"prompt": "New: {text}", "shard_rows": 1000}), overwrite=True)
     assert len(list((tmp_path / "out" / "data").iterdir())) == 1
     assert "New:" in published(tmp_path / "out").column("output")[0].as_py()
+
+
+def test_a_job_that_does_not_complete_replaces_no_other_output(settings: Settings, texts: Path, tmp_path: Path) -> None:
+    job = fields(texts, tmp_path / "out")
+    with Client(settings=settings.model_copy(update={"max_failures": 1, "flush_rows": 100})) as client:
+        client.run(**job)
+        before = published(tmp_path / "out")
+        broken = job | {"engine_options": {"drop_row": "number 500"}}
+        assert client.run(**broken, overwrite=True).state is JobState.FAILED
+    assert published(tmp_path / "out").equals(before)
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_a_job_can_be_cancelled_while_it_is_published(settings: Settings, texts: Path, tmp_path: Path) -> None:
+    with Client(settings=settings) as client, Client(settings=settings) as other:
+        cancelled: list[JobState] = []
+
+        def cancel() -> None:
+            if not cancelled:
+                [job] = other.jobs()
+                cancelled.append(job.state)
+                jobs.request_stop(other._runtime.database, job.id, "cancelled", actor="test")
+
+        failpoints.arm("finalize.part", cancel)
+        try:
+            status = client.run(**fields(texts, tmp_path / "out", shard_rows=300))
+        finally:
+            failpoints.disarm()
+    assert cancelled == [JobState.FINALIZING]
+    assert (status.state, status.rows_done) == (JobState.CANCELLED, 1000)
+    assert published(tmp_path / "out").num_rows == 1000
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_a_job_ends_when_its_completion_window_passes(settings: Settings, texts: Path, tmp_path: Path) -> None:
+    small = settings.model_copy(update={"flush_rows": 50, "read_batch_rows": 25, "lease_seconds": 0.3})
+    with Client(settings=small) as client:
+        job = fields(texts, tmp_path / "out", engine_options={"delay_ms_per_batch": 100})
+        status = client.run(**job, completion_window="1s")
+    assert (status.state, status.stop_reason) == (JobState.EXPIRED, "expired")
+    assert published(tmp_path / "out").num_rows == status.rows_done < 1000
