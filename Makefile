@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Rowmill needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(BIN)/uv pip install --python $(BIN)/python --constraints constraints.txt $(TORCH_FROM) \
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraints constraints.txt $(TORCH_FROM) \
 		--editable '.[$(EXTRAS)]' --group dev '$(TORCH)'
 	@touch $@
 

@@ -66,7 +66,12 @@ class Assembled:
 
 def part_schema(schema: pa.Schema) -> pa.Schema:
     """Layout of a part file: the row's index in the shard, the result columns, the error. Columns go by position."""
-    return pa.schema([pa.field(ROW_COLUMN, pa.int64(), nullable=False), *schema, ERROR_FIELD])
+    return pa.schema([pa.field(ROW_COLUMN, pa.int64(), nullable=False), *_stored(schema)])
+
+
+def _stored(schema: pa.Schema) -> pa.Schema:
+    """Results and error as they are stored: a failed row is null, whatever the engine promises of its columns."""
+    return pa.schema([*(field.with_nullable(True) for field in schema), ERROR_FIELD])
 
 
 def result_table(schema: pa.Schema, results: Sequence[Results]) -> pa.Table:
@@ -110,8 +115,8 @@ def _types(schema: pa.Schema) -> str:
 
 def output_schema(job_schema: pa.Schema, keep: Sequence[str], result_schema: pa.Schema, prefix: str) -> pa.Schema:
     """Layout of an output file: kept input columns, prefixed result columns, the error."""
-    results = [field.with_name(prefix + field.name) for field in result_schema]
-    return pa.schema([*(job_schema.field(name) for name in keep), *results, ERROR_FIELD])
+    stored = [field.with_name(prefix + field.name) for field in list(_stored(result_schema))[:-1]]
+    return pa.schema([*(job_schema.field(name) for name in keep), *stored, ERROR_FIELD])
 
 
 def stored_result_schema(
@@ -168,7 +173,7 @@ def assemble(
         low, high = missing[0]
         raise CorruptFile(f"no part file holds rows {low} to {high - 1} of a shard of {row_n} rows")
 
-    stored = pa.schema([*result_schema, ERROR_FIELD])
+    stored = _stored(result_schema)
     share = max(_SMALLEST_BATCH_BYTES, batch_bytes // max(1, len(files)))
     runs = []
     later = BitMap()

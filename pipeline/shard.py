@@ -16,7 +16,8 @@ import pyarrow as pa
 from pyroaring import BitMap
 
 from pipeline import assembly
-from pipeline.engines.base import Cancellation, Engine, RowBatch
+from pipeline.bisection import Kind, rounds
+from pipeline.engines.base import Cancellation, Engine, ResultBatch, RowBatch, RowFailure
 from pipeline.flusher import Flusher, patiently
 from pipeline.job_spec import JobSpec
 from pipeline.leases import JOB_STOPPING, LEASE_LOST, LeaseKeeper
@@ -25,6 +26,7 @@ from pipeline.models.resolve import resolve
 from pipeline.outputs import published
 from pipeline.plan_record import PlanRecord
 from pipeline.retry import backoff
+from pipeline.row_errors import RowErrorCode
 from pipeline.runtime import Runtime
 from storage import failpoints, locations, parquet, shards
 from storage.errors import (
@@ -42,10 +44,14 @@ from storage.records import OUTPUT_SEQ, Claim, PartFile
 log = logging.getLogger(__name__)
 
 
+class _DiedRunning(EngineDead):
+    """The engine died under rows (not while it was loaded): one of them may be the cause."""
+
+
 def execute(runtime: Runtime, claim: Claim, keeper: LeaseKeeper, interrupt: Cancellation) -> None:
     """Take a claimed shard to the end of its attempt, whatever happens: committed, failed, released or cancelled.
 
-    Raises only what says that this process should stop working: nothing, so far. Every outcome is in the database.
+    Nothing is raised: every outcome is in the database.
     """
     failpoints.hit("claim.taken")
     cancel = keeper.hold(claim)
@@ -63,11 +69,13 @@ def execute(runtime: Runtime, claim: Claim, keeper: LeaseKeeper, interrupt: Canc
         # Not swallowed: it is the attempt's recorded error, and costs one failure of the shard's budget.
         if not isinstance(error, RowmillError):
             log.exception("attempt %d of shard %s failed", claim.attempt_no, claim.shard.id)
-        delay = backoff(claim.shard.n_fail + 1, random.random())  # noqa: S311 - jitter, not a secret
         text = str(error) if isinstance(error, RowmillError) else _last_line(error)
-        _report(
-            lambda: shards.fail(runtime.database, claim, text, delay=delay, max_failures=runtime.settings.max_failures)
-        )
+        crash = isinstance(error, _DiedRunning)
+        # A search for a poison row is not a pile-up on something busy: it goes on at once.
+        searching = crash and claim.shard.n_crash + 1 >= shards.CAREFUL_AFTER
+        delay = 0.0 if searching else backoff(claim.shard.n_fail + 1, random.random())  # noqa: S311 - jitter
+        limit = runtime.settings.max_failures
+        _report(lambda: shards.fail(runtime.database, claim, text, delay=delay, max_failures=limit, crash=crash))
     finally:
         forget()
         keeper.drop(claim)
@@ -94,9 +102,9 @@ def _attempt(runtime: Runtime, claim: Claim, cancel: Cancellation) -> None:
     with runtime.engines.lease(claim.job.engine, model, spec.task, spec.engine_options) as engine:
         try:
             run_shard(runtime, claim, engine, spec, plan, cancel)
-        except EngineDead:
+        except EngineDead as error:
             runtime.engines.discard(engine)
-            raise
+            raise _DiedRunning(str(error)) from error
 
 
 def run_shard(
@@ -114,12 +122,24 @@ def run_shard(
     )
     schema = engine.result_schema(spec)
     ledger = Ledger(claim.todo)
+    searching = shard.n_crash >= shards.CAREFUL_AFTER
     with Flusher(runtime, claim, directory, schema) as flusher:
-        if ledger.pending and not cancel.cancelled:
-            with closing(engine.infer(spec, _rows(runtime, claim, plan), cancel)) as results:  # type: ignore[type-var]
-                for batch in results:
-                    rows, failed = ledger.settle(batch)
-                    flusher.add(batch, rows, failed)
+        for turn in rounds(claim.todo, searching=searching, suspect=shard.suspect):
+            if cancel.cancelled:
+                break
+            if searching:
+                alone = turn.rows if turn.kind is Kind.ALONE else None
+                patiently(lambda rows=alone: shards.isolate(runtime.database, claim, rows))  # type: ignore[misc]
+            results = (
+                _poisoned(turn.rows)
+                if turn.kind is Kind.POISON
+                else _infer(runtime, claim, engine, spec, plan, turn.rows, cancel)
+            )
+            for batch in results:
+                rows, failed = ledger.settle(batch)
+                flusher.add(batch, rows, failed)
+            if searching:
+                flusher.drain()
         if cancel.reason == LEASE_LOST:
             raise LeaseLost(f"attempt {claim.attempt_no} no longer holds shard {shard.id}")
         flusher.drain()
@@ -136,14 +156,35 @@ def run_shard(
         failpoints.hit("commit.done")
 
 
-def _rows(runtime: Runtime, claim: Claim, plan: PlanRecord) -> Iterator[RowBatch]:
+def _infer(
+    runtime: Runtime,
+    claim: Claim,
+    engine: Engine,
+    spec: JobSpec,
+    plan: PlanRecord,
+    rows: BitMap,
+    cancel: Cancellation,
+) -> Iterator[ResultBatch]:
+    if not rows:
+        return
+    with closing(engine.infer(spec, _rows(runtime, claim, plan, rows), cancel)) as results:  # type: ignore[type-var]
+        yield from results
+
+
+def _poisoned(rows: BitMap) -> Iterator[ResultBatch]:
+    message = "each time this row was run, the engine or its worker process died"
+    failures = tuple(RowFailure(row, RowErrorCode.POISON_ROW, message) for row in rows)
+    yield ResultBatch(np.array([], dtype=np.int64), None, failures)
+
+
+def _rows(runtime: Runtime, claim: Claim, plan: PlanRecord, only: BitMap) -> Iterator[RowBatch]:
     batches = parquet.read(
         runtime.store,
         claim.sources,
         claim.shard.slices,
         schema=plan.schema,
         columns=plan.columns,
-        only=claim.todo,
+        only=only,
         batch_rows=runtime.settings.read_batch_rows,
         batch_bytes=runtime.settings.read_batch_bytes,
     )

@@ -33,9 +33,13 @@ def readable(where: str, kind: type[RowmillError], what: str) -> Iterator[None]:
         # pyarrow's own OSErrors (a damaged page) carry no errno; the system's do.
         if error.errno is not None:
             raise explain(where, error) or error from error
-        raise kind(f"{where}: {what} ({error})") from error
+        raise kind(f"{where}: {what} ({_on_one_line(error)})") from error
     except pa.ArrowException as error:
-        raise kind(f"{where}: {what} ({error})") from error
+        raise kind(f"{where}: {what} ({_on_one_line(error)})") from error
+
+
+def _on_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 @dataclass(frozen=True, slots=True)

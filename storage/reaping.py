@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from storage import tables
 from storage.database import Database, now
-from storage.shards import close_shard
+from storage.shards import CAREFUL_AFTER, MOST_CRASHES, close_shard
 from storage.states import AttemptState, ShardState
 from storage.transitions import move_attempt, move_shard
 
@@ -83,10 +83,13 @@ def _lose(database: Database, row: sa.Row[Any], why: str, *, max_losses: int, ac
                 attempt.c.shard_id == row.id, attempt.c.attempt_no == row.attempt_no
             )
         ).scalar_one()
-        lost = 0 if computed else row.n_lost + 1
-        target = ShardState.FAILED if lost >= max_losses else ShardState.READY
-        given_up = f"given up after {lost} attempts in a row were lost without progress"
-        error = given_up if target is ShardState.FAILED else row.error
+        crashes = row.n_crash + 1 if row.n_crash >= CAREFUL_AFTER or not computed else 0
+        searching = crashes >= CAREFUL_AFTER
+        lost = 0 if computed else row.n_lost if searching else row.n_lost + 1
+        given_up = crashes >= MOST_CRASHES or lost >= max_losses
+        target = ShardState.FAILED if given_up else ShardState.READY
+        reason = f"given up after {max(lost, crashes)} attempts in a row were lost without progress"
+        error = reason if given_up else row.error
         moved = move_shard(
             connection,
             row,
@@ -94,9 +97,10 @@ def _lose(database: Database, row: sa.Row[Any], why: str, *, max_losses: int, ac
             actor,
             guard=shard.c.lease_until == row.lease_until,
             n_lost=lost,
+            n_crash=crashes,
             run_after=0.0,
             error=error,
-            data={"lost": lost, "owner": row.lease_owner},
+            data={"lost": lost, "crashes": crashes, "owner": row.lease_owner},
         )
         if not moved:
             return None

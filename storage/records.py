@@ -109,7 +109,9 @@ class Job:
 class Shard:
     """A contiguous run of the job's rows. ``select`` limits it to some of them (a retry); ``None`` means all.
 
-    ``done`` and ``failed`` are row indices within the shard that some attempt has flushed.
+    ``done`` and ``failed`` are row indices within the shard that some attempt has flushed. ``n_crash`` counts the
+    attempts in a row that took their engine or their worker down without progress; ``suspect`` are the rows that the
+    last of them ran alone.
     """
 
     id: str
@@ -127,6 +129,8 @@ class Shard:
     committed_attempt: int | None
     n_fail: int
     n_lost: int
+    n_crash: int
+    suspect: BitMap | None
     run_after: float
     lease_owner: str | None
     lease_until: float | None

@@ -69,7 +69,18 @@ def _reopen_shards(
     opened = rows_back = failed_back = 0
     for row in newest.values():
         if row.state in (ShardState.FAILED, ShardState.CANCELLED):
-            move_shard(connection, row, ShardState.READY, actor, n_fail=0, n_lost=0, run_after=0.0, error=None)
+            move_shard(
+                connection,
+                row,
+                ShardState.READY,
+                actor,
+                n_fail=0,
+                n_lost=0,
+                n_crash=0,
+                suspect_bm=None,
+                run_after=0.0,
+                error=None,
+            )
             opened += 1
             continue
         failed = unpack(row.failed_bm)

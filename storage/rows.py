@@ -64,6 +64,8 @@ def shard(row: Row) -> Shard:
         committed_attempt=row.committed_attempt,
         n_fail=row.n_fail,
         n_lost=row.n_lost,
+        n_crash=row.n_crash,
+        suspect=None if row.suspect_bm is None else unpack(row.suspect_bm),
         run_after=row.run_after,
         lease_owner=row.lease_owner,
         lease_until=row.lease_until,

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
+from pyroaring import BitMap
 
 from storage import tables
 from storage.database import Database, now, pack, unpack
@@ -17,6 +18,10 @@ from storage.records import Claim, PartFile, RowException
 from storage.states import AttemptState, JobState, ShardState
 from storage.transitions import move_attempt, move_job, move_shard, record
 
+CAREFUL_AFTER = 3
+"""Crashes in a row without progress after which a shard's rows are run in ever smaller groups."""
+MOST_CRASHES = 20
+"""Crashes after which a shard is given up, however small the groups: an engine that cannot even start."""
 ROW_EXCEPTIONS_KEPT = 100
 """Failed rows of a shard whose detail is kept in SQL; all of them are in the output's ``error`` column."""
 
@@ -78,6 +83,7 @@ def _flush(
                 failed_bm=pack(failed),
                 n_done=len(done),
                 n_failed=len(failed),
+                n_crash=held.n_crash if held.n_crash >= CAREFUL_AFTER else 0,
                 **{name: shard.c[name] + count for name, count in tokens.items()},
             )
         )
@@ -96,6 +102,18 @@ def _flush(
             attempt_no=claim.attempt_no,
             data={"seq": part.seq, "rows": len(part.rows), "failed": len(part.failed), "bytes": part.n_bytes},
         )
+
+
+def isolate(database: Database, claim: Claim, rows: BitMap | None) -> None:
+    """Note that ``rows`` are about to run alone, or with ``None`` that the search for a poison row has ended."""
+    shard = tables.shard
+    with database.write() as connection:
+        _held(database, connection, claim)
+        values: dict[str, Any] = {"suspect_bm": None if rows is None else pack(rows)}
+        if rows is None:
+            # The next crash searches at once: where one row kills the engine there may be others.
+            values["n_crash"] = CAREFUL_AFTER - 1
+        connection.execute(shard.update().where(shard.c.id == claim.shard.id).values(**values))
 
 
 def commit(database: Database, claim: Claim, output: PartFile, *, stats: Mapping[str, Any]) -> JobState:
@@ -153,23 +171,31 @@ def fail(
     *,
     delay: float,
     max_failures: int,
+    crash: bool = False,
     stats: Mapping[str, Any] | None = None,
 ) -> ShardState:
-    """End the attempt as failed: ready again after ``delay`` seconds, or given up once ``max_failures`` are spent."""
+    """End the attempt as failed: ready again after ``delay`` seconds, or given up once ``max_failures`` are spent.
+
+    ``crash`` says that the engine died under it. While a poison row is searched for, that costs nothing.
+    """
     with database.write() as connection:
         job = _locked_job(database, connection, claim.job.id)
         held = _held(database, connection, claim)
-        spent = held.n_fail + 1
-        target = ShardState.FAILED if spent >= max_failures else ShardState.READY
+        crashes = held.n_crash + 1 if crash else held.n_crash
+        searching = crash and crashes >= CAREFUL_AFTER
+        spent = held.n_fail if searching else held.n_fail + 1
+        given_up = crashes >= MOST_CRASHES if searching else spent >= max_failures
+        target = ShardState.FAILED if given_up else ShardState.READY
         move_shard(
             connection,
             held,
             target,
             claim.owner,
             n_fail=spent,
+            n_crash=crashes,
             error=error,
             run_after=now() + delay,
-            data={"error": error, "failures": spent},
+            data={"error": error, "failures": spent, "crashes": crashes},
         )
         _end_attempt(connection, claim, AttemptState.FAILED, error=error, stats=dict(stats or {}))
         if target is ShardState.FAILED:

@@ -123,7 +123,7 @@ shard = sa.Table(
     sa.Column("n_fail", sa.Integer, nullable=False, server_default="0"),
     sa.Column("n_lost", sa.Integer, nullable=False, server_default="0"),
     sa.Column("n_crash", sa.Integer, nullable=False, server_default="0"),
-    sa.Column("suspect", sa.Integer),
+    sa.Column("suspect_bm", sa.LargeBinary),
     *_tokens(),
     sa.Column("error", sa.Text),
     sa.CheckConstraint(f"state IN ({', '.join(repr(str(s)) for s in ShardState)})", name="state"),

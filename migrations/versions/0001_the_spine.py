@@ -161,7 +161,7 @@ def upgrade() -> None:
         sa.Column("n_fail", sa.Integer(), server_default="0", nullable=False),
         sa.Column("n_lost", sa.Integer(), server_default="0", nullable=False),
         sa.Column("n_crash", sa.Integer(), server_default="0", nullable=False),
-        sa.Column("suspect", sa.Integer(), nullable=True),
+        sa.Column("suspect_bm", sa.LargeBinary(), nullable=True),
         sa.Column(
             "prompt_tokens", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), server_default="0", nullable=False
         ),

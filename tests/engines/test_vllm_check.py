@@ -81,7 +81,6 @@ def test_check_names_the_columns_that_are_read(spec: JobSpec, columns: tuple[str
         ({"min_tokens": 20, "max_tokens": 10}, "sampling.min_tokens", "more than max_tokens"),
         ({"min_tokens": 17}, "sampling.min_tokens", "which is 16"),
         ({"temperature": -0.1}, "sampling.temperature", "at least 0"),
-        ({"temperature": float("nan")}, "sampling.temperature", "number"),
         ({"top_p": 0}, "sampling.top_p", "above 0 and at most 1"),
         ({"top_p": 1.5}, "sampling.top_p", "above 0 and at most 1"),
         ({"top_k": 1.5}, "sampling.top_k", "whole number"),

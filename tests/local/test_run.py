@@ -315,3 +315,13 @@ def test_a_job_ends_when_its_completion_window_passes(settings: Settings, texts:
         status = client.run(**job, completion_window="1s")
     assert (status.state, status.stop_reason) == (JobState.EXPIRED, "expired")
     assert published(tmp_path / "out").num_rows == status.rows_done < 1000
+
+
+def test_rows_that_kill_the_engine_are_found_and_the_others_done(client: Client, texts: Path, tmp_path: Path) -> None:
+    options = {"die_on": "number 50", "die_times": 1000}  # rows 50 and 500 to 509, each time they are run
+    status = client.run(**fields(texts, tmp_path / "out", shard_rows=300, engine_options=options))
+    poison = {50, *range(500, 510)}
+    assert (status.state, status.rows_done, status.rows_failed) == (JobState.COMPLETED, 1000, 1 + len(poison))
+    errors = {n: e["code"] for n, e in enumerate(published(tmp_path / "out").column("error").to_pylist()) if e}
+    assert errors == {77: "missing_value"} | dict.fromkeys(poison, "poison_row")
+    assert sum(attempt.rows_computed for attempt in client.job(status.id).attempts()) == 1000

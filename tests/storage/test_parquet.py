@@ -23,6 +23,7 @@ from storage.records import Slice, Source
 from tests.conftest import S3
 
 STORE = ObjectStore()
+LABELLED = pa.struct({"label": pa.string(), "score": pa.float32()})
 
 
 def source(path: Path | str, idx: int = 0, store: ObjectStore = STORE, **partition: str | None) -> Source:
@@ -300,7 +301,8 @@ def test_files_have_checksums_zstd_and_bounded_row_groups(tmp_path: Path, monkey
     STORE.verify(file.written)
     metadata = pq.read_metadata(tmp_path / "f.parquet")
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    assert [g.num_rows for g in groups[:3]] == [1020, 1020, 960 + 0] or max(g.num_rows for g in groups) <= 1020
+    assert max(group.num_rows for group in groups) <= 1000
+    assert max(group.total_byte_size for group in groups) <= 110_000
     assert metadata.num_rows == 3500
     assert {g.column(0).compression for g in groups} == {"ZSTD"}
     content = bytearray((tmp_path / "f.parquet").read_bytes())
@@ -316,8 +318,8 @@ def test_an_exception_while_writing_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), parquet.writer(STORE, str(tmp_path / "f.parquet"), schema) as file:
         file.write(pa.table({"a": range(100_000)}))
         raise ZeroDivisionError
-    with pytest.raises(pa.ArrowException), parquet.writer(STORE, str(tmp_path / "g.parquet"), schema) as file:
-        file.write(pa.table({"a": pa.array(["x"]).cast(pa.binary())}))
+    with pytest.raises(ValueError, match="schema"), parquet.writer(STORE, str(tmp_path / "g"), schema) as file:
+        file.write(pa.table({"a": ["x"]}))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -332,7 +334,7 @@ def test_a_type_that_parquet_cannot_hold_leaves_nothing(tmp_path: Path) -> None:
     [
         pa.array([[1.0, 2.0], None, [3.0, 4.0]], pa.list_(pa.float32(), 2)),
         pa.array([[[1], None, []], None, [[2, 3]]], pa.list_(pa.list_(pa.int64()))),
-        pa.array([[{"label": "a", "score": 0.5}], None, []], pa.list_(pa.struct({"label": pa.string(), "score": pa.float32()}))),
+        pa.array([[{"label": "a", "score": 0.5}], None, []], pa.list_(LABELLED)),
         pa.ExtensionArray.from_storage(
             pa.fixed_shape_tensor(pa.float32(), (2, 2)),
             pa.array([[1.0, 2, 3, 4], None, [5.0, 6, 7, 8]], pa.list_(pa.float32(), 4)),
@@ -341,7 +343,7 @@ def test_a_type_that_parquet_cannot_hold_leaves_nothing(tmp_path: Path) -> None:
         pa.array([True, None, False]),
     ],
     ids=lambda values: str(values.type),
-)  # fmt: skip
+)
 def test_null_rows_survive(tmp_path: Path, values: pa.Array[Any]) -> None:
     table = pa.table({"a": values})
     with parquet.writer(STORE, str(tmp_path / "f.parquet"), table.schema) as file:
