@@ -56,6 +56,8 @@ format: install  ## put the sources into shape
 
 bench: install  ## measure what benchmarks/README.md promises
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.flush
+	$(BIN)/python -m benchmarks.cancel
 
 docs: install  ## write the generated pages of docs/reference
 	$(BIN)/python docs/generate.py

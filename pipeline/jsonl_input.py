@@ -30,6 +30,7 @@ def tables(store: ObjectStore, uri: str, compression: Codec | None) -> Iterator[
     Raises :class:`InvalidInput` with the line number and the reason.
     """
     schema = pa.schema([])
+    rows = False
     for line, block in _blocks(store, uri, compression):
         known = schema
 
@@ -37,6 +38,9 @@ def tables(store: ObjectStore, uri: str, compression: Codec | None) -> Iterator[
             return _merged(known, _parse(data, None).schema)
 
         schema = _checked(uri, line, block, widened)
+        rows = True
+    if rows and not schema.names:
+        raise InvalidInput(f"{uri} has rows and no columns: every line is an empty object", field="input")
     yield schema.empty_table()
     for line, block in _blocks(store, uri, compression):
         yield _checked(uri, line, block, lambda data: _parse(data, schema))

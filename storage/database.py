@@ -206,6 +206,9 @@ def _dump(value: Any) -> str:
 
 
 _RETRYABLE_SQLSTATES: Sequence[str] = ("40001", "40P01", "55P03")
+_PG_GONE = ("08", "53", "57")
+"""Classes of SQLSTATE: connection failure, out of resources, shut down by an operator."""
+_SQLITE_GONE = ("SQLITE_CANTOPEN", "SQLITE_IOERR", "SQLITE_FULL", "SQLITE_READONLY", "SQLITE_PROTOCOL")
 
 
 @contextmanager
@@ -217,9 +220,8 @@ def _translated() -> Iterator[None]:
         sqlite_code = getattr(error.orig, "sqlite_errorname", None) or ""
         if sqlstate in _RETRYABLE_SQLSTATES or sqlite_code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
             raise TransientError(f"the database is busy: {_reason(error)}") from error
-        lost = error.connection_invalidated or (
-            isinstance(error, sa.exc.OperationalError) and (sqlstate is None or sqlstate[:2] in ("08", "57", "53"))
-        )
+        gone = sqlite_code.startswith(_SQLITE_GONE) if sqlite_code else sqlstate is None or sqlstate[:2] in _PG_GONE
+        lost = error.connection_invalidated or (isinstance(error, sa.exc.OperationalError) and gone)
         if lost:
             raise Unreachable(f"the database does not answer: {_reason(error)}") from error
         raise

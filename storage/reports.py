@@ -186,3 +186,14 @@ def slots(database: Database) -> int:
     with database.read() as connection:
         count = connection.execute(sa.select(sa.func.count()).select_from(tables.worker)).scalar_one()
     return max(1, 2 * int(count))
+
+
+def shards_by_queue(database: Database) -> dict[str, dict[str, int]]:
+    """How many shards each queue has in each state."""
+    shard = tables.shard
+    query = sa.select(shard.c.queue, shard.c.state, sa.func.count()).group_by(shard.c.queue, shard.c.state)
+    found: dict[str, dict[str, int]] = {}
+    with database.read() as connection:
+        for queue, state, count in connection.execute(query).tuples():
+            found.setdefault(queue, {})[state] = int(count)
+    return found

@@ -122,7 +122,9 @@ def summary(status: JobStatus, codes: Mapping[str, int], measures: Mapping[str, 
     head = f"{status.state.value}  {rows} in {output.duration(measures['seconds'])}"
     head += f" ({', '.join(speeds)})" if speeds else ""
     most = sorted(codes.items(), key=lambda item: (-item[1], item[0]))[:5]
-    failed = f"{output.plural(status.rows_failed, 'row')}: {', '.join(f'{code} {n:,}' for code, n in most)}"
+    counted = sum(codes.values())
+    among = "" if counted >= status.rows_failed else f"among the first {counted:,} "
+    failed = f"{output.plural(status.rows_failed, 'row')}: {among}{', '.join(f'{code} {n:,}' for code, n in most)}"
     before = int(measures["rows_from_before"])
     spent = ", ".join(f"{name.removesuffix('_tokens')} {n:,}" for name, n in status.tokens.items() if n)
     published = status.state == "completed" or (status.partial and status.rows_done)

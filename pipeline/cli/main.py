@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import config, db, doctor, job
+from pipeline.cli import admin, config, db, doctor, job
 from pipeline.cli.run import run
 
 app = typer.Typer(
@@ -40,6 +40,7 @@ app.add_typer(job.app, name="job")
 app.command(name="doctor")(doctor.doctor)
 app.add_typer(config.app, name="config")
 app.add_typer(db.app, name="db")
+app.add_typer(admin.app, name="admin")
 
 
 def main() -> None:

