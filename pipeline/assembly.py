@@ -26,8 +26,9 @@ ERROR_TYPE = pa.struct([pa.field("code", pa.string()), pa.field("message", pa.st
 ERROR_FIELD: pa.Field[Any] = pa.field("error", ERROR_TYPE)
 """Null where the row is fine. The type is fixed, never inferred from what happened to fail."""
 
-_WHOLE_BYTES = 16 * 2**20
-"""Part files up to this size are fetched and hashed in one go; larger ones are hashed first and then streamed."""
+_WHOLE_BYTES = 128 * 2**20
+"""Bytes of compressed part files that are held in memory: a file within its share is fetched and hashed in one go, a
+larger one is hashed first and then streamed."""
 _SMALLEST_BATCH_BYTES = 256 * 2**10
 
 
@@ -175,6 +176,7 @@ def assemble(
 
     stored = _stored(result_schema)
     share = max(_SMALLEST_BATCH_BYTES, batch_bytes // max(1, len(files)))
+    whole = _WHOLE_BYTES // max(1, len(files))
     runs = []
     later = BitMap()
     for file in reversed(files):
@@ -182,7 +184,7 @@ def assemble(
         later |= file.rows
         layout = (len(keep), False) if file is base else (1, True)
         if owned:
-            runs.append(Run(file.uri, owned, _reader(store, file, *layout, stored, batch_rows, share)))
+            runs.append(Run(file.uri, owned, _reader(store, file, *layout, stored, batch_rows, share, whole)))
     kept = None
     if keep:
         only = held if missing else None
@@ -231,13 +233,14 @@ def _reader(
     stored: pa.Schema,
     batch_rows: int,
     batch_bytes: int,
+    whole_bytes: int,
 ) -> Iterator[tuple[npt.NDArray[np.int64], pa.RecordBatch]]:
     """Rows and columns of a part file, from when it is first asked; checked against what the database says of it.
 
     ``skip`` columns come before the results. Where no column numbers the rows, they are the file's in order.
     """
     expected = np.array(file.rows.to_array(), dtype=np.int64)
-    with _opened(store, file) as reader:
+    with _opened(store, file, whole_bytes) as reader:
         schema, n_rows, batches = parquet.scan(reader, file.uri, batch_rows=batch_rows, batch_bytes=batch_bytes)
         if n_rows != len(expected):
             raise CorruptFile(f"{file.uri} has {n_rows} rows; {len(expected)} were flushed")
@@ -252,9 +255,9 @@ def _reader(
             at += batch.num_rows
 
 
-def _opened(store: ObjectStore, file: PartFile) -> Any:
+def _opened(store: ObjectStore, file: PartFile, whole_bytes: int) -> Any:
     """A reader over a file's verified content."""
-    if file.n_bytes > _WHOLE_BYTES:
+    if file.n_bytes > whole_bytes:
         store.verify_content(file.uri, file.n_bytes, file.sha256)
         return store.open(file.uri)
     if not store.exists(file.uri):

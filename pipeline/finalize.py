@@ -18,7 +18,7 @@ from pipeline.job_spec import JobSpec
 from pipeline.outputs import is_free, published
 from pipeline.plan_record import PlanRecord
 from pipeline.runtime import Runtime
-from storage import failpoints, finalizing, garbage, locations, parquet
+from storage import failpoints, finalizing, garbage, locations, parquet, reports
 from storage.errors import InputChanged
 from storage.finalizing import Closed
 from storage.records import Job
@@ -37,11 +37,11 @@ def finalize_job(runtime: Runtime, job_id: str | None = None) -> Job | None:
         return None
     failpoints.hit("finalize.claimed")
     target = finalizing.end_state(job)
-    entries = _publish(runtime, job, target)
+    _publish(runtime, job, target)
     failpoints.hit("finalize.complete")
     error = job.error or _why(runtime, job, target)
     ended = _complete(runtime, job, target, error)
-    _sweep(runtime, job, target, bool(entries))
+    _sweep(runtime, job, target)
     return ended
 
 
@@ -57,11 +57,11 @@ def _why(runtime: Runtime, job: Job, target: JobState) -> str | None:
     return f"{job.n_dead} of {job.n_shards} shards were given up{detail}"
 
 
-def _publish(runtime: Runtime, job: Job, target: JobState) -> list[dict[str, Any]]:
+def _publish(runtime: Runtime, job: Job, target: JobState) -> None:
     store, output = runtime.store, job.output_uri
     if target is not JobState.COMPLETED and not job.publishing and not is_free(store, output):
         runtime.notify(f"{output} keeps what an earlier job published; this one did not complete")
-        return []
+        return
     finalizing.begin_publishing(runtime.database, job, actor=runtime.actor)
     # Readers trust the marks, so these go first and come back last.
     store.delete([locations.success(output), locations.manifest(output)])
@@ -79,7 +79,7 @@ def _publish(runtime: Runtime, job: Job, target: JobState) -> list[dict[str, Any
         names.add(_publish_empty(runtime, job))
     _remove_stale(runtime, output, names)
     if not entries and target is not JobState.COMPLETED:
-        return entries
+        return
     failpoints.hit("finalize.manifest")
     document = manifest.build(
         job=replace(job, state=target),
@@ -92,7 +92,6 @@ def _publish(runtime: Runtime, job: Job, target: JobState) -> list[dict[str, Any
     failpoints.hit("finalize.success")
     if target is JobState.COMPLETED:
         store.put_bytes(locations.success(output), b"")
-    return entries
 
 
 def _publish_shard(runtime: Runtime, job: Job, closed: Closed) -> dict[str, Any] | None:
@@ -173,12 +172,20 @@ def _remove_stale(runtime: Runtime, output: str, names: set[str]) -> None:
     runtime.store.delete([item.uri for item in there if item.uri not in names])
 
 
-def _sweep(runtime: Runtime, job: Job, target: JobState, anything: bool) -> None:
-    """Attempts' files go at once in the embedded mode, after the retention otherwise; not while a retry needs them."""
-    work = locations.work_dir(job.output_uri, job.id)
-    if target is JobState.COMPLETED or not anything:
-        if runtime.settings.broker_url is None:
-            runtime.store.delete_tree(work)
-        else:
-            delay = runtime.settings.attempt_retention_hours * 3600
-            garbage.enqueue(runtime.database, [work], delay=delay)
+def _sweep(runtime: Runtime, job: Job, target: JobState) -> None:
+    """Let go of what is not final.
+
+    A whole output needs none of it (only a retry of failed rows reads converted input again). What a partial one was
+    made of stays for a retry, until the retention is over; where nothing was flushed, there is nothing to keep.
+    """
+    store, settings, work = runtime.store, runtime.settings, locations.work_dir(job.output_uri, job.id)
+    embedded = settings.broker_url is None
+    useless: str | None = work
+    if target is not JobState.COMPLETED:
+        useless = None if reports.progress(runtime.database, job).rows_done else work
+    elif job.rows_failed and job.plan["converted"]:
+        useless = locations.attempts_dir(job.output_uri, job.id)
+    if embedded and useless is not None:
+        store.delete_tree(useless)
+    if useless != work or not embedded:
+        garbage.enqueue(runtime.database, job.id, work, delay=settings.attempt_retention_hours * 3600)

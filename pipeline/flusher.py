@@ -1,7 +1,7 @@
 """Gathers an attempt's results and makes them durable: each flush is a verified part file and a fenced resume point.
 
 Writing happens in a thread of its own, so that the engine goes on meanwhile; at most one flush is under way, which
-bounds the memory to two buffers.
+bounds the memory to two buffers, and what a crash costs to ``flush_rows``, twice what one file holds.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Flusher:
         self._runtime.unflushed[self._claim.shard.id] = len(self._rows)
         settings = self._runtime.settings
         if (
-            len(self._rows) >= settings.flush_rows
+            2 * len(self._rows) >= settings.flush_rows
             or self._bytes >= settings.flush_bytes
             or time.monotonic() - self._since >= settings.flush_seconds
         ):

@@ -120,7 +120,9 @@ def _found(store: ObjectStore, spec: InputSpec) -> list[tuple[_File, Format]]:
             )
         here: dict[Kind, str] = {}
         for info in infos:
-            if _is_within(info.uri, locations.data_dir(output)) or _is_within(info.uri, f"{output}/.rowmill"):
+            if _is_within(info.uri, locations.data_dir(output)) or _is_within(
+                info.uri, f"{output}/{locations.WORK_FOLDER}"
+            ):
                 raise InvalidInput(f"{info.uri} lies where the output goes ({output})", field="input")
             if info.uri in by:
                 raise InvalidInput(f"{info.uri} is in the input twice: {by[info.uri]} and {pattern}", field="input")

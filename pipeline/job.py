@@ -127,7 +127,9 @@ def _prepare(runtime: Runtime, job_id: str, spec: JobSpec, engine: str, model: M
     except BaseException:
         runtime.store.delete_tree(work)
         raise
-    return _Prepared(PlanRecord(found.schema, tuple(columns), keep, model.digest, model.architectures), found)
+    converted = any(source.uri.startswith(work) for source in found.sources)
+    record = PlanRecord(found.schema, tuple(columns), keep, model.digest, model.architectures, converted)
+    return _Prepared(record, found)
 
 
 def _store_plan(runtime: Runtime, job: Job, spec: JobSpec, prepared: _Prepared) -> Job:

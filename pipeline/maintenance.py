@@ -40,12 +40,14 @@ def expire(runtime: Runtime) -> list[str]:
 
 
 def collect_garbage(runtime: Runtime) -> int:
-    """Delete what is due in the garbage queue; returns how many prefixes."""
-    prefixes = garbage.due(runtime.database)
-    for prefix in prefixes:
-        runtime.store.delete_tree(prefix)
-        garbage.forget(runtime.database, prefix)
-    return len(prefixes)
+    """Delete what is due in the garbage queue; returns how many locations."""
+    deleted = 0
+    for item in garbage.due(runtime.database):
+        if garbage.give_up(runtime.database, item):
+            runtime.store.delete_tree(item.uri)
+            garbage.forget(runtime.database, item)
+            deleted += 1
+    return deleted
 
 
 def tick(runtime: Runtime) -> None:

@@ -12,13 +12,17 @@ import pyarrow as pa
 
 @dataclass(frozen=True, slots=True)
 class PlanRecord:
-    """``schema`` is the unified schema of the input, ``columns`` what the engine reads, ``keep`` what is copied out."""
+    """``schema`` is the unified schema of the input, ``columns`` what the engine reads, ``keep`` what is copied out.
+
+    ``converted``: the sources are Parquet chunks in the job's work folder, made from other formats.
+    """
 
     schema: pa.Schema
     columns: tuple[str, ...]
     keep: tuple[str, ...]
     model_digest: str
     architectures: tuple[str, ...]
+    converted: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -27,6 +31,7 @@ class PlanRecord:
             "keep": list(self.keep),
             "model_digest": self.model_digest,
             "architectures": list(self.architectures),
+            "converted": self.converted,
         }
 
     @classmethod
@@ -37,4 +42,5 @@ class PlanRecord:
             keep=tuple(data["keep"]),
             model_digest=data["model_digest"],
             architectures=tuple(data["architectures"]),
+            converted=data["converted"],
         )

@@ -28,7 +28,7 @@ DRAINING = "the worker is draining"
 
 
 class Worker:
-    """Started once per process, after any fork; ``close`` flushes and hands back what is running."""
+    """Started once per process, after any fork. To end it: ``drain``, wait for its calls to return, ``close``."""
 
     def __init__(self, settings: Settings) -> None:
         self.runtime: Runtime = start(settings, log.info)
@@ -90,9 +90,13 @@ class Worker:
         self.wakeups.plan()
         self.wakeups.finalize()
 
-    def close(self) -> None:
-        """Stop claiming, flush and hand back the running shards, end the engines."""
+    def drain(self) -> None:
+        """Claim nothing more; running shards flush and are handed back, each in the thread that runs it."""
         self._drain.cancel(DRAINING)
+
+    def close(self) -> None:
+        """End the engines and the connections. Once nothing runs here any more: see :meth:`drain`."""
+        self.drain()
         self._keeper.__exit__(None, None, None)
         with suppress(TransientError):
             workers.unregister(self.runtime.database, self.runtime.worker.id)

@@ -13,7 +13,7 @@ from storage.claims import base_output
 from storage.database import Database, now
 from storage.errors import LeaseLost
 from storage.records import OUTPUT_SEQ, Job, PartFile, Shard, Source
-from storage.states import TERMINAL_JOB, JobState, ShardState
+from storage.states import JobState, ShardState
 from storage.transitions import move_job, record
 
 
@@ -70,7 +70,7 @@ def renew(database: Database, claimed: Job, *, lease_seconds: float) -> None:
             .where(
                 job.c.id == claimed.id,
                 job.c.finalize_epoch == claimed.finalize_epoch,
-                job.c.state.not_in(TERMINAL_JOB),
+                job.c.state == claimed.state,
             )
             .values(finalize_until=now() + lease_seconds)
         )
@@ -84,7 +84,11 @@ def begin_publishing(database: Database, claimed: Job, *, actor: str) -> None:
     with database.write() as connection:
         result = connection.execute(
             job.update()
-            .where(job.c.id == claimed.id, job.c.finalize_epoch == claimed.finalize_epoch)
+            .where(
+                job.c.id == claimed.id,
+                job.c.finalize_epoch == claimed.finalize_epoch,
+                job.c.state == claimed.state,
+            )
             .values(publishing=True)
         )
         if result.rowcount != 1:

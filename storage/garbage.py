@@ -1,34 +1,76 @@
-"""Objects that may be deleted, and when. Nothing is deleted that is not in this queue."""
+"""Files of ended attempts that may be deleted, and when. Nothing is deleted that is not in this queue."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import dataclass
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from storage import tables
 from storage.database import Database, now
+from storage.records import OUTPUT_SEQ
+from storage.states import TERMINAL_JOB, ShardState
 
 
-def enqueue(database: Database, prefixes: Iterable[str], *, delay: float) -> None:
-    """Queue object prefixes for deletion in ``delay`` seconds. A prefix that is queued already keeps its time."""
+@dataclass(frozen=True, slots=True)
+class Garbage:
+    """Everything below ``uri`` may go; it was made for ``job_id``."""
+
+    uri: str
+    job_id: str
+
+
+def enqueue(database: Database, job_id: str, uri: str, *, delay: float) -> None:
+    """Queue what is below ``uri`` for deletion in ``delay`` seconds. What is queued already keeps its time."""
     insert = sqlite.insert if database.sqlite else postgresql.insert
     with database.write() as connection:
-        for uri in prefixes:
-            statement = insert(tables.gc_queue).values(uri=uri, not_before=now() + delay)
-            connection.execute(statement.on_conflict_do_nothing())
+        statement = insert(tables.gc_queue).values(uri=uri, job_id=job_id, not_before=now() + delay)
+        connection.execute(statement.on_conflict_do_nothing())
 
 
-def due(database: Database, *, limit: int = 100) -> list[str]:
-    """Prefixes whose time has come, longest due first."""
+def due(database: Database, *, limit: int = 100) -> list[Garbage]:
+    """What may be deleted now, longest due first."""
     table = tables.gc_queue
-    query = sa.select(table.c.uri).where(table.c.not_before <= now()).order_by(table.c.not_before).limit(limit)
+    query = sa.select(table).where(table.c.not_before <= now()).order_by(table.c.not_before).limit(limit)
     with database.read() as connection:
-        return list(connection.execute(query).scalars())
+        return [Garbage(row.uri, row.job_id) for row in connection.execute(query)]
 
 
-def forget(database: Database, uri: str) -> None:
-    """Take a prefix off the queue, after it was deleted."""
+def give_up(database: Database, item: Garbage) -> bool:
+    """Forget the part files that are about to be deleted; false, and nothing has changed, when a retry needs them.
+
+    Rows of unfinished shards that only those files held count as not done from now on: a later retry computes them.
+    """
+    job, shard, part = tables.job, tables.shard, tables.part_file
     with database.write() as connection:
-        connection.execute(tables.gc_queue.delete().where(tables.gc_queue.c.uri == uri))
+        state = connection.execute(database.locked(sa.select(job.c.state).where(job.c.id == item.job_id))).scalar()
+        if state is not None and state not in TERMINAL_JOB:
+            connection.execute(tables.gc_queue.delete().where(tables.gc_queue.c.uri == item.uri))
+            return False
+        unfinished = sa.select(shard.c.id).where(
+            shard.c.job_id == item.job_id, shard.c.state.in_((ShardState.FAILED, ShardState.CANCELLED))
+        )
+        connection.execute(part.delete().where(part.c.shard_id.in_(unfinished), part.c.seq != OUTPUT_SEQ))
+        exception = tables.row_exception
+        connection.execute(exception.delete().where(exception.c.shard_id.in_(unfinished)))
+        connection.execute(
+            shard.update()
+            .where(shard.c.id.in_(unfinished))
+            .values(
+                done_bm=None,
+                failed_bm=None,
+                n_done=0,
+                n_failed=0,
+                prompt_tokens=0,
+                cached_tokens=0,
+                completion_tokens=0,
+            )
+        )
+    return True
+
+
+def forget(database: Database, item: Garbage) -> None:
+    """Take an entry off the queue, after its files were deleted."""
+    with database.write() as connection:
+        connection.execute(tables.gc_queue.delete().where(tables.gc_queue.c.uri == item.uri))

@@ -223,10 +223,13 @@ def request_stop(database: Database, job_id: str, reason: str, *, actor: str) ->
 
 
 def cancel_ready(database: Database, job_id: str, *, actor: str, batch: int = 1000) -> int:
-    """Cancel up to ``batch`` ready shards of a job that is being wound down; returns how many."""
+    """Cancel up to ``batch`` ready shards of a job that is being wound down (of any other: none); returns how many."""
     shard, job = tables.shard, tables.job
     with database.write() as connection:
-        connection.execute(database.locked(sa.select(job.c.id).where(job.c.id == job_id))).one()
+        # Under the lock: since somebody saw it being wound down it may have ended, and been queued again by a retry.
+        found = connection.execute(database.locked(sa.select(job.c.state).where(job.c.id == job_id))).one()
+        if found.state != JobState.CANCELLING:
+            return 0
         query = (
             sa.select(shard.c.id)
             .where(shard.c.job_id == job_id, shard.c.state == ShardState.READY)
@@ -236,9 +239,14 @@ def cancel_ready(database: Database, job_id: str, *, actor: str, batch: int = 10
         ids = list(connection.execute(database.locked(query, skip=True)).scalars())
         if not ids:
             return 0
+        at = connection.execute(sa.select(now())).scalar_one()
         connection.execute(shard.update().where(shard.c.id.in_(ids)).values(state=ShardState.CANCELLED))
         connection.execute(job.update().where(job.c.id == job_id).values(n_open=job.c.n_open - len(ids)))
-        record(connection, job_id, "shards.cancelled", actor, data={"shards": len(ids), "first": ids[0]})
+        kind = f"shard.{ShardState.CANCELLED}"
+        connection.execute(
+            tables.event.insert(),
+            [{"job_id": job_id, "shard_id": item, "type": kind, "at": at, "actor": actor, "data": {}} for item in ids],
+        )
         return len(ids)
 
 

@@ -112,20 +112,29 @@ def sync_dir(folder: Path) -> None:
         os.close(handle)
 
 
-def remove_tree(folder: Path) -> None:
-    """Delete a folder and all in it, whoever else is at it; then its parent, if that is hidden and now empty."""
+def remove_tree(folder: Path, upto: str) -> None:
+    """Delete a folder and all in it, whoever else is at it, and the folders above that this empties, up to ``upto``.
+
+    ``upto`` is a folder's name; where none above has it, nothing above is touched.
+    """
 
     def gone_is_fine(function: object, path: str, error: tuple[type[BaseException], BaseException, Any]) -> None:
         if not isinstance(error[1], FileNotFoundError):
             raise error[1]
 
     shutil.rmtree(folder, onerror=gone_is_fine)
-    if folder.parent.name.startswith("."):
+    names = [parent.name for parent in folder.parents]
+    if upto not in names:
+        return
+    for parent in list(folder.parents)[: names.index(upto) + 1]:
         try:
-            folder.parent.rmdir()
+            parent.rmdir()
+        except FileNotFoundError:
+            continue
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
-                raise
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                return
+            raise
 
 
 def walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:

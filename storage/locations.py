@@ -17,6 +17,8 @@ from storage.errors import InvalidJob
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 _LOCAL = ("file", "local")
+WORK_FOLDER = ".rowmill"
+"""Holds what is not final. Hidden, so that no reader takes it for data."""
 
 
 def protocol(uri: str) -> str:
@@ -58,13 +60,18 @@ def success(output: str) -> str:
 
 
 def work_dir(output: str, job_id: str) -> str:
-    """Everything of one job that is not final; ends with a slash. Hidden, so that no reader takes it for data."""
-    return f"{_base(output)}/.rowmill/{job_id}/"
+    """Everything of one job that is not final; ends with a slash."""
+    return f"{_base(output)}/{WORK_FOLDER}/{job_id}/"
+
+
+def attempts_dir(output: str, job_id: str) -> str:
+    """What attempts wrote, and nothing that a retry has to read again; ends with a slash."""
+    return f"{work_dir(output, job_id)}attempts/"
 
 
 def attempt_dir(output: str, job_id: str, shard_idx: int, gen: int, attempt_no: int, nonce: str) -> str:
     """A folder that one try at one shard has to itself. The nonce keeps a fenced attempt out of its successor's."""
-    return f"{work_dir(output, job_id)}attempts/{gen}-{shard_idx:05d}/{attempt_no}-{nonce}"
+    return f"{attempts_dir(output, job_id)}{gen}-{shard_idx:05d}/{attempt_no}-{nonce}"
 
 
 def input_chunk(output: str, job_id: str, n: int) -> str:

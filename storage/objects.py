@@ -22,7 +22,7 @@ import fsspec
 from storage import listing, local_files
 from storage.errors import CorruptFile, InvalidInput, Unreachable
 from storage.local_files import OnConflict
-from storage.locations import normalize, protocol
+from storage.locations import WORK_FOLDER, normalize, protocol
 from storage.new_file import NewFile, NewLocalFile, NewRemoteFile, Written
 from storage.object_errors import explain, no_filesystem
 from storage.transient import response_code, retrying
@@ -208,7 +208,7 @@ class ObjectStore:
             list(pool.map(self._delete_one, paths))
 
     def delete_tree(self, prefix: str) -> None:
-        """Delete everything below a folder, hidden or not. A hidden parent folder that this empties goes too."""
+        """Delete everything below a folder, hidden or not. Local work folders that this empties go too."""
         prefix = normalize(prefix)
         if protocol(prefix) != "file":
             path = self._path(prefix)
@@ -222,7 +222,7 @@ class ObjectStore:
         if folder == folder.parent:
             raise ValueError("refusing to delete the root folder")
 
-        self._call(prefix, lambda: local_files.remove_tree(folder), writing=True)
+        self._call(prefix, lambda: local_files.remove_tree(folder, WORK_FOLDER), writing=True)
 
     def arrow_filesystem(self, uris: Sequence[str]) -> tuple[Any, list[str]]:
         """A ``pyarrow.fs.FileSystem``, and the paths in it of objects that all live at one store."""

@@ -49,6 +49,8 @@ def reopen(database: Database, job_id: str, *, failed_only: bool, window_seconds
                     error=None,
                     stop_reason=None,
                     ended_at=None,
+                    cancel_requested_at=None,
+                    finalize_epoch=job.c.finalize_epoch + 1,
                     expires_at=now() + window_seconds,
                 )
             else:
@@ -62,6 +64,7 @@ def _reopen_shards(
     connection: sa.Connection, job: sa.Row[Any], state: JobState, failed_only: bool, window_seconds: float, actor: str
 ) -> None:
     table = tables.shard
+    connection.execute(tables.gc_queue.delete().where(tables.gc_queue.c.job_id == job.id))
     gen = job.gen + 1
     newest: dict[int, sa.Row[Any]] = {}
     for row in connection.execute(sa.select(table).where(table.c.job_id == job.id).order_by(table.c.idx, table.c.gen)):
@@ -124,6 +127,8 @@ def _reopen_shards(
         error=None,
         ended_at=None,
         cancel_requested_at=None,
+        # Whoever published the job before has nothing to say any more.
+        finalize_epoch=columns.finalize_epoch + 1,
         finalize_owner=None,
         finalize_until=None,
         expires_at=now() + window_seconds,

@@ -41,17 +41,18 @@ def flush(
     try:
         _flush(database, claim, part, tokens, exceptions)
     except CommitUnknown as error:
-        if not _is_flushed(database, claim, part):
-            raise Unreachable(f"flush of shard {claim.shard.id} did not take effect") from error
+        with database.read() as connection:
+            if _is_flushed(connection, claim, part):
+                return
+        raise Unreachable(f"flush of shard {claim.shard.id} did not take effect") from error
 
 
-def _is_flushed(database: Database, claim: Claim, part: PartFile) -> bool:
+def _is_flushed(connection: sa.Connection, claim: Claim, part: PartFile) -> bool:
     table = tables.part_file
-    with database.read() as connection:
-        query = sa.select(table.c.seq).where(
-            table.c.shard_id == claim.shard.id, table.c.attempt_no == part.attempt_no, table.c.seq == part.seq
-        )
-        return connection.execute(query).first() is not None
+    query = sa.select(table.c.seq).where(
+        table.c.shard_id == claim.shard.id, table.c.attempt_no == part.attempt_no, table.c.seq == part.seq
+    )
+    return connection.execute(query).first() is not None
 
 
 def _flush(
@@ -63,6 +64,8 @@ def _flush(
 ) -> None:
     with database.write() as connection:
         held = _held(database, connection, claim)
+        if _is_flushed(connection, claim, part):
+            return  # an earlier COMMIT, whose answer was lost, landed after all
         done, failed = unpack(held.done_bm) | part.rows, unpack(held.failed_bm) | part.failed
         connection.execute(tables.part_file.insert().values(shard_id=claim.shard.id, **_columns(part)))
         room = ROW_EXCEPTIONS_KEPT - held.n_failed

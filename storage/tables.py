@@ -202,5 +202,6 @@ gc_queue = sa.Table(
     "gc_queue",
     metadata,
     sa.Column("uri", sa.Text, primary_key=True),
+    sa.Column("job_id", Id, sa.ForeignKey("job.id", ondelete="CASCADE"), nullable=False, index=True),
     sa.Column("not_before", Seconds, nullable=False),
 )

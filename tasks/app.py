@@ -10,7 +10,7 @@ import threading
 from typing import Any
 
 from celery import Celery
-from celery.signals import worker_shutdown
+from celery.signals import worker_shutdown, worker_shutting_down
 
 from pipeline.settings import Settings
 from pipeline.worker import Worker
@@ -34,6 +34,7 @@ app.conf.update(
 )
 
 _lock = threading.Lock()
+_ending = threading.Event()
 _worker: Worker | None = None
 
 
@@ -43,7 +44,20 @@ def worker() -> Worker:
     with _lock:
         if _worker is None:
             _worker = Worker(settings)
+            threading.Thread(target=_drain, args=(_worker,), name="rowmill-drain", daemon=True).start()
         return _worker
+
+
+def _drain(worker: Worker) -> None:
+    _ending.wait()
+    worker.drain()
+
+
+@worker_shutting_down.connect
+def _begin_to_end(**_: Any) -> None:
+    # Celery waits for the running tasks before it announces the shutdown itself, and a shard may take hours. This is
+    # called in the signal's handler, where setting an event is about all that is safe.
+    _ending.set()
 
 
 @worker_shutdown.connect

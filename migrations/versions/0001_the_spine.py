@@ -15,12 +15,6 @@ depends_on = None
 def upgrade() -> None:
 
     op.create_table(
-        "gc_queue",
-        sa.Column("uri", sa.Text(), nullable=False),
-        sa.Column("not_before", sa.Double(), nullable=False),
-        sa.PrimaryKeyConstraint("uri", name=op.f("pk_gc_queue")),
-    )
-    op.create_table(
         "job",
         sa.Column("id", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=False),
         sa.Column("tenant", sa.Text(), nullable=False),
@@ -132,6 +126,17 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("event", schema=None) as batch_op:
         batch_op.create_index("ix_event_job_id_id", ["job_id", "id"], unique=False)
+
+    op.create_table(
+        "gc_queue",
+        sa.Column("uri", sa.Text(), nullable=False),
+        sa.Column("job_id", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=False),
+        sa.Column("not_before", sa.Double(), nullable=False),
+        sa.ForeignKeyConstraint(["job_id"], ["job.id"], name=op.f("fk_gc_queue_job_id_job"), ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("uri", name=op.f("pk_gc_queue")),
+    )
+    with op.batch_alter_table("gc_queue", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_gc_queue_job_id"), ["job_id"], unique=False)
 
     op.create_table(
         "shard",
@@ -284,6 +289,10 @@ def downgrade() -> None:
         )
 
     op.drop_table("shard")
+    with op.batch_alter_table("gc_queue", schema=None) as batch_op:
+        batch_op.drop_index(batch_op.f("ix_gc_queue_job_id"))
+
+    op.drop_table("gc_queue")
     with op.batch_alter_table("event", schema=None) as batch_op:
         batch_op.drop_index("ix_event_job_id_id")
 
@@ -304,4 +313,3 @@ def downgrade() -> None:
         )
 
     op.drop_table("job")
-    op.drop_table("gc_queue")

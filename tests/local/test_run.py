@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import Client
+from pipeline import Client, maintenance
 from pipeline.engines.base import Cancellation
 from pipeline.settings import Settings
 from storage import failpoints, jobs
@@ -325,3 +325,33 @@ def test_rows_that_kill_the_engine_are_found_and_the_others_done(client: Client,
     errors = {n: e["code"] for n, e in enumerate(published(tmp_path / "out").column("error").to_pylist()) if e}
     assert errors == {77: "missing_value"} | dict.fromkeys(poison, "poison_row")
     assert sum(attempt.rows_computed for attempt in client.job(status.id).attempts()) == 1000
+
+
+def test_failed_rows_of_converted_input_can_be_retried(client: Client, tmp_path: Path) -> None:
+    lines = tmp_path / "in.jsonl"
+    lines.write_text("".join(json.dumps({"text": None if n == 3 else f"t{n}"}) + "\n" for n in range(50)))
+    job = client.submit(**fields(lines, tmp_path / "out"))
+    assert job.wait(timeout=60).rows_failed == 1
+    job.retry()
+    assert job.wait(timeout=60).gen == 1
+    assert job.table().column("text").to_pylist() == [None if n == 3 else f"t{n}" for n in range(50)]
+
+
+def test_garbage_of_a_cancelled_job_goes_after_its_retention(settings: Settings, texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    small = settings.model_copy(update={"flush_rows": 50, "read_batch_rows": 25, "attempt_retention_hours": 0.0})
+    job = fields(texts, out, engine_options={"delay_ms_per_batch": 20})
+    with Client(settings=small) as client:
+        interrupted_run(client, job, until=200)
+        [status] = client.jobs()
+        handle = client.job(status.id)
+        kept = handle.cancel().rows_done
+        assert published(out).num_rows == kept
+        assert (out / ".rowmill").exists()
+        assert maintenance.collect_garbage(client._runtime) == 1
+        assert not (out / ".rowmill").exists()
+        # What was flushed is gone with it, so a retry computes everything again.
+        handle.retry()
+        assert handle.wait(timeout=60).rows_done == 1000
+        assert sum(attempt.rows_computed for attempt in handle.attempts()) == 1000 + kept
+    assert published(out).column("id").to_pylist() == list(range(1000))

@@ -358,13 +358,18 @@ def test_without_hard_links_publishing_copies(local: Place, monkeypatch: pytest.
     assert [path.name for path in Path(local.root).rglob(".*")] == []
 
 
-def test_an_emptied_hidden_parent_goes_with_the_last_tree(local: Place) -> None:
+def test_emptied_work_folders_go_with_the_last_tree(local: Place) -> None:
     output = local("out")
+    local.put("other/a/f")
+    local.store.delete_tree(local("other/a"))
+    assert Path(local("other")).is_dir(), "only work folders are tidied away"
     for job in ("a", "b"):
         local.store.put_bytes(locations.work_dir(output, job) + "f", b"x")
     local.store.delete_tree(locations.work_dir(output, "a"))
     assert Path(output, ".rowmill").is_dir()
-    local.store.delete_tree(locations.work_dir(output, "b"))
+    local.put("out/.rowmill/b/attempts/x")
+    local.store.delete([locations.work_dir(output, "b") + "f"])
+    local.store.delete_tree(locations.attempts_dir(output, "b"))
     assert list(Path(output).iterdir()) == []
 
 
