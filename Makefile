@@ -57,6 +57,7 @@ format: install  ## put the sources into shape
 bench: install  ## measure what benchmarks/README.md promises
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.flush
+	$(BIN)/python -m benchmarks.kills
 	$(BIN)/python -m benchmarks.cancel
 
 docs: install  ## write the generated pages of docs/reference

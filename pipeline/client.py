@@ -13,7 +13,7 @@ import atexit
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline import job as job_calls
 from pipeline import local, maintenance
@@ -32,8 +32,8 @@ from storage.errors import (
     NotFound,
     WaitTimeout,
 )
-from storage.records import Attempt, Event, RowException
-from storage.states import TERMINAL_JOB, JobState
+from storage.records import Attempt, Event, RowException, Shard
+from storage.states import TERMINAL_JOB, JobState, ShardState
 from storage.wakeups import Wakeups
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     import pyarrow.dataset as ds
 
 _POLL_SECONDS = 0.25
+S = TypeVar("S", JobState, ShardState)
 
 
 class Client:
@@ -106,13 +107,7 @@ class Client:
     def jobs(self, state: str | None = None, limit: int = 20, after: str | None = None) -> list[JobStatus]:
         """Jobs, newest first; ``after`` is the id of the last one of the page before."""
         database = self._runtime.database
-        wanted = None
-        if state is not None:
-            try:
-                wanted = JobState(state)
-            except ValueError:
-                known = ", ".join(JobState)
-                raise InvalidJob(f"no such state {state!r}; one of {known}", field="state") from None
+        wanted = None if state is None else _state(JobState, state)
         return [job_status(database, job) for job in jobs.listed(database, state=wanted, limit=limit, after=after)]
 
     def request(self, job: str, row: int) -> RequestStatus:
@@ -235,6 +230,11 @@ class JobHandle:
         """Every attempt at every shard."""
         return reports.attempts(self._runtime.database, self.id)
 
+    def shards(self, state: str | None = None) -> list[Shard]:
+        """The job's shards in row order; ``state="failed"`` lists those that were given up, with their ``error``."""
+        wanted = None if state is None else _state(ShardState, state)
+        return reports.shards(self._runtime.database, self.id, state=wanted)
+
     def dataset(self) -> ds.Dataset:
         """The published output, read lazily. Raises :class:`~storage.errors.NotFound` before it is published."""
         import pyarrow.dataset as ds
@@ -265,6 +265,13 @@ class _Background(threading.Thread):
             local.run_job(self._runtime, job, interrupt=self.interrupt)
         except BaseException as error:
             self.error = error
+
+
+def _state(kind: type[S], name: str) -> S:
+    try:
+        return kind(name)
+    except ValueError:
+        raise InvalidJob(f"no such state {name!r}; one of {', '.join(kind)}", field="state") from None
 
 
 def _completed(status: JobStatus) -> JobStatus:

@@ -83,6 +83,16 @@ def attempts(database: Database, job_id: str) -> list[Attempt]:
         return [rows.attempt(row) for row in found]
 
 
+def shards(database: Database, job_id: str, *, state: ShardState | None = None) -> list[Shard]:
+    """The job's shards in row order, all generations; ``state`` narrows them (``failed``: the dead letters)."""
+    table = tables.shard
+    query = sa.select(table).where(table.c.job_id == job_id).order_by(table.c.idx, table.c.gen)
+    if state is not None:
+        query = query.where(table.c.state == state)
+    with database.read() as connection:
+        return [rows.shard(row) for row in connection.execute(query)]
+
+
 def row_exceptions(database: Database, job_id: str, *, limit: int | None = None) -> Iterator[RowException]:
     """Failed rows by their index in the job, at most ``ROW_EXCEPTIONS_KEPT`` a shard.
 

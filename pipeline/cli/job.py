@@ -64,6 +64,7 @@ def show(
     row: Annotated[int | None, typer.Option(min=0, metavar="N", help="This input row instead, from 0.")] = None,
     attempts: Annotated[bool, typer.Option("--attempts", help="Every attempt at every shard, too.")] = False,
     events: Annotated[bool, typer.Option("--events", help="Every change of state, too.")] = False,
+    shards: Annotated[bool, typer.Option("--shards", help="Every shard, and why it was given up, too.")] = False,
 ) -> None:
     """One job, or one of its rows."""
     if row is not None:
@@ -74,11 +75,16 @@ def show(
         status = handle.status()
         tried = [_attempt(item) for item in handle.attempts()] if attempts else []
         happened = [_event(item) for item in handle.events()] if events else []
+    pieces = [_shard(item) for item in handle.shards()] if shards else []
     if invocation.as_json:
-        more = ({"attempts": tried} if attempts else {}) | ({"events": happened} if events else {})
+        more: dict[str, Any] = {"shards": pieces} if shards else {}
+        more |= ({"attempts": tried} if attempts else {}) | ({"events": happened} if events else {})
         output.emit_json({"job": status.to_json(), **more})
         return
     output.emit(describe(status))
+    if shards:
+        shown = ("shard", "state", "first_row", "rows", "done", "failed", "attempts", "failures", "losses", "error")
+        output.emit("\n" + output.table(shown, [[item[name] for name in shown] for item in pieces]))
     if attempts:
         names = ("shard", "attempt", "state", "resumed", "computed", "seconds", "worker", "error")
         output.emit("\n" + output.table(names, [[item[name] for name in names] for item in tried]))
@@ -136,6 +142,21 @@ def describe(status: JobStatus) -> str:
 
 def _counts(counts: Any) -> str:
     return ", ".join(f"{name} {n:,}" for name, n in counts.items() if n)
+
+
+def _shard(item: Any) -> dict[str, Any]:
+    return {
+        "shard": item.id,
+        "state": str(item.state),
+        "first_row": item.row_start,
+        "rows": item.row_n if item.select is None else len(item.select),
+        "done": len(item.done),
+        "failed": len(item.failed),
+        "attempts": item.attempt_no,
+        "failures": item.n_fail,
+        "losses": item.n_lost,
+        "error": item.error,
+    }
 
 
 def _attempt(item: Any) -> dict[str, Any]:

@@ -102,6 +102,7 @@ class FakeEngine:
             if not self._faults.before_batch(cancel):
                 return
             texts, result = compute(batch, self._faults)
+            self._faults.computed(len(batch.rows))
             with self._lock:
                 self._counts["rows"] += len(batch.rows)
                 self._counts["failed_rows"] += len(result.failures)

@@ -65,6 +65,8 @@ class FakeOptions(BaseModel):
     """… this many times; every time without it."""
     counts_dir: Text | None = None
     """An existing directory in which strikes are counted, so that they hold across processes."""
+    rows_file: Text | None = None
+    """One byte is appended to this file for every row computed, whatever becomes of it: its size counts them all."""
     shuffle: StrictBool = False
     """Results come out of order: rows within a batch and batches among their neighbours, the same way every time."""
     drop_row: Text | None = None
@@ -131,6 +133,12 @@ class Faults:
             raise TransientError(f"scripted: a row contains {options.transient_on!r}")
         if self._strikes("die", options.die_on, texts, options.die_times):
             raise EngineDead(f"scripted: a row that contains {options.die_on!r} killed the engine")
+
+    def computed(self, n: int) -> None:
+        """``n`` more rows were computed; nobody has them yet."""
+        if self._options.rows_file is not None:
+            with Path(self._options.rows_file).open("ab") as file:
+                file.write(b"." * n)
 
     def after_rows(self, n: int) -> None:
         """``n`` more rows were handed over: signal or crash if the script says so."""
