@@ -6,8 +6,10 @@ Every step converges when it is run again, so a finalizer that dies is simply fo
 from __future__ import annotations
 
 import json
+import platform
 import secrets
 from dataclasses import replace
+from importlib import metadata
 from typing import Any
 
 import pyarrow as pa
@@ -25,6 +27,8 @@ from storage.records import Job
 from storage.states import JobState
 
 _RENEW_EVERY = 50
+_LIBRARIES = ("rowmill", "pyarrow", "fsspec", "sqlalchemy")
+"""Named with their versions in the manifest; the engines report their own libraries."""
 
 
 def finalize_job(runtime: Runtime, job_id: str | None = None) -> Job | None:
@@ -87,6 +91,7 @@ def _publish(runtime: Runtime, job: Job, target: JobState) -> None:
         sources=finalizing.all_sources(runtime.database, job.id),
         attempts=finalizing.engine_facts(runtime.database, job.id),
         published_at=runtime.database.clock(),
+        versions={"python": platform.python_version()} | {name: metadata.version(name) for name in _LIBRARIES},
     )
     store.put_bytes(locations.manifest(output), json.dumps(document, indent=2).encode())
     failpoints.hit("finalize.success")

@@ -129,11 +129,15 @@ shard = sa.Table(
     sa.CheckConstraint(f"state IN ({', '.join(repr(str(s)) for s in ShardState)})", name="state"),
     sa.CheckConstraint("state <> 'running' OR (lease_owner IS NOT NULL AND lease_until IS NOT NULL)", name="leased"),
     sa.UniqueConstraint("job_id", "gen", "idx"),
-    sa.Index("ix_shard_ready", "queue", "priority", "run_after", "id", sqlite_where=_READY, postgresql_where=_READY),
     # The lease is not indexed, so that heartbeats stay heap-only updates; running shards are few.
     sa.Index("ix_shard_running", "id", sqlite_where=_RUNNING, postgresql_where=_RUNNING),
     postgresql_with={"fillfactor": "70"},
 )
+
+# A claim reads one row off the front of one of these, however many shards there are.
+for _name, _first in (("ix_shard_ready", shard.c.queue), ("ix_shard_ready_of_job", shard.c.job_id)):
+    _order = (_first, shard.c.priority.desc(), shard.c.run_after, shard.c.id)
+    sa.Index(_name, *_order, sqlite_where=_READY, postgresql_where=_READY)
 
 attempt = sa.Table(
     "attempt",

@@ -194,7 +194,14 @@ def upgrade() -> None:
     with op.batch_alter_table("shard", schema=None) as batch_op:
         batch_op.create_index(
             "ix_shard_ready",
-            ["queue", "priority", "run_after", "id"],
+            ["queue", sa.literal_column("priority DESC"), "run_after", "id"],
+            unique=False,
+            sqlite_where=sa.text("state = 'ready'"),
+            postgresql_where=sa.text("state = 'ready'"),
+        )
+        batch_op.create_index(
+            "ix_shard_ready_of_job",
+            ["job_id", sa.literal_column("priority DESC"), "run_after", "id"],
             unique=False,
             sqlite_where=sa.text("state = 'ready'"),
             postgresql_where=sa.text("state = 'ready'"),
@@ -283,6 +290,11 @@ def downgrade() -> None:
     with op.batch_alter_table("shard", schema=None) as batch_op:
         batch_op.drop_index(
             "ix_shard_running", sqlite_where=sa.text("state = 'running'"), postgresql_where=sa.text("state = 'running'")
+        )
+        batch_op.drop_index(
+            "ix_shard_ready_of_job",
+            sqlite_where=sa.text("state = 'ready'"),
+            postgresql_where=sa.text("state = 'ready'"),
         )
         batch_op.drop_index(
             "ix_shard_ready", sqlite_where=sa.text("state = 'ready'"), postgresql_where=sa.text("state = 'ready'")

@@ -31,8 +31,8 @@ class FakeOptions(BaseModel):
     """What goes wrong. Without any of them nothing does.
 
     Counts hold per process and per distinct set of options, however many engines are built with them; with
-    ``counts_dir`` the number of strikes of ``die_on``, ``transient_on`` and ``crash_after_rows`` is kept there
-    and holds across processes.
+    ``counts_dir`` the number of strikes of ``die_on``, ``transient_on``, ``crash_on`` and ``crash_after_rows`` is kept
+    there and holds across processes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,6 +63,8 @@ class FakeOptions(BaseModel):
     """The whole process ends at once (exit code 137, nothing is cleaned up) when this many rows were handed over …"""
     crash_times: Count | None = None
     """… this many times; every time without it."""
+    crash_on: Text | None = None
+    """The whole process ends at once as well on a batch with a row whose text contains this, ``crash_times`` times."""
     counts_dir: Text | None = None
     """An existing directory in which strikes are counted, so that they hold across processes."""
     rows_file: Text | None = None
@@ -127,10 +129,12 @@ class Faults:
         return not cancel.cancelled
 
     def on_texts(self, texts: Sequence[str | None]) -> None:
-        """Raise :class:`TransientError` or :class:`EngineDead` if the script says so for one of these rows."""
+        """Raise :class:`TransientError` or :class:`EngineDead`, or end the process, if one of these rows calls for it."""
         options = self._options
         if self._strikes("transient", options.transient_on, texts, options.transient_times):
             raise TransientError(f"scripted: a row contains {options.transient_on!r}")
+        if self._strikes("crash_on", options.crash_on, texts, options.crash_times):
+            os._exit(KILLED)
         if self._strikes("die", options.die_on, texts, options.die_times):
             raise EngineDead(f"scripted: a row that contains {options.die_on!r} killed the engine")
 
@@ -154,7 +158,7 @@ class Faults:
         ):
             os._exit(KILLED)
 
-    def _strikes(self, kind: str, needle: str | None, texts: Sequence[str | None], times: int) -> bool:
+    def _strikes(self, kind: str, needle: str | None, texts: Sequence[str | None], times: int | None) -> bool:
         if needle is None or not any(text is not None and needle in text for text in texts):
             return False
         return self._counted(kind, times)
