@@ -6,6 +6,7 @@ from pipeline.runtime import Runtime, is_alive
 from storage import garbage, jobs, reaping, workers
 from storage.errors import IllegalTransition
 from storage.reaping import Reaped
+from storage.states import JobState
 
 
 def reap(runtime: Runtime) -> Reaped:
@@ -39,6 +40,13 @@ def expire(runtime: Runtime) -> list[str]:
     return due
 
 
+def wind_down(runtime: Runtime) -> None:
+    """Cancel the shards that came back to jobs which are being wound down: reaped, or handed back by a worker."""
+    for job in jobs.listed(runtime.database, state=JobState.CANCELLING, limit=100):
+        while job.n_open and jobs.cancel_ready(runtime.database, job.id, actor=runtime.actor):
+            pass
+
+
 def collect_garbage(runtime: Runtime) -> int:
     """Delete what is due in the garbage queue; returns how many locations."""
     deleted = 0
@@ -54,4 +62,5 @@ def tick(runtime: Runtime) -> None:
     """One round of everything above."""
     reap(runtime)
     expire(runtime)
+    wind_down(runtime)
     collect_garbage(runtime)

@@ -119,8 +119,12 @@ class Database:
             yield connection
 
     def locked(self, query: sa.Select[Any], *, skip: bool = False) -> sa.Select[Any]:
-        """The query with its rows locked until the transaction ends. SQLite's write lock already covers them."""
-        return query if self.sqlite else query.with_for_update(skip_locked=skip)
+        """The query with its rows locked until the transaction ends. SQLite's write lock already covers them.
+
+        The lock leaves foreign keys to these rows alone (``FOR NO KEY UPDATE``). Otherwise a flush, whose event refers to
+        the job, would wait for whoever has locked the job while it holds its shard: measured to deadlock.
+        """
+        return query if self.sqlite else query.with_for_update(skip_locked=skip, key_share=True)
 
     def clock(self) -> float:
         """The database's time, in Unix seconds."""

@@ -11,8 +11,11 @@ from pipeline.cli.interrupts import InterruptWatch
 from tests.cli.conftest import REPOSITORY
 
 CHILD = """
-import sys, threading, time
+import signal, sys, threading, time
 from pipeline.cli import interrupts
+# A test run under nohup, or in the background of a shell, hands down ignored signals, which would be respected.
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
 interrupts._SAME_KEY_PRESS_SECONDS = 0.0
 asked = threading.Event()
 def first():

@@ -36,7 +36,10 @@ class Faults:
         self.script = script
 
 
-_CODES = {503: "SlowDown", 500: "InternalError", 429: "TooManyRequests", 403: "AccessDenied"}
+_CODES = {
+    503: "SlowDown", 500: "InternalError", 429: "TooManyRequests", 403: "AccessDenied",
+    409: "ConditionalRequestConflict", 412: "PreconditionFailed",
+}  # fmt: skip
 
 
 @contextmanager
