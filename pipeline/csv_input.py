@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pv
 
 from pipeline import text_streams
@@ -27,6 +28,9 @@ _LADDER: Sequence[pa.DataType] = (
     pa.float64(),
 )
 """The first type that every value of a column has is the column's; text when there is none. Narrow before wide."""
+_LEADING_ZERO = r"^[+-]?0[0-9]"
+_NOT_A_NUMBER = {pa.int64(): _LEADING_ZERO, pa.float64(): rf"{_LEADING_ZERO}|^[+-]?[0-9]{{16,}}$"}
+"""What would be read as a number and not come back as it was written."""
 
 
 def tables(store: ObjectStore, uri: str, compression: Codec | None) -> Iterator[pa.Table]:
@@ -70,6 +74,11 @@ def _inferred(store: ObjectStore, uri: str, compression: Codec | None, names: li
 
 
 def _casts(column: pa.Array[Any], kind: pa.DataType) -> bool:
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        # Postcodes and account numbers are no numbers: 007 would become 7, and twenty digits would be rounded.
+        lossy = pc.match_substring_regex(column.cast(pa.binary()), _NOT_A_NUMBER[kind])
+        if pc.any(lossy).as_py():
+            return False
     try:
         column.cast(kind)
     except pa.ArrowInvalid:

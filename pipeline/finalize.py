@@ -21,9 +21,10 @@ from pipeline.outputs import is_free, published
 from pipeline.plan_record import PlanRecord
 from pipeline.runtime import Runtime
 from storage import failpoints, finalizing, garbage, locations, parquet, reports
-from storage.errors import InputChanged
+from storage.errors import CorruptFile, InputChanged, InvalidInput
 from storage.finalizing import Closed
-from storage.records import Job
+from storage.objects import ObjectStore
+from storage.records import Job, PartFile, Shard
 from storage.states import JobState
 
 _RENEW_EVERY = 50
@@ -103,22 +104,22 @@ def _publish_shard(runtime: Runtime, job: Job, closed: Closed) -> dict[str, Any]
     store, shard = runtime.store, closed.shard
     target = locations.part(job.output_uri, shard.idx)
     if closed.output is not None:
-        store.publish(closed.output.uri, target, sha256=closed.output.sha256)
-        return manifest.part(
-            target,
-            n_bytes=closed.output.n_bytes,
-            sha256=closed.output.sha256,
-            row_start=shard.row_start,
-            rows=shard.row_n,
-            failed=len(closed.output.failed),
-            missing=(),
-        )
+        return _publish_whole(store, shard, target, closed.output)
     if not closed.parts and closed.base is None:
         return None
     try:
         assembled = _assemble_partial(runtime, job, closed)
-    except InputChanged as error:
-        # Its finished rows cannot be put beside columns of another version of the file; the job's error says so.
+    except (InputChanged, CorruptFile, InvalidInput) as error:
+        # Its finished rows cannot be put beside columns of another version of the file, or one of them is gone; the
+        # job's error says so. What an earlier generation published stands: it may be the only copy.
+        if closed.base is not None:
+            try:
+                entry = _publish_whole(store, shard, target, closed.base)
+            except CorruptFile:
+                pass
+            else:
+                runtime.notify(f"shard {shard.idx} stays as it was published before: {error}")
+                return entry
         runtime.notify(f"shard {shard.idx} is left out of the partial output: {error}")
         return None
     if assembled.n_rows == 0:
@@ -132,6 +133,20 @@ def _publish_shard(runtime: Runtime, job: Job, closed: Closed) -> dict[str, Any]
         rows=assembled.n_rows,
         failed=assembled.n_failed,
         missing=[(shard.row_start + low, shard.row_start + high) for low, high in assembled.missing],
+    )
+
+
+def _publish_whole(store: ObjectStore, shard: Shard, target: str, file: PartFile) -> dict[str, Any]:
+    """Publish the committed file of all the shard's rows, or leave it where it was published before."""
+    store.publish(file.uri, target, sha256=file.sha256)
+    return manifest.part(
+        target,
+        n_bytes=file.n_bytes,
+        sha256=file.sha256,
+        row_start=shard.row_start,
+        rows=shard.row_n,
+        failed=len(file.failed),
+        missing=(),
     )
 
 

@@ -18,6 +18,7 @@ from pipeline.plan_record import PlanRecord
 from pipeline.runtime import Runtime
 from storage import failpoints, jobs, locations, retries
 from storage.errors import Conflict, InvalidInput, InvalidJob
+from storage.objects import ObjectStore
 from storage.records import Job
 
 ERROR_COLUMN = "error"
@@ -56,27 +57,32 @@ def submit_job(runtime: Runtime, fields: dict[str, Any], *, resume: bool = False
             f"give the same ones to resume it, choose another output, or 'rowmill job cancel {live.id}'",
             field="output",
         )
-    if live is None and not spec.overwrite and spec.idempotency_key is None:
+    known = jobs.has_key(runtime.database, spec.tenant, spec.idempotency_key)
+    if live is None and not known and not spec.overwrite:
         refuse_existing(runtime.store, spec.output)
     job_id = str(uuid_utils.uuid7())
-    prepared = _prepare(runtime, job_id, spec, engine, model) if plan and live is None else None
+    prepared = _prepare(runtime, job_id, spec, engine, model) if plan and live is None and not known else None
     failpoints.hit("plan.prepared")
-    job = jobs.insert(
-        runtime.database,
-        job_id=job_id,
-        tenant=spec.tenant,
-        priority=spec.priority,
-        queue=engine,
-        engine=engine,
-        engine_key=registry.engine_key(engine, model, spec.task, spec.engine_options),
-        spec=spec.model_dump(mode="json"),
-        spec_hash=spec.work_hash(),
-        idempotency_key=spec.idempotency_key,
-        output_uri=spec.output,
-        max_failed_rows=spec.max_failed_rows,
-        window_seconds=spec.window_seconds,
-        actor=runtime.actor,
-    )
+    try:
+        job = jobs.insert(
+            runtime.database,
+            job_id=job_id,
+            tenant=spec.tenant,
+            priority=spec.priority,
+            queue=engine,
+            engine=engine,
+            engine_key=registry.engine_key(engine, model, spec.task, spec.engine_options),
+            spec=spec.model_dump(mode="json"),
+            spec_hash=spec.work_hash(),
+            idempotency_key=spec.idempotency_key,
+            output_uri=spec.output,
+            max_failed_rows=spec.max_failed_rows,
+            window_seconds=spec.window_seconds,
+            actor=runtime.actor,
+        )
+    except BaseException:
+        runtime.store.delete_tree(locations.work_dir(spec.output, job_id))
+        raise
     if job.id != job_id:
         runtime.store.delete_tree(locations.work_dir(spec.output, job_id))
         return job
@@ -124,12 +130,19 @@ def _prepare(runtime: Runtime, job_id: str, spec: JobSpec, engine: str, model: M
         found = inputs.discover(runtime.store, spec, work)
         columns = registry.engine_class(engine).check(spec, model, found.schema)
         keep = _kept(spec, tuple(found.schema.names))
+        _try_to_write(runtime.store, f"{work}writable")
     except BaseException:
         runtime.store.delete_tree(work)
         raise
     converted = any(source.uri.startswith(work) for source in found.sources)
     record = PlanRecord(found.schema, tuple(columns), keep, model.digest, model.architectures, converted)
     return _Prepared(record, found)
+
+
+def _try_to_write(store: ObjectStore, uri: str) -> None:
+    """An output that cannot be written is refused now, not after the engine was loaded and rows were computed."""
+    store.put_bytes(uri, b"")
+    store.delete([uri])
 
 
 def _store_plan(runtime: Runtime, job: Job, spec: JobSpec, prepared: _Prepared) -> Job:
@@ -153,10 +166,12 @@ def _kept(spec: JobSpec, names: tuple[str, ...]) -> tuple[str, ...]:
     keep = names if spec.keep_columns is None else spec.keep_columns
     clash = [name for name in keep if name in {ERROR_COLUMN, *result_names(spec)}]
     if clash:
+        leave_out = "leave them out: name the columns to copy in keep_columns (--keep)"
+        # No prefix is put before 'error'.
+        advice = leave_out if ERROR_COLUMN in clash else f"set output_prefix (--output-prefix), or {leave_out}"
         raise InvalidJob(
-            f"the input columns {', '.join(map(repr, clash))} have the names of result columns; set output_prefix "
-            "(--output-prefix), or leave them out with keep_columns (--keep)",
-            field="output_prefix",
+            f"the input columns {', '.join(map(repr, clash))} have the names of result columns; {advice}",
+            field="keep_columns" if ERROR_COLUMN in clash else "output_prefix",
         )
     return tuple(keep)
 

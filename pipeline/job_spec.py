@@ -32,6 +32,8 @@ class Message(BaseModel):
 
 
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([smhd])\s*$")
+_NOWHERE = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:/*\s*$")
+"""A scheme and nothing else: what is left of ``s3://$BUCKET`` when the variable is not set."""
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 NOT_PART_OF_THE_WORK = frozenset({"priority", "metadata", "completion_window", "overwrite", "idempotency_key"})
@@ -104,8 +106,12 @@ class JobSpec(BaseModel):
 
     @field_validator("input", "output")
     @classmethod
-    def _no_chained_urls(cls, value: Any) -> Any:
+    def _plain_paths(cls, value: Any) -> Any:
         for uri in value if isinstance(value, tuple) else (value,):
+            if not uri.strip():
+                raise ValueError("the path is empty; '.' is the working directory")
+            if _NOWHERE.match(uri):
+                raise ValueError(f"{uri!r} names no bucket or folder")
             if "::" in uri:
                 raise ValueError(f"{uri!r} chains filesystems with '::', which is refused; give one plain path or URL")
         return value

@@ -99,3 +99,6 @@ class LeaseKeeper:
             except (TransientError, CommitUnknown) as error:
                 # The leases may run out meanwhile. That costs work at worst, never correctness: every write is fenced.
                 log.warning("heartbeat failed, trying again: %s", error)
+            except Exception:
+                # A thread that died here would let every lease of the process run out, for whatever reason.
+                log.exception("heartbeat failed, trying again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 from storage import locations
@@ -14,10 +15,22 @@ def refuse_existing(store: ObjectStore, output: str) -> None:
     """Raise :class:`Conflict` when ``output`` holds published rows, whoever published them."""
     if not is_free(store, output):
         raise Conflict(
-            f"{output} already holds published rows; choose another output, or pass --overwrite (overwrite=True) "
-            "to replace them when the new job ends",
+            f"{output} already holds published rows{_of_a_partial_job(store, output)}; choose another output, or pass "
+            "--overwrite (overwrite=True) to replace them when the new job ends",
             field="output",
         )
+
+
+def _of_a_partial_job(store: ObjectStore, output: str) -> str:
+    """Say whose they are when that job can still be finished: to overwrite them would compute them again."""
+    if not store.exists(locations.manifest(output)):
+        return ""
+    try:
+        manifest = json.loads(store.read_bytes(locations.manifest(output)))
+        job, partial = str(manifest["job"]["id"]), bool(manifest["partial"])
+    except (ValueError, KeyError, TypeError):
+        return ""
+    return f" of job {job}, which did not complete: 'rowmill job retry {job}' goes on from there" if partial else ""
 
 
 def is_free(store: ObjectStore, output: str) -> bool:

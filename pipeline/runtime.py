@@ -15,6 +15,7 @@ from pipeline.engines.pool import EnginePool
 from pipeline.settings import Settings
 from storage import workers
 from storage.database import Database
+from storage.errors import InvalidSettings
 from storage.objects import ObjectStore
 from storage.workers import Worker
 
@@ -51,8 +52,14 @@ class Runtime:
 
 def start(settings: Settings, notify: Callable[[str], None] = lambda message: None) -> Runtime:
     """Open the database (an embedded one is made or brought up to date) and the object store. Loads no engine."""
-    settings.cache_dir.mkdir(parents=True, exist_ok=True)
-    database = Database(settings.effective_database_url)
+    try:
+        settings.cache_dir.mkdir(parents=True, exist_ok=True)
+        database = Database(settings.effective_database_url)
+    except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+        raise InvalidSettings(
+            f"the folder {error.filename} cannot be made ({os.strerror(error.errno or 0).lower()}); "
+            "set data_dir and cache_dir to folders that can be written"
+        ) from error
     database.ensure_schema()
     return Runtime(
         settings=settings,

@@ -22,6 +22,8 @@ from storage.errors import CommitUnknown, InvalidJob, RowmillError, TransientErr
 
 _MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
 _BUSY_SECONDS = 60
+_IDLE_SECONDS = 30.0
+"""How long PostgreSQL lets a process that has stopped answering keep a transaction, and the locks in it, open."""
 
 
 class now(FunctionElement[float]):  # noqa: N801 - reads as the SQL function it is
@@ -80,6 +82,7 @@ class Database:
             self._writer = self._reader = sa.create_engine(
                 self.url, pool_pre_ping=True, pool_size=5, max_overflow=20, json_serializer=_dump
             )
+            sa.event.listen(self._writer, "connect", _limit_idle)
 
     def _sqlite_engine(self, begin: str) -> sa.Engine:
         engine = sa.create_engine(self.url, connect_args={"timeout": _BUSY_SECONDS}, json_serializer=_dump)
@@ -121,8 +124,8 @@ class Database:
     def locked(self, query: sa.Select[Any], *, skip: bool = False) -> sa.Select[Any]:
         """The query with its rows locked until the transaction ends. SQLite's write lock already covers them.
 
-        The lock leaves foreign keys to these rows alone (``FOR NO KEY UPDATE``). Otherwise a flush, whose event refers to
-        the job, would wait for whoever has locked the job while it holds its shard: measured to deadlock.
+        The lock leaves foreign keys to these rows alone (``FOR NO KEY UPDATE``). Otherwise a flush, whose event refers
+        to the job, would wait for whoever has locked the job while it holds its shard: measured to deadlock.
         """
         return query if self.sqlite else query.with_for_update(skip_locked=skip, key_share=True)
 
@@ -138,10 +141,16 @@ class Database:
 
     def ensure_schema(self) -> None:
         """Bring an embedded database up to date; on a server only check, since upgrades are the operator's step."""
-        head = ScriptDirectory(str(_MIGRATIONS)).get_current_head()
+        scripts = ScriptDirectory(str(_MIGRATIONS))
+        head = scripts.get_current_head()
         current = self.revision()
         if current == head:
             return
+        if current is not None and current not in {script.revision for script in scripts.walk_revisions()}:
+            raise RowmillError(
+                f"the database at {self.url.render_as_string()} is at revision {current}, which this version does not "
+                f"know (its newest is {head}): upgrade Rowmill, or use another data_dir or database_url"
+            )
         if self.sqlite:
             self.upgrade()
             return
@@ -167,6 +176,12 @@ class Database:
         """Close all connections."""
         self._writer.dispose()
         self._reader.dispose()
+
+
+def _limit_idle(connection: Any, record: Any) -> None:
+    # A worker that is frozen inside a transaction would else hold its job's row, and with it everybody, for ever.
+    connection.execute(f"SET idle_in_transaction_session_timeout = {int(_IDLE_SECONDS * 1000)}")
+    connection.commit()
 
 
 def upgrade(url: str) -> str:

@@ -95,6 +95,12 @@ def by_idempotency_key(connection: sa.Connection, tenant: str, key: str | None) 
     return None if row is None else rows.job(row)
 
 
+def has_key(database: Database, tenant: str, key: str | None) -> bool:
+    """Whether the tenant has a job under this key."""
+    with database.read() as connection:
+        return by_idempotency_key(connection, tenant, key) is not None
+
+
 def live_on_output(database: Database, output_uri: str) -> Job | None:
     """The job that is writing to ``output_uri`` now, if any."""
     job = tables.job
@@ -203,6 +209,8 @@ def request_stop(database: Database, job_id: str, reason: str, *, actor: str) ->
         if found is None:
             raise NotFound(f"there is no job {job_id}")
         state = JobState(found.state)
+        if state in TERMINAL_JOB:
+            raise IllegalTransition("job", state, JobState.CANCELLING, "it has ended, there is nothing to stop")
         if state is not JobState.CANCELLING:
             move_job(
                 connection,
@@ -261,6 +269,8 @@ def get(database: Database, job_id: str) -> Job:
 
 def find(database: Database, prefix: str) -> Job:
     """The one job whose id begins with ``prefix``, or :class:`NotFound` when there is none, or more than one."""
+    if not prefix:
+        raise NotFound("a job's id is missing: it is empty, which would fit every job")
     job = tables.job
     with database.read() as connection:
         query = sa.select(job).where(job.c.id.startswith(prefix, autoescape=True)).order_by(job.c.id).limit(2)

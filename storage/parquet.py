@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from pyroaring import BitMap
 
 from storage.errors import CorruptFile, InputChanged, InvalidInput, RowmillError
+from storage.locations import protocol
 from storage.objects import NewFile, ObjectStore, Written
 from storage.parquet_batches import Readable, conform, readable, row_groups, without_columns
 from storage.records import Slice, Source
@@ -97,7 +98,7 @@ def _read_file(
                     continue
                 where = f"{source.uri}, row group {group.number}"
                 batches = reader.batches(group) if reader.columns else without_columns(group, batch_rows)
-                for lo, raw in _guarded(batches, where):
+                for lo, raw in _unchanged(store, source, _guarded(batches, where)):
                     rows, batch = _selected(lo + shift, raw, only)
                     if len(rows):
                         with readable(where, InvalidInput, "its values do not fit the column types of the job"):
@@ -112,6 +113,24 @@ def _guarded(batches: Iterator[tuple[int, pa.RecordBatch]], where: str) -> Itera
         if item is None:
             return
         yield item
+
+
+def _unchanged(
+    store: ObjectStore, source: Source, batches: Iterator[tuple[int, pa.RecordBatch]]
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Hand on only what was read while the file was still the planned one.
+
+    A local file may be written over while it is open, so each batch is checked; at a store, each row group.
+    """
+    try:
+        for item in batches:
+            if protocol(source.uri) == "file":
+                _check_unchanged(store, source)
+            yield item
+    except InvalidInput:
+        _check_unchanged(store, source)  # it looks damaged because it was overwritten
+        raise
+    _check_unchanged(store, source)
 
 
 def _check_unchanged(store: ObjectStore, source: Source) -> None:

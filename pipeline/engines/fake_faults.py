@@ -129,7 +129,7 @@ class Faults:
         return not cancel.cancelled
 
     def on_texts(self, texts: Sequence[str | None]) -> None:
-        """Raise :class:`TransientError` or :class:`EngineDead`, or end the process, if one of these rows calls for it."""
+        """Raise :class:`TransientError` or :class:`EngineDead`, or end the process, if one of these rows says so."""
         options = self._options
         if self._strikes("transient", options.transient_on, texts, options.transient_times):
             raise TransientError(f"scripted: a row contains {options.transient_on!r}")

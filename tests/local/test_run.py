@@ -355,3 +355,14 @@ def test_garbage_of_a_cancelled_job_goes_after_its_retention(settings: Settings,
         assert handle.wait(timeout=60).rows_done == 1000
         assert sum(attempt.rows_computed for attempt in handle.attempts()) == 1000 + kept
     assert published(out).column("id").to_pylist() == list(range(1000))
+
+
+def test_an_idempotency_key_is_one_job(client: Client, texts: Path, tmp_path: Path) -> None:
+    job = fields(texts, tmp_path / "out", idempotency_key="tuesday")
+    first = client.submit(**job)
+    first.wait(timeout=60)
+    assert client.submit(**job).id == first.id
+    with pytest.raises(Conflict, match="belongs to job"):
+        client.submit(**(job | {"prompt": "Other: {text}"}))
+    with pytest.raises(Conflict, match="already holds published rows"):
+        client.submit(**(job | {"idempotency_key": "wednesday"}))

@@ -1,0 +1,117 @@
+"""``make chaos SECONDS=300 SEED=1``: workers, broker and database under random faults, and then every row counted.
+
+Real processes all: Celery workers and a beat on PostgreSQL and Redis, with the ``fake`` engine, short leases and small
+part files. For ``--seconds`` jobs are submitted, cancelled and retried, while workers are killed, stopped for longer
+than their lease and told to end, the broker is flushed and restarted and the database is killed. Then the faults end,
+every job has to come to its end, and each published output is compared, row by row, with that of a calm run. Ends with
+1 when anything is off; what was left behind is then kept.
+
+What happens when is drawn from ``--seed`` alone (where it meets the work is up to the machine).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from storage.database import Database
+from tests.chaos.client import Users
+from tests.chaos.cluster import Cluster
+from tests.chaos.schedule import FAULTS, Schedule, draw
+from tests.chaos.verdict import Verdict
+
+STEP_SECONDS = 0.05
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make chaos", description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long faults are injected")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--job-every", type=float, default=2.5, help="seconds between two submissions, on average")
+    parser.add_argument("--patience", type=float, default=180.0, help="how long all jobs may take to end afterwards")
+    given = parser.parse_args()
+    # Told to end, it ends in order, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    schedule = draw(given.seed, given.seconds, given.workers, given.job_every)
+    # Not below a folder that PostgreSQL's own user may not enter.
+    home = Path(tempfile.mkdtemp(prefix="rowmill-chaos-"))
+    home.chmod(0o755)
+    print(
+        f"seed {given.seed}: {len(schedule.jobs)} jobs and {len(schedule.faults)} faults in {given.seconds:.0f} s, "
+        f"{given.workers} workers; logs in {home}/logs",
+        flush=True,
+    )
+    problems, counts = _run(home, schedule, given.seconds, given.workers, given.patience)
+    _report(given.seed, given.seconds, problems, counts)
+    if problems:
+        print(f"what is left of it: {home}")
+        return 1
+    shutil.rmtree(home)
+    return 0
+
+
+def _run(
+    home: Path, schedule: Schedule, seconds: float, workers: int, patience: float
+) -> tuple[list[str], Counter[str]]:
+    with Cluster(home, workers) as cluster:
+        began = time.monotonic()
+        users = Users(home, cluster.settings, schedule.jobs, began)
+        users.start()
+        to_come = list(schedule.faults)
+        while time.monotonic() < began + seconds and users.error is None:
+            while to_come and time.monotonic() >= began + to_come[0].at:
+                cluster.do(to_come.pop(0))
+            cluster.step()
+            time.sleep(STEP_SECONDS)
+        cluster.calm()
+        calm = time.monotonic()
+        while not all(job.over for job in users.asked) and time.monotonic() < calm + patience and users.error is None:
+            cluster.step()
+            time.sleep(STEP_SECONDS)
+        settled = time.monotonic() - calm
+        users.stop()
+        if users.error is not None:
+            raise users.error
+        database = Database(str(cluster.settings.database_url))
+        try:
+            verdict = Verdict(database, home)
+            verdict.judge(users.asked)
+        finally:
+            database.close()
+        waiting = [str(job.id) for job in users.asked if not job.over]
+        if waiting:
+            verdict.problems.insert(0, f"not over {patience:.0f} s after the last fault: {', '.join(waiting)}")
+        counts = cluster.counts + users.counts + verdict.counts
+        counts["seconds until all jobs had ended"] = round(settled)
+        return [*verdict.problems, *cluster.problems], counts
+
+
+def _report(seed: int, seconds: float, problems: list[str], counts: Counter[str]) -> None:
+    faults = (*FAULTS, "left out", "started again", "ended by itself", "hung at SIGTERM")
+    asked = [name for name in counts if name.startswith(("jobs", "cancels", "retries", "calls"))]
+    work = (
+        "shards",
+        "attempts",
+        *sorted(name for name in counts if name.startswith("attempts ")),
+        "fenced writes",
+        "events",
+    )
+    rows = ("asked for", "published", "flushed", "computed by engines", "lost", "doubled", "wrong")
+    print(f"seed {seed}, {seconds:.0f} s of faults, {counts['seconds until all jobs had ended']} s until all had ended")
+    for title, names in (("faults", faults), ("users", sorted(asked)), ("work", work)):
+        print(f"  {title:7} " + ", ".join(f"{name} {counts[name]:,}" for name in names))
+    print("  rows    " + ", ".join(f"{name} {counts[f'rows {name}']:,}" for name in rows))
+    for problem in problems:
+        print(f"  PROBLEM {problem}")
+    print("  everything adds up" if not problems else f"  {len(problems)} problems")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Fault 25: the finalizer is killed at every point of its way. Readers are never misled, and the next one ends it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from storage import jobs
+from storage.states import JobState
+from tests.faults.driver import KILLED, World
+from tests.faults.sabotage import work
+
+POINTS = [
+    "finalize.claimed@1", "finalize.part@1", "finalize.part@2", "finalize.manifest@1", "finalize.success@1",
+    "finalize.complete@1",
+]  # fmt: skip
+
+
+def visible(world: World) -> tuple[int, bool, bool]:
+    """What a reader sees: how many rows, whether a manifest, whether ``_SUCCESS``. Every file is whole."""
+    files = sorted((world.output / "data").glob("*"))
+    assert all(file.suffix == ".parquet" for file in files)
+    rows = sum(pq.read_table(file, page_checksum_verification=True).num_rows for file in files)
+    return rows, (world.output / "_manifest.json").exists(), (world.output / "_SUCCESS").exists()
+
+
+SEEN = {
+    "finalize.claimed@1": (0, False, False),
+    "finalize.part@1": (100, False, False),
+    "finalize.part@2": (200, False, False),
+    "finalize.manifest@1": (200, False, False),
+    "finalize.success@1": (200, True, False),
+    "finalize.complete@1": (200, True, True),
+}
+"""What is published when the finalizer dies at each point."""
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_25_a_finalizer_is_killed(world: World, point: str) -> None:
+    """Fault 25: killed anywhere between its claim and the job's end; what comes next publishes the same, once."""
+    fields: dict[str, Any] = {"shard_rows": 111}
+    name, _, hit = point.partition("@")
+    assert world.run(arm={name: f"exit@{hit}"}, **fields).join() == KILLED
+    [before] = world.client.jobs()
+    assert before.state is JobState.FINALIZING
+    assert visible(world) == SEEN[point]
+    done = world.client.run(**world.fields(**fields))
+    assert done.id == before.id
+    assert visible(world) == (200, True, True)
+    assert world.events(done.id, "finalize.claimed") == 2
+    assert world.job(done.id).finalize_epoch == 2
+    world.check(done.id)
+
+
+def test_25_a_finalizer_of_another_machine_is_waited_for(world: World) -> None:
+    """Fault 25 for workers: nobody can see whether the finalizer is dead, so its lease decides."""
+    job = world.submit(shard_rows=111)
+    assert world.worker(arm={"finalize.manifest": "exit"}).join() == KILLED
+    work(world, job)
+    assert world.events(job, "finalize.claimed") == 2
+    world.check(job)
+
+
+@pytest.mark.parametrize("point", ["finalize.part", "finalize.manifest", "finalize.complete"])
+def test_25_killed_while_a_partial_output_is_published(world: World, tmp_path: Path, point: str) -> None:
+    """Fault 25 of a cancelled job: the partial output converges as well, and there is never a ``_SUCCESS``."""
+    job = world.submit(shard_rows=111)
+    assert world.worker(arm={"flush.recorded": "exit@3"}).join() == KILLED
+    jobs.request_stop(world.database, job, "cancelled", actor="test")
+    assert world.worker(arm={point: "exit"}).join() == KILLED
+    assert world.job(job).state is JobState.CANCELLING
+    work(world, job)
+    assert world.job(job).state is JobState.CANCELLED
+    assert visible(world) == (30, True, False)
+    assert world.published().column("id").to_pylist() == list(range(30))
+    assert json.loads((world.output / "_manifest.json").read_text())["partial"] is True
