@@ -19,6 +19,7 @@ from pipeline.flusher import patiently
 from pipeline.job_spec import JobSpec
 from pipeline.outputs import is_free, published
 from pipeline.plan_record import PlanRecord
+from pipeline.result_columns import known_fields
 from pipeline.runtime import Runtime
 from storage import failpoints, finalizing, garbage, locations, parquet, reports
 from storage.errors import CorruptFile, InputChanged, InvalidInput
@@ -177,10 +178,10 @@ def _assemble_partial(runtime: Runtime, job: Job, closed: Closed) -> assembly.As
 
 
 def _publish_empty(runtime: Runtime, job: Job) -> str:
-    """A job without rows still has a file to read: the kept columns and ``error``."""
-    plan = PlanRecord.from_json(job.plan)
+    """A job without rows still has a file to read: kept columns, the results that need no model to know, ``error``."""
+    plan, results = PlanRecord.from_json(job.plan), known_fields(JobSpec(**job.spec))
     target = locations.part(job.output_uri, 0)
-    schema = pa.schema([*(plan.schema.field(name) for name in plan.keep), assembly.ERROR_FIELD])
+    schema = pa.schema([*(plan.schema.field(name) for name in plan.keep), *results, assembly.ERROR_FIELD])
     with parquet.writer(runtime.store, target, schema) as file:
         file.write(schema.empty_table())
     return target

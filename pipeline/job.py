@@ -10,24 +10,18 @@ import uuid_utils
 
 from pipeline import inputs, planning, routing
 from pipeline.engines import registry
-from pipeline.job_spec import NOT_PART_OF_THE_WORK, JobSpec, Task, parse
+from pipeline.job_spec import NOT_PART_OF_THE_WORK, JobSpec, parse
 from pipeline.models.model import Model
 from pipeline.models.resolve import resolve
 from pipeline.outputs import refuse_existing
 from pipeline.plan_record import PlanRecord
+from pipeline.result_columns import known_names
 from pipeline.runtime import Runtime
 from storage import failpoints, jobs, locations, retries
 from storage.errors import Conflict, InvalidInput, InvalidJob
-from storage.objects import ObjectStore
 from storage.records import Job
 
 ERROR_COLUMN = "error"
-_RESULTS = {
-    Task.EMBED: ("embedding", "prompt_tokens"),
-    Task.CLASSIFY: ("label", "score", "scores"),
-    Task.SCORE: ("score",),
-}
-_GENERATED = ("finish_reason", "prompt_tokens", "cached_tokens", "completion_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,19 +124,18 @@ def _prepare(runtime: Runtime, job_id: str, spec: JobSpec, engine: str, model: M
         found = inputs.discover(runtime.store, spec, work)
         columns = registry.engine_class(engine).check(spec, model, found.schema)
         keep = _kept(spec, tuple(found.schema.names))
-        _try_to_write(runtime.store, f"{work}writable")
+        # Refused now, not after the engine was loaded and rows were computed.
+        runtime.store.put_bytes(f"{work}writable", b"")
     except BaseException:
         runtime.store.delete_tree(work)
         raise
     converted = any(source.uri.startswith(work) for source in found.sources)
+    if converted:
+        runtime.store.delete([f"{work}writable"])
+    else:
+        runtime.store.delete_tree(work)
     record = PlanRecord(found.schema, tuple(columns), keep, model.digest, model.architectures, converted)
     return _Prepared(record, found)
-
-
-def _try_to_write(store: ObjectStore, uri: str) -> None:
-    """An output that cannot be written is refused now, not after the engine was loaded and rows were computed."""
-    store.put_bytes(uri, b"")
-    store.delete([uri])
 
 
 def _store_plan(runtime: Runtime, job: Job, spec: JobSpec, prepared: _Prepared) -> Job:
@@ -164,7 +157,7 @@ def _kept(spec: JobSpec, names: tuple[str, ...]) -> tuple[str, ...]:
             f"the input has no column {', '.join(map(repr, missing))}; it has {', '.join(names)}", field="keep_columns"
         )
     keep = names if spec.keep_columns is None else spec.keep_columns
-    clash = [name for name in keep if name in {ERROR_COLUMN, *result_names(spec)}]
+    clash = [name for name in keep if name in {ERROR_COLUMN, *known_names(spec)}]
     if clash:
         leave_out = "leave them out: name the columns to copy in keep_columns (--keep)"
         # No prefix is put before 'error'.
@@ -174,15 +167,6 @@ def _kept(spec: JobSpec, names: tuple[str, ...]) -> tuple[str, ...]:
             field="keep_columns" if ERROR_COLUMN in clash else "output_prefix",
         )
     return tuple(keep)
-
-
-def result_names(spec: JobSpec) -> tuple[str, ...]:
-    """The result columns known without the model, prefixed. A graph's own outputs are checked by its engine."""
-    if spec.task in (Task.GENERATE, Task.CHAT):
-        names: tuple[str, ...] = ("outputs" if spec.sampling.get("n", 1) != 1 else "output", *_GENERATED)
-    else:
-        names = _RESULTS.get(spec.task, ())
-    return tuple(spec.output_prefix + name for name in names)
 
 
 def cancel_job(runtime: Runtime, job_id: str) -> Job:

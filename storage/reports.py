@@ -188,7 +188,7 @@ def ready_shards(database: Database) -> dict[str, int]:
     shard = tables.shard
     query = sa.select(shard.c.queue, sa.func.count()).where(shard.c.state == ShardState.READY).group_by(shard.c.queue)
     with database.read() as connection:
-        return {queue: int(count) for queue, count in connection.execute(query).tuples()}
+        return {queue: int(count) for queue, count in connection.execute(query)}
 
 
 def slots(database: Database) -> int:
@@ -204,6 +204,6 @@ def shards_by_queue(database: Database) -> dict[str, dict[str, int]]:
     query = sa.select(shard.c.queue, shard.c.state, sa.func.count()).group_by(shard.c.queue, shard.c.state)
     found: dict[str, dict[str, int]] = {}
     with database.read() as connection:
-        for queue, state, count in connection.execute(query).tuples():
+        for queue, state, count in connection.execute(query):
             found.setdefault(queue, {})[state] = int(count)
     return found

@@ -307,6 +307,10 @@ class RunningVllm:
             # A process with threads must not fork.
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         }
+        # vLLM leaves its sockets behind, seven for each start: in our own folder they go with it. The name of a socket
+        # has at most 107 bytes.
+        if "VLLM_RPC_BASE_PATH" not in os.environ and len(folder := str(self._output.pipe.parent)) < 64:
+            environment["VLLM_RPC_BASE_PATH"] = folder
         try:
             with _environment(environment), _settled_children():
                 llm = AsyncLLM.from_vllm_config(

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sqlite3
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,19 @@ def test_odd_names_of_files_are_files(rowmill: Rowmill) -> None:
         done = rowmill.inside("run", name, "-o", out, *GENERATE)
         assert done.code == 0, done.err
         assert read(rowmill, out).num_rows == n + 1
+
+
+@pytest.mark.vllm
+def test_vllm_leaves_no_sockets_behind(rowmill: Rowmill) -> None:
+    from examples.tiny_llama import build_llama
+
+    build_llama(rowmill.home / "llama")
+    texts(rowmill, "in.parquet")
+    with tempfile.TemporaryDirectory() as temporary:  # a short name: sockets have at most 107 bytes for theirs
+        words = ("-m", "llama", "-t", "generate", "-p", "Say: {text}", "--sampling", "max_tokens=4")
+        done = rowmill("run", "in.parquet", "-o", "out", *words, TMPDIR=temporary, VLLM_CPU_KVCACHE_SPACE="1")
+        assert done.code == 0, done.err
+        assert [path.name for path in Path(temporary).iterdir() if path.is_socket()] == []
 
 
 def test_json_also_when_the_command_fails(rowmill: Rowmill) -> None:

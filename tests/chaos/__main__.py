@@ -36,6 +36,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--job-every", type=float, default=2.5, help="seconds between two submissions, on average")
     parser.add_argument("--patience", type=float, default=180.0, help="how long all jobs may take to end afterwards")
+    parser.add_argument("--keep", action="store_true", help="keep the logs and the output even when all is well")
     given = parser.parse_args()
     # Told to end, it ends in order, as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -50,11 +51,11 @@ def main() -> int:
     )
     problems, counts = _run(home, schedule, given.seconds, given.workers, given.patience)
     _report(given.seed, given.seconds, problems, counts)
-    if problems:
+    if problems or given.keep:
         print(f"what is left of it: {home}")
-        return 1
-    shutil.rmtree(home)
-    return 0
+    else:
+        shutil.rmtree(home)
+    return 1 if problems else 0
 
 
 def _run(

@@ -34,7 +34,7 @@ def origin(name: str, **given: object) -> Origin:
 def test_the_stronger_source_wins_and_is_named(
     project_file: Path, user_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert origin("flush_rows") == Origin("flush_rows", 4096, "default", "default")
+    assert origin("flush_rows") == Origin("flush_rows", 8192, "default", "default")
     user_file.write_text("flush_rows = 1\n")
     assert origin("flush_rows") == Origin("flush_rows", 1, "user", str(user_file))
     project_file.write_text("flush_rows = 2\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import signal
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -165,18 +166,17 @@ def test_05_frozen_inside_a_transaction(
 
     On SQLite, whose lock is a file's, nobody writes until the process goes on or dies.
     """
-    world = World(make_settings(tmp_path, cache_dir, postgres_database), tmp_path)
-    job = world.submit()
-    monkeypatch.setattr(database, "_IDLE_SECONDS", 1.0)
-    frozen = database.Database(postgres_database)
-    with pytest.raises(Unreachable), frozen.write() as connection:
-        connection.execute(frozen.locked(sa.select(tables.job).where(tables.job.c.id == job)))
-        world.worker()
-        world.wait(job, JobState.COMPLETED)
-        connection.execute(sa.select(1))
-    frozen.close()
-    world.check(job)
-    world.close()
+    with closing(World(make_settings(tmp_path, cache_dir, postgres_database), tmp_path)) as world:
+        job = world.submit()
+        monkeypatch.setattr(database, "_IDLE_SECONDS", 1.0)
+        frozen = database.Database(postgres_database)
+        with pytest.raises(Unreachable), frozen.write() as connection:
+            connection.execute(frozen.locked(sa.select(tables.job).where(tables.job.c.id == job)))
+            world.worker()
+            world.wait(job, JobState.COMPLETED)
+            connection.execute(sa.select(1))
+        frozen.close()
+        world.check(job)
 
 
 def _written(world: World, job: str) -> tuple[Any, ...]:

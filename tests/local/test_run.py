@@ -226,7 +226,11 @@ def test_an_input_without_rows_completes_at_once(client: Client, tmp_path: Path)
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none.parquet")
     status = client.run(**fields(tmp_path / "none.parquet", tmp_path / "out"))
     assert (status.state, status.rows_total) == (JobState.COMPLETED, 0)
-    assert published(tmp_path / "out").num_rows == 0
+    none = published(tmp_path / "out")
+    assert none.num_rows == 0
+    pq.write_table(pa.table({"text": ["one"]}), tmp_path / "one.parquet")
+    client.run(**fields(tmp_path / "one.parquet", tmp_path / "out-one"))
+    assert none.schema.equals(published(tmp_path / "out-one").schema)
 
 
 def test_json_lines_are_rows_too(client: Client, tmp_path: Path) -> None:
