@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench docs lock clean
+.PHONY: help install demo test faults chaos lint format bench docs lock clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -43,6 +43,13 @@ demo: install  ## run the main job for real: Parquet through vLLM and through ON
 
 test: install  ## run the tests, with real engines and servers (ARGS="-k name" for some)
 	@$(BIN)/pytest $(ARGS)
+
+faults: install  ## the fault matrix, with a hundred times as many steps of the model (minutes)
+	@HYPOTHESIS_PROFILE=faults $(BIN)/pytest tests/faults --timeout 3600 $(ARGS)
+
+# Not SECONDS of the shell, which counts.
+chaos: install  ## random faults on real workers, broker and database: make chaos SECONDS=300 SEED=1
+	@$(BIN)/python -m tests.chaos --seconds $(or $(SECONDS),60) --seed $(or $(SEED),1)
 
 lint: install  ## check style, types and the direction of imports
 	$(BIN)/ruff check

@@ -186,10 +186,10 @@ class JobHandle:
     def cancel(self) -> JobStatus:
         """Stop the job; its finished rows are published as partial. Harmless when it is being cancelled already."""
         job_calls.cancel_job(self._runtime, self.id)
-        if self._runtime.settings.broker_url is None:
+        self._client._wakeups.finalize()
+        lease = self._runtime.settings.lease_seconds
+        if self._runtime.settings.broker_url is None or not workers.any_alive(self._runtime.database, within=lease):
             local.cancel_idle(self._runtime, self.id)
-        else:
-            self._client._wakeups.finalize()
         return self.status()
 
     def retry(self, failed_only: bool = True) -> JobStatus:

@@ -21,7 +21,7 @@ from pipeline import assembly
 from pipeline.engines.base import ResultBatch
 from pipeline.runtime import Runtime
 from storage import failpoints, parquet, shards
-from storage.errors import TransientError
+from storage.errors import CommitUnknown, TransientError
 from storage.records import Claim, PartFile, RowException
 
 T = TypeVar("T")
@@ -32,9 +32,12 @@ PATIENCE_SECONDS = 600.0
 
 
 def patiently(call: Callable[[], T], *, seconds: float = PATIENCE_SECONDS) -> T:
-    """Repeat ``call`` while it raises :class:`TransientError`: for fenced writes, which are safe to repeat."""
+    """Repeat ``call`` while the database does not answer: for fenced writes, which are safe to repeat.
+
+    One that took effect although its COMMIT went unanswered finds itself fenced: :class:`LeaseLost`.
+    """
     retrying = Retrying(
-        retry=retry_if_exception_type(TransientError),
+        retry=retry_if_exception_type((TransientError, CommitUnknown)),
         wait=wait_exponential_jitter(multiplier=0.2, max=10.0),
         stop=stop_after_delay(seconds),
         reraise=True,

@@ -86,7 +86,8 @@ def _flush(
                 failed_bm=pack(failed),
                 n_done=len(done),
                 n_failed=len(failed),
-                n_crash=held.n_crash if held.n_crash >= CAREFUL_AFTER else 0,
+                # Progress forgives crashes, but not those of a search, nor what ``isolate`` noted at its end.
+                n_crash=held.n_crash if held.n_crash >= CAREFUL_AFTER - 1 else 0,
                 **{name: shard.c[name] + count for name, count in tokens.items()},
             )
         )

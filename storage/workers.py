@@ -48,6 +48,14 @@ def touch(database: Database, worker_id: str) -> None:
         connection.execute(tables.worker.update().where(tables.worker.c.id == worker_id).values(heartbeat_at=now()))
 
 
+def any_alive(database: Database, *, within: float) -> bool:
+    """Whether any worker has given a sign of life in the last ``within`` seconds."""
+    table = tables.worker
+    query = sa.select(table.c.id).where(table.c.heartbeat_at > now() - within).limit(1)
+    with database.read() as connection:
+        return connection.execute(query).first() is not None
+
+
 def on_host(database: Database, host: str) -> list[Worker]:
     """The workers that registered from ``host`` and have not ended politely."""
     table = tables.worker

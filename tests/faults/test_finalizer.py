@@ -65,7 +65,7 @@ def test_25_a_finalizer_of_another_machine_is_waited_for(world: World) -> None:
     world.check(job)
 
 
-@pytest.mark.parametrize("point", ["finalize.part", "finalize.manifest", "finalize.complete"])
+@pytest.mark.parametrize("point", ["finalize.manifest", "finalize.complete"])
 def test_25_killed_while_a_partial_output_is_published(world: World, tmp_path: Path, point: str) -> None:
     """Fault 25 of a cancelled job: the partial output converges as well, and there is never a ``_SUCCESS``."""
     job = world.submit(shard_rows=111)

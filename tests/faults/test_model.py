@@ -40,7 +40,7 @@ from storage.states import OPEN_SHARD, TERMINAL_JOB, AttemptState, JobState, Sha
 _ALWAYS: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
 _ALWAYS |= {"report_multiple_bugs": False}
 PROFILES = {
-    "default": settings(max_examples=70, stateful_step_count=50, derandomize=True, database=None, **_ALWAYS),
+    "default": settings(max_examples=80, stateful_step_count=50, derandomize=True, database=None, **_ALWAYS),
     "faults": settings(max_examples=1500, stateful_step_count=80, **_ALWAYS),
 }
 PROFILE = PROFILES[os.environ.get("HYPOTHESIS_PROFILE", "default")]
@@ -304,7 +304,7 @@ class StorageMachine(RuleBasedStateMachine):
             self.run("ada", bad, True)
             self.calm_down()
         elif state == "stopped":
-            self.flush(0, 1, bad, 1)
+            self.flush(self.attempt(0), 1, bad)
             self.cancel(0, "cancelled", 0)
             self.cancel_attempt(0)
             self.calm_down()
@@ -408,6 +408,7 @@ class StorageMachine(RuleBasedStateMachine):
                 job.shards[name] = ShardModel(name, shard.idx, job.gen, shard.row_n, select)
         self.move_job(job, JobState.QUEUED)
 
+    @precondition(lambda self: any(shard.done and shard.state == "cancelled" for _, shard in self.shards()))
     @rule(pick=st.integers(0, 9))
     def garbage_is_collected(self, pick: int) -> None:
         """The parts of shards that were not finished go, and with them what is known of their rows."""
@@ -420,6 +421,13 @@ class StorageMachine(RuleBasedStateMachine):
                 shard.done, shard.failed, shard.tokens = set(), set(), 0
                 self.parts = {key: part for key, part in self.parts.items() if key[0] != shard.id}
                 self.exceptions = {key: code for key, code in self.exceptions.items() if key[0] != shard.id}
+
+    @precondition(lambda self: any(job.overdue for job in self.jobs.values()))
+    @rule()
+    def overdue_jobs_are_found(self) -> None:
+        self.agreed = False
+        late = self.in_state(JobState.VALIDATING, JobState.QUEUED, JobState.IN_PROGRESS)
+        assert set(jobs.expired(self.database)) == {job.id for job in late if job.overdue}
 
     # Attempts.
 
@@ -474,15 +482,34 @@ class StorageMachine(RuleBasedStateMachine):
         assert claims.heartbeat(self.database, held, owner=one.owner, lease_seconds=LEASE) == expected
 
     @precondition(busy)
-    @rule(pick=st.integers(0, 9), rows=st.integers(1, 15), bad=st.integers(0, 15), tokens=st.integers(0, 5))
-    def flush(self, pick: int, rows: int, bad: int, tokens: int) -> None:
+    @rule(
+        pick=st.integers(0, 9),
+        what=st.sampled_from(["flush", "flush", "finish", "finish", "fail", "fail", "wait", "fail_job", "release"]),
+        rows=st.integers(1, 15),
+        bad=st.integers(0, 15),
+    )
+    def an_attempt_goes_on(self, pick: int, what: str, rows: int, bad: int) -> None:
+        """``wait``: it fails, and its shard waits before it is tried again."""
         self.agreed = False
         claim = self.attempt(pick)
+        match what:
+            case "flush":
+                self.flush(claim, rows, bad)
+            case "finish":
+                self.commit_whole(claim, bad)
+            case "fail" | "wait":
+                self.fail(claim, what == "wait")
+            case "fail_job":
+                self.fail_job(claim)
+            case "release":
+                self.release(claim)
+
+    def flush(self, claim: Claim, rows: int, bad: int) -> None:
         todo = sorted(self.shard(claim).todo)
         if not todo:
             return
         chosen = [row for row in todo if rows >> row & 1] or todo[:1]
-        self.flushed(claim, chosen, [row for row in chosen if bad >> row & 1], tokens)
+        self.flushed(claim, chosen, [row for row in chosen if bad >> row & 1], rows)
 
     def flushed(self, claim: Claim, rows: list[int], failed: list[int], tokens: int) -> None:
         job, shard = self.jobs[claim.job.id], self.shard(claim)
@@ -497,13 +524,6 @@ class StorageMachine(RuleBasedStateMachine):
         shard.failed |= set(failed)
         shard.tokens += tokens
         self.note(job, "shard.flush", shard, claim.attempt_no)
-
-    @precondition(busy)
-    @rule(pick=st.integers(0, 9))
-    def finish(self, pick: int) -> None:
-        """Flush what is left of a shard and commit it."""
-        self.agreed = False
-        self.commit_whole(self.attempt(pick))
 
     def commit_whole(self, claim: Claim, bad: int = 0) -> None:
         """``bad``: bits of the rows that fail."""
@@ -529,11 +549,7 @@ class StorageMachine(RuleBasedStateMachine):
             if not all_of_them:
                 return
 
-    @precondition(busy)
-    @rule(pick=st.integers(0, 9), waits=st.booleans())
-    def fail(self, pick: int, waits: bool) -> None:
-        self.agreed = False
-        claim = self.attempt(pick)
+    def fail(self, claim: Claim, waits: bool) -> None:
         job, shard = self.jobs[claim.job.id], self.shard(claim)
         shard.n_fail += 1
         target = ShardState.FAILED if shard.n_fail >= MAX_FAILURES else ShardState.READY
@@ -548,11 +564,7 @@ class StorageMachine(RuleBasedStateMachine):
         if target is ShardState.FAILED:
             self.closed(job)
 
-    @precondition(busy)
-    @rule(pick=st.integers(0, 9))
-    def fail_job(self, pick: int) -> None:
-        self.agreed = False
-        claim = self.attempt(pick)
+    def fail_job(self, claim: Claim) -> None:
         job, shard = self.jobs[claim.job.id], self.shard(claim)
         shards.fail_job(self.database, claim, "its input changed")
         self.move_shard(job, shard, ShardState.FAILED)
@@ -561,11 +573,7 @@ class StorageMachine(RuleBasedStateMachine):
             job.stop_reason = "failed"
             self.move_job(job, JobState.CANCELLING)
 
-    @precondition(busy)
-    @rule(pick=st.integers(0, 9))
-    def release(self, pick: int) -> None:
-        self.agreed = False
-        claim = self.attempt(pick)
+    def release(self, claim: Claim) -> None:
         shards.release(self.database, claim)
         shard = self.shard(claim)
         shard.run_after, shard.waiting = 0.0, False
@@ -645,14 +653,17 @@ class StorageMachine(RuleBasedStateMachine):
         shard.lapsed = True
 
     @precondition(busy)
-    @rule(pick=st.integers(0, 9), owner=st.sampled_from(OWNERS), lapsed=st.booleans())
-    def an_attempt_is_overtaken(self, pick: int, owner: str, lapsed: bool) -> None:
+    @rule(pick=st.integers(0, 9), same_owner=st.booleans(), lapsed=st.booleans())
+    def an_attempt_is_overtaken(self, pick: int, same_owner: bool, lapsed: bool) -> None:
         """Its lease runs out, the reaper takes its shard, and another attempt gets it, if it is the next."""
         self.agreed = False
-        self.lapse(self.shard(self.attempt(pick)))
+        claim = self.attempt(pick)
+        self.lapse(self.shard(claim))
         self.reap(200)
-        if ready := self.claimable():
-            self.take(owner, -1.0 if lapsed else LEASE, None, ready[0])
+        mine = [shard for shard in self.claimable() if shard.id in self.jobs[claim.job.id].shards]
+        if mine:
+            owner = claim.owner if same_owner else next(owner for owner in OWNERS if owner != claim.owner)
+            self.take(owner, -1.0 if lapsed else LEASE, claim.job.id, mine[0])
 
     @precondition(lambda self: any(shard.waiting for _, shard in self.shards()))
     @rule()
@@ -698,7 +709,7 @@ class StorageMachine(RuleBasedStateMachine):
             and not job.finalizer_lives
         ]
 
-    @precondition(lambda self: self.jobs)
+    @precondition(lambda self: self.in_state(JobState.FINALIZING, JobState.CANCELLING))
     @rule(owner=st.sampled_from(OWNERS), lapsed=st.sampled_from([True, True, False]))
     def claim_finalize(self, owner: str, lapsed: bool) -> None:
         self.agreed = False
@@ -806,9 +817,6 @@ class StorageMachine(RuleBasedStateMachine):
         assert stored.parts == self.parts
         assert stored.exceptions == self.exceptions
         assert stored.events == self.events, (stored.events[-4:], self.events[-4:])
-        late = [JobState.VALIDATING, JobState.QUEUED, JobState.IN_PROGRESS]
-        overdue = {job.id for job in self.jobs.values() if job.overdue and job.state in late}
-        assert set(jobs.expired(self.database)) == overdue
         self.agreed = True
 
     def holds_by_itself(self, stored: _Stored) -> None:

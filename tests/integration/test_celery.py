@@ -18,6 +18,7 @@ import redis
 
 from pipeline import Client
 from pipeline.settings import Settings
+from storage.states import JobState
 
 pytestmark = pytest.mark.postgres
 
@@ -73,3 +74,11 @@ def test_a_worker_runs_what_another_process_submits(settings: dict[str, str], tm
                 assert status.rows_done == 500
                 assert handle.table().column("text").to_pylist() == [f"t{n}" for n in range(500)]
     assert b"Traceback" not in (tmp_path / "worker.log").read_bytes()
+
+
+def test_a_cancel_needs_no_worker(settings: dict[str, str], tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": [f"t{n}" for n in range(50)]}), tmp_path / "in.parquet")
+    job = {"input": str(tmp_path / "in.parquet"), "model": "fake", "task": "generate", "prompt": "{text}"}
+    with Client(settings=Settings(**settings)) as client:  # type: ignore[arg-type]
+        handle = client.submit(**job, output=str(tmp_path / "out"))
+        assert handle.cancel().state is JobState.CANCELLED
