@@ -44,7 +44,7 @@ demo: install  ## run the main job for real: Parquet through vLLM and through ON
 test: install  ## run the tests, with real engines and servers (ARGS="-k name" for some)
 	@$(BIN)/pytest $(ARGS)
 
-faults: install  ## the fault matrix, with a hundred times as many steps of the model (minutes)
+faults: install  ## the fault matrix, with thirty times as many steps of the model (minutes)
 	@HYPOTHESIS_PROFILE=faults $(BIN)/pytest tests/faults --timeout 3600 $(ARGS)
 
 # Not SECONDS of the shell, which counts.

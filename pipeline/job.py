@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,9 @@ def submit_job(runtime: Runtime, fields: dict[str, Any], *, resume: bool = False
     if live is None and not known and not spec.overwrite:
         refuse_existing(runtime.store, spec.output)
     job_id = str(uuid_utils.uuid7())
-    prepared = _prepare(runtime, job_id, spec, engine, model) if plan and live is None and not known else None
-    failpoints.hit("plan.prepared")
     try:
+        prepared = _prepare(runtime, job_id, spec, engine, model) if plan and live is None and not known else None
+        failpoints.hit("plan.prepared")
         job = jobs.insert(
             runtime.database,
             job_id=job_id,
@@ -114,26 +115,22 @@ def plan_job(runtime: Runtime, job: Job) -> Job:
         prepared = _prepare(runtime, job.id, spec, job.engine, model)
     except InvalidJob as error:
         jobs.refuse(runtime.database, job.id, str(error), actor=runtime.actor)
+        runtime.store.delete_tree(locations.work_dir(spec.output, job.id))
         raise
     return _store_plan(runtime, job, spec, prepared)
 
 
 def _prepare(runtime: Runtime, job_id: str, spec: JobSpec, engine: str, model: Model) -> _Prepared:
+    # Another worker may plan the same job, or run it already: nothing here is deleted but what was made here.
     work = locations.work_dir(spec.output, job_id)
-    try:
-        found = inputs.discover(runtime.store, spec, work)
-        columns = registry.engine_class(engine).check(spec, model, found.schema)
-        keep = _kept(spec, tuple(found.schema.names))
-        # Refused now, not after the engine was loaded and rows were computed.
-        runtime.store.put_bytes(f"{work}writable", b"")
-    except BaseException:
-        runtime.store.delete_tree(work)
-        raise
+    found = inputs.discover(runtime.store, spec, work)
+    columns = registry.engine_class(engine).check(spec, model, found.schema)
+    keep = _kept(spec, tuple(found.schema.names))
+    # An output that cannot be written is refused now, not after the engine was loaded and rows were computed.
+    probe = f"{work}writable-{secrets.token_hex(4)}"
+    runtime.store.put_bytes(probe, b"")
+    runtime.store.delete([probe])
     converted = any(source.uri.startswith(work) for source in found.sources)
-    if converted:
-        runtime.store.delete([f"{work}writable"])
-    else:
-        runtime.store.delete_tree(work)
     record = PlanRecord(found.schema, tuple(columns), keep, model.digest, model.architectures, converted)
     return _Prepared(record, found)
 

@@ -87,5 +87,5 @@ def _bytes_of(rows: int, n_bytes: int, lo: int, hi: int) -> int:
 def _rows_within(room: int, rows: int, n_bytes: int, lo: int) -> int:
     """The most rows from ``lo`` on whose :func:`_bytes_of` stays within ``room``."""
     if n_bytes <= 0:
-        return rows - lo
+        return rows - lo if room >= 0 else 0
     return max(0, ((room + n_bytes * lo // rows + 1) * rows - 1) // n_bytes - lo)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline import planning
@@ -21,6 +21,7 @@ def rows_of(shards: Sequence[ShardPlan]) -> list[tuple[int, int]]:
 
 
 @given(files=inputs, shard_rows=st.integers(1, 400), shard_bytes=st.integers(1, 8000))
+@example(files=[InputFile(0, ((1, 2), (1, 0)))], shard_rows=2, shard_bytes=1)  # rows of no bytes after one of too many
 def test_every_row_once_in_order_within_the_limits(files: list[InputFile], shard_rows: int, shard_bytes: int) -> None:
     shards = list(plan(files, shard_rows=shard_rows, shard_bytes=shard_bytes))
     assert rows_of(shards) == [(f.source, row) for f in files for row in range(sum(n for n, _ in f.row_groups))]
