@@ -144,7 +144,7 @@ class ObjectStore:
         if protocol(uri) == "file":
             return NewLocalFile(uri, on_conflict)
         if on_conflict == "fail":
-            raise NotImplementedError("only put_bytes creates conditionally at a remote store")
+            raise ValueError("only put_bytes creates conditionally at a remote store")
         return NewRemoteFile(uri, partial(self._upload, uri, on_conflict))
 
     def put_bytes(self, uri: str, data: bytes, *, if_absent: bool = False) -> Written:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections import Counter
@@ -96,7 +97,7 @@ class Users(threading.Thread):
 
 def _asked(home: Path, number: int, planned: PlannedJob) -> Asked:
     fields = dict(planned.fields)
-    source, output = home / "in" / f"{number}.parquet", home / "out" / f"{number}"
+    source, output = home / "in" / f"{number}.{fields.pop('format')}", home / "out" / f"{number}"
     _write_input(source, fields.pop("n_rows"))
     shape = {"prompt": "Say: {text}"} if fields["task"] == "generate" else {"column": "text"}
     fields["engine_options"] = dict(fields["engine_options"]) | {"rows_file": str(home / f"computed-{number}")}
@@ -111,4 +112,7 @@ def _asked(home: Path, number: int, planned: PlannedJob) -> Asked:
 def _write_input(path: Path, n_rows: int) -> None:
     path.parent.mkdir(exist_ok=True)
     texts = [None if row % 211 == 5 else f"row {row} of {n_rows}: {row * 7919 % 10007}" for row in range(n_rows)]
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"id": row, "text": text}) + "\n" for row, text in enumerate(texts)))
+        return
     pq.write_table(pa.table({"id": pa.array(range(n_rows), pa.int64()), "text": texts}), path, row_group_size=300)

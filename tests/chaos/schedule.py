@@ -70,6 +70,8 @@ def draw(seed: int, seconds: float, workers: int, job_every: float) -> Schedule:
 
 def _job(dice: random.Random, at: float) -> PlannedJob:
     fields: dict[str, Any] = {"n_rows": dice.randint(300, 2500), "shard_rows": dice.choice([100, 250, 400])}
+    # JSONL is converted by whoever plans the job, and two workers may do so at the same time.
+    fields["format"] = dice.choice(["parquet", "parquet", "jsonl"])
     fields["task"] = dice.choice(["generate", "generate", "embed"])
     # Some rows fail, always the same ones; and what was flushed need not be in the order of the rows.
     fields["engine_options"] = {
