@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -91,6 +92,10 @@ def _run(
             verdict.problems.insert(0, f"not over {patience:.0f} s after the last fault: {', '.join(waiting)}")
         counts = cluster.counts + users.counts + verdict.counts
         counts["seconds until all jobs had ended"] = round(settled)
+        for name, waits in verdict.waits.items():
+            if waits:
+                counts[f"median {name}"] = round(statistics.median(waits))
+                counts[f"longest {name}"] = round(max(waits))
         return [*verdict.problems, *cluster.problems], counts
 
 
@@ -109,6 +114,8 @@ def _report(seed: int, seconds: float, problems: list[str], counts: Counter[str]
     for title, names in (("faults", faults), ("users", sorted(asked)), ("work", work)):
         print(f"  {title:7} " + ", ".join(f"{name} {counts[name]:,}" for name in names))
     print("  rows    " + ", ".join(f"{name} {counts[f'rows {name}']:,}" for name in rows))
+    waits = [f"{name} {counts[name]} s" for name in counts if name.startswith(("median", "longest"))]
+    print("  waits   " + ", ".join(waits))
     for problem in problems:
         print(f"  PROBLEM {problem}")
     print("  everything adds up" if not problems else f"  {len(problems)} problems")

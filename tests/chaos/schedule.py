@@ -61,7 +61,7 @@ def draw(seed: int, seconds: float, workers: int, job_every: float) -> Schedule:
             return schedule
         name = dice.choices(list(FAULTS), list(FAULTS.values()))[0]
         lasts = {
-            "stop a worker": dice.uniform(1.2, 2.5) * LEASE_SECONDS,
+            "stop a worker": dice.uniform(1.3, 4.0) * LEASE_SECONDS,
             "restart the broker": dice.uniform(0.1, 4.0),
             "kill the database": dice.choice([0.0, 1.0, 1.5 * LEASE_SECONDS]),
         }

@@ -22,15 +22,17 @@ from storage.records import OUTPUT_SEQ
 from storage.states import JobState, ShardState
 from tests.chaos.client import Asked
 
+_WAITS = {"validating": "until planned", "queued": "until claimed", "finalizing": "until published"}
 TOKENS = ("prompt_tokens", "cached_tokens", "completion_tokens")
 
 
 class Verdict:
-    """``problems`` is empty when all is well. ``counts`` are the numbers of the summary."""
+    """``problems`` is empty when all is well. ``counts`` and ``waits`` (seconds) are the numbers of the summary."""
 
     def __init__(self, database: Database, home: Path) -> None:
         self.problems: list[str] = []
         self.counts: Counter[str] = Counter()
+        self.waits: dict[str, list[float]] = {name: [] for name in _WAITS.values()}
         self._database, self._home = database, home
         self._stored: dict[str, list[sa.Row[Any]]] = {}
         with database.read() as connection:
@@ -125,10 +127,13 @@ class Verdict:
         self, job: sa.Row[Any], shards: list[sa.Row[Any]], parts: Mapping[str, list[sa.Row[Any]]]
     ) -> Iterator[str]:
         events = [row for row in self._stored["event"] if row.job_id == job.id]
-        last = None
+        last, at = None, job.created_at
         for event in events:
             entity, _, state = event.type.partition(".")
             if entity == "job":
+                if last in _WAITS:
+                    self.waits[_WAITS[last]].append(event.at - at)
+                at = event.at
                 if last is not None and state not in states.JOB[JobState(last)]:
                     yield f"its events go from {last} to {state}"
                 last = state
