@@ -42,8 +42,8 @@ def finalize_job(runtime: Runtime, job_id: str | None = None) -> Job | None:
     if job is None:
         return None
     failpoints.hit("finalize.claimed")
+    job = _publish(runtime, job)
     target = finalizing.end_state(job)
-    _publish(runtime, job, target)
     failpoints.hit("finalize.complete")
     error = job.error or _why(runtime, job, target)
     ended = _complete(runtime, job, target, error)
@@ -63,29 +63,38 @@ def _why(runtime: Runtime, job: Job, target: JobState) -> str | None:
     return f"{job.n_dead} of {job.n_shards} shards were given up{detail}"
 
 
-def _publish(runtime: Runtime, job: Job, target: JobState) -> None:
-    store, output = runtime.store, job.output_uri
+def _publish(runtime: Runtime, job: Job) -> Job:
+    """Returns the job as it is afterwards: a shard whose committed file is found to be lost counts as given up."""
+    store, output, target = runtime.store, job.output_uri, finalizing.end_state(job)
     if target is not JobState.COMPLETED and not job.publishing and not is_free(store, output):
         runtime.notify(f"{output} keeps what an earlier job published; this one did not complete")
-        return
+        return job
     finalizing.begin_publishing(runtime.database, job, actor=runtime.actor)
     # Readers trust the marks, so these go first and come back last.
     store.delete([locations.success(output), locations.manifest(output)])
     entries: list[dict[str, Any]] = []
     names: set[str] = set()
+    lost: dict[str, str] = {}
     for count, closed in enumerate(finalizing.closed_shards(runtime.database, job.id)):
         if count % _RENEW_EVERY == 0:
             finalizing.renew(runtime.database, job, lease_seconds=runtime.settings.lease_seconds)
-        entry = _publish_shard(runtime, job, closed)
+        try:
+            entry = _publish_shard(runtime, job, closed)
+        except CorruptFile as error:
+            lost[closed.shard.id] = str(error)
+            continue
         if entry is not None:
             failpoints.hit("finalize.part")
             names.add(locations.part(output, closed.shard.idx))
             entries.append(entry)
+    if lost:
+        job = finalizing.lose_outputs(runtime.database, job, lost, actor=runtime.actor)
+        target = finalizing.end_state(job)
     if not entries and target is JobState.COMPLETED:
         names.add(_publish_empty(runtime, job))
     _remove_stale(runtime, output, names)
     if not entries and target is not JobState.COMPLETED:
-        return
+        return job
     failpoints.hit("finalize.manifest")
     document = manifest.build(
         job=replace(job, state=target),
@@ -99,6 +108,7 @@ def _publish(runtime: Runtime, job: Job, target: JobState) -> None:
     failpoints.hit("finalize.success")
     if target is JobState.COMPLETED:
         store.put_bytes(locations.success(output), b"")
+    return job
 
 
 def _publish_shard(runtime: Runtime, job: Job, closed: Closed) -> dict[str, Any] | None:

@@ -23,10 +23,10 @@ from pipeline.runtime import Runtime
 from storage import failpoints, parquet, shards
 from storage.errors import CommitUnknown, TransientError
 from storage.records import Claim, PartFile, RowException
+from storage.tables import TOKENS
 
 T = TypeVar("T")
 
-TOKEN_COLUMNS = ("prompt_tokens", "cached_tokens", "completion_tokens")
 PATIENCE_SECONDS = 600.0
 """How long an attempt waits for a database that does not answer, before it gives up what it has not flushed."""
 
@@ -147,7 +147,7 @@ def _count_tokens(buffer: list[ResultBatch]) -> dict[str, int]:
     for batch in buffer:
         if batch.values is None:
             continue
-        for name in TOKEN_COLUMNS:
+        for name in TOKENS:
             index = batch.values.schema.get_field_index(name)
             if index >= 0:
                 counts[name] = counts.get(name, 0) + int(pc.sum(batch.values.column(index)).as_py() or 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.runtime import Runtime, is_alive
-from storage import garbage, jobs, reaping, workers
+from storage import failpoints, garbage, jobs, reaping, workers
 from storage.errors import IllegalTransition
 from storage.reaping import Reaped
 from storage.states import JobState
@@ -51,8 +51,11 @@ def collect_garbage(runtime: Runtime) -> int:
     """Delete what is due in the garbage queue; returns how many locations."""
     deleted = 0
     for item in garbage.due(runtime.database):
+        # Listed before it is given up: from then on a retry may begin, whose attempts write below the same place.
+        files = runtime.store.list_tree(item.uri)
         if garbage.give_up(runtime.database, item):
-            runtime.store.delete_tree(item.uri)
+            failpoints.hit("garbage.given_up")
+            runtime.store.delete_tree(item.uri, files)
             garbage.forget(runtime.database, item)
             deleted += 1
     return deleted

@@ -17,6 +17,7 @@ from pyroaring import BitMap
 
 from pipeline import assembly
 from pipeline.bisection import Kind, rounds
+from pipeline.damage import forget_damaged
 from pipeline.engines.base import Cancellation, Engine, ResultBatch, RowBatch, RowFailure
 from pipeline.flusher import Flusher, patiently
 from pipeline.job_spec import JobSpec
@@ -31,6 +32,7 @@ from pipeline.runtime import Runtime
 from storage import failpoints, locations, parquet, shards
 from storage.errors import (
     CommitUnknown,
+    CorruptFile,
     EngineDead,
     InputChanged,
     InvalidJob,
@@ -149,7 +151,14 @@ def run_shard(
             patiently(lambda: end(runtime.database, claim, stats=stats))
             return
         ledger.close()
-        output = _assemble(runtime, claim, plan, spec, schema, directory, (*claim.parts, *flusher.parts))
+        parts = (*claim.parts, *flusher.parts)
+        try:
+            output = _assemble(runtime, claim, plan, spec, schema, directory, parts)
+        except CorruptFile as error:
+            lost = forget_damaged(runtime, claim, parts)
+            if not lost:
+                raise
+            raise CorruptFile(f"{error}; {lost} flushed rows have to be computed again") from error
         failpoints.hit("commit.assembled")
         stats = _stats(engine, began, flusher)
         patiently(lambda: shards.commit(runtime.database, claim, output, stats=stats))

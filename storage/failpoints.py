@@ -20,6 +20,7 @@ POINTS = {
     "finalize.manifest": "every part is published, the manifest is not",
     "finalize.success": "the manifest is published, _SUCCESS is not",
     "finalize.complete": "everything is published; the job is not completed yet",
+    "garbage.given_up": "the part files of an ended job are forgotten; none is deleted",
 }
 """Every point, and what is true when it is hit."""
 

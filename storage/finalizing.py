@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,9 @@ import sqlalchemy as sa
 
 from storage import rows, tables
 from storage.claims import base_output
-from storage.database import Database, now
+from storage.database import Database, now, unpack
 from storage.errors import LeaseLost
+from storage.jobs import next_generation
 from storage.records import OUTPUT_SEQ, Job, PartFile, Shard, Source
 from storage.states import JobState, ShardState
 from storage.transitions import move_job, record
@@ -63,37 +64,52 @@ def claim_finalize(database: Database, *, owner: str, lease_seconds: float, job_
 
 def renew(database: Database, claimed: Job, *, lease_seconds: float) -> None:
     """Keep the finalizer's lease, or :class:`LeaseLost`."""
-    job = tables.job
     with database.write() as connection:
-        result = connection.execute(
-            job.update()
-            .where(
-                job.c.id == claimed.id,
-                job.c.finalize_epoch == claimed.finalize_epoch,
-                job.c.state == claimed.state,
-            )
-            .values(finalize_until=now() + lease_seconds)
-        )
-        if result.rowcount != 1:
-            raise LeaseLost(f"another finalizer has taken job {claimed.id}")
+        _update(connection, claimed, finalize_until=now() + lease_seconds)
 
 
 def begin_publishing(database: Database, claimed: Job, *, actor: str) -> None:
     """Note that this job replaces from now on what is published at its output, or :class:`LeaseLost`."""
-    job = tables.job
     with database.write() as connection:
-        result = connection.execute(
-            job.update()
-            .where(
-                job.c.id == claimed.id,
-                job.c.finalize_epoch == claimed.finalize_epoch,
-                job.c.state == claimed.state,
-            )
-            .values(publishing=True)
-        )
-        if result.rowcount != 1:
-            raise LeaseLost(f"another finalizer has taken job {claimed.id}")
+        _update(connection, claimed, publishing=True)
         record(connection, claimed.id, "finalize.publishing", actor, data={"epoch": claimed.finalize_epoch})
+
+
+def _update(connection: sa.Connection, claimed: Job, **values: Any) -> None:
+    job = tables.job
+    result = connection.execute(
+        job.update()
+        .where(job.c.id == claimed.id, job.c.finalize_epoch == claimed.finalize_epoch, job.c.state == claimed.state)
+        .values(**values)
+    )
+    if result.rowcount != 1:
+        raise LeaseLost(f"another finalizer has taken job {claimed.id}")
+
+
+def lose_outputs(database: Database, claimed: Job, lost: Mapping[str, str], *, actor: str) -> Job:
+    """Give up committed shards whose files are gone or damaged: ``lost`` maps their ids to what was found.
+
+    Each is followed by a dead shard of the next generation over all its rows, which a retry of the job computes again.
+    Raises :class:`LeaseLost` when another finalizer has taken the job.
+    """
+    job, shard = tables.job, tables.shard
+    with database.write() as connection:
+        gen = claimed.gen + 1
+        found = connection.execute(sa.select(shard).where(shard.c.id.in_(lost))).all()
+        _update(
+            connection,
+            claimed,
+            gen=gen,
+            n_dead=job.c.n_dead + len(found),
+            rows_done=job.c.rows_done - sum(row.row_n for row in found),
+            rows_failed=job.c.rows_failed - sum(len(unpack(row.failed_bm)) for row in found),
+            **{name: job.c[name] - sum(getattr(row, name) for row in found) for name in tables.TOKENS},
+        )
+        for row in found:
+            again = next_generation(row, gen) | {"state": ShardState.FAILED, "error": lost[row.id]}
+            connection.execute(shard.insert().values(**again))
+            record(connection, claimed.id, "shard.lost", actor, shard_id=again["id"], data={"error": lost[row.id]})
+        return rows.job(connection.execute(sa.select(job).where(job.c.id == claimed.id)).one())
 
 
 def closed_shards(database: Database, job_id: str, *, page: int = 200) -> Iterator[Closed]:

@@ -15,10 +15,11 @@ from storage.states import TERMINAL_JOB, ShardState
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """Everything below ``uri`` may go; it was made for ``job_id``."""
+    """Everything below ``uri`` may go from ``not_before`` on (Unix seconds); it was made for ``job_id``."""
 
     uri: str
     job_id: str
+    not_before: float
 
 
 def enqueue(database: Database, job_id: str, uri: str, *, delay: float) -> None:
@@ -34,7 +35,7 @@ def due(database: Database, *, limit: int = 100) -> list[Garbage]:
     table = tables.gc_queue
     query = sa.select(table).where(table.c.not_before <= now()).order_by(table.c.not_before).limit(limit)
     with database.read() as connection:
-        return [Garbage(row.uri, row.job_id) for row in connection.execute(query)]
+        return [Garbage(row.uri, row.job_id, row.not_before) for row in connection.execute(query)]
 
 
 def give_up(database: Database, item: Garbage) -> bool:
@@ -71,6 +72,7 @@ def give_up(database: Database, item: Garbage) -> bool:
 
 
 def forget(database: Database, item: Garbage) -> None:
-    """Take an entry off the queue, after its files were deleted."""
+    """Take an entry off the queue, after its files were deleted; not one that was made for the same place since."""
+    table = tables.gc_queue
     with database.write() as connection:
-        connection.execute(tables.gc_queue.delete().where(tables.gc_queue.c.uri == item.uri))
+        connection.execute(table.delete().where(table.c.uri == item.uri, table.c.not_before == item.not_before))

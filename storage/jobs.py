@@ -25,6 +25,13 @@ def shard_id(job_id: str, gen: int, idx: int) -> str:
     return f"{job_id}.{gen:02d}.{idx:07d}"
 
 
+def next_generation(row: sa.Row[Any], gen: int) -> dict[str, Any]:
+    """A ready shard of generation ``gen`` in the place of the committed shard ``row``, over all of its rows."""
+    kept = ("job_id", "idx", "tenant", "queue", "priority", "row_start", "row_n", "slices")
+    fresh = {"id": shard_id(row.job_id, gen, row.idx), "gen": gen, "state": ShardState.READY}
+    return fresh | {name: getattr(row, name) for name in kept}
+
+
 def insert(
     database: Database,
     *,

@@ -6,7 +6,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -123,18 +123,38 @@ def remove_tree(folder: Path, upto: str) -> None:
             raise error[1]
 
     shutil.rmtree(folder, onerror=gone_is_fine)
+    _remove_empty_above(folder, upto)
+
+
+def remove_files(folder: Path, files: Iterable[str], upto: str) -> None:
+    """Delete some files below ``folder``, and every folder that this empties, up to ``upto`` above it."""
+    for file in files:
+        Path(file).unlink(missing_ok=True)
+    for path, _, _ in os.walk(folder, topdown=False):
+        _remove_empty(Path(path))
+    _remove_empty_above(folder, upto)
+
+
+def _remove_empty_above(folder: Path, upto: str) -> None:
     names = [parent.name for parent in folder.parents]
     if upto not in names:
         return
     for parent in list(folder.parents)[: names.index(upto) + 1]:
-        try:
-            parent.rmdir()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                return
-            raise
+        if not _remove_empty(parent):
+            return
+
+
+def _remove_empty(folder: Path) -> bool:
+    """False when something is in it."""
+    try:
+        folder.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    return True
 
 
 def walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:

@@ -207,22 +207,36 @@ class ObjectStore:
         with ThreadPoolExecutor(_DELETERS) as pool:
             list(pool.map(self._delete_one, paths))
 
-    def delete_tree(self, prefix: str) -> None:
-        """Delete everything below a folder, hidden or not. Local work folders that this empties go too."""
+    def list_tree(self, prefix: str) -> list[str]:
+        """Every object below a folder, hidden or not, for :meth:`delete_tree`."""
         prefix = normalize(prefix)
         if protocol(prefix) != "file":
-            path = self._path(prefix)
-            if "/" not in path.strip("/"):
+            # Not fsspec's recursive rm later, which would expand wildcards in the name.
+            found = self._call(prefix, lambda: cast(list[str], self._fresh(prefix).find(self._path(prefix))))
+            return [self._url(prefix, name) for name in found]
+        walk = self._call(prefix, lambda: list(os.walk(prefix)))
+        return [f"{folder}/{name}" for folder, _, names in walk for name in names]
+
+    def delete_tree(self, prefix: str, files: Iterable[str] | None = None) -> None:
+        """Delete everything below a folder, hidden or not, or of it just ``files``, which :meth:`list_tree` named
+        earlier. Local work folders that this empties go too."""
+        prefix = normalize(prefix)
+        if protocol(prefix) != "file":
+            if "/" not in self._path(prefix).strip("/"):
                 raise ValueError(f"refusing to delete all of {prefix}")
-            # Not fsspec's recursive rm, which would expand wildcards in the name.
-            found = self._call(prefix, lambda: cast(list[str], self._fresh(prefix).find(path)), writing=True)
-            self.delete(self._url(prefix, name) for name in found)
+            self.delete(self.list_tree(prefix) if files is None else files)
             return
         folder = Path(prefix)
         if folder == folder.parent:
             raise ValueError("refusing to delete the root folder")
 
-        self._call(prefix, lambda: local_files.remove_tree(folder, WORK_FOLDER), writing=True)
+        def remove() -> None:
+            if files is None:
+                local_files.remove_tree(folder, WORK_FOLDER)
+            else:
+                local_files.remove_files(folder, files, WORK_FOLDER)
+
+        self._call(prefix, remove, writing=True)
 
     def arrow_filesystem(self, uris: Sequence[str]) -> tuple[Any, list[str]]:
         """A ``pyarrow.fs.FileSystem``, and the paths in it of objects that all live at one store."""

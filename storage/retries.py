@@ -10,7 +10,7 @@ from sqlalchemy.exc import IntegrityError
 from storage import rows, tables
 from storage.database import Database, now, pack, unpack
 from storage.errors import Conflict, NotFound
-from storage.jobs import shard_id
+from storage.jobs import next_generation
 from storage.records import Job
 from storage.states import TERMINAL_JOB, JobState, ShardState
 from storage.transitions import move_job, move_shard
@@ -90,22 +90,8 @@ def _reopen_shards(
         if failed_only and not failed:
             continue
         # Whatever this shard's own selection was, its rows count as done; only the selected ones are taken back.
-        connection.execute(
-            table.insert().values(
-                id=shard_id(job.id, gen, row.idx),
-                job_id=job.id,
-                gen=gen,
-                idx=row.idx,
-                tenant=row.tenant,
-                queue=row.queue,
-                priority=row.priority,
-                state=ShardState.READY,
-                row_start=row.row_start,
-                row_n=row.row_n,
-                slices=row.slices,
-                select_bm=pack(failed) if failed_only else None,
-            )
-        )
+        again = next_generation(row, gen) | {"select_bm": pack(failed) if failed_only else None}
+        connection.execute(table.insert().values(**again))
         opened += 1
         rows_back += len(failed) if failed_only else row.row_n
         failed_back += len(failed)

@@ -63,7 +63,7 @@ def _flush(
     exceptions: Sequence[RowException],
 ) -> None:
     with database.write() as connection:
-        held = _held(database, connection, claim)
+        held = held_row(database, connection, claim)
         if _is_flushed(connection, claim, part):
             return  # an earlier COMMIT, whose answer was lost, landed after all
         done, failed = unpack(held.done_bm) | part.rows, unpack(held.failed_bm) | part.failed
@@ -112,7 +112,7 @@ def isolate(database: Database, claim: Claim, rows: BitMap | None) -> None:
     """Note that ``rows`` are about to run alone, or with ``None`` that the search for a poison row has ended."""
     shard = tables.shard
     with database.write() as connection:
-        _held(database, connection, claim)
+        held_row(database, connection, claim)
         values: dict[str, Any] = {"suspect_bm": None if rows is None else pack(rows)}
         if rows is None:
             # The next crash searches at once: where one row kills the engine there may be others.
@@ -129,8 +129,8 @@ def commit(database: Database, claim: Claim, output: PartFile, *, stats: Mapping
     """
     try:
         with database.write() as connection:
-            job = _locked_job(database, connection, claim.job.id)
-            held = _held(database, connection, claim)
+            job = locked_job(database, connection, claim.job.id)
+            held = held_row(database, connection, claim)
             connection.execute(tables.part_file.insert().values(shard_id=claim.shard.id, **_columns(output)))
             move_shard(
                 connection,
@@ -183,8 +183,8 @@ def fail(
     ``crash`` says that the engine died under it. While a poison row is searched for, that costs nothing.
     """
     with database.write() as connection:
-        job = _locked_job(database, connection, claim.job.id)
-        held = _held(database, connection, claim)
+        job = locked_job(database, connection, claim.job.id)
+        held = held_row(database, connection, claim)
         crashes = held.n_crash + 1 if crash else held.n_crash
         searching = crash and crashes >= CAREFUL_AFTER
         spent = held.n_fail if searching else held.n_fail + 1
@@ -210,8 +210,8 @@ def fail(
 def fail_job(database: Database, claim: Claim, error: str) -> None:
     """End the attempt, and its whole job, because no retry can help: its input changed, its model is broken."""
     with database.write() as connection:
-        job = _locked_job(database, connection, claim.job.id)
-        held = _held(database, connection, claim)
+        job = locked_job(database, connection, claim.job.id)
+        held = held_row(database, connection, claim)
         move_shard(connection, held, ShardState.FAILED, claim.owner, error=error, data={"error": error})
         _end_attempt(connection, claim, AttemptState.FAILED, error=error)
         state = JobState(job.state)
@@ -226,13 +226,13 @@ def fail_job(database: Database, claim: Claim, error: str) -> None:
                 error=error,
                 data={"reason": "failed", "error": error},
             )
-        close_shard(connection, _locked_job(database, connection, claim.job.id), claim.owner, dead=True)
+        close_shard(connection, locked_job(database, connection, claim.job.id), claim.owner, dead=True)
 
 
 def release(database: Database, claim: Claim, *, stats: Mapping[str, Any] | None = None) -> None:
     """Hand the shard back, flushed, at no cost to its budgets: the worker drains, or was interrupted."""
     with database.write() as connection:
-        held = _held(database, connection, claim)
+        held = held_row(database, connection, claim)
         move_shard(connection, held, ShardState.READY, claim.owner, run_after=0.0, data={"released": True})
         _end_attempt(connection, claim, AttemptState.RELEASED, stats=dict(stats or {}))
 
@@ -240,8 +240,8 @@ def release(database: Database, claim: Claim, *, stats: Mapping[str, Any] | None
 def cancel(database: Database, claim: Claim, *, stats: Mapping[str, Any] | None = None) -> None:
     """End the attempt because its job is being wound down. What was flushed stays, for the partial output."""
     with database.write() as connection:
-        job = _locked_job(database, connection, claim.job.id)
-        held = _held(database, connection, claim)
+        job = locked_job(database, connection, claim.job.id)
+        held = held_row(database, connection, claim)
         move_shard(connection, held, ShardState.CANCELLED, claim.owner)
         _end_attempt(connection, claim, AttemptState.CANCELLED, stats=dict(stats or {}))
         close_shard(connection, job, claim.owner)
@@ -323,7 +323,7 @@ def stop_if_too_many_failed(database: Database, job_id: str, actor: str) -> bool
     """Wind the job down when the rows failed so far, flushed ones included, exceed ``max_failed_rows``."""
     shard = tables.shard
     with database.write() as connection:
-        job = _locked_job(database, connection, job_id)
+        job = locked_job(database, connection, job_id)
         if job.max_failed_rows is None or job.state != JobState.IN_PROGRESS:
             return False
         flushed = connection.execute(
@@ -338,11 +338,12 @@ def stop_if_too_many_failed(database: Database, job_id: str, actor: str) -> bool
         return True
 
 
-def _locked_job(database: Database, connection: sa.Connection, job_id: str) -> sa.Row[Any]:
+def locked_job(database: Database, connection: sa.Connection, job_id: str) -> sa.Row[Any]:
+    """The job's row, locked until the transaction ends: always before any of its shards."""
     return connection.execute(database.locked(sa.select(tables.job).where(tables.job.c.id == job_id))).one()
 
 
-def _held(database: Database, connection: sa.Connection, claim: Claim) -> sa.Row[Any]:
+def held_row(database: Database, connection: sa.Connection, claim: Claim) -> sa.Row[Any]:
     """The shard's row, locked, if this attempt still holds it; else :class:`LeaseLost`."""
     shard = tables.shard
     row = connection.execute(

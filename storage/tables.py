@@ -32,8 +32,12 @@ def _count(name: str) -> sa.Column[int]:
     return sa.Column(name, Big, nullable=False, server_default="0")
 
 
+TOKENS = ("prompt_tokens", "cached_tokens", "completion_tokens")
+"""Columns of token counters, of jobs and of shards; engines report them as result columns of these names."""
+
+
 def _tokens() -> tuple[sa.Column[int], ...]:
-    return _count("prompt_tokens"), _count("cached_tokens"), _count("completion_tokens")
+    return tuple(_count(name) for name in TOKENS)
 
 
 _terminal = ", ".join(f"'{state}'" for state in sorted(TERMINAL_JOB))

@@ -11,6 +11,7 @@ from typing import Any
 
 from celery import Celery
 from celery.signals import worker_shutdown, worker_shutting_down
+from kombu.transport.virtual import Channel
 
 from pipeline.settings import Settings
 from pipeline.worker import Worker
@@ -32,6 +33,10 @@ app.conf.update(
         "tick": {"task": TICK, "schedule": settings.tick_seconds, "options": {"expires": settings.tick_seconds}}
     },
 )
+
+# A wake-up that was fetched and not begun need not go back to the broker: the tick makes it good. Giving it back to a
+# broker that is away raises in Kombu where Celery does not expect it, and ends the worker (seen in a chaos run).
+Channel.do_restore = False
 
 _lock = threading.Lock()
 _ending = threading.Event()

@@ -132,7 +132,17 @@ class Cluster:
         self._down.remove(server)
 
 
-_WORKER = ["worker", "--pool", "threads", "--concurrency", "2", "-Q", "control,fake", "--without-mingle"]
+_WORKER = [
+    "worker",
+    "--pool",
+    "threads",
+    "--concurrency",
+    "2",
+    "-Q",
+    "control,fake",
+    "--without-mingle",
+    "--without-gossip",
+]
 
 
 class _Celery:

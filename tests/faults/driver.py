@@ -240,7 +240,16 @@ class World:
         """A real Celery process; ``"worker"`` consumes ``control`` and ``fake`` in two threads unless told not to."""
         kind, *rest = arguments
         defaults = {
-            "worker": ["--pool", "threads", "--concurrency", "2", "-Q", "control,fake", "--without-mingle"],
+            "worker": [
+                "--pool",
+                "threads",
+                "--concurrency",
+                "2",
+                "-Q",
+                "control,fake",
+                "--without-mingle",
+                "--without-gossip",
+            ],
             "beat": ["-s", str(self.home / f"beat-{len(self.processes)}.db")],
         }[kind]
         command = [sys.executable, "-m", "celery", "-A", "tasks.app", kind, *defaults, "--loglevel", "warning", *rest]
@@ -337,11 +346,12 @@ class World:
                 client.run(**self.fields(output=str(target)))
         return pq.read_table(target / "data")
 
-    def check(self, job_id: str, *, recomputed: int = 0) -> None:
+    def check(self, job_id: str, *, recomputed: int = 0, forgotten: int = 0) -> None:
         """The job completed, its output is the expected one row by row, and its counters and audit trail add up.
 
         ``recomputed``: how many rows may have been computed and flushed more than once. It is 0 everywhere but where
-        a test says why not: what was flushed is never computed again.
+        a test says why not: what was flushed is never computed again. ``forgotten``: part files that were flushed and
+        have been given up since.
         """
         job = self.job(job_id)
         assert job.state is JobState.COMPLETED, job
@@ -371,7 +381,7 @@ class World:
         assert self.events(job_id, "shard.committed") == len(shards)
         assert self.events(job_id, "job.completed") == 1
         parts = [part for shard in shards for part in self.rows("part_file", shard_id=shard.id) if part.seq >= 0]
-        assert self.events(job_id, "shard.flush") == len(parts)
+        assert self.events(job_id, "shard.flush") == len(parts) + forgotten
 
     def close(self) -> None:
         """Kill every process that the test has left, and close the client."""

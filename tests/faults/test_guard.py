@@ -17,7 +17,7 @@ from tests.storage.jobs_in_sql import expire_lease, output, part, planned_job, s
 
 
 def no_fence(database: Database, connection: sa.Connection, claim: Claim) -> sa.Row[Any]:
-    """In place of ``storage.shards._held``: the shard's row, whoever holds it, at whatever attempt, in any state."""
+    """In place of ``storage.shards.held_row``: the shard's row, whoever holds it, at whatever attempt, in any state."""
     query = sa.select(tables.shard).where(tables.shard.c.id == claim.shard.id)
     return connection.execute(database.locked(query)).one()
 
@@ -67,7 +67,7 @@ def test_with_the_fence_a_zombie_does_nothing(database: Database) -> None:
 
 def test_without_the_fence_a_zombie_does_damage(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same, the fence taken out: the reaped attempt wins, its tokens count twice, its successor is shut out."""
-    monkeypatch.setattr(shards, "_held", no_fence)
+    monkeypatch.setattr(shards, "held_row", no_fence)
     after = zombie_scenario(database)
     assert after["accepted"] == ["flush of fresh", "flush of zombie", "commit of zombie"]
     assert after["committed"] == 1
@@ -82,6 +82,6 @@ def test_without_the_fence_the_fault_tests_fail(
     database: Database, monkeypatch: pytest.MonkeyPatch, guarded: Any
 ) -> None:
     """A test of fault 6, run without the fence, is red."""
-    monkeypatch.setattr(shards, "_held", no_fence)
+    monkeypatch.setattr(shards, "held_row", no_fence)
     with pytest.raises((AssertionError, pytest.fail.Exception, RowmillError)):
         guarded(database)

@@ -15,14 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
-from pipeline import Client
+from pipeline import Client, maintenance
 from pipeline.settings import Settings
-from storage import failpoints, local_files
+from pipeline.worker import Worker
+from storage import failpoints, jobs, local_files
 from storage.new_file import NewLocalFile, Written
 from storage.objects import ObjectStore
 from storage.states import AttemptState, JobState
 from tests.conftest import S3
-from tests.faults.driver import World, wait_until
+from tests.faults.driver import KILLED, World, wait_until
 from tests.faults.sabotage import sabotaged, work
 from tests.storage.faulty_s3 import CUT, CUT_AFTER, Faults, proxy
 
@@ -299,25 +300,79 @@ def test_22_a_file_is_damaged_on_its_way_to_the_disk(
     world.check(job)
 
 
+# -- 22, later: a file that was durable is damaged or gone
+
+
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
 def test_22_a_flushed_part_is_damaged_later(world: World, damage: Damage) -> None:
-    """Fault 22: a part that was fine when it was flushed is not any more. It is found before the commit.
-
-    Nothing is published of that shard but what can be read.
-    """
-    world.replace_settings(max_failures=1)
+    """Fault 22, after the flush: its rows, and no others, are computed again; all counters are of what stands."""
     job = world.submit()
-
-    def strike() -> None:
-        failpoints.disarm()
-        [part] = world.rows("part_file")
-        damage(Path(part.uri))
-
-    failpoints.arm("flush.recorded", strike)
+    assert world.worker(arm={"flush.recorded": "exit@3"}).join() == KILLED
+    second = sorted(world.rows("part_file"), key=lambda row: row.seq)[1]
+    damage(Path(second.uri))
+    world.replace_settings(lease_seconds=0.5)
+    world.wait_for_lease_end(job)
     work(world, job)
-    [failed] = world.attempts(job)
-    assert (failed.state, failed.rows_computed) == (AttemptState.FAILED, 200)
-    assert "part-00000.parquet" in (failed.error or "")
-    assert world.events(job, "shard.committed") == 0
-    assert world.job(job).state is JobState.FAILED
+    lost, failed, winner = world.attempts(job)
+    assert (lost.state, failed.state, winner.state) == (AttemptState.LOST, AttemptState.FAILED, AttemptState.SUCCEEDED)
+    assert "10 flushed rows have to be computed again" in (failed.error or "")
+    assert (winner.rows_resumed, winner.rows_computed) == (190, 10)
+    assert world.events(job, "shard.part_lost") == 1
+    world.check(job, recomputed=10, forgotten=1)
+    ended, [shard] = world.job(job), world.shards(job)
+    tokens = world.published().column("prompt_tokens").to_pylist()
+    assert ended.tokens["prompt_tokens"] == shard.prompt_tokens == sum(count or 0 for count in tokens)
+    assert [row.row_idx for row in world.rows("row_exception")] == [7]
+
+
+def test_22_a_committed_file_is_lost_before_it_is_published(world: World) -> None:
+    """Fault 22, after the commit: the job fails and says why, the rest is published; a retry makes it whole."""
+    job = world.submit(shard_rows=100)
+    assert world.worker(arm={"finalize.claimed": "exit"}).join() == KILLED
+    _, second = world.shards(job)
+    [output] = [
+        Path(row.uri) for row in world.rows("part_file", shard_id=second.id) if row.uri.endswith("output.parquet")
+    ]
+    output.unlink()
+    world.wait(job, JobState.FINALIZING)
+    work(world, job)
+    ended = world.job(job)
+    assert (ended.state, ended.n_dead, ended.rows_done) == (JobState.FAILED, 1, 100)
+    assert str(output) in (ended.error or "")
     assert not (world.output / "_SUCCESS").exists()
+    assert world.published().column("id").to_pylist() == list(range(100))
+    world.client.job(job).retry()
+    work(world, job)
+    assert world.job(job).rows_done == 200
+    world.check(job, recomputed=101)  # the lost shard, and the row that had failed
+
+
+def test_garbage_is_collected_while_a_retry_begins(world: World) -> None:
+    """The collector has forgotten the part files, a retry starts and flushes: its files are not the collector's."""
+    world.replace_settings(broker_url="memory://", attempt_retention_hours=0.0)
+    job = world.submit()
+    assert world.worker(arm={"flush.recorded": "exit@3"}).join() == KILLED
+    jobs.request_stop(world.database, job, "cancelled", actor="test")
+    world.wait_for_lease_end(job)
+    world.reap()
+    collector = Worker(world.settings)
+    try:
+        maintenance.wind_down(collector.runtime)
+        collector.finalize()
+        assert world.job(job).state is JobState.CANCELLED
+
+        def retry() -> None:
+            failpoints.disarm()
+            world.client.job(job).retry()
+            assert world.worker(arm={"flush.recorded": "exit@2"}).join() == KILLED
+
+        failpoints.arm("garbage.given_up", retry)
+        assert maintenance.collect_garbage(collector.runtime) == 1
+    finally:
+        collector.close()
+    assert len(part_names(world)) == 2
+    assert part_names(world) == [name for name in files(world) if name.startswith(".rowmill")]
+    world.wait_for_lease_end(job)
+    work(world, job)
+    assert world.attempts(job)[-1].rows_resumed == 20
+    world.check(job, recomputed=30, forgotten=3)
