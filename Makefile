@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo test faults chaos lint format bench docs lock clean
+.PHONY: help install demo test conformance faults chaos lint format bench docs lock clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -26,7 +26,7 @@ TORCH_FROM := --torch-backend cpu
 endif
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 install: $(STAMP)  ## make .venv with everything needed to develop and test
 
@@ -43,6 +43,9 @@ demo: install  ## run the main job for real: Parquet through vLLM and through ON
 
 test: install  ## run the tests, with real engines and servers (ARGS="-k name" for some)
 	@$(BIN)/pytest $(ARGS)
+
+conformance: install  ## all node tests of the package onnx as rows (`make test` takes every fourth)
+	@CONFORMANCE_SHARE=1 $(BIN)/pytest tests/conformance -s $(ARGS)
 
 faults: install  ## the fault matrix, with thirty times as many steps of the model (minutes)
 	@HYPOTHESIS_PROFILE=faults $(BIN)/pytest tests/faults --timeout 3600 $(ARGS)

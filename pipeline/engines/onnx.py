@@ -89,7 +89,7 @@ class OnnxEngine:
             else:
                 # As check saw it: ONNX Runtime's inference may know more of the shapes than the file says.
                 mode = onnx_graph.row_mode(onnx_graph.of_file(graph) or signature, options.row_mode)
-                self._tensor = TensorModel(signature, mode, pool, options, notify)
+                self._tensor = TensorModel(signature, mode, pool, options, notify, onnx_graph.index_limits(graph))
         except BaseException:
             self.close()
             raise

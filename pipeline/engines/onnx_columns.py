@@ -7,7 +7,7 @@ turns integers with nulls into floats.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.engines import onnx_narrow
 from pipeline.engines.onnx_graph import Dim
 from pipeline.row_errors import RowErrorCode
 
@@ -24,8 +25,10 @@ Failure = tuple[str, str]
 Column = Any
 """An Arrow array of any type; the stubs know a list's or a struct's members only after a cast to its class."""
 
-_UNKNOWN = -1
+UNKNOWN = -1
 """The inner size of a list without elements: it fits whatever the graph wants."""
+_NO_AXIS = -2
+"""Fills the sizes of rows of a lower rank than others of their column."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +82,14 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def lossless(source: np.dtype[Any], target: np.dtype[Any]) -> bool:
-    """True when every value of ``source`` is exactly one of ``target``."""
+    """True when every value of ``source`` is exactly one of ``target``.
+
+    For a narrow target: when every value is one of its carrier; ``RowTensors.narrow`` looks at the values themselves.
+    """
     if source == target:
         return True
+    if onnx_narrow.is_narrow(target):
+        return lossless(source, onnx_narrow.carrier(target))
     if np.object_ in (source, target) or source.kind == "b" or target.kind == "b":
         return False
     if source.kind in "iu" and target.kind == "f":
@@ -94,8 +102,9 @@ def lossless(source: np.dtype[Any], target: np.dtype[Any]) -> bool:
 class RowTensors:
     """n rows of one column. Row i is the ``prod(shapes[i])`` elements of ``flat`` from ``starts[i]`` on, in C order.
 
-    ``shapes``: int64 [n, rank], with -1 for an inner size that an empty list leaves open. ``failures``: row position →
-    code, message; such a row's shape means nothing. ``permutation``: of the axes, for stored orders other than C.
+    ``shapes``: int64 [n, rank], with -1 for an inner size that an empty list leaves open, and -2 behind the last axis
+    of a row of lower rank. ``failures``: row position → code, message; such a row has no shape. ``permutation``:
+    of the axes, for stored orders other than C.
     """
 
     flat: Array
@@ -105,19 +114,64 @@ class RowTensors:
     permutation: tuple[int, ...] | None = None
 
     def fit(self, dims: Sequence[Dim], name: str) -> None:
-        """Record ``wrong_shape`` for rows that do not fit ``dims``, and fill open sizes from it."""
+        """Record ``wrong_shape`` for rows that do not fit the fixed sizes in ``dims``, and fill open sizes from it."""
         for axis, dim in enumerate(dims):
             size = self.shapes[:, axis]
-            size[size == _UNKNOWN] = dim if isinstance(dim, int) else 0
             if isinstance(dim, int):
+                size[size == UNKNOWN] = dim
                 for row in np.flatnonzero(size != dim):
                     found = [int(s) for s in self.shapes[row]]
                     message = f"{name}: axis {axis} of the row is {found[axis]}, the graph wants {dim} (row {found})"
                     self.failures.setdefault(int(row), (RowErrorCode.WRONG_SHAPE, message))
 
+    def refuse(self, bad: npt.NDArray[np.bool_], code: str, message: Callable[[int], str]) -> None:
+        """Record ``code`` for the rows that have a bad element. ``bad``: bool, one for each element of ``flat``;
+        ``message`` is given the position in ``flat`` of the row's first one."""
+        positions = np.flatnonzero(bad)
+        if not len(positions):
+            return
+        sizes = np.prod(np.where(self.shapes == _NO_AXIS, 1, np.maximum(self.shapes, 0)), axis=1, dtype=np.int64)
+        first = np.searchsorted(positions, self.starts)
+        inside = positions[np.minimum(first, len(positions) - 1)] < self.starts + sizes
+        for row in np.flatnonzero((first < len(positions)) & inside):
+            self.failures.setdefault(int(row), (code, message(int(positions[first[row]]))))
+
+    def narrow(self, dtype: np.dtype[Any], name: str) -> None:
+        """Make the elements ``dtype``, a narrow type; ``invalid_value`` for rows with a value that it does not hold."""
+        wide = self.flat
+        with np.errstate(all="ignore"):
+            narrow = wide.astype(onnx_narrow.carrier(dtype)).astype(dtype)
+            back = narrow.astype(wide.dtype)
+        same = (back == wide) | ((back != back) & (wide != wide))
+        self.refuse(
+            ~same,
+            RowErrorCode.INVALID_VALUE,
+            lambda at: f"{name}: {wide[at]} is no {dtype.name}; round the column before",
+        )
+        self.flat = narrow
+
+    def finite(self, name: str) -> None:
+        """Record ``not_finite`` for rows with a NaN or an infinity."""
+        if onnx_narrow.is_float(self.flat.dtype):
+            flat = self.flat
+            self.refuse(
+                ~np.isfinite(flat),
+                RowErrorCode.NOT_FINITE,
+                lambda at: f"{name} holds {flat[at]}, which the job refuses",
+            )
+
+    def below(self, limit: int, name: str) -> None:
+        """Record ``invalid_value`` for rows with an index outside ``-limit … limit - 1``."""
+        flat = self.flat
+        self.refuse(
+            (flat < -limit) | (flat >= limit),
+            RowErrorCode.INVALID_VALUE,
+            lambda at: f"{name}: index {flat[at]} lies outside the graph's table of {limit} rows",
+        )
+
     def gather(self, rows: Indices) -> Array:
         """The rows stacked, [k, *shape]. They must have one shape, and none may be in ``failures``."""
-        shape = tuple(int(size) for size in self.shapes[rows[0]])
+        shape = tuple(int(size) for size in self.shapes[rows[0]] if size != _NO_AXIS)
         size = int(np.prod(shape, dtype=np.int64))
         starts = self.starts[rows]
         first = int(starts[0])
@@ -134,8 +188,11 @@ class RowTensors:
         return np.ascontiguousarray(turned)
 
 
-def read(column: Column, rank: int, name: str) -> RowTensors:
+def read(column: Column, rank: int | None, name: str, *, unit: bool = False) -> RowTensors:
     """The rows of a column as tensors of ``rank`` axes; ``name`` is what messages call the input.
+
+    Without a ``rank`` each row keeps its own. With ``unit``, a row of ``struct<shape, data>`` may have one axis more,
+    of size one, in front; it is dropped.
 
     Row failures: ``missing_value`` for a null row or a null within one, ``wrong_shape`` for another rank and for lists
     of unequal lengths within a row, ``invalid_utf8``, ``invalid_value`` for a shape that does not match its data.
@@ -151,11 +208,11 @@ def read(column: Column, rank: int, name: str) -> RowTensors:
             sizes = sizes[list(permutation)]
         rows = _Layout(rows.flat, rows.starts, np.tile(sizes, (len(column), 1)), rows.bad)
     elif pa.types.is_struct(column.type):
-        return _shaped(column, rank, name)
+        return _shaped(column, rank, name, unit=unit)
     else:
         valid = _valid(column)
         rows = _layout(column)
-    if rows.shapes.shape[1] != rank:
+    if rank is not None and rows.shapes.shape[1] != rank:
         found = rows.shapes.shape[1]
         failure = (RowErrorCode.WRONG_SHAPE, f"{name}: the row has {found} axes, the graph wants {rank}")
         return RowTensors(
@@ -218,7 +275,7 @@ def _layout(column: Column) -> _Layout:
     lengths = np.diff(offsets)
     some = lengths > 0
     first = np.where(some, offsets[:-1], 0)
-    shapes = np.full((n, inner.shapes.shape[1] + 1), _UNKNOWN, dtype=np.int64)
+    shapes = np.full((n, inner.shapes.shape[1] + 1), UNKNOWN, dtype=np.int64)
     shapes[:, 0] = lengths
     starts = np.zeros(n, dtype=np.int64)
     shapes[some, 1:] = inner.shapes[first[some]]
@@ -264,25 +321,33 @@ def _data(column: Column) -> Any:
     return b"" if buffer is None else buffer
 
 
-def _shaped(column: Column, rank: int, name: str) -> RowTensors:
+def _shaped(column: Column, rank: int | None, name: str, *, unit: bool) -> RowTensors:
     shape, data = _layout(column.field("shape")), _layout(column.field("data"))
     valid = _valid(column) & _valid(column.field("shape")) & _valid(column.field("data"))
-    n = len(column)
     failures = _failures(shape.bad | data.bad, valid, name)
-    shapes = np.zeros((n, rank), dtype=np.int64)
-    for row in range(n):
-        if row in failures:
-            continue
-        given, start = int(shape.shapes[row, 0]), int(shape.starts[row])
-        sizes = shape.flat[start : start + given].astype(np.int64)
-        if given != rank:
-            message = f"{name}: the row has {given} axes, the graph wants {rank}"
-            failures[row] = (RowErrorCode.WRONG_SHAPE, message)
-        elif (sizes < 0).any() or int(np.prod(sizes)) != int(data.shapes[row, 0]):
-            message = f"{name}: shape {sizes.tolist()} does not match its {int(data.shapes[row, 0])} elements"
-            failures[row] = (RowErrorCode.INVALID_VALUE, message)
-        else:
-            shapes[row] = sizes
+    usable = valid & ((shape.bad | data.bad) == 0)
+    given = np.where(usable, shape.shapes[:, 0], 0)
+    starts = shape.starts
+    if unit and rank is not None and len(shape.flat):
+        leading = (given == rank + 1) & (shape.flat[np.minimum(starts, len(shape.flat) - 1)] == 1)
+        given, starts = given - leading, starts + leading
+    width = int(given.max(initial=0)) if rank is None else rank
+    there = np.arange(width)[None, :] < given[:, None]
+    shapes = np.full((len(column), width), _NO_AXIS, np.int64)
+    shapes[there] = shape.flat[(starts[:, None] + np.arange(width)[None, :])[there]].astype(np.int64)
+    counts = data.shapes[:, 0]
+    wrong_rank = usable & (given != width) if rank is not None else np.zeros(len(column), np.bool_)
+    for row in np.flatnonzero(wrong_rank):
+        failures[int(row)] = (
+            RowErrorCode.WRONG_SHAPE,
+            f"{name}: the row has {int(given[row])} axes, the graph wants {rank}",
+        )
+    # In floating point, so that sizes whose product overflows do not match by accident.
+    elements = np.prod(np.where(there, shapes, 1), axis=1, dtype=np.float64)
+    for row in np.flatnonzero(usable & ~wrong_rank & ((there & (shapes < 0)).any(axis=1) | (elements != counts))):
+        message = f"{name}: shape {shapes[row][there[row]].tolist()} does not match its {int(counts[row])} elements"
+        failures[int(row)] = (RowErrorCode.INVALID_VALUE, message)
+    shapes[list(failures)] = 0
     return RowTensors(data.flat, data.starts, shapes, failures)
 
 
@@ -293,6 +358,7 @@ def column_type(dtype: np.dtype[Any], dims: Sequence[Dim] | None) -> pa.DataType
     size, booleans and strings, which that type cannot hand to numpy) nested lists; an open rank
     ``struct<shape, data>``.
     """
+    dtype = onnx_narrow.carrier(dtype)
     leaf: pa.DataType = pa.string() if dtype == np.object_ else pa.from_numpy_dtype(dtype)
     if dims is None:
         return pa.struct([pa.field("shape", pa.list_(pa.int64())), pa.field("data", pa.list_(leaf))])
@@ -308,6 +374,7 @@ def column_type(dtype: np.dtype[Any], dims: Sequence[Dim] | None) -> pa.DataType
 
 def to_arrow(stacked: Array, kind: pa.DataType) -> Column:
     """Rows, [n, *shape], as a column of a type from :func:`column_type`. Raises ``ValueError`` when they differ."""
+    stacked = stacked.astype(onnx_narrow.carrier(stacked.dtype), copy=False)
     n, shape = len(stacked), stacked.shape[1:]
     flat = pa.array(np.ascontiguousarray(stacked).reshape(-1), pa.string() if stacked.dtype == np.object_ else None)
     if isinstance(kind, pa.FixedShapeTensorType):

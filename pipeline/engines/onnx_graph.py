@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.engines import onnx_narrow
 from storage.errors import InvalidModel
 
 Dim = int | str | None
@@ -121,6 +122,29 @@ def of_file(path: Path) -> Signature | None:
     )
 
 
+def index_limits(path: Path) -> dict[str, int]:
+    """Graph inputs that index a table kept in the graph (token ids, mostly) → the number of its rows.
+
+    ONNX Runtime refuses a whole batch for one index outside it on a CPU, and reads garbage on a GPU. Seen are
+    ``Gather`` nodes over an initializer whose indices are an input, as it is or cast.
+    """
+    graph = _parse(path)
+    if graph is None:
+        return {}
+    tables = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    inputs = {value.name: value.name for value in graph.input if value.name not in tables}
+    for node in graph.node:  # in topological order, so a cast comes before its use
+        if node.op_type in ("Cast", "Identity") and not node.domain and node.input[0] in inputs:
+            inputs[node.output[0]] = inputs[node.input[0]]
+    limits: dict[str, int] = {}
+    for node in graph.node:
+        if node.op_type == "Gather" and not node.domain and node.input[0] in tables and node.input[1] in inputs:
+            axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+            name, size = inputs[node.input[1]], tables[node.input[0]][axis]
+            limits[name] = min(size, limits.get(name, size))
+    return limits
+
+
 def _parse(path: Path) -> Any | None:
     if importlib.util.find_spec("onnx") is None or path.stat().st_size > READ_LIMIT:
         return None
@@ -147,9 +171,12 @@ def _dim(dim: object) -> Dim:
 
 
 def _dtype(name: str, value: str, path: Path) -> np.dtype[Any]:
-    if name not in _DTYPES:
+    if name in _DTYPES:
+        return np.dtype(_DTYPES[name])
+    narrow = onnx_narrow.dtype_of(name)
+    if narrow is None:
         raise InvalidModel(f"{path}: {value!r} has element type {name}, which no Arrow column can carry")
-    return np.dtype(_DTYPES[name])
+    return narrow
 
 
 RowMode = Literal["stack", "unit", "whole"]

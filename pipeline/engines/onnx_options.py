@@ -36,6 +36,8 @@ class OnnxOptions(BaseModel):
     """Rows looked at together when texts are sorted by length and duplicates found."""
     row_mode: Literal["auto", "stack", "whole"] = "auto"
     """``tensor``: is a row one item along the graph's first axis, or the whole input? ``auto`` reads the graph."""
+    finite: StrictBool = False
+    """``tensor``: a NaN or an infinity in a row is that row's error."""
     graph_optimization_level: Literal["disable", "basic", "extended", "layout", "all"] = "all"
     """ONNX Runtime's own graph optimizations."""
     session_config: dict[str, str] = {}

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
+from pipeline.engines import onnx_narrow
 from pipeline.engines.onnx_options import OnnxOptions, Provider
 from pipeline.models.export import REPORT
 from storage.errors import EngineDead, EngineMissing, InvalidModel
@@ -137,11 +138,11 @@ class Lane:
             else:
                 binding = self.session.io_binding()
                 for name, array in feed.items():
-                    binding.bind_cpu_input(name, array)
+                    onnx_narrow.bind(binding, name, array)
                 for name in self._outputs:
                     binding.bind_output(name, "cpu")
                 self.session.run_with_iobinding(binding, options)
-                outputs = [value.numpy() for value in binding.get_outputs()]
+                outputs = [onnx_narrow.array_of(value) for value in binding.get_outputs()]
         except self._refusals as error:
             if call.stopped:
                 raise Stopped from None

@@ -10,8 +10,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.engines import onnx_narrow
 from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
-from pipeline.engines.onnx_columns import Failure, RowTensors, column_type, lossless, read, tensor_kind, to_arrow
+from pipeline.engines.onnx_columns import (
+    UNKNOWN,
+    Failure,
+    RowTensors,
+    column_type,
+    lossless,
+    read,
+    tensor_kind,
+    to_arrow,
+)
 from pipeline.engines.onnx_graph import Dim, GraphValue, RowMode, Signature
 from pipeline.engines.onnx_options import OnnxOptions
 from pipeline.engines.onnx_session import Array, Run, RunFailed, SessionPool
@@ -44,8 +54,12 @@ class TensorModel:
         pool: SessionPool,
         options: OnnxOptions,
         notify: Callable[[str], None],
+        limits: Mapping[str, int],
     ) -> None:
+        """``limits``: graph input → rows of the table that it indexes (see :func:`.onnx_graph.index_limits`)."""
         self._signature = signature
+        self._options = options
+        self._limits = limits
         self._pool = pool
         self._notify = notify
         self._lock = threading.Lock()
@@ -74,10 +88,40 @@ class TensorModel:
             tensors[value.name] = rows = self._read(value, column_of(spec, value.name), batch)
             for at, failure in rows.failures.items():
                 failures.setdefault(at, failure)
+        self._agree(tensors, failures)
         self._count(rows=n)
         good = np.setdiff1d(np.arange(n), np.fromiter(failures, np.int64, len(failures)))
         packs = [self._pack(batch.rows, tensors, part) for part in self._parts(tensors, good)]
         return Window(packs, tuple(RowFailure(int(batch.rows[at]), *failure) for at, failure in failures.items()))
+
+    def _agree(self, tensors: Mapping[str, RowTensors], failures: dict[int, Failure]) -> None:
+        """Record ``wrong_shape`` for rows in which two axes of one name differ in size; fill sizes still open.
+
+        ONNX: a name stands for one size within a graph. Where the graph itself goes on, as with sizes that broadcast,
+        it declares its axes without a name or under different ones.
+        """
+        named: dict[str, list[tuple[str, int, Indices]]] = {}
+        for value in self._signature.inputs:
+            rows, dims = tensors[value.name], row_dims(value, self.mode)
+            if dims is None or rows.shapes.shape[1] < len(dims):
+                continue
+            extra = rows.shapes.shape[1] - len(dims)
+            for axis, dim in enumerate(dims):
+                if isinstance(dim, str):
+                    named.setdefault(dim, []).append((value.name, axis, rows.shapes[:, axis + extra]))
+        for dim, places in named.items():
+            first, axis, sizes = places[0]
+            for name, at, others in places[1:]:
+                sizes[sizes == UNKNOWN] = others[sizes == UNKNOWN]
+                others[others == UNKNOWN] = sizes[others == UNKNOWN]
+                for row in np.flatnonzero(sizes != others):
+                    message = (
+                        f"input {name!r}: axis {at} of the row is {others[row]}, "
+                        f"and {dim!r} is {sizes[row]} by axis {axis} of input {first!r}"
+                    )
+                    failures.setdefault(int(row), (RowErrorCode.WRONG_SHAPE, message))
+        for rows in tensors.values():
+            rows.shapes[rows.shapes == UNKNOWN] = 0
 
     def _read(self, value: GraphValue, name: str, batch: RowBatch) -> RowTensors:
         column: Any = batch.columns.column(name)
@@ -92,12 +136,17 @@ class TensorModel:
             failures: dict[int, Failure] = dict.fromkeys(range(len(column)), failure)
             return RowTensors(np.empty(0, value.dtype), np.zeros(len(column), np.int64), empty, failures)
         dims = row_dims(value, self.mode)
-        found = len(kind.dims) if kind.dims is not None else 0
-        if self.mode == "unit" and dims is not None and found == len(dims) + 1:
+        if self.mode == "unit" and dims is not None and kind.dims is not None and len(kind.dims) == len(dims) + 1:
             dims = value.dims  # the row brings the axis of size one itself
-        rows = read(column, found if dims is None else len(dims), label)
+        rows = read(column, None if dims is None else len(dims), label, unit=self.mode == "unit")
         if dims is not None:
             rows.fit(dims, label)
+        if onnx_narrow.is_narrow(value.dtype):
+            rows.narrow(value.dtype, label)
+        if self._options.finite:
+            rows.finite(label)
+        if value.name in self._limits:
+            rows.below(self._limits[value.name], label)
         return rows
 
     def _parts(self, tensors: Mapping[str, RowTensors], good: Indices) -> list[Indices]:
@@ -231,7 +280,7 @@ class TensorModel:
 def _same(stacked: Array, alone: Array) -> bool:
     if stacked.shape != alone.shape:
         return False
-    if stacked.dtype.kind != "f":
+    if not onnx_narrow.is_float(stacked.dtype):
         return bool(np.array_equal(stacked, alone))
     # Kernels sum in another order for another batch size: a thousandth of the row's own scale is no rounding error.
     a, b = stacked.astype(np.float64), alone.astype(np.float64)

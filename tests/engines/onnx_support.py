@@ -97,9 +97,10 @@ def graph(
     inputs: Sequence[onnx.ValueInfoProto],
     outputs: Sequence[onnx.ValueInfoProto],
     initializers: Sequence[onnx.TensorProto] = (),
+    opset: int = 18,
 ) -> Path:
     made = helper.make_graph(list(nodes), "graph", list(inputs), list(outputs), list(initializers))
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(model, str(path))
     return path

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from pipeline.engines import onnx_narrow
 from pipeline.engines.onnx_columns import column_type, lossless, read, tensor_kind, to_arrow
 
 DTYPES = [np.float32, np.float64, np.float16, np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint64, np.bool_]
@@ -117,3 +118,42 @@ def test_a_cast_counts_as_lossless_only_when_the_extremes_survive(source: Any, t
         return
     values = np.array(extremes, dtype=source)
     assert values.astype(target).astype(object).tolist() == values.astype(object).tolist()
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(
+    st.lists(hnp.arrays(np.float32, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=3)), max_size=8),
+    st.integers(0, 3),
+    st.data(),
+)
+def test_rows_of_any_rank_and_the_bad_ones_among_them(rows: list[Any], skipped: int, data: st.DataObject) -> None:
+    """Structs of shape and data, sliced, some null: each row is as it was, and each bad element blames its own row."""
+    nulls = [data.draw(st.booleans()) for _ in rows]
+    kind = pa.struct([pa.field("shape", pa.list_(pa.int16())), pa.field("data", pa.large_list(pa.float32()))])
+    made = [
+        None if null else {"shape": list(row.shape), "data": row.reshape(-1).tolist()}
+        for row, null in zip(rows, nulls, strict=True)
+    ]
+    found = read(pa.array(made, kind).slice(skipped), None, "x")
+    found.finite("x")
+    for at, (row, null) in enumerate(zip(rows[skipped:], nulls[skipped:], strict=True)):
+        if null or not np.isfinite(row).all():
+            assert found.failures[at][0] == ("missing_value" if null else "not_finite")
+        else:
+            assert at not in found.failures
+            assert np.array_equal(found.gather(np.array([at]))[0], row)
+            assert found.gather(np.array([at])).shape == (1, *row.shape)
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(hnp.arrays(np.int8, st.integers(0, 33), elements=st.integers(-8, 7)), st.sampled_from(["int4", "uint4", "int2"]))
+def test_packing_of_small_integers_is_undone_by_unpacking(values: np.ndarray[Any, Any], kind: str) -> None:
+    dtype = onnx_narrow.dtype_of(kind)
+    assert dtype is not None
+    bits, signed = int(kind[-1]), kind.startswith("int")
+    low = values & ((1 << bits) - 1)
+    expected = np.where(signed & (low >= 1 << (bits - 1)), low - (1 << bits), low)
+    packed = onnx_narrow.pack(expected.astype(dtype), bits)
+    assert len(packed) == -(-len(values) * bits // 8)
+    back = onnx_narrow.unpack(packed, len(values), bits, signed=signed).view(dtype)
+    assert back.astype(np.int64).tolist() == expected.tolist()

@@ -10,9 +10,9 @@ import onnxruntime
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper
 
-from pipeline.engines import onnx_session
+from pipeline.engines import onnx_narrow, onnx_session
 from pipeline.engines.base import Cancellation
 from pipeline.engines.onnx import OnnxEngine
 from storage.errors import EngineDead, InvalidInput, InvalidJob, InvalidModel
@@ -178,35 +178,149 @@ def test_rows_that_are_no_tensor_of_the_graph_fail_alone(two_by_two: Path, tmp_p
     assert table.column("sum").to_pylist() == [[[2.0, 4.0, 6.0]], []]
 
 
-def test_a_row_that_the_graph_refuses_fails_alone(two_by_two: Path, tmp_path: Path) -> None:
-    """a and b of different lengths: each fits the graph, their sum does not."""
+def two_lengths(path: Path, *names: Any) -> Path:
+    """a + b, whose second axes have these names."""
+    dims = [["N", name, 3] for name in names]
+    return graph(
+        path,
+        [helper.make_node("Add", ["a", "b"], ["sum"])],
+        [value("a", FLOAT, dims[0]), value("b", FLOAT, dims[1])],
+        [value("sum", FLOAT, ["N", None, 3])],
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "code", "says"),
+    [
+        (["L", "L"], "wrong_shape", "input 'b': axis 0 of the row is 4, and 'L' is 2 by axis 0 of input 'a'"),
+        ([None, None], "engine_refused", "Add"),
+    ],
+)
+def test_a_row_whose_tensors_do_not_go_together_fails_alone(
+    tmp_path: Path, names: list[Any], code: str, says: str
+) -> None:
+    """Each fits the graph, their sum does not: seen before the run where the axes share a name."""
     kind = pa.list_(pa.list_(pa.float32(), 3))
     rows = [np.ones((2, 3)).tolist()] * 9
     other = [*rows[:4], np.ones((4, 3)).tolist(), *rows[5:]]
     columns = pa.record_batch({"a": pa.array(rows, kind), "b": pa.array(other, kind)})
-    made = engine(two_by_two, SPEC, tmp_path)
+    made = engine(two_lengths(tmp_path / "add.onnx", *names), SPEC, tmp_path)
     table, failures = run(made, SPEC, columns)
     made.close()
-    assert {row: failure.code for row, failure in failures.items()} == {4: "engine_refused"}
-    assert "Add" in failures[4].message
+    assert {row: failure.code for row, failure in failures.items()} == {4: code}
+    assert says in failures[4].message
     assert table.num_rows == 8
 
 
-def test_one_bad_value_is_found_by_halving_the_batch(tmp_path: Path) -> None:
-    """Gather with an index out of range fails its whole batch."""
+@pytest.mark.parametrize(
+    ("nodes", "code", "says"),
+    [
+        ([helper.make_node("Gather", ["table", "x"], ["y"])], "invalid_value", "index 99 lies outside the graph's"),
+        (
+            [helper.make_node("Add", ["x", "zero"], ["i"]), helper.make_node("Gather", ["table", "i"], ["y"])],
+            "engine_refused",
+            "indices element out of data bounds",
+        ),
+    ],
+    ids=["seen before the run", "found by halving the batch"],
+)
+def test_one_bad_index_does_not_fail_its_batch(tmp_path: Path, nodes: list[Any], code: str, says: str) -> None:
+    """Gather with an index out of range fails everything that it is run with."""
     path = graph(
         tmp_path / "gather.onnx",
-        [helper.make_node("Gather", ["table", "x"], ["y"])],
+        nodes,
         [value("x", INT64, ["N"])],
         [value("y", FLOAT, ["N"])],
-        [helper.make_tensor("table", FLOAT, [5], [0.0, 10.0, 20.0, 30.0, 40.0])],
+        [
+            helper.make_tensor("table", FLOAT, [5], [0.0, 10.0, 20.0, 30.0, 40.0]),
+            helper.make_tensor("zero", INT64, [], [0]),
+        ],
     )
     made = engine(path, SPEC, tmp_path)
-    indices = [1, 2, 99, 4, 0, -77, 3]
+    indices = [1, 2, 99, 4, -5, 0, -77, 3]
     table, failures = run(made, SPEC, pa.record_batch({"x": indices}))
     made.close()
-    assert {row: failure.code for row, failure in failures.items()} == dict.fromkeys([2, 5], "engine_refused")
-    assert table.column("y").to_pylist() == [10.0, 20.0, 40.0, 0.0, 30.0]
+    assert {row: failure.code for row, failure in failures.items()} == dict.fromkeys([2, 6], code)
+    assert says in failures[2].message
+    assert table.column("y").to_pylist() == [10.0, 20.0, 40.0, 0.0, 0.0, 30.0]
+
+
+def test_nan_is_a_value_unless_the_job_refuses_it(tmp_path: Path) -> None:
+    path = identity(tmp_path / "i.onnx", FLOAT, ["N", 2])
+    rows = [[1.0, 2.0], [np.nan, 1.0], [1.0, -np.inf], [np.nan, np.inf]]
+    columns = pa.record_batch({"x": pa.array(rows, pa.list_(pa.float32(), 2))}).slice(1)
+    made = engine(path, SPEC, tmp_path)
+    table, failures = run(made, SPEC, columns)
+    made.close()
+    assert not failures and table.num_rows == 3
+    made = engine(path, SPEC, tmp_path, finite=True)
+    _, failures = run(made, SPEC, pa.record_batch({"x": columns["x"]}))
+    made.close()
+    assert {row: failure.code for row, failure in failures.items()} == dict.fromkeys([0, 1, 2], "not_finite")
+    assert failures[1].message == "input 'x' holds -inf, which the job refuses"
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "not_held"),
+    [
+        ("bfloat16", [0.0, -1.5, 2.0**127, np.inf], [1.001, 1e-45, 3.4e38]),
+        ("float8e4m3fn", [0.0, 448.0, -0.001953125], [449.0, 1.01, np.inf]),
+        ("float8e5m2", [57344.0, -np.inf, 1.25], [60000.0, 1.1]),
+    ],
+)
+def test_types_that_arrow_has_not_travel_in_the_next_wider_one(
+    tmp_path: Path, kind: str, values: list[float], not_held: list[float]
+) -> None:
+    element = getattr(TensorProto, kind.upper())
+    nodes = [helper.make_node("Identity", ["x"], ["y"])]
+    path = graph(tmp_path / "n.onnx", nodes, [value("x", element, ["N"])], [value("y", element, ["N"])], opset=21)
+    column = pa.array([*values, *not_held, None], pa.float32())
+    columns = pa.record_batch({"x": column})
+    assert OnnxEngine.check(SPEC, model_at(path), columns.schema) == ("x",)
+    made = engine(path, SPEC, tmp_path)
+    table, failures = run(made, SPEC, columns)
+    made.close()
+    assert table.schema.field("y").type == pa.float32()
+    assert table.column("y").to_pylist() == values
+    n = len(values)
+    expected = dict.fromkeys(range(n, n + len(not_held)), "invalid_value") | {len(column) - 1: "missing_value"}
+    assert {row: failure.code for row, failure in failures.items()} == expected
+    assert f"is no {made_of(kind)}; round the column before" in failures[n].message
+    with pytest.raises(InvalidInput, match="does not convert"):
+        OnnxEngine.check(SPEC, model_at(path), pa.schema([pa.field("x", pa.float64())]))
+
+
+def made_of(kind: str) -> str:
+    dtype = onnx_narrow.dtype_of(kind)
+    assert dtype is not None
+    return dtype.name
+
+
+def test_rows_of_any_rank_where_the_graph_leaves_it_open(tmp_path: Path) -> None:
+    path = graph(
+        tmp_path / "open.onnx",
+        [helper.make_node("Neg", ["x"], ["y"])],
+        [value("x", FLOAT, None)],
+        [value("y", FLOAT, None)],
+    )
+    kind = pa.struct([pa.field("shape", pa.list_(pa.int32())), pa.field("data", pa.list_(pa.float32()))])
+    rows = [
+        {"shape": [2, 1], "data": [1.0, 2.0]},
+        {"shape": [], "data": [3.0]},
+        None,
+        {"shape": [1, 0, 2], "data": []},
+        {"shape": [2, 2], "data": [1.0]},
+        {"shape": [1, 1, 1, 1, 1, 1, 2], "data": [5.0, 6.0]},
+    ]
+    made = engine(path, SPEC, tmp_path)
+    table, failures = run(made, SPEC, pa.record_batch({"x": pa.array([rows[0], *rows], kind)}).slice(1))
+    made.close()
+    assert {row: failure.code for row, failure in failures.items()} == {2: "missing_value", 4: "invalid_value"}
+    assert table.column("y").to_pylist() == [
+        {"shape": row["shape"], "data": [-number for number in row["data"]]}  # type: ignore[attr-defined]
+        for row in (rows[0], rows[1], rows[3], rows[5])
+        if row
+    ]
 
 
 def test_rows_that_change_each_other_are_run_alone(tmp_path: Path) -> None:
