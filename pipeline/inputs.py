@@ -139,6 +139,12 @@ def _found(store: ObjectStore, spec: InputSpec) -> list[tuple[_File, Format]]:
     return found
 
 
+def unchanged(store: ObjectStore, spec: InputSpec, sources: Sequence[Source]) -> bool:
+    """Whether the input is, file by file, what ``sources`` were when a job was planned over it."""
+    now = [(info.uri, info.etag) for pattern in map(normalize, spec.input) for info in store.find(pattern)]
+    return sorted(now) == sorted((source.uri, source.etag) for source in sources)
+
+
 def _refuse_output_inside(pattern: str, output: str) -> None:
     """A job must not find its own output when its input is listed again, nor another job this one's."""
     example = locations.part(output, 0)

@@ -18,9 +18,10 @@ from pipeline.outputs import refuse_existing
 from pipeline.plan_record import PlanRecord
 from pipeline.result_columns import known_names
 from pipeline.runtime import Runtime
-from storage import failpoints, jobs, locations, retries
+from storage import failpoints, finalizing, jobs, locations, retries
 from storage.errors import Conflict, InvalidInput, InvalidJob
 from storage.records import Job
+from storage.states import JobState
 
 ERROR_COLUMN = "error"
 
@@ -34,7 +35,8 @@ class _Prepared:
 
 
 def submit_job(runtime: Runtime, fields: dict[str, Any], *, resume: bool = False, plan: bool = False) -> Job:
-    """Validate a request and queue it as ``validating``. With ``resume``, the live job that does the same work instead.
+    """Validate a request and queue it as ``validating``. With ``resume``, the job that does the same work instead: the
+    live one, or the completed one whose output is there and whose input and model are as they were.
 
     With ``plan`` the input is read first and the job comes back planned. Raises :class:`InvalidJob` and its kin, naming
     the field and the reason; nothing is stored then.
@@ -52,6 +54,9 @@ def submit_job(runtime: Runtime, fields: dict[str, Any], *, resume: bool = False
             f"give the same ones to resume it, choose another output, or 'rowmill job cancel {live.id}'",
             field="output",
         )
+    if live is None and resume and not spec.overwrite and (done := _done_before(runtime, spec, model)) is not None:
+        runtime.notify(f"job {done.id} has done this already; --overwrite (overwrite=True) does it again")
+        return done
     known = jobs.has_key(runtime.database, spec.tenant, spec.idempotency_key)
     if live is None and not known and not spec.overwrite:
         refuse_existing(runtime.store, spec.output)
@@ -82,6 +87,19 @@ def submit_job(runtime: Runtime, fields: dict[str, Any], *, resume: bool = False
         runtime.store.delete_tree(locations.work_dir(spec.output, job_id))
         return job
     return _store_plan(runtime, job, spec, prepared) if prepared is not None else job
+
+
+def _done_before(runtime: Runtime, spec: JobSpec, model: Model) -> Job | None:
+    store, job = runtime.store, jobs.newest_on_output(runtime.database, spec.output)
+    if job is None or job.state is not JobState.COMPLETED or job.spec_hash != spec.work_hash():
+        return None
+    plan = PlanRecord.from_json(job.plan)
+    if plan.model_digest != model.digest or not store.exists(locations.success(spec.output)):
+        return None
+    sources = finalizing.all_sources(runtime.database, job.id)
+    if plan.converted or not inputs.unchanged(store, spec, sources):
+        return None
+    return job
 
 
 def absolute(spec: JobSpec) -> JobSpec:

@@ -118,6 +118,15 @@ def live_on_output(database: Database, output_uri: str) -> Job | None:
     return None if row is None else rows.job(row)
 
 
+def newest_on_output(database: Database, output_uri: str) -> Job | None:
+    """The job that was the last to write to ``output_uri``, whatever became of it."""
+    job = tables.job
+    query = sa.select(job).where(job.c.output_uri == output_uri).order_by(job.c.id.desc()).limit(1)
+    with database.read() as connection:
+        row = connection.execute(query).first()
+    return None if row is None else rows.job(row)
+
+
 def set_planned(
     database: Database,
     job_id: str,

@@ -274,7 +274,7 @@ def test_a_finished_output_is_only_replaced_on_request(client: Client, texts: Pa
     job = fields(texts, tmp_path / "out", shard_rows=100)
     client.run(**job)
     with pytest.raises(Conflict, match="overwrite"):
-        client.run(**job)
+        client.run(**(job | {"prompt": "New: {text}"}))
     client.run(**(job | {"prompt": "New: {text}", "shard_rows": 1000}), overwrite=True)
     assert len(list((tmp_path / "out" / "data").iterdir())) == 1
     assert "New:" in published(tmp_path / "out").column("output")[0].as_py()
@@ -370,3 +370,19 @@ def test_an_idempotency_key_is_one_job(client: Client, texts: Path, tmp_path: Pa
         client.submit(**(job | {"prompt": "Other: {text}"}))
     with pytest.raises(Conflict, match="already holds published rows"):
         client.submit(**(job | {"idempotency_key": "wednesday"}))
+
+
+def test_the_same_request_after_it_is_done_does_nothing(client: Client, texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = client.run(**fields(texts, out))
+    notices: list[str] = []
+    again = client.run(**fields(texts, out), on_notice=notices.append)
+    assert (again.id, again.state, again.attempts) == (done.id, JobState.COMPLETED, done.attempts)
+    assert "has done this already" in notices[-1]
+    with pytest.raises(Conflict, match="already holds published rows"):
+        client.run(**fields(texts, out, prompt="Other: {text}"))
+    first = sorted(texts.glob("*.parquet"))[0]
+    pq.write_table(pq.read_table(first).slice(1), first)
+    with pytest.raises(Conflict, match="already holds published rows"):
+        client.run(**fields(texts, out))  # the input has changed
+    assert client.run(**fields(texts, out, overwrite=True)).rows_done == 999
