@@ -22,7 +22,7 @@ from pipeline.plan_record import PlanRecord
 from pipeline.result_columns import known_fields
 from pipeline.runtime import Runtime
 from storage import failpoints, finalizing, garbage, locations, parquet, reports
-from storage.errors import CorruptFile, InputChanged, InvalidInput
+from storage.errors import CorruptFile, InputChanged, InvalidInput, LeaseLost
 from storage.finalizing import Closed
 from storage.objects import ObjectStore
 from storage.records import Job, PartFile, Shard
@@ -42,16 +42,31 @@ def finalize_job(runtime: Runtime, job_id: str | None = None) -> Job | None:
     if job is None:
         return None
     failpoints.hit("finalize.claimed")
-    job = _publish(runtime, job)
-    target = finalizing.end_state(job)
-    failpoints.hit("finalize.complete")
-    error = job.error or _why(runtime, job, target)
-    ended = _complete(runtime, job, target, error)
-    _sweep(runtime, job, target)
+    try:
+        return _finalize(runtime, job)
+    except LeaseLost:
+        # Too late. But since this finalizer last looked, something that it did may have reached the output.
+        patiently(lambda: finalizing.report_touched(runtime.database, job.output_uri, actor=runtime.actor))
+        raise
+
+
+def _finalize(runtime: Runtime, job: Job) -> Job:
+    while True:
+        job = _publish(runtime, job)
+        target = finalizing.end_state(job)
+        failpoints.hit("finalize.complete")
+        error = job.error or _why(runtime, job, target)
+        useless = _useless(runtime, job, target)
+        # Listed before the job ends: from then on a retry may begin, whose attempts write below the same place.
+        files = runtime.store.list_tree(useless) if useless is not None and _is_embedded(runtime) else []
+        ended = _complete(runtime, job, target, error)
+        if ended is not None:
+            break
+    _let_go(runtime, ended, useless, files)
     return ended
 
 
-def _complete(runtime: Runtime, job: Job, target: JobState, error: str | None) -> Job:
+def _complete(runtime: Runtime, job: Job, target: JobState, error: str | None) -> Job | None:
     return patiently(lambda: finalizing.complete(runtime.database, job, target, actor=runtime.actor, error=error))
 
 
@@ -70,6 +85,7 @@ def _publish(runtime: Runtime, job: Job) -> Job:
         runtime.notify(f"{output} keeps what an earlier job published; this one did not complete")
         return job
     finalizing.begin_publishing(runtime.database, job, actor=runtime.actor)
+    failpoints.hit("finalize.publishing")
     # Readers trust the marks, so these go first and come back last.
     store.delete([locations.success(output), locations.manifest(output)])
     entries: list[dict[str, Any]] = []
@@ -77,7 +93,7 @@ def _publish(runtime: Runtime, job: Job) -> Job:
     lost: dict[str, str] = {}
     for count, closed in enumerate(finalizing.closed_shards(runtime.database, job.id)):
         if count % _RENEW_EVERY == 0:
-            finalizing.renew(runtime.database, job, lease_seconds=runtime.settings.lease_seconds)
+            _renew(runtime, job)
         try:
             entry = _publish_shard(runtime, job, closed)
         except CorruptFile as error:
@@ -92,6 +108,7 @@ def _publish(runtime: Runtime, job: Job) -> Job:
         target = finalizing.end_state(job)
     if not entries and target is JobState.COMPLETED:
         names.add(_publish_empty(runtime, job))
+    _renew(runtime, job)
     _remove_stale(runtime, output, names)
     if not entries and target is not JobState.COMPLETED:
         return job
@@ -104,6 +121,7 @@ def _publish(runtime: Runtime, job: Job) -> Job:
         published_at=runtime.database.clock(),
         versions={"python": platform.python_version()} | {name: metadata.version(name) for name in _LIBRARIES},
     )
+    _renew(runtime, job)
     store.put_bytes(locations.manifest(output), json.dumps(document, indent=2).encode())
     failpoints.hit("finalize.success")
     if target is JobState.COMPLETED:
@@ -203,20 +221,32 @@ def _remove_stale(runtime: Runtime, output: str, names: set[str]) -> None:
     runtime.store.delete([item.uri for item in there if item.uri not in names])
 
 
-def _sweep(runtime: Runtime, job: Job, target: JobState) -> None:
-    """Let go of what is not final.
+def _renew(runtime: Runtime, job: Job) -> None:
+    finalizing.renew(runtime.database, job, lease_seconds=runtime.settings.lease_seconds)
 
-    A whole output needs none of it (only a retry of failed rows reads converted input again). What a partial one was
-    made of stays for a retry, until the retention is over; where nothing was flushed, there is nothing to keep.
+
+def _is_embedded(runtime: Runtime) -> bool:
+    return runtime.settings.broker_url is None
+
+
+def _useless(runtime: Runtime, job: Job, target: JobState) -> str | None:
+    """The folder of which nothing is needed once the job has ended.
+
+    A whole output needs none of the work (only a retry of failed rows reads converted input again). What a partial one
+    was made of stays for a retry, until the retention is over; where nothing was flushed, there is nothing to keep.
     """
-    store, settings, work = runtime.store, runtime.settings, locations.work_dir(job.output_uri, job.id)
-    embedded = settings.broker_url is None
-    useless: str | None = work
+    work = locations.work_dir(job.output_uri, job.id)
     if target is not JobState.COMPLETED:
-        useless = None if reports.progress(runtime.database, job).rows_done else work
-    elif job.rows_failed and job.plan["converted"]:
-        useless = locations.attempts_dir(job.output_uri, job.id)
-    if embedded and useless is not None:
-        store.delete_tree(useless)
-    if useless != work or not embedded:
+        return None if reports.progress(runtime.database, job).rows_done else work
+    if job.rows_failed and job.plan["converted"]:
+        return locations.attempts_dir(job.output_uri, job.id)
+    return work
+
+
+def _let_go(runtime: Runtime, job: Job, useless: str | None, files: list[str]) -> None:
+    """Delete, of what is useless, the files that were there when the job ended; in a fleet, after the retention."""
+    settings, work = runtime.settings, locations.work_dir(job.output_uri, job.id)
+    if useless is not None and _is_embedded(runtime):
+        runtime.store.delete_tree(useless, files)
+    if useless != work or not _is_embedded(runtime):
         garbage.enqueue(runtime.database, job.id, work, delay=settings.attempt_retention_hours * 3600)

@@ -88,8 +88,10 @@ def _work(
     if interrupt.cancelled:
         raise Interrupted(f"job {job_id} was interrupted; everything finished is flushed")
     while True:
-        with suppress(LeaseLost):  # cancelled while it was being published: the next round sees to it
+        try:
             finalize_job(runtime, job_id)
+        except LeaseLost:
+            continue  # cancelled while it was being published, or somebody else publishes it: see what there is to do
         job = jobs.get(runtime.database, job_id)
         status = job_status(runtime.database, job)
         if job.state in TERMINAL_JOB:

@@ -16,6 +16,7 @@ POINTS = {
     "commit.assembled": "the shard's output is stored and verified; the commit has not begun",
     "commit.done": "the commit is committed; the worker does not know what comes next",
     "finalize.claimed": "the finalizer has its epoch; nothing was published",
+    "finalize.publishing": "the database knows that the job publishes; nothing was deleted or published",
     "finalize.part": "one more part file is published",
     "finalize.manifest": "every part is published, the manifest is not",
     "finalize.success": "the manifest is published, _SUCCESS is not",

@@ -14,7 +14,7 @@ from storage.database import Database, now, unpack
 from storage.errors import LeaseLost
 from storage.jobs import next_generation
 from storage.records import OUTPUT_SEQ, Job, PartFile, Shard, Source
-from storage.states import JobState, ShardState
+from storage.states import TERMINAL_JOB, JobState, ShardState
 from storage.transitions import move_job, record
 
 
@@ -35,23 +35,24 @@ class Closed:
 def claim_finalize(database: Database, *, owner: str, lease_seconds: float, job_id: str | None = None) -> Job | None:
     """Take over the publishing of a job whose shards have all ended; ``None`` when there is none to take.
 
-    Raises the epoch: a finalizer that was thought dead can no longer complete the job.
+    Or that of a job that has ended, whose output was :func:`report_touched`: it is published once more. Raises the
+    epoch: a finalizer that was thought dead can no longer complete the job.
     """
     job = tables.job
-    query = (
-        sa.select(job)
-        .where(
-            sa.or_(job.c.state == JobState.FINALIZING, sa.and_(job.c.state == JobState.CANCELLING, job.c.n_open == 0)),
-            sa.or_(job.c.finalize_until.is_(None), job.c.finalize_until < now()),
-        )
-        .order_by(job.c.id)
-        .limit(1)
-    )
-    if job_id is not None:
-        query = query.where(job.c.id == job_id)
+    newer = job.alias()
+    ready = sa.or_(job.c.state == JobState.FINALIZING, sa.and_(job.c.state == JobState.CANCELLING, job.c.n_open == 0))
+    overtaken = sa.exists().where(newer.c.output_uri == job.c.output_uri, newer.c.id > job.c.id, newer.c.publishing)
+    touched = sa.and_(job.c.touched, job.c.state.in_(TERMINAL_JOB), ~overtaken)
+    free = sa.or_(job.c.finalize_until.is_(None), job.c.finalize_until < now())
     with database.write() as connection:
-        found = connection.execute(database.locked(query, skip=True)).first()
-        if found is None:
+        for which in (ready, touched):
+            query = sa.select(job).where(which, free).order_by(job.c.id).limit(1)
+            if job_id is not None:
+                query = query.where(job.c.id == job_id)
+            found = connection.execute(database.locked(query, skip=True)).first()
+            if found is not None:
+                break
+        else:
             return None
         connection.execute(
             job.update()
@@ -62,6 +63,21 @@ def claim_finalize(database: Database, *, owner: str, lease_seconds: float, job_
         return rows.job(connection.execute(sa.select(job).where(job.c.id == found.id)).one())
 
 
+def report_touched(database: Database, output_uri: str, *, actor: str) -> None:
+    """Note that a finalizer which had lost its lease may have disturbed what is published at ``output_uri``.
+
+    No database can fence a delete in an object store. So the job that published there last publishes again: before it
+    completes, or after that.
+    """
+    job = tables.job
+    newest = sa.select(job.c.id).where(job.c.output_uri == output_uri, job.c.publishing).order_by(job.c.id.desc())
+    with database.write() as connection:
+        job_id = connection.execute(newest.limit(1)).scalar()
+        if job_id is not None:
+            connection.execute(job.update().where(job.c.id == job_id).values(touched=True))
+            record(connection, job_id, "finalize.touched", actor)
+
+
 def renew(database: Database, claimed: Job, *, lease_seconds: float) -> None:
     """Keep the finalizer's lease, or :class:`LeaseLost`."""
     with database.write() as connection:
@@ -70,9 +86,20 @@ def renew(database: Database, claimed: Job, *, lease_seconds: float) -> None:
 
 def begin_publishing(database: Database, claimed: Job, *, actor: str) -> None:
     """Note that this job replaces from now on what is published at its output, or :class:`LeaseLost`."""
+    job = tables.job
     with database.write() as connection:
-        _update(connection, claimed, publishing=True)
+        _update(connection, claimed, publishing=True, touched=False)
         record(connection, claimed.id, "finalize.publishing", actor, data={"epoch": claimed.finalize_epoch})
+    if claimed.state in TERMINAL_JOB:
+        return
+    # An earlier job that is publishing here once more has lost the output by now. A transaction of its own: two jobs'
+    # rows are never locked in one.
+    with database.write() as connection:
+        connection.execute(
+            job.update()
+            .where(job.c.output_uri == claimed.output_uri, job.c.id < claimed.id, job.c.finalize_owner.is_not(None))
+            .values(finalize_epoch=job.c.finalize_epoch + 1, finalize_owner=None, finalize_until=None)
+        )
 
 
 def _update(connection: sa.Connection, claimed: Job, **values: Any) -> None:
@@ -166,7 +193,9 @@ def shard_sources(database: Database, shard: Shard) -> dict[int, Source]:
 
 
 def end_state(job: Job) -> JobState:
-    """What a job whose shards have all ended will end as."""
+    """What a job whose shards have all ended will end as, or has ended as."""
+    if job.state in TERMINAL_JOB:
+        return job.state
     if job.state is JobState.CANCELLING:
         return {"cancelled": JobState.CANCELLED, "expired": JobState.EXPIRED}.get(
             job.stop_reason or "", JobState.FAILED
@@ -174,25 +203,24 @@ def end_state(job: Job) -> JobState:
     return JobState.FAILED if job.n_dead else JobState.COMPLETED
 
 
-def complete(database: Database, claimed: Job, target: JobState, *, actor: str, error: str | None = None) -> Job:
-    """End the job, if this finalizer is still the one. Raises :class:`LeaseLost` otherwise."""
+def complete(database: Database, claimed: Job, target: JobState, *, actor: str, error: str | None = None) -> Job | None:
+    """End the job, if this finalizer is still the one: else :class:`LeaseLost`.
+
+    ``None``, and the job goes on, when the output was :func:`report_touched` meanwhile: it must be published again.
+    """
     job = tables.job
     with database.write() as connection:
         found = connection.execute(database.locked(sa.select(job).where(job.c.id == claimed.id))).one()
         if found.finalize_epoch != claimed.finalize_epoch or found.state != claimed.state:
             raise LeaseLost(f"job {claimed.id} moved on while it was being published")
-        values: dict[str, Any] = {} if error is None else {"error": error}
-        move_job(
-            connection,
-            claimed.id,
-            claimed.state,
-            target,
-            actor,
-            ended_at=now(),
-            finalize_owner=None,
-            finalize_until=None,
-            **values,
-        )
+        if found.touched and found.publishing:
+            return None
+        values: dict[str, Any] = {"finalize_owner": None, "finalize_until": None}
+        if claimed.state in TERMINAL_JOB:
+            _update(connection, claimed, **values)
+        else:
+            values |= {"ended_at": now()} if error is None else {"ended_at": now(), "error": error}
+            move_job(connection, claimed.id, claimed.state, target, actor, **values)
         return rows.job(connection.execute(sa.select(job).where(job.c.id == claimed.id)).one())
 
 

@@ -71,6 +71,7 @@ job = sa.Table(
     sa.Column("max_failed_rows", Big),
     sa.Column("finalize_epoch", sa.Integer, nullable=False, server_default="0"),
     sa.Column("publishing", sa.Boolean, nullable=False, server_default=sa.text("false")),
+    sa.Column("touched", sa.Boolean, nullable=False, server_default=sa.text("false")),
     sa.Column("finalize_owner", sa.Text),
     sa.Column("finalize_until", Seconds),
     sa.Column("created_at", Seconds, nullable=False),
@@ -82,6 +83,7 @@ job = sa.Table(
     sa.Index("uq_job_tenant_idem_key", "tenant", "idem_key", unique=True),
     sa.Index("uq_job_live_output", "output_uri", unique=True, sqlite_where=_LIVE_JOB, postgresql_where=_LIVE_JOB),
     sa.Index("ix_job_output_uri", "output_uri"),
+    sa.Index("ix_job_touched", "id", sqlite_where=sa.text("touched"), postgresql_where=sa.text("touched")),
     sa.Index("ix_job_live_state", "state", sqlite_where=_LIVE_JOB, postgresql_where=_LIVE_JOB),
 )
 

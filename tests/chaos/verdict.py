@@ -144,7 +144,7 @@ class Verdict:
             number, at = 0, ShardState.READY
             for event in mine:
                 entity, _, state = event.type.partition(".")
-                if entity != "shard" or state == "flush":
+                if entity != "shard" or state not in states.SHARD:
                     continue
                 if state not in states.SHARD[at]:
                     yield f"shard {shard.id}: its events go from {at} to {state}"
@@ -211,6 +211,9 @@ class Verdict:
         yield from self._manifest(job, asked, files, table)
 
     def _manifest(self, job: sa.Row[Any], asked: Asked, files: list[Path], table: pa.Table) -> Iterator[str]:
+        if not (asked.output / "_manifest.json").exists():
+            yield "it has rows and no manifest"
+            return
         manifest = json.loads((asked.output / "_manifest.json").read_text())
         listed = {asked.output / part["path"]: part["sha256"] for part in manifest["parts"]}
         if set(listed) != set(files):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.worker import Worker
 from storage import jobs
 from storage.states import JobState
-from tests.faults.driver import KILLED, World
+from tests.faults.driver import KILLED, World, wait_stopped, wait_until
 from tests.faults.sabotage import work
 
 POINTS = [
@@ -62,6 +64,31 @@ def test_25_a_finalizer_of_another_machine_is_waited_for(world: World) -> None:
     assert world.worker(arm={"finalize.manifest": "exit"}).join() == KILLED
     work(world, job)
     assert world.events(job, "finalize.claimed") == 2
+    world.check(job)
+
+
+@pytest.mark.parametrize(
+    "point",
+    ["finalize.publishing", "finalize.part@2", "finalize.manifest", "finalize.success", "finalize.complete"],
+)
+def test_25_a_finalizer_wakes_up_after_another_has_completed(world: World, point: str) -> None:
+    """Fault 25 with a stop (found by chaos): what the late one deletes or replaces is published again."""
+    world.replace_settings(lease_seconds=1.0)
+    job = world.submit(shard_rows=111)
+    name, _, hit = point.partition("@")
+    late = world.worker(arm={name: f"stop@{hit}" if hit else "stop"})
+    wait_stopped(late)
+    work(world, job)
+    assert visible(world) == (200, True, True)
+    late.signal(signal.SIGCONT)
+    wait_until(lambda: world.events(job, "finalize.touched"), "the report of the late finalizer")
+    late.kill()
+    other = Worker(world.settings)
+    try:
+        wait_until(lambda: (other.finalize(), not world.rows("job", id=job)[0].touched)[1], "the end of the repair")
+    finally:
+        other.close()
+    assert visible(world) == (200, True, True)
     world.check(job)
 
 
