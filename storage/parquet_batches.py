@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -17,8 +16,8 @@ from storage.object_errors import explain
 
 _STREAM_BYTES = 2**20
 """Bytes of each column chunk that are read ahead, instead of whole chunks."""
-_MANY = 4
-"""Times the byte limit that a batch might take before its dictionaries are kept until it is cut."""
+_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 8, "FLOAT": 4, "DOUBLE": 8, "BYTE_ARRAY": 4}
+"""Bytes that a value takes in memory at least; of text, its offset."""
 _DICTIONARY = frozenset({"RLE_DICTIONARY", "PLAIN_DICTIONARY"})
 
 
@@ -65,11 +64,12 @@ def row_groups(footer: pq.FileMetaData, lo: int, hi: int) -> Iterator[GroupRange
 class Readable:
     """An open Parquet file. ``columns`` are those of the wanted top-level columns that it has (``None``: all).
 
-    Batches get as many rows as the footer says fit into ``batch_bytes``. Where a dictionary lets a small chunk unfold
-    into huge values, the footer's sizes prove nothing: such columns stay dictionaries until the batch was cut.
+    Batches get as many rows as surely fit into ``batch_bytes``: by the footer's sizes and, where a dictionary lets a
+    small chunk unfold into huge values, by the longest value of that dictionary.
     """
 
     def __init__(self, file: Any, uri: str, columns: Sequence[str] | None, batch_rows: int, batch_bytes: int) -> None:
+        self._file = file
         self._batch_rows, self._batch_bytes = batch_rows, batch_bytes
         plain = pq.ParquetFile(file)
         self.footer = plain.metadata
@@ -77,15 +77,7 @@ class Readable:
         self.columns = self.schema.names if columns is None else [n for n in columns if n in self.schema.names]
         self._all = columns is None
         self._indices = self._wanted()
-        self._folded = self._foldable()
-        self._parquet = pq.ParquetFile(
-            file,
-            metadata=self.footer,
-            read_dictionary=self._folded or None,
-            buffer_size=_STREAM_BYTES,
-            pre_buffer=False,
-            page_checksum_verification=True,
-        )
+        self._parquet = self._opened(())
 
     def batches(self, group: GroupRange) -> Iterator[tuple[int, pa.RecordBatch]]:
         """The group's rows in order: (row number in the file of the first, batch)."""
@@ -102,8 +94,17 @@ class Readable:
             if lo >= group.hi:
                 return
             begin, end = max(lo, group.lo), min(position, group.hi)
-            for at, piece in self._unfolded(batch.slice(begin - lo, end - begin)):
-                yield begin + at, piece
+            yield begin, batch.slice(begin - lo, end - begin)
+
+    def _opened(self, dictionaries: Sequence[str]) -> pq.ParquetFile:
+        return pq.ParquetFile(
+            self._file,
+            metadata=self.footer,
+            read_dictionary=list(dictionaries) or None,
+            buffer_size=_STREAM_BYTES,
+            pre_buffer=False,
+            page_checksum_verification=True,
+        )
 
     def _wanted(self) -> list[int]:
         paths = [self.footer.schema.column(i).path for i in range(self.footer.num_columns)]
@@ -111,64 +112,66 @@ class Readable:
         # A column name may hold dots itself: "a.b" is asked for by its whole path.
         return [i for i, path in enumerate(paths) if self._all or path in wanted or path.split(".")[0] in wanted]
 
-    def _chunks(self, number: int) -> Iterator[Any]:
-        group = self.footer.row_group(number)
-        return (group.column(i) for i in self._indices)
-
     def _rows_per_batch(self, number: int) -> int:
-        rows = max(1, self.footer.row_group(number).num_rows)
-        n_bytes = sum(max(0, chunk.total_uncompressed_size) for chunk in self._chunks(number))
-        return int(max(1, min(self._batch_rows, self._batch_bytes * rows // max(1, n_bytes))))
+        """Rows of the group that stay within the limit: on average by the footer, at the worst by dictionaries.
 
-    def _foldable(self) -> list[str]:
-        folded: dict[str, None] = {}
-        for number in range(self.footer.num_row_groups):
-            rows = min(self._batch_rows, self.footer.row_group(number).num_rows)
-            for chunk in self._chunks(number):
-                name = chunk.path_in_schema
-                if (
-                    chunk.physical_type == "BYTE_ARRAY"
-                    and _DICTIONARY.intersection(chunk.encodings)
-                    # No value is longer than its chunk.
-                    and chunk.total_uncompressed_size * rows > _MANY * self._batch_bytes
-                    and self.schema.names.count(name) == 1
-                    and _is_text(self.schema.field(name).type)
-                ):
-                    folded[name] = None
-        return list(folded)
+        A repeated value costs next to nothing in the file, so a chunk counts for its values' full width at least.
+        """
+        group = self.footer.row_group(number)
+        rows = max(1, group.num_rows)
+        n_bytes = worst = 0
+        for index in self._indices:
+            chunk = group.column(index)
+            stored, values = max(0, chunk.total_uncompressed_size), max(0, chunk.num_values)
+            n_bytes += max(stored, values * self._width(index, chunk.physical_type))
+            if chunk.physical_type == "BYTE_ARRAY" and _DICTIONARY.intersection(chunk.encodings):
+                per_row = -(-values // rows)
+                # No value is longer than its chunk: most chunks need no look at their dictionary.
+                if stored * per_row * min(rows, self._batch_rows) > self._batch_bytes:
+                    few = max(1, min(self._batch_rows, self._batch_bytes // max(1, 4 * per_row)))
+                    worst += per_row * self._longest_in_dictionary(number, chunk.path_in_schema, few)
+        fits = min(self._batch_bytes * rows // max(1, n_bytes), self._batch_bytes // max(1, worst))
+        return int(max(1, min(self._batch_rows, fits)))
 
-    def _unfolded(self, batch: pa.RecordBatch) -> Iterator[tuple[int, pa.RecordBatch]]:
-        if not self._folded:
-            yield 0, batch
-            return
-        lengths = np.zeros(batch.num_rows, dtype=np.int64)
-        for name in self._folded:
-            column: Any = batch.column(name)
-            sizes = pc.fill_null(pc.binary_length(column.dictionary), 0).to_numpy(zero_copy_only=False)
-            if len(sizes):
-                indices = pc.fill_null(column.indices, 0).to_numpy(zero_copy_only=False)
-                lengths += np.where(column.is_null().to_numpy(zero_copy_only=False), 0, sizes[indices])
-        ends = np.cumsum(lengths)
-        lo = 0
-        while lo < batch.num_rows:
-            before = int(ends[lo - 1]) if lo else 0
-            hi = max(lo + 1, int(np.searchsorted(ends, before + self._batch_bytes, side="right")))
-            piece = batch.slice(lo, hi - lo)
-            arrays: list[Any] = list(piece.columns)
-            for name in self._folded:
-                at = piece.schema.get_field_index(name)
-                arrays[at] = arrays[at].dictionary_decode()
-            yield lo, pa.RecordBatch.from_arrays(arrays, names=piece.schema.names)
-            lo = hi
+    def _width(self, index: int, physical_type: str) -> int:
+        if physical_type == "FIXED_LEN_BYTE_ARRAY":
+            return max(0, self.footer.schema.column(index).length)
+        return _WIDTHS.get(physical_type, 0)
+
+    def _longest_in_dictionary(self, number: int, path: str, few: int) -> int:
+        """Bytes of the longest value that the chunk's dictionary page holds; 0 when it has none.
+
+        The dictionary comes with the first value, which is in the first ``few`` rows unless those are all empty lists.
+        """
+        if any(pa.types.is_dictionary(f.type) for f in self.schema if f.name in (path, path.split(".")[0])):
+            return 0  # stays a dictionary in memory
+        for batch in self._opened([path]).iter_batches(
+            batch_size=few, row_groups=[number], columns=[path], use_threads=False
+        ):
+            found = [values for column in batch.columns for values in _dictionaries(column)]
+            lengths = [int(pc.max(pc.binary_length(values)).as_py() or 0) for values in found if len(values)]
+            if lengths:
+                return max(lengths)
+        return 0
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-    )
+def _dictionaries(column: Any) -> Iterator[Any]:
+    """The dictionaries of text or bytes at the leaves of a column."""
+    if isinstance(column, pa.ExtensionArray):
+        yield from _dictionaries(column.storage)
+    elif isinstance(column, pa.DictionaryArray):
+        kind = column.dictionary.type
+        if pa.types.is_string(kind) or pa.types.is_binary(kind) or _is_large(kind):
+            yield column.dictionary
+    elif isinstance(column, pa.StructArray):
+        for at in range(column.type.num_fields):
+            yield from _dictionaries(column.field(at))
+    elif isinstance(column, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
+        yield from _dictionaries(column.values)
+
+
+def _is_large(kind: pa.DataType) -> bool:
+    return pa.types.is_large_string(kind) or pa.types.is_large_binary(kind)
 
 
 def without_columns(group: GroupRange, batch_rows: int) -> Iterator[tuple[int, pa.RecordBatch]]:

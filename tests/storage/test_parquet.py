@@ -271,6 +271,38 @@ def test_a_small_file_that_unfolds_to_gigabytes_is_read_in_small_batches(tmp_pat
     assert seen == 400
 
 
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [
+        ("text in lists", pa.array([[], *[["x" * 200_000] * 10] * 99])),
+        ("text in structs", pa.array([{"b": {"c": "x" * 200_000}}] * 400)),
+        ("numbers in lists", pa.array([[0.0] * 200_000] * 100)),
+        ("bytes of one length", pa.array([b"x" * 200_000] * 400, pa.binary(200_000))),
+    ],
+)
+def test_a_value_that_is_stored_once_counts_each_time(tmp_path: Path, name: str, column: pa.Array[Any]) -> None:
+    path = tmp_path / "bomb.parquet"
+    pq.write_table(pa.table({"a": column}), path, store_schema=False)
+    schema = pq.read_schema(path)
+    assert path.stat().st_size < 2_000_000
+    before = pa.total_allocated_bytes()
+    batches = parquet.read(
+        STORE, {0: source(path)}, [Slice(0, 0, 20)], schema=schema, columns=["a"], only=None, batch_rows=1024,
+        batch_bytes=8_000_000,
+    )  # fmt: skip
+    for _, batch in batches:
+        assert batch.nbytes < 10_000_000
+        assert pa.total_allocated_bytes() - before < 60_000_000
+
+
+def test_long_values_that_are_not_repeated_do_not_make_small_batches(tmp_path: Path) -> None:
+    table = pa.table({"a": [os.urandom(500).hex() for _ in range(20_000)]})
+    pq.write_table(table, tmp_path / "f.parquet")
+    found = read([source(tmp_path / "f.parquet")], batch_rows=1024, batch_bytes=2**21)
+    assert values_of(found) == table.column("a").to_pylist()
+    assert len(found) == 20
+
+
 def test_reading_from_s3(s3: S3) -> None:
     store = ObjectStore(s3.storage_options)
     table = pa.table({"a": range(5000), "b": [os.urandom(50).hex() for _ in range(5000)]})
