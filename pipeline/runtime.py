@@ -47,6 +47,7 @@ class Runtime:
     def close(self) -> None:
         """End the engines and the connections."""
         self.engines.close()
+        self.store.close()
         self.database.close()
 
 

@@ -25,6 +25,8 @@ from storage.local_files import OnConflict
 from storage.locations import WORK_FOLDER, normalize, protocol
 from storage.new_file import NewFile, NewLocalFile, NewRemoteFile, Written
 from storage.object_errors import explain, no_filesystem
+from storage.parked import Parked
+from storage.ranges import RangeReader
 from storage.transient import response_code, retrying
 
 __all__ = ["NewFile", "ObjectInfo", "ObjectStore", "Written"]
@@ -34,7 +36,6 @@ T = TypeVar("T")
 RETRY_SECONDS = 60.0
 """How long one operation is tried again before it counts as unreachable."""
 _CHUNK = 2**20
-_BLOCK = 2 * 2**20
 _DELETERS = 8
 _MARK = "rowmill-put"
 _THERE_ALREADY = ("PreconditionFailed", "412")
@@ -75,6 +76,12 @@ class ObjectStore:
         self._retry_seconds = retry_seconds
         self._filesystems: dict[tuple[int, str], Any] = {}
         self._lock = threading.Lock()
+        self.parked = Parked()
+        """Parquet readers that stopped within a file, for the shard that goes on there."""
+
+    def close(self) -> None:
+        """Let go of files that were left open. The store can still be used."""
+        self.parked.close()
 
     def stat(self, uri: str) -> ObjectInfo | None:
         """The object's size and etag; ``None`` when there is none (a folder is none)."""
@@ -120,14 +127,20 @@ class ObjectStore:
         return self._call(pattern, look)
 
     def open(self, uri: str) -> BinaryIO:
-        """A seekable binary reader, also for pyarrow. Its reads are tried again like everything else."""
+        """A seekable binary reader, also for pyarrow. Its reads are tried again like everything else.
+
+        A remote one is a :class:`RangeReader`: told what will be read, it fetches that and nothing else.
+        """
         uri = normalize(uri)
         if protocol(uri) == "file":
             return self._call(uri, lambda: cast(BinaryIO, Path(uri).open("rb")))
-        # Blocks, since Parquet reads several columns at once: readahead would throw away what the next column needs.
-        cache = {"block_size": _BLOCK, "cache_type": "blockcache", "cache_options": {"maxblocks": 16}}
-        file = self._call(uri, lambda: self._fresh(uri).open(self._path(uri), "rb", **cache))
-        return cast(BinaryIO, _PatientReader(uri, file, self._call))
+        file = self._call(uri, lambda: self._fresh(uri).open(self._path(uri), "rb", cache_type="none"))
+
+        def fetch(lo: int, hi: int) -> bytes:
+            return self._call(uri, lambda: _exactly(file, lo, hi))
+
+        etag = _remote_info(uri, file.details).etag if getattr(file, "read_kw", {}).get("IfMatch") else None
+        return cast(BinaryIO, RangeReader(file.size, fetch, file.close, etag))
 
     def read_bytes(self, uri: str) -> bytes:
         uri = normalize(uri)
@@ -354,38 +367,16 @@ def _remote_info(uri: str, info: Mapping[str, Any]) -> ObjectInfo:
     return ObjectInfo(uri, n_bytes, f"{n_bytes:x}-{changed}")
 
 
-class _PatientReader(io.RawIOBase):
-    """A reader whose reads are tried again: fsspec's own moves on only after a read has succeeded."""
-
-    def __init__(self, uri: str, file: Any, call: Callable[..., Any]) -> None:
-        super().__init__()
-        self._uri, self._file, self._call = uri, file, call
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return cast(int, self._file.tell())
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return cast(int, self._file.seek(offset, whence))
-
-    def read(self, size: int | None = -1) -> bytes:
-        return cast(bytes, self._call(self._uri, lambda: self._file.read(-1 if size is None else size)))
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        data = self.read(view.nbytes)
-        view[: len(data)] = data
-        return len(data)
-
-    def readall(self) -> bytes:
-        return self.read()
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-        super().close()
+def _exactly(file: Any, lo: int, hi: int) -> bytes:
+    """Bytes ``[lo, hi)`` of an fsspec file without a cache: one request."""
+    file.seek(lo)
+    try:
+        data = cast(bytes, file.read(hi - lo))
+    except IndexError as error:
+        # s3fs looks into the arguments of a time-out, which has none.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+    if len(data) != hi - lo:
+        raise ConnectionError(f"the store sent {len(data)} bytes of the {hi - lo} asked for")
+    return data

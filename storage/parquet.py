@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from types import TracebackType
@@ -87,23 +87,49 @@ def _read_file(
     batch_rows: int,
     batch_bytes: int,
 ) -> Iterator[tuple[RowIds, pa.RecordBatch]]:
-    _check_unchanged(store, source)
-    with store.open(source.uri) as file:
-        with readable(source.uri, InvalidInput, "it is not a readable Parquet file"):
-            reader = Readable(file, source.uri, target.names, batch_rows, batch_bytes)
+    key = (source.uri, source.etag, tuple(target.names), batch_rows, batch_bytes)
+    reader: Readable | None = store.parked.take(key, pieces[0][1].row_lo)
+    if reader is None:
+        reader = _open(store, source, target.names, batch_rows, batch_bytes)
+    try:
         for start, item in pieces:
             shift = start - item.row_lo
-            for group in row_groups(reader.footer, item.row_lo, item.row_lo + item.row_n):
-                if only is not None and not only.range_cardinality(group.lo + shift, group.hi + shift):
-                    continue
+            groups = [
+                group
+                for group in row_groups(reader.footer, item.row_lo, item.row_lo + item.row_n)
+                if only is None or only.range_cardinality(group.lo + shift, group.hi + shift)
+            ]
+            reader.plan(groups)
+            for group in groups:
                 where = f"{source.uri}, row group {group.number}"
                 batches = reader.batches(group) if reader.columns else without_columns(group, batch_rows)
-                for lo, raw in _unchanged(store, source, _guarded(batches, where)):
+                for lo, raw in _unchanged(store, source, reader, _guarded(batches, where)):
                     rows, batch = _selected(lo + shift, raw, only)
                     if len(rows):
                         with readable(where, InvalidInput, "its values do not fit the column types of the job"):
                             batch = conform(batch, target, source.partition)
                         yield rows, batch
+    except BaseException:
+        reader.close()
+        raise
+    last = pieces[-1][1]
+    end = last.row_lo + last.row_n
+    if end < reader.footer.num_rows:
+        # The next shard often goes on here: it need not decode, or fetch, the row group from its start.
+        store.parked.park(key, end, reader)
+    else:
+        reader.close()
+
+
+def _open(store: ObjectStore, source: Source, names: Sequence[str], batch_rows: int, batch_bytes: int) -> Readable:
+    _check_unchanged(store, source)
+    with ExitStack() as stack:
+        file = stack.enter_context(closing(store.open(source.uri)))
+        _check_version(source, getattr(file, "etag", None) or source.etag)
+        with readable(source.uri, InvalidInput, "it is not a readable Parquet file"):
+            reader = Readable(file, source.uri, names, batch_rows, batch_bytes)
+        stack.pop_all()
+    return reader
 
 
 def _guarded(batches: Iterator[tuple[int, pa.RecordBatch]], where: str) -> Iterator[tuple[int, pa.RecordBatch]]:
@@ -116,11 +142,12 @@ def _guarded(batches: Iterator[tuple[int, pa.RecordBatch]], where: str) -> Itera
 
 
 def _unchanged(
-    store: ObjectStore, source: Source, batches: Iterator[tuple[int, pa.RecordBatch]]
+    store: ObjectStore, source: Source, reader: Readable, batches: Iterator[tuple[int, pa.RecordBatch]]
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Hand on only what was read while the file was still the planned one.
 
-    A local file may be written over while it is open, so each batch is checked; at a store, each row group.
+    A local file may be written over while it is open, so each batch is checked; at a store, each row group, unless the
+    store itself refuses to read on from another version.
     """
     try:
         for item in batches:
@@ -130,17 +157,22 @@ def _unchanged(
     except InvalidInput:
         _check_unchanged(store, source)  # it looks damaged because it was overwritten
         raise
-    _check_unchanged(store, source)
+    if not reader.pinned:
+        _check_unchanged(store, source)
 
 
 def _check_unchanged(store: ObjectStore, source: Source) -> None:
     found = store.stat(source.uri)
     if found is None:
         raise InputChanged(f"input file {source.uri} is gone since the job was planned; submit a new job")
-    if found.etag != source.etag:
+    _check_version(source, found.etag)
+
+
+def _check_version(source: Source, etag: str) -> None:
+    if etag != source.etag:
         raise InputChanged(
-            f"input file {source.uri} was changed after the job was planned (it is {found.etag}, and was "
-            f"{source.etag}); submit a new job"
+            f"input file {source.uri} was changed after the job was planned (it is {etag}, and was {source.etag}); "
+            "submit a new job"
         )
 
 
@@ -163,7 +195,9 @@ def scan(
         reader = Readable(file, uri, None, batch_rows, batch_bytes)
 
     def batches() -> Iterator[pa.RecordBatch]:
-        for group in row_groups(reader.footer, 0, reader.footer.num_rows):
+        groups = list(row_groups(reader.footer, 0, reader.footer.num_rows))
+        reader.plan(groups)
+        for group in groups:
             found = reader.batches(group)
             while True:
                 with readable(f"{uri}, row group {group.number}", CorruptFile, "it is damaged"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from storage.errors import RowmillError
 from storage.object_errors import explain
 
-_STREAM_BYTES = 2**20
-"""Bytes of each column chunk that are read ahead, instead of whole chunks."""
+_STREAM_BYTES = (64 * 2**10, 2**20)
+"""Least and most bytes of each column chunk that are read ahead, instead of whole chunks."""
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 8, "FLOAT": 4, "DOUBLE": 8, "BYTE_ARRAY": 4}
 """Bytes that a value takes in memory at least; of text, its offset."""
 _DICTIONARY = frozenset({"RLE_DICTIONARY", "PLAIN_DICTIONARY"})
@@ -78,30 +78,50 @@ class Readable:
         self._all = columns is None
         self._indices = self._wanted()
         self._parquet = self._opened(())
+        self._cursor: _Cursor | None = None
+
+    def plan(self, groups: Iterable[GroupRange]) -> None:
+        """Tell a remote file which bytes will be read: the wanted columns of these groups, and nothing else."""
+        tell = getattr(self._file, "plan", None)
+        if tell is not None:
+            chunks = [chunk for group in groups for chunk in self._chunks(group.number)]
+            tell(map(_place, chunks), streams=len(self._indices), limit=self._batch_bytes)
 
     def batches(self, group: GroupRange) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """The group's rows in order: (row number in the file of the first, batch)."""
-        position = group.first
-        for batch in self._parquet.iter_batches(
-            batch_size=self._rows_per_batch(group.number),
-            row_groups=[group.number],
-            columns=None if self._all else self.columns,
-            use_threads=False,
-        ):
-            lo, position = position, position + batch.num_rows
-            if position <= group.lo:
-                continue
-            if lo >= group.hi:
-                return
-            begin, end = max(lo, group.lo), min(position, group.hi)
-            yield begin, batch.slice(begin - lo, end - begin)
+        """The group's rows in order: (row number in the file of the first, batch).
+
+        A group can only be decoded from its start; a call that continues where the last one ended goes on from there.
+        """
+        cursor = self._cursor
+        if cursor is None or cursor.number != group.number or cursor.position > group.lo:
+            found = self._parquet.iter_batches(
+                batch_size=self._rows_per_batch(group.number),
+                row_groups=[group.number],
+                columns=None if self._all else self.columns,
+                use_threads=False,
+            )
+            cursor = self._cursor = _Cursor(group.number, group.first, found)
+        yield from cursor.read(group.lo, group.hi)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether every byte is sure to be of one version of the file."""
+        return getattr(self._file, "etag", None) is not None
+
+    def close(self) -> None:
+        self._cursor = None
+        self._file.close()
+
+    def _chunks(self, number: int) -> Iterator[Any]:
+        group = self.footer.row_group(number)
+        return (group.column(index) for index in self._indices)
 
     def _opened(self, dictionaries: Sequence[str]) -> pq.ParquetFile:
         return pq.ParquetFile(
             self._file,
             metadata=self.footer,
             read_dictionary=list(dictionaries) or None,
-            buffer_size=_STREAM_BYTES,
+            buffer_size=min(max(self._batch_bytes // max(1, len(self._indices)), _STREAM_BYTES[0]), _STREAM_BYTES[1]),
             pre_buffer=False,
             page_checksum_verification=True,
         )
@@ -135,7 +155,7 @@ class Readable:
 
     def _width(self, index: int, physical_type: str) -> int:
         if physical_type == "FIXED_LEN_BYTE_ARRAY":
-            return max(0, self.footer.schema.column(index).length)
+            return max(0, self.footer.schema.column(index).length or 0)
         return _WIDTHS.get(physical_type, 0)
 
     def _longest_in_dictionary(self, number: int, path: str, few: int) -> int:
@@ -153,6 +173,35 @@ class Readable:
             if lengths:
                 return max(lengths)
         return 0
+
+
+class _Cursor:
+    """A row group being decoded, at row ``position`` of the file."""
+
+    def __init__(self, number: int, first: int, batches: Iterator[pa.RecordBatch]) -> None:
+        self.number, self.position = number, first
+        self._batches = batches
+        self._rest: pa.RecordBatch | None = None
+
+    def read(self, lo: int, hi: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        while self.position < hi:
+            batch = self._rest if self._rest is not None else next(self._batches, None)
+            if batch is None:
+                return
+            first, last = self.position, self.position + batch.num_rows
+            self.position = min(last, hi)
+            self._rest = batch.slice(hi - first) if hi < last else None
+            begin = max(lo, first)
+            if begin < self.position:
+                yield begin, batch.slice(begin - first, self.position - begin)
+
+
+def _place(chunk: Any) -> tuple[int, int]:
+    """Where in the file a column chunk lies: ``[lo, hi)``."""
+    begin = chunk.data_page_offset
+    if chunk.has_dictionary_page and 0 < (chunk.dictionary_page_offset or 0) < begin:
+        begin = chunk.dictionary_page_offset
+    return begin, begin + max(0, chunk.total_compressed_size)
 
 
 def _dictionaries(column: Any) -> Iterator[Any]:

@@ -6,20 +6,38 @@ import http.client
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 CUT = 0
 CUT_AFTER = -1
+STALL = -2
+TRUNCATE = -3
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """``n_bytes``: length of the body that the real endpoint answered with."""
+
+    method: str
+    path: str
+    range: str | None
+    n_bytes: int
 
 
 class Faults:
     """``script`` is asked with (method, path) of each request what to do: ``None`` to let it pass, a status to answer
-    with, ``CUT`` to hang up at once, or ``CUT_AFTER`` to let it take effect and hang up without an answer."""
+    with, ``CUT`` to hang up at once, ``CUT_AFTER`` to let it take effect and hang up without an answer; of the answer's
+    body, ``STALL`` sends the first half and then nothing till the client hangs up, ``TRUNCATE`` hangs up itself.
+
+    ``requests`` are those that reached the endpoint, in order.
+    """
 
     def __init__(self) -> None:
         self.script: Callable[[str, str], int | None] = lambda method, path: None
         self.injected = 0
+        self.requests: list[Request] = []
         self.endpoint = ""
 
     def next(self, status: int, *, method: str, times: int = 1) -> None:
@@ -65,6 +83,9 @@ def proxy(endpoint: str) -> Iterator[Faults]:
                 if status in (CUT, CUT_AFTER):
                     self.connection.close()
                     return
+                if status in (STALL, TRUNCATE):
+                    self._half(status)
+                    return
                 code = _CODES[status]
                 answer = f"<Error><Code>{code}</Code><Message>m</Message></Error>".encode()
                 self.send_response(status)
@@ -84,12 +105,27 @@ def proxy(endpoint: str) -> Iterator[Faults]:
             if self.command != "HEAD":
                 self.wfile.write(data)
 
+        def _half(self, status: int) -> None:
+            reply, data = self._forward(b"")
+            self.send_response(reply.status)
+            for name, value in reply.getheaders():
+                if name.lower() not in ("transfer-encoding", "content-length", "connection"):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+            self.wfile.flush()
+            if status == STALL:
+                self.connection.recv(1)
+
         def _forward(self, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
             connection = http.client.HTTPConnection(target.hostname or "", target.port)
             try:
                 connection.request(self.command, self.path, body, dict(self.headers))
                 reply = connection.getresponse()
-                return reply, reply.read()
+                data = reply.read()
+                faults.requests.append(Request(self.command, self.path, self.headers.get("Range"), len(data)))
+                return reply, data
             finally:
                 connection.close()
 

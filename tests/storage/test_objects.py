@@ -27,7 +27,7 @@ from storage.object_errors import explain
 from storage.objects import ObjectStore
 from storage.transient import is_transient
 from tests.conftest import S3
-from tests.storage.faulty_s3 import CUT, CUT_AFTER, Faults, proxy
+from tests.storage.faulty_s3 import CUT, CUT_AFTER, STALL, TRUNCATE, Faults, proxy
 
 
 @dataclass(frozen=True)
@@ -480,6 +480,41 @@ def test_a_fault_in_the_middle_of_reading_is_retried(shaky: Place, faults: Fault
         faults.next(503, method="GET", times=3)
         assert parquet.read().equals(table)
     assert faults.injected == 3
+
+
+@pytest.mark.parametrize("fault", [STALL, TRUNCATE])
+def test_a_body_that_stalls_or_ends_early_is_read_again(s3: S3, faults: Faults, fault: int) -> None:
+    options = replace(s3, endpoint=faults.endpoint).storage_options
+    options["s3"]["config_kwargs"] = {"read_timeout": 1}
+    store = ObjectStore(options, retry_seconds=20.0)
+    data = os.urandom(300_000)
+    store.put_bytes(s3.url("f"), data)
+    faults.next(fault, method="GET", times=2)
+    with store.open(s3.url("f")) as file:
+        assert file.read(100_000) == data[:100_000]
+        assert file.read() == data[100_000:]
+    assert faults.injected == 2
+    faults.next(fault, method="GET", times=2)
+    assert store.read_bytes(s3.url("f")) == data
+    assert faults.injected == 4
+
+
+@pytest.mark.parametrize(("status", "times"), [(409, 2), (503, 2)])
+def test_a_conditional_put_that_meets_another_is_tried_again(
+    shaky: Place, faults: Faults, status: int, times: int
+) -> None:
+    """409: another conditional write of the same key is under way, which says nothing of how it will end."""
+    faults.next(status, method="PUT", times=times)
+    shaky.store.put_bytes(shaky("m"), b"mine", if_absent=True)
+    assert (faults.injected, shaky.store.read_bytes(shaky("m"))) == (times, b"mine")
+
+
+def test_a_precondition_that_fails_is_a_conflict_at_once(shaky: Place, faults: Faults) -> None:
+    shaky.put("m", b"another's")
+    faults.next(412, method="PUT", times=-1)
+    with pytest.raises(FileExistsError):
+        shaky.store.put_bytes(shaky("m"), b"mine", if_absent=True)
+    assert faults.injected == 1
 
 
 def test_a_lasting_fault_ends_as_unreachable(s3: S3, faults: Faults) -> None:

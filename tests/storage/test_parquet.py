@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyroaring import BitMap
 
-from storage import parquet
+from storage import parked, parquet
 from storage.errors import CorruptFile, InputChanged, InvalidInput
 from storage.objects import ObjectStore
 from storage.records import Slice, Source
@@ -130,6 +130,38 @@ def test_row_groups_outside_the_slice_are_not_touched(tmp_path: Path) -> None:
     assert values_of(read([source(path)], only=BitMap([2999]))) == [2999]
     with pytest.raises(InvalidInput, match=r"f\.parquet, row group 0: it is damaged"):
         read([source(path)])
+
+
+def test_the_next_slice_of_a_row_group_goes_on_where_the_last_one_ended(tmp_path: Path) -> None:
+    """What comes before it in the row group is spoilt meanwhile: it is neither read nor decoded again."""
+    path, store = tmp_path / "f.parquet", ObjectStore()
+    pq.write_table(pa.table({"a": range(3_000_000)}), path, compression="none", use_dictionary=False)
+    found = source(path)
+    assert values_of(read([found], [(0, 0, 10)], store=store)) == list(range(10))
+    stat = path.stat()
+    content = bytearray(path.read_bytes())
+    at = pq.read_metadata(path).row_group(0).column(0).data_page_offset
+    content[at : at + 200] = b"\xff" * 200
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert values_of(read([found], [(0, 500_000, 10)], store=store)) == list(range(500_000, 500_010))
+    with pytest.raises(InvalidInput, match="damaged"):
+        read([found], [(0, 400_000, 10)], store=store)
+    assert values_of(read([found], [(0, 1_000_000, 10)], store=store)) == list(range(1_000_000, 1_000_010))
+    read([found], [(0, 2_900_000, 100_000)], store=store)
+    assert store.parked.take((found.uri, found.etag, ("a",), 1000, 2**24), 3_000_000) is None, "nothing is left of it"
+
+
+def test_only_a_few_readers_are_left_open(tmp_path: Path) -> None:
+    store = ObjectStore()
+    for number in range(parked.MOST + 3):
+        pq.write_table(pa.table({"a": range(100)}), tmp_path / f"{number}.parquet")
+        read([source(tmp_path / f"{number}.parquet")], [(0, 0, 10)], store=store)
+    here = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.exists()]
+    assert sum(name.startswith(str(tmp_path)) for name in here) == parked.MOST
+    store.close()
+    here = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.exists()]
+    assert not any(name.startswith(str(tmp_path)) for name in here)
 
 
 def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
