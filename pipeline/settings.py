@@ -64,6 +64,8 @@ class Settings(BaseSettings):
     """Most rows read at a time."""
     read_batch_bytes: Annotated[int, Field(ge=1)] = 16 * 2**20
     """Most uncompressed bytes read at a time, estimated from the footers."""
+    read_ahead_bytes: Annotated[int, Field(ge=0)] = 32 * 2**20
+    """Uncompressed bytes that are read ahead of the engine, per shard; one batch in any case."""
     attempt_retention_hours: Annotated[float, Field(ge=0)] = 24.0
     """How long the files of ended attempts are kept outside the embedded mode."""
     max_failures: Annotated[int, Field(ge=1)] = 4

@@ -26,6 +26,7 @@ from pipeline.ledger import Ledger
 from pipeline.models.resolve import resolve
 from pipeline.outputs import published
 from pipeline.plan_record import PlanRecord
+from pipeline.read_ahead import ReadAhead
 from pipeline.retry import backoff
 from pipeline.row_errors import RowErrorCode
 from pipeline.runtime import Runtime
@@ -176,7 +177,10 @@ def _infer(
 ) -> Iterator[ResultBatch]:
     if not rows:
         return
-    with closing(engine.infer(spec, _rows(runtime, claim, plan, rows), cancel)) as results:  # type: ignore[type-var]
+    with (
+        closing(_rows(runtime, claim, plan, rows)) as batches,
+        closing(engine.infer(spec, batches, cancel)) as results,  # type: ignore[type-var]
+    ):
         yield from results
 
 
@@ -186,7 +190,8 @@ def _poisoned(rows: BitMap) -> Iterator[ResultBatch]:
     yield ResultBatch(np.array([], dtype=np.int64), None, failures)
 
 
-def _rows(runtime: Runtime, claim: Claim, plan: PlanRecord, only: BitMap) -> Iterator[RowBatch]:
+def _rows(runtime: Runtime, claim: Claim, plan: PlanRecord, only: BitMap) -> ReadAhead:
+    settings = runtime.settings
     batches = parquet.read(
         runtime.store,
         claim.sources,
@@ -194,11 +199,10 @@ def _rows(runtime: Runtime, claim: Claim, plan: PlanRecord, only: BitMap) -> Ite
         schema=plan.schema,
         columns=plan.columns,
         only=only,
-        batch_rows=runtime.settings.read_batch_rows,
-        batch_bytes=runtime.settings.read_batch_bytes,
+        batch_rows=settings.read_batch_rows,
+        batch_bytes=settings.read_batch_bytes,
     )
-    for rows, columns in batches:
-        yield RowBatch(np.asarray(rows, dtype=np.int64), columns)
+    return ReadAhead((RowBatch(rows, columns) for rows, columns in batches), settings.read_ahead_bytes)
 
 
 def _assemble(

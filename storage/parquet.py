@@ -88,6 +88,7 @@ def _read_file(
     batch_bytes: int,
 ) -> Iterator[tuple[RowIds, pa.RecordBatch]]:
     key = (source.uri, source.etag, tuple(target.names), batch_rows, batch_bytes)
+    _check_unchanged(store, source)
     reader: Readable | None = store.parked.take(key, pieces[0][1].row_lo)
     if reader is None:
         reader = _open(store, source, target.names, batch_rows, batch_bytes)
@@ -122,7 +123,6 @@ def _read_file(
 
 
 def _open(store: ObjectStore, source: Source, names: Sequence[str], batch_rows: int, batch_bytes: int) -> Readable:
-    _check_unchanged(store, source)
     with ExitStack() as stack:
         file = stack.enter_context(closing(store.open(source.uri)))
         _check_version(source, getattr(file, "etag", None) or source.etag)

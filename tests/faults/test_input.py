@@ -66,6 +66,8 @@ def test_23_the_input_changes_under_the_engine(
     write(world.input, "old")
     write(tmp_path / "new.parquet", "NEW")
     gate = tmp_path / "gate"
+    # Else all of these few rows are read, rightly, before the file changes.
+    world.replace_settings(read_ahead_bytes=0)
     options = {"gate_file": str(gate), "gate_after_rows": 10}
     job = world.submit(shard_rows=200, engine_options=options, keep_columns=keep)
 
