@@ -73,6 +73,12 @@ class JobSpec(BaseModel):
     """``embed``; ``auto`` reads the model's own configuration."""
     normalize: bool | None = None
     """``embed``: scale to unit length; ``None`` reads the model's own configuration."""
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    """``embed``: keep so many numbers of each vector, for models trained for it (Matryoshka); ``None`` keeps all."""
+    embedding_type: Literal["float32", "int8", "binary"] | None = None
+    """``embed``: ``int8`` is 127 times a unit vector, rounded; ``binary`` the signs, eight to a byte."""
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """``classify``: the best so many labels in ``scores``, best first; ``None``: all, in the model's order."""
     overlong: Literal["auto", "error", "truncate"] = "auto"
     """Text past the model's limit: ``auto`` is an error for generate and chat, truncation (counted) elsewhere."""
 
@@ -175,12 +181,15 @@ class JobSpec(BaseModel):
         return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
 
 
-_SHAPING = ("prompt", "messages", "column", "pair_column", "inputs", "sampling", "chat_template_kwargs")
+_SHAPING = (
+    *("prompt", "messages", "column", "pair_column", "inputs", "sampling", "chat_template_kwargs"),
+    *("dimensions", "embedding_type", "top_k"),
+)
 _READS: dict[Task, frozenset[str]] = {
     Task.GENERATE: frozenset({"prompt", "sampling"}),
     Task.CHAT: frozenset({"prompt", "messages", "column", "sampling", "chat_template_kwargs"}),
-    Task.EMBED: frozenset({"column"}),
-    Task.CLASSIFY: frozenset({"column", "pair_column"}),
+    Task.EMBED: frozenset({"column", "dimensions", "embedding_type"}),
+    Task.CLASSIFY: frozenset({"column", "pair_column", "top_k"}),
     Task.SCORE: frozenset({"column", "pair_column"}),
     Task.TENSOR: frozenset({"inputs"}),
 }

@@ -106,6 +106,16 @@ def run(
         bool | None,
         typer.Option("--normalize/--no-normalize", help="embed: scale to unit length.", rich_help_panel=_WORK),
     ] = None,
+    dimensions: Annotated[
+        int | None, typer.Option(metavar="N", help="embed: keep N numbers of a vector.", rich_help_panel=_WORK)
+    ] = None,
+    embedding_type: Annotated[
+        Literal["float32", "int8", "binary"] | None,
+        typer.Option(metavar="TYPE", help="embed: float32, int8 or binary.", rich_help_panel=_WORK),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="N", help="classify: the N best labels only.", rich_help_panel=_WORK)
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option("-o", "--output", metavar="DIR", help="Directory for the result.", rich_help_panel=_OUT),
@@ -167,6 +177,9 @@ def run(
         "overlong": overlong,
         "pooling": pooling,
         "normalize": normalize,
+        "dimensions": dimensions,
+        "embedding_type": embedding_type,
+        "top_k": top_k,
         "keep_columns": [] if keep_none else keep,
         "output_prefix": output_prefix,
         "overwrite": overwrite or None,

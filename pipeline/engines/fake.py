@@ -48,6 +48,9 @@ class FakeEngine:
         """See :meth:`pipeline.engines.base.Engine.check`."""
         fake_faults.parse(spec.engine_options)
         check_sampling(spec.sampling)
+        for name in ("dimensions", "embedding_type", "top_k"):
+            if getattr(spec, name) is not None:
+                raise InvalidJob("engine 'fake' does not do that; leave it away", field=name)
         columns = _read_by(spec, schema)
         for field, name in columns:
             if (n := schema.names.count(name)) != 1:

@@ -54,7 +54,8 @@ class OnnxEngine:
             raise InvalidModel(f"engine 'onnx' does {able}, not {spec.task}", field="task")
         options = onnx_options.parse(spec.engine_options)
         if spec.task is not Task.TENSOR:
-            checks.check_text(spec.task, model, options, spec.pooling)
+            folder = checks.check_text(spec.task, model, options, spec.pooling)
+            checks.check_embedding(spec, normalized=folder.normalize)
             return checks.check_text_columns(spec, schema)
         graph = checks.choose_graph(model, options)
         if graph is None:

@@ -90,6 +90,12 @@ def _fitting_architecture(task: Task, model: Model, folder: TextFolder, *, expor
         raise InvalidModel(f"{model.name} is a regression model: it does score, not classify", field="model")
 
 
+def check_embedding(spec: JobSpec, *, normalized: bool) -> None:
+    """Refuse ``int8`` vectors of any length. ``normalized``: whether the model's own files ask for unit length."""
+    if spec.embedding_type == "int8" and not (normalized if spec.normalize is None else spec.normalize):
+        raise InvalidJob("int8 needs embeddings of unit length; set normalize (--normalize)", field="embedding_type")
+
+
 def check_text_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
     """The text columns. Raises :class:`~storage.errors.InvalidInput` when one is missing or holds no text."""
     names = []

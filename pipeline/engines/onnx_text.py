@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from pipeline.batching import pack
 from pipeline.engines import onnx_pooling as pooling
+from pipeline.engines import onnx_results as results
 from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
 from pipeline.engines.onnx_folder import TextFolder
 from pipeline.engines.onnx_graph import GraphValue, Signature
@@ -93,14 +94,12 @@ class TextModel:
         match self.task:
             case Task.EMBED:
                 width = self.width * (len(self._modes(spec)) if self.head.rank == 3 else 1)
-                fields = [pa.field("embedding", pa.list_(pa.float32(), width)), pa.field("prompt_tokens", pa.int32())]
-            case Task.CLASSIFY:
-                scores = pa.list_(pa.struct([pa.field("label", pa.string()), pa.field("score", pa.float32())]))
                 fields = [
-                    pa.field("label", pa.string()),
-                    pa.field("score", pa.float32()),
-                    pa.field("scores", scores),
+                    pa.field("embedding", results.embedding_type(spec, width)),
+                    pa.field("prompt_tokens", pa.int32()),
                 ]
+            case Task.CLASSIFY:
+                fields = results.classify_fields()
             case _:
                 fields = [pa.field("score", pa.float32())]
         return pa.schema(fields)
@@ -191,7 +190,7 @@ class TextModel:
             case Task.EMBED:
                 vectors = pooling.pool(out, lengths, self._modes(spec)) if self.head.rank == 3 else out
                 normalize = self._folder.normalize if spec.normalize is None else spec.normalize
-                return {"embedding": pooling.unit_length(vectors) if normalize else vectors}
+                return {"embedding": results.finished(spec, vectors, normalize=normalize)}
             case Task.CLASSIFY:
                 softmax = self._folder.class_activation(self.width) == "softmax"
                 return {"probabilities": pooling.softmax(out) if softmax else pooling.sigmoid(out)}
@@ -204,23 +203,12 @@ class TextModel:
         schema = self.result_schema(spec)
         match self.task:
             case Task.EMBED:
-                vectors = columns["embedding"]
-                flat = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
                 arrays: dict[str, Any] = {
-                    "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
+                    "embedding": results.embedding_column(columns["embedding"]),
                     "prompt_tokens": pa.array(lengths.astype(np.int32)),
                 }
             case Task.CLASSIFY:
-                p = columns["probabilities"]
-                best = p.argmax(axis=1)
-                labels = self._labels.take(pa.array(np.tile(np.arange(self.width), len(p)), pa.int64()))
-                pairs = pa.StructArray.from_arrays([labels, pa.array(p.reshape(-1))], ["label", "score"])
-                offsets = pa.array(np.arange(len(p) + 1) * self.width, pa.int32())
-                arrays = {
-                    "label": self._labels.take(pa.array(best, pa.int64())),
-                    "score": pa.array(p[np.arange(len(p)), best]),
-                    "scores": pa.ListArray.from_arrays(offsets, pairs),
-                }
+                arrays = results.classify_columns(spec, columns["probabilities"], self._labels)
             case _:
                 arrays = {"score": pa.array(np.ascontiguousarray(columns["score"]))}
         return record_batch(arrays, schema)

@@ -189,6 +189,41 @@ def test_classify_gives_the_best_label_and_all_probabilities(classifier: Path, c
         assert [entry["score"] for entry in scores] == pytest.approx(row, abs=1e-4)
 
 
+def test_top_k_keeps_the_best_labels_best_first(classifier: Path, cache: Path) -> None:
+    rows = pa.record_batch({"text": [f"text number {n}" for n in range(20)]})
+    tables = []
+    for spec in (job("classify"), job("classify", top_k=2), job("classify", top_k=99)):
+        made = engine(classifier, spec, cache)
+        tables.append(run(made, spec, rows)[0])
+        made.close()
+    everything, two, all_sorted = tables
+    for full, best, ordered in zip(
+        *(table.column("scores").to_pylist() for table in (everything, two, all_sorted)), strict=True
+    ):
+        assert ordered == sorted(full, key=lambda pair: -pair["score"])
+        assert best == ordered[:2]
+    assert two.column("label").to_pylist() == [pairs[0]["label"] for pairs in two.column("scores").to_pylist()]
+
+
+def test_embeddings_are_shortened_and_stored_small(tiny: OnnxEngine, encoder: Path) -> None:
+    rows = pa.record_batch({"text": [f"text number {n}" for n in range(20)]})
+    full = embeddings(run(tiny, job("embed", normalize=False), rows)[0])
+    short = embeddings(run(tiny, job("embed", normalize=True, dimensions=10), rows)[0])
+    assert np.allclose(short, full[:, :10] / np.linalg.norm(full[:, :10], axis=1, keepdims=True), atol=1e-6)
+    unit = embeddings(run(tiny, job("embed", normalize=True), rows)[0])
+    table, _ = run(tiny, job("embed", normalize=True, embedding_type="int8"), rows)
+    assert table.schema.field("embedding").type == pa.list_(pa.int8(), full.shape[1])
+    assert np.abs(embeddings(table) / 127 - unit).max() <= 0.5 / 127 + 1e-6
+    table, _ = run(tiny, job("embed", dimensions=10, embedding_type="binary"), rows)
+    assert table.schema.field("embedding").type == pa.list_(pa.uint8(), 2)
+    assert np.array_equal(np.unpackbits(embeddings(table), axis=1)[:, :10], full[:, :10] > 0)
+    with pytest.raises(InvalidJob, match="dimensions: 9999 of"):
+        tiny.result_schema(job("embed", dimensions=9999))
+    schema = pa.schema([pa.field("text", pa.string())])
+    with pytest.raises(InvalidJob, match="embedding_type: int8 needs embeddings of unit length"):
+        OnnxEngine.check(job("embed", normalize=False, embedding_type="int8"), model_at(encoder), schema)
+
+
 def test_a_multi_label_classifier_scores_each_label_by_itself(tmp_path: Path, cache: Path) -> None:
     path = build_classifier(tmp_path / "multi", labels=["a", "b"], problem_type="multi_label_classification")
     texts = some_texts(5)
