@@ -9,7 +9,7 @@ from typing import Any
 
 import uuid_utils
 
-from pipeline import inputs, planning, routing
+from pipeline import inputs, permissions, planning, routing
 from pipeline.engines import registry
 from pipeline.job_spec import NOT_PART_OF_THE_WORK, JobSpec, parse
 from pipeline.models.model import Model
@@ -42,6 +42,7 @@ def submit_job(runtime: Runtime, fields: dict[str, Any], *, resume: bool = False
     the field and the reason; nothing is stored then.
     """
     spec = absolute(parse(fields))
+    permissions.check(spec, runtime.settings.custom_op_paths)
     model = resolve(spec.model, runtime.settings.cache_dir)
     engine = routing.choose(spec.task, spec.engine, model)
     registry.engine_class(engine)

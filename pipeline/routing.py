@@ -70,6 +70,8 @@ def tasks_of(model: Model) -> frozenset[Task]:
         tasks |= {Task.CLASSIFY, Task.SCORE}
     elif model.autoregressive:
         tasks |= {Task.EMBED} if model.onnx_files else set()
+    elif any(name.endswith("ForImageClassification") for name in model.architectures):
+        tasks |= {Task.CLASSIFY} if model.onnx_files else set()
     elif not any(name.endswith(_OTHER_HEADS) for name in model.architectures):
         tasks |= {Task.EMBED}
     return frozenset(tasks)
@@ -79,7 +81,7 @@ _NEEDS = {
     Task.GENERATE: "an autoregressive model with its weights",
     Task.CHAT: "an autoregressive model with its weights",
     Task.EMBED: "an encoder",
-    Task.CLASSIFY: "a sequence classifier",
+    Task.CLASSIFY: "a classifier of texts, or of images as an ONNX graph",
     Task.SCORE: "a sequence classifier",
     Task.TENSOR: "an ONNX graph",
 }

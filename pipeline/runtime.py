@@ -12,6 +12,7 @@ import uuid_utils
 
 from pipeline.engines.base import EngineContext
 from pipeline.engines.pool import EnginePool
+from pipeline.permissions import RowFiles
 from pipeline.settings import Settings
 from storage import workers
 from storage.database import Database
@@ -62,11 +63,13 @@ def start(settings: Settings, notify: Callable[[str], None] = lambda message: No
             "set data_dir and cache_dir to folders that can be written"
         ) from error
     database.ensure_schema()
+    store = ObjectStore(settings.storage_options)
+    fetch = RowFiles(store, settings.uri_prefixes)
     return Runtime(
         settings=settings,
         database=database,
-        store=ObjectStore(settings.storage_options),
-        engines=EnginePool(EngineContext(settings.cache_dir, notify)),
+        store=store,
+        engines=EnginePool(EngineContext(settings.cache_dir, notify, fetch, settings.custom_op_paths)),
         worker=_this_process(),
         notify=notify,
     )

@@ -50,6 +50,10 @@ class Settings(BaseSettings):
     """Celery broker URL; ``None`` is the embedded mode."""
     storage_options: Annotated[dict[str, dict[str, Any]], Field(repr=False)] = {}
     """Per protocol, fsspec's own options: ``{"s3": {"endpoint_url": …}}``."""
+    uri_prefixes: tuple[str, ...] = ()
+    """Places below which a row may name a file (an image by URI): folders, buckets. None are allowed by default."""
+    custom_op_paths: tuple[Annotated[Path, BeforeValidator(_expanded)], ...] = ()
+    """Libraries of custom ONNX operators that jobs may load: files, each by its path. They run in the worker."""
     lease_seconds: Annotated[float, Field(gt=0)] = 60.0
     """A worker silent for this long may lose its shards. Heartbeats come at a third of it."""
     flush_rows: Annotated[int, Field(ge=1)] = 8192

@@ -99,10 +99,14 @@ class Cancellation:
 
 @dataclass(frozen=True, slots=True)
 class EngineContext:
-    """What an engine gets from its host: where to cache exported and compiled models, and how to tell the user."""
+    """What an engine gets from its host: where to cache exported and compiled models, how to tell the user, how to read
+    a file that a row names (raises :class:`~storage.errors.InvalidInput` for one that the operator does not allow), and
+    which libraries of custom operators may be loaded."""
 
     cache_dir: Path
     notify: Callable[[str], None] = field(default=lambda message: None)
+    fetch: Callable[[str], bytes] | None = None
+    custom_op_paths: tuple[Path, ...] = ()
 
 
 class Engine(Protocol):

@@ -1,4 +1,4 @@
-"""The ONNX Runtime engine: embed, classify and score texts, or run any tensor graph."""
+"""The ONNX Runtime engine: embed, classify and score texts, embed and classify images, or run any tensor graph."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pipeline.engines import onnx_checks as checks
 from pipeline.engines import onnx_graph, onnx_options
 from pipeline.engines.base import Cancellation, EngineContext, ResultBatch, RowBatch
 from pipeline.engines.onnx_folder import TextFolder
+from pipeline.engines.onnx_image import ImageModel
+from pipeline.engines.onnx_image_folder import read as read_image_folder
 from pipeline.engines.onnx_session import SessionPool, import_runtime, installed
 from pipeline.engines.onnx_stream import Window, stream
 from pipeline.engines.onnx_tensor import TensorModel
@@ -27,7 +29,8 @@ class OnnxEngine:
     """One graph on ONNX Runtime. Speaks :class:`~pipeline.engines.base.Engine`; options: ``OnnxOptions``.
 
     Models: a ``.onnx`` file, or a directory with one; a Transformers or sentence-transformers checkpoint, exported into
-    ``context.cache_dir`` on first use. Text tasks need ``tokenizer.json`` beside the graph.
+    ``context.cache_dir`` on first use. Text tasks need ``tokenizer.json`` beside the graph; a graph of images with
+    ``preprocessor_config.json`` beside it reads images.
     """
 
     name: ClassVar[str] = "onnx"
@@ -41,6 +44,7 @@ class OnnxEngine:
         self._closed = False
         self._pool: SessionPool | None = None
         self._text: TextModel | None = None
+        self._image: ImageModel | None = None
         self._tensor: TensorModel | None = None
         self._exported: Exported | None = None
         self._graph: Path | None = None
@@ -53,6 +57,10 @@ class OnnxEngine:
             able = ", ".join(sorted(cls.tasks))
             raise InvalidModel(f"engine 'onnx' does {able}, not {spec.task}", field="task")
         options = onnx_options.parse(spec.engine_options)
+        if spec.task is not Task.TENSOR and checks.takes_images(model, options):
+            checks.check_image(spec.task, model, options)
+            checks.check_embedding(spec, normalized=False)
+            return checks.check_image_column(spec, schema)
         if spec.task is not Task.TENSOR:
             folder = checks.check_text(spec.task, model, options, spec.pooling)
             checks.check_embedding(spec, normalized=folder.normalize)
@@ -72,7 +80,10 @@ class OnnxEngine:
         self._version = str(runtime.__version__)
         options, notify = self._options, self._context.notify
         folder: TextFolder | None = None
-        if self._task is not Task.TENSOR:
+        images = self._task is not Task.TENSOR and checks.takes_images(self._model, options)
+        if images:
+            checks.check_image(self._task, self._model, options)
+        elif self._task is not Task.TENSOR:
             folder = checks.check_text(self._task, self._model, options)
         graph = checks.choose_graph(self._model, options)
         if graph is None:
@@ -85,7 +96,10 @@ class OnnxEngine:
         self._pool = pool = SessionPool.open(graph, options, notify)
         try:
             signature = onnx_graph.of_session(pool.session, graph)
-            if folder is not None:
+            if images:
+                recipe, fetch = read_image_folder(self._model), self._context.fetch
+                self._image = ImageModel(self._task, recipe, signature, pool, options, fetch)
+            elif folder is not None:
                 self._text = TextModel(self._task, folder, signature, pool, options)
             else:
                 # As check saw it: ONNX Runtime's inference may know more of the shapes than the file says.
@@ -111,6 +125,8 @@ class OnnxEngine:
         """See :meth:`pipeline.engines.base.Engine.result_schema`."""
         if self._text is not None:
             return self._text.result_schema(spec)
+        if self._image is not None:
+            return self._image.result_schema(spec)
         if self._tensor is not None:
             return self._tensor.result_schema()
         raise EngineDead("the ONNX Runtime engine is not loaded")
@@ -123,6 +139,8 @@ class OnnxEngine:
         prepared: Iterator[Window]
         if self._text is not None:
             prepared = self._text.prepare(spec, batches)
+        elif self._image is not None:
+            prepared = self._image.prepare(spec, batches)
         else:
             assert self._tensor is not None
             prepared = self._tensor.prepare(spec, batches)
@@ -130,7 +148,7 @@ class OnnxEngine:
 
     def stats(self) -> dict[str, Any]:
         """Versions, real placement, how rows are batched, counters since ``load``; after ``close`` too."""
-        pool, text, tensor = self._pool, self._text, self._tensor
+        pool, text, image, tensor = self._pool, self._text, self._image, self._tensor
         facts: dict[str, Any] = {
             "engine": self.name,
             "onnxruntime": self._version,
@@ -146,6 +164,9 @@ class OnnxEngine:
                 "max_length": text.tokenizer.max_length,
             }
             facts |= text.counts
+        if image is not None:
+            facts |= {"output": image.output, "image_batch": image.batch}
+            facts |= image.counts
         if tensor is not None:
             facts |= {"row_mode": tensor.mode, "stacked": bool(tensor.stacks)}
             facts |= tensor.counts
@@ -163,3 +184,5 @@ class OnnxEngine:
         self._closed = True
         if self._pool is not None:
             self._pool.close()
+        if self._image is not None:
+            self._image.close()

@@ -7,10 +7,13 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.engines import onnx_graph
+from pipeline.engines import onnx_image_folder as image_folder
 from pipeline.engines.onnx_columns import lossless, tensor_kind
 from pipeline.engines.onnx_folder import TextFolder
 from pipeline.engines.onnx_folder import read as read_folder
 from pipeline.engines.onnx_graph import GraphValue, RowMode, Signature
+from pipeline.engines.onnx_image import image_head, image_input
+from pipeline.engines.onnx_images import is_image
 from pipeline.engines.onnx_options import OnnxOptions
 from pipeline.engines.onnx_tensor import column_of, row_dims
 from pipeline.engines.onnx_text import head
@@ -88,6 +91,49 @@ def _fitting_architecture(task: Task, model: Model, folder: TextFolder, *, expor
         folder.score_activation()
     if task is Task.CLASSIFY and folder.config.get("problem_type") == "regression":
         raise InvalidModel(f"{model.name} is a regression model: it does score, not classify", field="model")
+
+
+def takes_images(model: Model, options: OnnxOptions) -> bool:
+    """Whether the model's rows are images: it has a recipe for them, and its graph takes them, if it can be read."""
+    if not image_folder.is_for_images(model):
+        return False
+    graph = choose_graph(model, options)
+    if graph is None:
+        return not (model.path and (model.path / "tokenizer.json").exists())
+    signature = onnx_graph.of_file(graph)
+    if signature is None:
+        return not (graph.parent / "tokenizer.json").exists()
+    return image_input(signature) is not None
+
+
+def check_image(task: Task, model: Model, options: OnnxOptions) -> None:
+    """Refuse an image task that the model cannot do. Raises :class:`~storage.errors.InvalidModel`."""
+    if task is Task.SCORE:
+        raise InvalidModel(f"{model.name} takes images: it does embed and classify, not score", field="task")
+    image_folder.read(model)
+    graph = choose_graph(model, options)
+    if graph is None:
+        raise InvalidModel(
+            f"{model.path} holds no ONNX graph; a model of images needs one (export it, such as with torch.onnx)",
+            field="model",
+        )
+    signature = onnx_graph.of_file(graph)
+    if signature is not None:
+        image_head(task, signature)
+
+
+def check_image_column(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
+    """The image column. Raises :class:`~storage.errors.InvalidInput` when it is missing or holds no images."""
+    assert spec.column is not None
+    if spec.pair_column is not None:
+        raise InvalidJob("the model takes one image a row", field="pair_column")
+    kind = _column_type(schema, spec.column, "column")
+    if not is_image(kind):
+        raise InvalidInput(
+            f"column {spec.column!r} is {kind}; images are binary (encoded), string (a URI) or struct<bytes, path>",
+            field="column",
+        )
+    return (spec.column,)
 
 
 def check_embedding(spec: JobSpec, *, normalized: bool) -> None:

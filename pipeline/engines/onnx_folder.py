@@ -62,9 +62,8 @@ class TextFolder:
         return size if isinstance(size, int) else None
 
     def label(self, index: int) -> str:
-        """The name of an output class: ``id2label`` of ``config.json``, or ``LABEL_<index>``."""
-        names = self.config.get("id2label") or {}
-        return str(names.get(str(index), names.get(index, f"LABEL_{index}")))
+        """See :func:`label`."""
+        return label(self.config, index)
 
     def score_activation(self) -> Activation:
         """What a cross-encoder applies to its one logit: what its configuration names, otherwise the sigmoid.
@@ -84,9 +83,20 @@ class TextFolder:
         )
 
     def class_activation(self, n_labels: int) -> Activation:
-        """Sigmoid for multi-label models and for a single label, else softmax, as Transformers' pipeline has it."""
-        multi = self.config.get("problem_type") == "multi_label_classification"
-        return "sigmoid" if multi or n_labels == 1 else "softmax"
+        """See :func:`class_activation`."""
+        return class_activation(self.config, n_labels)
+
+
+def label(config: Mapping[str, Any], index: int) -> str:
+    """The name of an output class: ``id2label`` of ``config.json``, or ``LABEL_<index>``."""
+    names = config.get("id2label") or {}
+    return str(names.get(str(index), names.get(index, f"LABEL_{index}")))
+
+
+def class_activation(config: Mapping[str, Any], n_labels: int) -> Activation:
+    """Sigmoid for multi-label models and for a single label, else softmax, as Transformers' pipeline has it."""
+    multi = config.get("problem_type") == "multi_label_classification"
+    return "sigmoid" if multi or n_labels == 1 else "softmax"
 
 
 def read(model: Model) -> TextFolder:
@@ -105,7 +115,7 @@ def read(model: Model) -> TextFolder:
             case "Transformer":
                 weights = folder
             case "Pooling":
-                config = _json(folder / "config.json")
+                config = read_json(folder / "config.json")
                 pooling = _pooling(config, folder)
                 include_prompt = bool(config.get("include_prompt", True))
             case "Normalize":
@@ -115,9 +125,9 @@ def read(model: Model) -> TextFolder:
                     f"{root / 'modules.json'} has a module {kind}, which engine 'onnx' does not run; "
                     "it runs Transformer, Pooling and Normalize"
                 )
-    config = _json(weights / "config.json") or dict(model.config)
-    sentence = _json(weights / "sentence_bert_config.json")
-    tokenizer_config = _json(weights / "tokenizer_config.json")
+    config = read_json(weights / "config.json") or dict(model.config)
+    sentence = read_json(weights / "sentence_bert_config.json")
+    tokenizer_config = read_json(weights / "tokenizer_config.json")
     tokenizer = weights / "tokenizer.json"
     return TextFolder(
         root=root,
@@ -134,7 +144,8 @@ def read(model: Model) -> TextFolder:
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is no such file. Raises :class:`~storage.errors.InvalidModel`."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -189,7 +200,7 @@ def _max_length(config: Mapping[str, Any], *others: Mapping[str, Any]) -> int | 
 
 
 def _prompt(root: Path, include_prompt: bool) -> str:
-    config = _json(root / "config_sentence_transformers.json")
+    config = read_json(root / "config_sentence_transformers.json")
     name = config.get("default_prompt_name")
     prompt = str((config.get("prompts") or {}).get(name, "")) if name else ""
     if prompt and not include_prompt:

@@ -39,8 +39,8 @@ def finished(spec: JobSpec, vectors: Floats, *, normalize: bool) -> Array:
     """Embeddings as they are stored, [n, d], from the model's, float32 [n, width].
 
     Shortened first (Matryoshka representation learning, arXiv 2205.13147: the first numbers of a vector are a vector),
-    then of unit length where asked. ``int8`` is ``round(127 x)`` and needs unit length, so that nothing is cut off and a
-    row's bytes depend on no other row; ``binary`` keeps the signs, eight to a byte, the first in the highest bit.
+    then of unit length where asked. ``int8`` is ``round(127 x)`` and needs unit length, so that nothing is cut off and
+    a row's bytes depend on no other row; ``binary`` keeps the signs, eight to a byte, the first in the highest bit.
     Raises :class:`~storage.errors.InvalidJob` for ``int8`` of vectors of other lengths.
     """
     vectors = vectors[:, : kept_width(spec, vectors.shape[1])]
@@ -52,7 +52,7 @@ def finished(spec: JobSpec, vectors: Floats, *, normalize: bool) -> Array:
         return vectors
     if not normalize:
         raise InvalidJob("int8 needs embeddings of unit length; set normalize", field="embedding_type")
-    return np.rint(vectors * np.float32(127)).astype(np.int8)
+    return np.asarray(np.rint(vectors * np.float32(127)), np.int8)
 
 
 def embedding_column(stored: Array) -> Any:

@@ -55,6 +55,7 @@ _NOT_THE_MODEL = (
 
 _BESIDE_A_GRAPH = (
     "config.json",
+    "preprocessor_config.json",
     "tokenizer*.json",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -1,0 +1,106 @@
+"""Small image models with random weights, exported to ONNX in seconds: for the tests.
+
+They compute nothing of use; they have the files, the graph and the arithmetic of a real ViT or ResNet. Deterministic:
+the same call writes the same weights.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+LABELS = ("cat", "dog", "boat", "tree")
+SIDE = 32
+"""Height and width of the ViT's input, in pixels."""
+
+
+def build_vit(path: Path | str, *, head: bool = True, labels: Sequence[str] = LABELS, seed: int = 0) -> Path:
+    """Write a ViT of width 16, two layers, as an ONNX graph with its files, to the directory ``path``.
+
+    With a ``head`` it classifies; without, it gives token states and a pooled vector.
+    """
+    transformers = _transformers()
+    config = transformers.ViTConfig(
+        image_size=SIDE,
+        patch_size=8,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+    )
+    kind = transformers.ViTForImageClassification if head else transformers.ViTModel
+    outputs = ["logits"] if head else ["last_hidden_state", "pooler_output"]
+    _export(kind, config, Path(path), outputs, SIDE, seed)
+    _recipe(Path(path), "ViTImageProcessor", size={"height": SIDE, "width": SIDE}, resample=2)
+    return Path(path)
+
+
+def build_resnet(path: Path | str, *, labels: Sequence[str] = LABELS, seed: int = 0) -> Path:
+    """Write a ResNet classifier of two stages, as an ONNX graph with its files, to the directory ``path``."""
+    transformers = _transformers()
+    config = transformers.ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16],
+        depths=[1, 1],
+        layer_type="basic",
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+    )
+    _export(transformers.ResNetForImageClassification, config, Path(path), ["logits"], 48, seed)
+    _recipe(Path(path), "ConvNextImageProcessor", size={"shortest_edge": 48}, resample=3, crop_pct=0.875)
+    return Path(path)
+
+
+def _export(kind: Any, config: Any, path: Path, outputs: list[str], side: int, seed: int) -> None:
+    import torch
+
+    torch.manual_seed(seed)
+    config.architectures = [kind.__name__]
+    model = kind(config).eval()
+    path.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(path)
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixel_values: Any) -> tuple[Any, ...]:
+            made = self.model(pixel_values=pixel_values)
+            return tuple(getattr(made, name) for name in outputs)
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            Wrapped(),
+            (torch.zeros(2, 3, side, side),),
+            str(path / "model.onnx"),
+            input_names=["pixel_values"],
+            output_names=outputs,
+            dynamic_axes={name: {0: "batch"} for name in ("pixel_values", *outputs)},
+            dynamo=False,
+        )
+
+
+def _recipe(path: Path, kind: str, **more: Any) -> None:
+    standard = {
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "rescale_factor": 1 / 255,
+    }
+    recipe = standard | {"image_processor_type": kind} | more
+    (path / "preprocessor_config.json").write_text(json.dumps(recipe, indent=1))
+
+
+def _transformers() -> Any:
+    # Imported by name: its classes carry no types.
+    return importlib.import_module("transformers")

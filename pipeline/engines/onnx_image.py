@@ -1,0 +1,212 @@
+"""The image tasks (embed, classify) on one graph: rows of images to batches of pixels to result columns."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline.engines import onnx_pooling as pooling
+from pipeline.engines import onnx_results as results
+from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
+from pipeline.engines.onnx_folder import class_activation, label
+from pipeline.engines.onnx_graph import GraphValue, Signature
+from pipeline.engines.onnx_image_folder import ImageFolder
+from pipeline.engines.onnx_images import ImageReader
+from pipeline.engines.onnx_options import OnnxOptions
+from pipeline.engines.onnx_session import Array, Call, Run, RunFailed, SessionPool, available_cores
+from pipeline.engines.onnx_stream import Indices, Pack, Window, bisect, record_batch, windows
+from pipeline.job_spec import JobSpec, Task
+from pipeline.row_errors import RowErrorCode
+from storage.errors import InvalidModel
+
+Floats = npt.NDArray[np.float32]
+
+CPU_BATCH = 8
+GPU_BATCH = 64
+"""Images in a batch; ``max_batch`` makes it smaller."""
+WINDOW_BYTES = 32 * 2**20
+"""Encoded bytes decoded together, besides at most ``BATCHES_AHEAD`` batches."""
+BATCHES_AHEAD = 4
+
+_EMBEDDINGS = ("image_embeds", "image_embedding", "pooler_output", "last_hidden_state")
+
+
+def image_input(signature: Signature) -> GraphValue | None:
+    """The graph's one input of images, [n, 3, h, w] of floats; ``None`` for any other graph."""
+    if len(signature.inputs) != 1:
+        return None
+    value = signature.inputs[0]
+    floats = value.dtype in (np.dtype(np.float32), np.dtype(np.float16))
+    dims = value.dims
+    return value if (floats and dims is not None and len(dims) == 4 and dims[1] in (3, None)) or _named(value) else None
+
+
+def _named(value: GraphValue) -> bool:
+    return value.name == "pixel_values" and value.dims is not None and len(value.dims) == 4
+
+
+def image_head(task: Task, signature: Signature) -> int:
+    """The position of the output that the task reads. Raises :class:`~storage.errors.InvalidModel` for none."""
+    names = [value.name for value in signature.outputs]
+    for name in ("logits",) if task is Task.CLASSIFY else _EMBEDDINGS:
+        if name in names:
+            return names.index(name)
+    ranks = (2,) if task is Task.CLASSIFY else (2, 3, 4)
+    for rank in ranks:
+        for position, value in enumerate(signature.outputs):
+            if value.dims is not None and len(value.dims) == rank and value.name != "logits":
+                return position
+    raise InvalidModel(f"task '{task}' on images finds no output to read in {signature}", field="model")
+
+
+class ImageModel:
+    """A loaded image graph. Raises :class:`~storage.errors.InvalidModel` when graph and recipe do not fit."""
+
+    def __init__(
+        self,
+        task: Task,
+        folder: ImageFolder,
+        signature: Signature,
+        pool: SessionPool,
+        options: OnnxOptions,
+        fetch: Callable[[str], bytes] | None,
+    ) -> None:
+        value = image_input(signature)
+        if value is None:
+            raise InvalidModel(f"the graph takes no images, [n, 3, height, width]: {signature}", field="model")
+        self.task = task
+        self._input = value
+        self._folder = folder
+        self._pool = pool
+        self._lock = threading.Lock()
+        self._position = image_head(task, signature)
+        self.output = signature.outputs[self._position].name
+        self.counts: Counter[str] = Counter()
+        first = (value.dims or (None,))[0]
+        self._fixed_batch = first if isinstance(first, int) else None
+        self.batch = self._fixed_batch or min(options.max_batch, CPU_BATCH if pool.on_cpu else GPU_BATCH)
+        self._reader = ImageReader(folder.recipe, fetch, available_cores())
+        try:
+            self._sample = self._reader.prepare(_grey())
+            self.width, self._rank = self._measure()
+        except BaseException:
+            self.close()
+            raise
+        self._labels = pa.array([label(folder.config, i) for i in range(self.width)], pa.string())
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def _measure(self) -> tuple[int, int]:
+        """One run before the first row: proves that graph and recipe fit, and tells the shape of the output."""
+        try:
+            out = self._pool.submit(Call(), lambda run: self._forward(run, self._sample[None])).result()
+        except RunFailed as error:
+            shape = list(self._sample.shape)
+            raise InvalidModel(
+                f"the graph does not run on an image of shape {shape}, as the recipe makes it: {error}", field="model"
+            ) from error
+        ranks = (2,) if self.task is Task.CLASSIFY else (2, 3, 4)
+        if out.ndim not in ranks or (out.ndim == 4 and out.shape[2:] != (1, 1)):
+            raise InvalidModel(f"graph output {self.output!r} has shape {list(out.shape)} for one image", field="model")
+        return int(out.shape[1] if out.ndim == 4 else out.shape[-1]), out.ndim
+
+    def result_schema(self, spec: JobSpec) -> pa.Schema:
+        """Result columns of the task, as the output contract has them; images have no tokens."""
+        if self.task is Task.CLASSIFY:
+            return pa.schema(results.classify_fields())
+        return pa.schema([pa.field("embedding", results.embedding_type(spec, self.width))])
+
+    def prepare(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[Window]:
+        """Decode window by window, as the stream asks for them."""
+        assert spec.column is not None
+        size = BATCHES_AHEAD * self.batch * max(1, self._pool.size // 2)
+        for rows, parts in windows(batches, size, WINDOW_BYTES):
+            images: list[Any] = []
+            for part in parts:
+                images += self._reader.read(part.column(spec.column), spec.column)
+            failed = {at: image for at, image in enumerate(images) if isinstance(image, tuple)}
+            good = np.array([at for at in range(len(images)) if at not in failed], np.int64)
+            # A recipe without a resize leaves images of several sizes: only equal ones are stacked.
+            sizes: dict[tuple[int, ...], list[int]] = {}
+            for at in good:
+                sizes.setdefault(images[at].shape, []).append(int(at))
+            packs = [
+                self._pack(spec, rows, images, np.array(members[start : start + self.batch], np.int64))
+                for members in sizes.values()
+                for start in range(0, len(members), self.batch)
+            ]
+            self._count(rows=len(rows))
+            yield Window(packs, tuple(RowFailure(int(rows[at]), *failure) for at, failure in failed.items()))
+
+    def _pack(self, spec: JobSpec, rows: Indices, images: list[Any], items: Indices) -> Pack:
+        def compute(run: Run) -> ResultBatch:
+            parts, refused = bisect(
+                lambda part: self._values(spec, self._forward(run, np.stack([images[at] for at in part]))),
+                items,
+                lambda: self._still_works(run),
+            )
+            if len(parts) > 1 and not refused:
+                self._too_large(len(items))
+            failures = tuple(RowFailure(int(rows[at]), RowErrorCode.ENGINE_REFUSED, message) for at, message in refused)
+            if not parts:
+                return ResultBatch(np.empty(0, np.int64), None, failures)
+            values = pa.concat_batches([batch for _, batch in parts])  # type: ignore[attr-defined]  # newer than the stubs
+            return ResultBatch(rows[np.concatenate([part for part, _ in parts])], values, failures)
+
+        return compute
+
+    def _forward(self, run: Run, images: Floats) -> Array:
+        n = len(images)
+        if self._fixed_batch is not None and n < self._fixed_batch:
+            images = np.concatenate([images, np.repeat(images[:1], self._fixed_batch - n, axis=0)])
+        output = run({self._input.name: images.astype(self._input.dtype, copy=False)})[self._position][:n]
+        self._count(runs=1)
+        if not output.ndim or len(output) != n:
+            raise InvalidModel(f"graph output {self.output!r} has shape {list(output.shape)} for {n} images")
+        return output
+
+    def _values(self, spec: JobSpec, output: Array) -> pa.RecordBatch:
+        out = output.astype(np.float32, copy=False)
+        if self.task is Task.CLASSIFY:
+            softmax = class_activation(self._folder.config, self.width) == "softmax"
+            p = pooling.softmax(out) if softmax else pooling.sigmoid(out)
+            return record_batch(results.classify_columns(spec, p, self._labels), self.result_schema(spec))
+        if self._rank == 3:
+            out = out.mean(axis=1) if spec.pooling == "mean" else out[:, -1 if spec.pooling == "last" else 0]
+        stored = results.finished(spec, out.reshape(len(out), self.width), normalize=bool(spec.normalize))
+        return record_batch({"embedding": results.embedding_column(stored)}, self.result_schema(spec))
+
+    def _still_works(self, run: Run) -> bool:
+        try:
+            self._forward(run, self._sample[None])
+        except RunFailed:
+            return False
+        return True
+
+    def _too_large(self, n_rows: int) -> None:
+        with self._lock:
+            if self._fixed_batch is None and self.batch >= n_rows:
+                self.batch = max(1, n_rows // 2)
+                self.counts["batch_halvings"] += 1
+
+    def _count(self, **numbers: int) -> None:
+        with self._lock:
+            self.counts.update(numbers)
+
+
+def _grey() -> bytes:
+    """A small encoded image, so that the sample goes the way of every row."""
+    import io
+
+    import PIL.Image
+
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (256, 256), (128, 128, 128)).save(file, "PNG")
+    return file.getvalue()

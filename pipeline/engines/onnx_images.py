@@ -1,0 +1,163 @@
+"""Images to model inputs: bytes or URIs, decoded by Pillow in threads, resized and normalized as Transformers does.
+
+The arithmetic is that of Transformers' Pillow-backed processors, without importing them (they want torch): Pillow
+resizes 8-bit pixels, which leaves 256 values per channel, and rescaling and normalizing are a table of these.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from math import ceil
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline.engines.onnx_image_folder import ImageRecipe
+from pipeline.row_errors import RowErrorCode
+from storage.errors import EngineMissing, InvalidInput
+
+Floats = npt.NDArray[np.float32]
+Pixels = npt.NDArray[np.uint8]
+Failure = tuple[str, str]
+"""A ``RowErrorCode`` and a message."""
+
+MAX_PIXELS = 100_000_000
+"""Larger images are refused before they are decoded (three bytes a pixel): a file of kilobytes can claim any size."""
+
+
+def is_image(kind: pa.DataType) -> bool:
+    """True for what an image column may be: bytes, strings (URIs), or ``struct<bytes, path>`` of ``datasets``."""
+    return _is_binary(kind) or _is_string(kind) or _is_pair(kind)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_pair(kind: Any) -> bool:
+    if not pa.types.is_struct(kind) or not {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)}:
+        return False
+    return _is_binary(kind.field("bytes").type) and _is_string(kind.field("path").type)
+
+
+class ImageReader:
+    """Rows of an image column to arrays. ``fetch`` reads a URI that the operator allows, or raises ``InvalidInput``."""
+
+    def __init__(self, recipe: ImageRecipe, fetch: Callable[[str], bytes] | None, threads: int) -> None:
+        try:
+            import PIL.Image
+        except ImportError as error:
+            raise EngineMissing("the package Pillow is not installed; install rowmill[images]") from error
+        PIL.Image.init()
+        self._recipe = recipe
+        self._fetch = fetch
+        self._table = lookup_table(recipe)
+        self._threads = ThreadPoolExecutor(threads, "rowmill-images")
+
+    def read(self, column: Any, name: str) -> list[Floats | Failure]:
+        """For each row the input of the model, float32 [3, h, w], or what is wrong with it."""
+        rows = [column[at] for at in range(len(column))]
+        return list(self._threads.map(lambda row: self._one(row, name), rows))
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _one(self, row: Any, name: str) -> Floats | Failure:
+        try:
+            data = self._bytes(row)
+        except InvalidInput as error:
+            return RowErrorCode.UNREADABLE_URI, f"column {name!r}: {error}"
+        except UnicodeDecodeError as error:
+            return RowErrorCode.INVALID_UTF8, f"column {name!r} is not UTF-8: {error.reason} at byte {error.start}"
+        if data is None:
+            return RowErrorCode.MISSING_VALUE, f"column {name!r} is null"
+        try:
+            return self.prepare(data)
+        except Exception as error:  # Pillow's decoders raise nearly anything for broken files
+            return RowErrorCode.INVALID_IMAGE, f"column {name!r}: {_reason(error)} ({len(data)} bytes)"
+
+    def _bytes(self, row: Any) -> Any | None:
+        if not row.is_valid:
+            return None
+        if pa.types.is_struct(row.type):
+            return row["bytes"].as_buffer() if row["bytes"].is_valid else self._bytes(row["path"])
+        if _is_binary(row.type):
+            return row.as_buffer()
+        uri = bytes(row.as_buffer()).decode("utf-8")
+        if self._fetch is None:
+            raise InvalidInput(f"{uri} is not read: nothing here reads URIs of a row")
+        return self._fetch(uri)
+
+    def prepare(self, data: Any) -> Floats:
+        """The model's input, float32 [3, h, w], from an encoded image. Raises whatever Pillow does for a broken one."""
+        return to_input(decoded(data), self._recipe, self._table)
+
+
+def _reason(error: Exception) -> str:
+    if type(error).__name__ == "UnidentifiedImageError":
+        return "no image in a format that Pillow reads"
+    return str(error).strip().rstrip(".") or type(error).__name__
+
+
+def decoded(data: Any) -> Any:
+    """An image in RGB, 8 bits, as a ``PIL.Image``. Raises ``ValueError`` when too large, or what Pillow does."""
+    import PIL.Image
+
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"{width} × {height} pixels are more than {MAX_PIXELS}")
+        return image.convert("RGB")
+
+
+def to_input(image: Any, recipe: ImageRecipe, table: Floats) -> Floats:
+    """The model's input, float32 [3, h, w], from an RGB ``PIL.Image``; ``table`` comes from :func:`lookup_table`."""
+    width, height = image.size
+    size = recipe.size
+    if recipe.shortest is not None:
+        short, long = min(width, height), max(width, height)
+        other = int(recipe.shortest * long / short)
+        size = (other, recipe.shortest) if width <= height else (recipe.shortest, other)
+    if size is not None:
+        if size[0] * size[1] > MAX_PIXELS:
+            raise ValueError(f"{width} × {height} pixels become {size[1]} × {size[0]}: more than {MAX_PIXELS}")
+        image = image.resize((size[1], size[0]), resample=recipe.resample)
+    pixels = np.asarray(image, dtype=np.uint8)
+    if recipe.crop is not None:
+        pixels = _middle(pixels, *recipe.crop)
+    made = np.empty((3, *pixels.shape[:2]), np.float32)
+    for channel in range(3):
+        np.take(table[channel], pixels[:, :, channel], out=made[channel])
+    return made
+
+
+def _middle(pixels: Pixels, height: int, width: int) -> Pixels:
+    """The middle of an image, [h, w, 3]; where it is smaller, in the middle of black."""
+    have = pixels.shape[:2]
+    if have[0] < height or have[1] < width:
+        tall, wide = max(height, have[0]), max(width, have[1])
+        top, left = ceil((tall - have[0]) / 2), ceil((wide - have[1]) / 2)
+        around = np.zeros((tall, wide, 3), np.uint8)
+        around[top : top + have[0], left : left + have[1]] = pixels
+        # Where the odd row goes follows Transformers, whose offsets come from the image's size before it was put there.
+        up, across = (have[0] - height) // 2 + top, (have[1] - width) // 2 + left
+        return around[max(0, up) : min(tall, up + height), max(0, across) : min(wide, across + width)]
+    top, left = (have[0] - height) // 2, (have[1] - width) // 2
+    return pixels[top : top + height, left : left + width]
+
+
+def lookup_table(recipe: ImageRecipe) -> Floats:
+    """float32 [3, 256]: what a pixel's value becomes, rounded as Transformers' ``rescale`` and ``normalize`` round."""
+    values = (np.arange(256, dtype=np.uint8).astype(np.float64) * recipe.scale).astype(np.float32)
+    if recipe.mean is None or recipe.std is None:
+        return np.tile(values, (3, 1))
+    mean, std = np.asarray(recipe.mean, np.float32), np.asarray(recipe.std, np.float32)
+    return np.asarray((values[None, :] - mean[:, None]) / std[:, None], np.float32)

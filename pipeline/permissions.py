@@ -1,0 +1,85 @@
+"""What the operator allows beyond a job's own input and model: files that rows name, libraries that graphs need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.job_spec import JobSpec
+from storage.errors import InvalidInput, InvalidJob
+from storage.locations import normalize, protocol
+from storage.objects import ObjectStore
+
+MAX_FILE_BYTES = 64 * 2**20
+"""Largest file read because a row names it."""
+
+
+class RowFiles:
+    """Reads files that rows name, below the operator's prefixes (the setting ``uri_prefixes``)."""
+
+    def __init__(self, store: ObjectStore, prefixes: Sequence[str]) -> None:
+        self._store = store
+        self._prefixes = tuple(normalize(prefix) for prefix in prefixes)
+
+    def __call__(self, uri: str) -> bytes:
+        """The file's content. Raises :class:`~storage.errors.InvalidInput` when it is not allowed, not there, too large
+        or not readable, and :class:`~storage.errors.Unreachable` when the store does not answer."""
+        path = self._allowed(uri)
+        size = self._store.info(path).n_bytes
+        if size > MAX_FILE_BYTES:
+            raise InvalidInput(f"{uri} has {size} bytes; at most {MAX_FILE_BYTES} are read for a row")
+        return self._store.read_bytes(path)
+
+    def _allowed(self, uri: str) -> str:
+        if not self._prefixes:
+            raise InvalidInput(f"{uri} is not read: the operator's setting uri_prefixes allows no place")
+        try:
+            path = normalize(uri)
+        except InvalidJob as error:
+            raise InvalidInput(str(error)) from error
+        kind = protocol(path)
+        if kind in ("http", "https"):
+            raise InvalidInput(f"{uri} is not read: rows may not name web addresses")
+        if kind == "file":
+            # Links are followed first: the check is on the file that would be read.
+            real = Path(path).resolve()
+            allowed = any(
+                protocol(prefix) == "file" and real.is_relative_to(Path(prefix).resolve()) for prefix in self._prefixes
+            )
+            path = str(real)
+        else:
+            steps = ".." in path.split("/")
+            allowed = not steps and any(path == prefix or path.startswith(prefix + "/") for prefix in self._prefixes)
+        if not allowed:
+            raise InvalidInput(f"{uri} lies outside the places that the operator's setting uri_prefixes allows")
+        return path
+
+
+def check(spec: JobSpec, custom_op_paths: Sequence[Path]) -> None:
+    """Refuse a job that asks for libraries which the operator has not allowed, before anything is stored.
+
+    Raises :class:`~storage.errors.InvalidJob`.
+    """
+    libraries(spec.engine_options.get("custom_ops"), custom_op_paths)
+
+
+def libraries(asked: Any, allowed: Sequence[Path]) -> tuple[Path, ...]:
+    """The libraries of custom operators that a job asks for, by path.
+
+    They are code that runs in the worker: only files that the operator has named (the setting ``custom_op_paths``) are
+    taken. Raises :class:`~storage.errors.InvalidJob` for any other.
+    """
+    if asked is None:
+        return ()
+    field = "engine_options.custom_ops"
+    if not isinstance(asked, (list, tuple)) or not all(isinstance(path, str) for path in asked):
+        raise InvalidJob('a list of paths, such as ["/opt/ops/libops.so"]', field=field)
+    known = {path.resolve() for path in allowed}
+    for path in asked:
+        if Path(path).expanduser().resolve() not in known:
+            named = ", ".join(map(str, allowed)) or "none"
+            raise InvalidJob(
+                f"{path} is no library that the operator allows; the setting custom_op_paths names {named}", field=field
+            )
+    return tuple(Path(path).expanduser().resolve() for path in asked)

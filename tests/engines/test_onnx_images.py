@@ -1,0 +1,260 @@
+"""Images: the recipe beside Transformers' own, whole models beside PyTorch, and what becomes of broken ones."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from examples.tiny_vision import LABELS, build_resnet, build_vit
+from pipeline import Client
+from pipeline.engines import onnx_images
+from pipeline.engines.base import EngineContext
+from pipeline.engines.onnx import OnnxEngine
+from pipeline.engines.onnx_image_folder import recipe
+from pipeline.engines.onnx_images import decoded, lookup_table, to_input
+from pipeline.models.resolve import resolve
+from pipeline.permissions import RowFiles
+from pipeline.settings import Settings
+from storage.errors import InvalidInput, InvalidJob, InvalidModel
+from storage.objects import ObjectStore
+from tests.engines.onnx_support import embeddings, job, model_at, run
+
+SPEC = job("classify", column="image")
+
+
+def picture(seed: int, width: int = 40, height: int = 30, mode: str = "RGB") -> PIL.Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return PIL.Image.fromarray(pixels).convert(mode)
+
+
+def encoded(image: PIL.Image.Image, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_vit(tmp_path_factory.mktemp("vit"))
+
+
+@pytest.fixture(scope="module")
+def loaded(vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnnxEngine]:
+    made = image_engine(vit, "classify", tmp_path_factory.mktemp("cache"))
+    yield made
+    made.close()
+
+
+def image_engine(path: Path, task: str, cache: Path, fetch: Any = None, **options: Any) -> OnnxEngine:
+    spec = job(task, column="image")
+    made = OnnxEngine(resolve(str(path), cache), spec.task, options, EngineContext(cache, fetch=fetch))
+    made.load()
+    return made
+
+
+PROCESSORS = [
+    ("ViT", {}),
+    ("ViT", {"size": {"height": 17, "width": 23}, "resample": 3}),
+    ("DeiT", {"size": {"height": 25, "width": 25}, "crop_size": {"height": 20, "width": 33}}),
+    ("CLIP", {"size": {"shortest_edge": 31}, "crop_size": {"height": 28, "width": 28}}),
+    ("CLIP", {"do_resize": False, "crop_size": {"height": 21, "width": 50}}),
+    ("Bit", {"size": {"shortest_edge": 20}, "crop_size": {"height": 33, "width": 26}}),
+    ("Siglip", {"size": {"height": 16, "width": 24}}),
+    ("ConvNext", {"size": {"shortest_edge": 28}}),
+    ("ConvNext", {"size": {"shortest_edge": 384}}),
+    ("ViT", {"do_normalize": False, "rescale_factor": 1 / 127.5, "size": {"height": 9, "width": 9}}),
+    ("ViT", {"do_rescale": False, "do_resize": False}),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields"), PROCESSORS, ids=str)
+@settings(deadline=None, max_examples=10)  # a busy machine is no failure
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 99), st.sampled_from(["RGB", "L", "RGBA", "P"]))
+def test_the_recipe_is_bit_equal_to_transformers(
+    kind: str, fields: dict[str, Any], width: int, height: int, seed: int, mode: str
+) -> None:
+    module = __import__(f"transformers.models.{kind.lower()}.image_processing_pil_{kind.lower()}", fromlist=["x"])
+    theirs = getattr(module, f"{kind}ImageProcessorPil")(**fields)
+    image = picture(seed, width, height, mode)
+    expected = theirs(image.convert("RGB"), return_tensors="np")["pixel_values"][0]
+    written = json.loads(theirs.to_json_string())
+    for config in (written, {"image_processor_type": written["image_processor_type"]} | fields):
+        made = recipe(config, "preprocessor_config.json")
+        ours = to_input(decoded(encoded(image)), made, lookup_table(made))
+        assert ours.dtype == np.float32
+        assert np.array_equal(ours, expected.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"image_processor_type": "DetrImageProcessor"}, "asks for DetrImageProcessor; engine 'onnx' does ViTImage"),
+        ({}, "asks for no known image processor"),
+        ({"image_processor_type": "ViTImageProcessor", "do_pad": True}, "asks for padding"),
+        ({"image_processor_type": "CLIPImageProcessor", "size": {"longest_edge": 3}}, "size {'longest_edge': 3}"),
+        ({"image_processor_type": "ViTImageProcessor", "image_mean": [0.5]}, "1 channels; images have three here"),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed_is_refused(config: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidModel, match=says):
+        recipe(config, "preprocessor_config.json")
+
+
+def test_a_classifier_of_images_agrees_with_pytorch(loaded: OnnxEngine, vit: Path, tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    pictures = [picture(n, 20 + n, 45 - n) for n in range(23)]
+    table, failures = run(loaded, SPEC, pa.record_batch({"image": [encoded(image) for image in pictures]}), size=10)
+    assert not failures
+    module = __import__("transformers.models.vit.image_processing_pil_vit", fromlist=["x"])
+    config = json.loads((vit / "preprocessor_config.json").read_text())
+    pixels = module.ViTImageProcessorPil(**config)(pictures, return_tensors="np")["pixel_values"]
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(transformers.ViTConfig.from_pretrained(vit)).eval()
+    with torch.no_grad():
+        expected = torch.softmax(model(torch.tensor(np.asarray(pixels))).logits, dim=-1).numpy()
+    found = np.array([[pair["score"] for pair in row] for row in table.column("scores").to_pylist()])
+    assert np.abs(found - expected).max() < 1e-5
+    assert table.column("label").to_pylist() == [LABELS[at] for at in expected.argmax(axis=1)]
+    assert [pair["label"] for pair in table.column("scores")[0].as_py()] == list(LABELS)
+    stats = loaded.stats()
+    assert stats["output"] == "logits" and stats["image_batch"] == 8
+
+
+def test_a_resnet_classifies_and_a_headless_vit_embeds(tmp_path: Path) -> None:
+    rows = pa.record_batch({"image": [encoded(picture(n, 60, 50)) for n in range(9)]})
+    made = image_engine(build_resnet(tmp_path / "resnet"), "classify", tmp_path)
+    table, failures = run(made, job("classify", column="image", top_k=1), rows)
+    made.close()
+    assert not failures and {len(row) for row in table.column("scores").to_pylist()} == {1}
+    path = build_vit(tmp_path / "vit", head=False)
+    made = image_engine(path, "embed", tmp_path)
+    assert made.stats()["output"] == "pooler_output"
+    spec = job("embed", column="image", normalize=True)
+    table, failures = run(made, spec, rows)
+    made.close()
+    assert not failures and table.schema.names == ["embedding"]
+    assert np.allclose(np.linalg.norm(embeddings(table), axis=1), 1, atol=1e-5)
+
+
+def test_an_image_is_the_same_in_every_kind_of_column(loaded: OnnxEngine) -> None:
+    data = [encoded(picture(n)) for n in range(5)]
+    kinds = [pa.binary(), pa.large_binary(), pa.binary_view()]
+    pair = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
+    columns = [pa.array([data[0], *data], kind) for kind in kinds]
+    columns.append(pa.array([{"bytes": item, "path": "x.png"} for item in [data[0], *data]], pair))
+    tables = [run(loaded, SPEC, pa.record_batch({"image": column}).slice(1))[0] for column in columns]
+    assert all(table.equals(tables[0]) for table in tables) and tables[0].num_rows == 5
+
+
+def test_a_broken_image_fails_its_row_only(loaded: OnnxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = encoded(picture(0))
+    monkeypatch.setattr(onnx_images, "MAX_PIXELS", 40 * 30)
+    large = encoded(picture(1, 41, 30))
+    rows = [good, good[: len(good) // 2], b"", None, b"no image", good[:8] + b"\0" * 50, large, good]
+    table, failures = run(loaded, SPEC, pa.record_batch({"image": pa.array(rows, pa.binary())}))
+    codes = {row: failure.code for row, failure in failures.items()}
+    assert codes == {3: "missing_value"} | dict.fromkeys([1, 2, 4, 5, 6], "invalid_image")
+    assert "truncated" in failures[1].message
+    assert "no image in a format that Pillow reads (8 bytes)" in failures[4].message
+    assert "41 × 30 pixels are more than 1200" in failures[6].message
+    assert table.num_rows == 2 and table.slice(0, 1).equals(table.slice(1, 1))
+
+
+def test_uris_are_read_below_the_allowed_places_only(vit: Path, tmp_path: Path) -> None:
+    allowed, secret = tmp_path / "images", tmp_path / "secret"
+    for folder in (allowed, secret, tmp_path / "images2"):
+        folder.mkdir()
+        (folder / "a.png").write_bytes(encoded(picture(0)))
+    (allowed / "link.png").symlink_to(secret / "a.png")
+    (allowed / "folder.png").mkdir()
+    uris = [
+        str(allowed / "a.png"),
+        f"file://{allowed}/a.png",
+        str(allowed / "none.png"),
+        str(allowed / ".." / "secret" / "a.png"),
+        str(allowed / "link.png"),
+        str(tmp_path / "images2" / "a.png"),
+        "https://example.com/a.png",
+        f"simplecache::file://{allowed}/a.png",
+        str(allowed / "folder.png"),
+        "s3://bucket/a.png",
+        None,
+    ]
+    rows = pa.record_batch({"image": pa.array(uris, pa.string())})
+    made = image_engine(vit, "classify", tmp_path, fetch=RowFiles(ObjectStore(), [str(allowed)]))
+    table, failures = run(made, SPEC, rows)
+    made.close()
+    assert table.num_rows == 2
+    codes = {row: failure.code for row, failure in failures.items()}
+    assert codes == dict.fromkeys(range(2, 10), "unreadable_uri") | {10: "missing_value"}
+    assert "does not exist" in failures[2].message
+    for row in (3, 4, 5, 9):
+        assert "lies outside the places that the operator's setting uri_prefixes allows" in failures[row].message
+    made = image_engine(vit, "classify", tmp_path, fetch=RowFiles(ObjectStore(), []))
+    _, failures = run(made, SPEC, rows)
+    made.close()
+    assert len(failures) == 11 and "allows no place" in failures[0].message
+
+
+def test_uris_of_an_object_store_through_a_job(vit: Path, tmp_path: Path, s3: Any) -> None:
+    import pyarrow.parquet as pq
+    import s3fs
+
+    bucket = s3fs.S3FileSystem(**s3.storage_options["s3"])
+    for n in range(4):
+        bucket.pipe_file(f"{s3.bucket}/images/{n}.png", encoded(picture(n)))
+    names = [f"s3://{s3.bucket}/images/{n}.png" for n in range(5)] + [f"s3://{s3.bucket}/other/0.png"]
+    pq.write_table(pa.table({"image": names}), tmp_path / "rows.parquet")
+    settings = Settings(
+        data_dir=tmp_path / "data",
+        cache_dir=tmp_path / "cache",
+        storage_options=s3.storage_options,
+        uri_prefixes=(f"s3://{s3.bucket}/images",),
+    )
+    with Client(settings=settings) as client:
+        out = tmp_path / "out"
+        status = client.run(
+            input=str(tmp_path / "rows.parquet"), output=str(out), model=str(vit), task="classify", column="image"
+        )
+    assert (status.rows_done, status.rows_failed) == (6, 2)
+    table = pq.read_table(out / "data")
+    assert [error and error["code"] for error in table.column("error").to_pylist()] == [None] * 4 + [
+        "unreadable_uri"
+    ] * 2
+    assert None not in table.column("label").to_pylist()[:4]
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind", "error", "says"),
+    [
+        (SPEC, pa.int64(), InvalidInput, "column 'image' is int64; images are binary"),
+        (job("classify", column="picture"), pa.binary(), InvalidInput, "no column 'picture'"),
+        (job("classify", column="image", pair_column="image"), pa.binary(), InvalidJob, "takes one image a row"),
+        (job("score", column="image"), pa.binary(), InvalidModel, "takes images: it does embed and classify"),
+    ],
+    ids=["type", "missing", "pair", "score"],
+)
+def test_check_refuses_what_cannot_work(vit: Path, spec: Any, kind: Any, error: type[Exception], says: str) -> None:
+    schema = pa.schema([pa.field("image", kind)])
+    with pytest.raises(error, match=says):
+        OnnxEngine.check(spec, model_at(vit, graphs=["model.onnx"]), schema)
+
+
+def test_a_recipe_that_does_not_fit_the_graph_is_refused_at_load(vit: Path, tmp_path: Path) -> None:
+    path = build_vit(tmp_path / "vit")
+    config = json.loads((path / "preprocessor_config.json").read_text())
+    (path / "preprocessor_config.json").write_text(json.dumps(config | {"size": {"height": 24, "width": 24}}))
+    with pytest.raises(InvalidModel, match=r"does not run on an image of shape \[3, 24, 24\]"):
+        image_engine(path, "classify", tmp_path)
