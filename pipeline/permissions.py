@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from pipeline.engines.onnx_custom_ops import libraries
 from pipeline.job_spec import JobSpec
 from storage.errors import InvalidInput, InvalidJob
 from storage.locations import normalize, protocol
@@ -62,24 +62,3 @@ def check(spec: JobSpec, custom_op_paths: Sequence[Path]) -> None:
     Raises :class:`~storage.errors.InvalidJob`.
     """
     libraries(spec.engine_options.get("custom_ops"), custom_op_paths)
-
-
-def libraries(asked: Any, allowed: Sequence[Path]) -> tuple[Path, ...]:
-    """The libraries of custom operators that a job asks for, by path.
-
-    They are code that runs in the worker: only files that the operator has named (the setting ``custom_op_paths``) are
-    taken. Raises :class:`~storage.errors.InvalidJob` for any other.
-    """
-    if asked is None:
-        return ()
-    field = "engine_options.custom_ops"
-    if not isinstance(asked, (list, tuple)) or not all(isinstance(path, str) for path in asked):
-        raise InvalidJob('a list of paths, such as ["/opt/ops/libops.so"]', field=field)
-    known = {path.resolve() for path in allowed}
-    for path in asked:
-        if Path(path).expanduser().resolve() not in known:
-            named = ", ".join(map(str, allowed)) or "none"
-            raise InvalidJob(
-                f"{path} is no library that the operator allows; the setting custom_op_paths names {named}", field=field
-            )
-    return tuple(Path(path).expanduser().resolve() for path in asked)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from pipeline.engines import onnx_checks as checks
-from pipeline.engines import onnx_graph, onnx_options
+from pipeline.engines import onnx_custom_ops, onnx_graph, onnx_options
 from pipeline.engines.base import Cancellation, EngineContext, ResultBatch, RowBatch
 from pipeline.engines.onnx_folder import TextFolder
 from pipeline.engines.onnx_image import ImageModel
@@ -47,6 +47,7 @@ class OnnxEngine:
         self._image: ImageModel | None = None
         self._tensor: TensorModel | None = None
         self._exported: Exported | None = None
+        self._libraries: tuple[Path, ...] = ()
         self._graph: Path | None = None
         self._version = ""
 
@@ -79,6 +80,7 @@ class OnnxEngine:
         runtime = import_runtime()
         self._version = str(runtime.__version__)
         options, notify = self._options, self._context.notify
+        self._libraries = onnx_custom_ops.libraries(options.custom_ops, self._context.custom_op_paths)
         folder: TextFolder | None = None
         images = self._task is not Task.TENSOR and checks.takes_images(self._model, options)
         if images:
@@ -157,6 +159,8 @@ class OnnxEngine:
         }
         if pool is not None:
             facts |= {"providers": list(pool.providers), "sessions": pool.size, "threads": self._options.threads}
+        if self._libraries:
+            facts["custom_ops"] = onnx_custom_ops.digests(self._libraries)
         if text is not None:
             facts |= {
                 "output": text.head.name,

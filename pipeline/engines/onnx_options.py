@@ -40,6 +40,8 @@ class OnnxOptions(BaseModel):
     """``tensor``: a NaN or an infinity in a row is that row's error."""
     graph_optimization_level: Literal["disable", "basic", "extended", "layout", "all"] = "all"
     """ONNX Runtime's own graph optimizations."""
+    custom_ops: tuple[str, ...] = ()
+    """Libraries of custom operators, by path: only those that the setting ``custom_op_paths`` names."""
     session_config: dict[str, str] = {}
     """``SessionOptions.add_session_config_entry``: key → value."""
 

@@ -284,6 +284,11 @@ def _session(
     settings.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, level)
     for key, value in options.session_config.items():
         settings.add_session_config_entry(key, value)
+    for library in options.custom_ops:
+        try:
+            settings.register_custom_ops_library(library)
+        except refusals as error:
+            raise InvalidModel(f"the custom operators of {library} cannot be loaded: {error}") from error
     try:
         session = runtime.InferenceSession(str(path), settings, providers=list(providers), enable_fallback=0)
     except refusals as error:
