@@ -11,11 +11,13 @@ from typing import Any
 
 from celery import Celery
 from celery.signals import worker_shutdown, worker_shutting_down
-from kombu.transport.virtual import Channel
+from kombu.transport import TRANSPORT_ALIASES
 
 from pipeline.settings import Settings
 from pipeline.worker import Worker
 from storage.wakeups import CONTROL_QUEUE, TICK
+
+TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "tasks.redis_transport:Transport"))
 
 settings = Settings()
 app = Celery("rowmill", broker=settings.broker_url, include=["tasks.jobs", "tasks.shards", "tasks.beat"])
@@ -33,10 +35,6 @@ app.conf.update(
         "tick": {"task": TICK, "schedule": settings.tick_seconds, "options": {"expires": settings.tick_seconds}}
     },
 )
-
-# A wake-up that was fetched and not begun need not go back to the broker: the tick makes it good. Giving it back to a
-# broker that is away raises in Kombu where Celery does not expect it, and ends the worker (seen in a chaos run).
-Channel.do_restore = False
 
 _lock = threading.Lock()
 _ending = threading.Event()
