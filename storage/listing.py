@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
-import fsspec
 from fsspec.utils import glob_translate
 
 from storage import local_files
@@ -55,20 +55,52 @@ def _hidden(name: str) -> bool:
 
 def local_files_of(pattern: str) -> list[str]:
     """Paths of the local files that a path, a folder or a glob stands for; unsorted, possibly none."""
-    if os.path.isfile(pattern):  # noqa: PTH113
-        return [pattern]
-    if os.path.isdir(pattern):  # noqa: PTH112
+    try:
+        mode = os.stat(pattern).st_mode  # noqa: PTH116
+    except (FileNotFoundError, NotADirectoryError):
+        mode = 0  # anything else, such as a folder above that may not be entered, is an error
+    if stat.S_ISDIR(mode):
         return list(visible(local_files.walk(pattern), pattern, pattern))
+    if mode:
+        return [pattern]
     if not is_glob(pattern):
         return []
     matches(pattern, "")
-    found: dict[str, None] = {}
-    for path in fsspec.filesystem("file").glob(pattern):
-        if os.path.isdir(path):  # noqa: PTH112
-            found |= dict.fromkeys(local_files.walk(path))
-        else:
-            found[path] = None
-    return list(visible(found, literal_prefix(pattern), pattern))
+    root = literal_prefix(pattern)
+    files = (path for place in _local_matches(pattern, root) for path in _all_below(place))
+    return list(visible(dict.fromkeys(files), root, pattern))
+
+
+def _all_below(path: str) -> Iterable[str]:
+    return local_files.walk(path) if os.path.isdir(path) else [path]  # noqa: PTH112
+
+
+def _local_matches(pattern: str, root: str) -> Iterator[str]:
+    """Files and folders that match. Not fsspec's glob: it leaves out what it may not read, and so loses rows."""
+    try:
+        os.stat(root or "/")  # noqa: PTH116
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if "**" in pattern:
+        above = root.count("/") + 1
+        for path in local_files.walk(root or "/"):
+            parts = path.split("/")
+            if any(matches(pattern, "/".join(parts[:n])) for n in range(above + 1, len(parts) + 1)):
+                yield path
+        return
+    parts = pattern.split("/")
+    folders = [root]
+    for depth in range(root.count("/") + 1, len(parts)):
+        here = "/".join(parts[: depth + 1])
+        found = [entry for folder in folders for entry in _entries(folder) if matches(here, entry.path)]
+        if depth == len(parts) - 1:
+            yield from (entry.path for entry in found if entry.is_dir() or entry.is_file())
+        folders = [entry.path for entry in found if entry.is_dir()]
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    with os.scandir(folder or "/") as entries:
+        return list(entries)
 
 
 def remote_files_of(filesystem: Any, pattern: str) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from storage.errors import InputChanged, InvalidInput, InvalidJob, RowmillError, StorageFull
+from storage.errors import InputChanged, InvalidInput, InvalidJob, InvalidSettings, RowmillError, StorageFull
 from storage.transient import chain, type_names
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -48,3 +48,9 @@ def no_filesystem(uri: str, protocol: str, error: Exception) -> InvalidJob:
         what = f"install rowmill[{extra}]" if extra else f"install the package that fsspec needs for it ({error})"
         return InvalidJob(f"{uri}: nothing here reads {protocol}:// URLs; {what}")
     return InvalidJob(f"{uri}: {protocol}:// is not a kind of URL that fsspec knows")
+
+
+def bad_options(uri: str, protocol: str, error: Exception) -> InvalidSettings:
+    """Our error where the file system cannot even be made: unknown options, or no credentials."""
+    what = " ".join(str(error).split())
+    return InvalidSettings(f"{uri} cannot be opened: {what}", field=f"storage_options.{protocol}")

@@ -24,7 +24,7 @@ from storage.errors import CorruptFile, InvalidInput, Unreachable
 from storage.local_files import OnConflict
 from storage.locations import WORK_FOLDER, normalize, protocol
 from storage.new_file import NewFile, NewLocalFile, NewRemoteFile, Written
-from storage.object_errors import explain, no_filesystem
+from storage.object_errors import bad_options, explain, no_filesystem
 from storage.parked import Parked
 from storage.ranges import RangeReader
 from storage.transient import response_code, retrying
@@ -284,7 +284,15 @@ class ObjectStore:
                 names = (name, *((kind.protocol,) if isinstance(kind.protocol, str) else kind.protocol))
                 defaults = next((_DEFAULTS[n] for n in names if n in _DEFAULTS), {})
                 given = next((self._options[n] for n in names if n in self._options), {})
-                made = kind(**{**defaults, **given}, skip_instance_cache=True)
+                merged = {**defaults, **given}
+                if "config_kwargs" in defaults and "config_kwargs" in given:
+                    merged["config_kwargs"] = {**defaults["config_kwargs"], **given["config_kwargs"]}
+                try:
+                    made = kind(**merged, skip_instance_cache=True)
+                    if "s3" in names:
+                        made.connect()  # makes a session, else with the first request; only now are options looked at
+                except (ValueError, TypeError, OSError) as error:
+                    raise bad_options(uri, name, error) from error
                 if "s3" in names and "retries" not in given:
                     made.retries = 1
                 self._filesystems[key] = made
@@ -301,7 +309,10 @@ class ObjectStore:
 
     def _url(self, like: str, name: str) -> str:
         """The URL of an fsspec name, with the same scheme as ``like``."""
-        return name if "://" in name else f"{like.partition('://')[0]}://{name}"
+        scheme, _, rest = like.partition("://")
+        if not rest.startswith("/"):
+            name = name if "://" in name else name.removeprefix("/")
+        return name if "://" in name else f"{scheme}://{name}"
 
     def _upload(self, uri: str, on_conflict: OnConflict, path: str) -> tuple[int, str]:
         if on_conflict == "keep" and (found := self.stat(uri)):

@@ -6,15 +6,17 @@ import errno
 import gc
 import hashlib
 import io
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +24,15 @@ import pytest
 import s3fs
 
 from storage import local_files, locations
-from storage.errors import CorruptFile, InvalidInput, InvalidJob, RowmillError, StorageFull, Unreachable
+from storage.errors import (
+    CorruptFile,
+    InvalidInput,
+    InvalidJob,
+    InvalidSettings,
+    RowmillError,
+    StorageFull,
+    Unreachable,
+)
 from storage.object_errors import explain
 from storage.objects import ObjectStore
 from storage.transient import is_transient
@@ -34,6 +44,7 @@ from tests.storage.faulty_s3 import CUT, CUT_AFTER, STALL, TRUNCATE, Faults, pro
 class Place:
     store: ObjectStore
     root: str
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __call__(self, path: str) -> str:
         return f"{self.root}/{path}"
@@ -46,12 +57,22 @@ class Place:
         return [item.uri.removeprefix(self.root + "/") for item in self.store.find(self(pattern))]
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "memory", "elsewhere"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """``elsewhere``: a store that whoever runs the tests names, and gives an empty folder at, such as an emulator."""
+    name = uuid.uuid4().hex
     if request.param == "local":
         return Place(ObjectStore(), str(tmp_path))
+    if request.param == "memory":
+        return Place(ObjectStore(), f"memory://{name}")
+    if request.param == "elsewhere":
+        if "OBJECTS_URL" not in os.environ:
+            pytest.skip("set OBJECTS_URL (and OBJECTS_OPTIONS, as JSON) to a store and an empty folder at it")
+        root = f"{os.environ['OBJECTS_URL']}/{name}"
+        options = json.loads(os.environ.get("OBJECTS_OPTIONS", "{}"))
+        return Place(ObjectStore(options), root, options)
     s3: S3 = request.getfixturevalue("s3")
-    return Place(ObjectStore(s3.storage_options), s3.url("top"))
+    return Place(ObjectStore(s3.storage_options), s3.url("top"), s3.storage_options)
 
 
 # -- the contract
@@ -265,10 +286,8 @@ def test_what_is_not_there(place: Place) -> None:
             call(place("none"))
 
 
-def test_a_change_by_another_process_is_seen(place: Place, request: pytest.FixtureRequest) -> None:
-    other = (
-        ObjectStore(request.getfixturevalue("s3").storage_options) if place.root.startswith("s3:") else ObjectStore()
-    )
+def test_a_change_by_another_process_is_seen(place: Place) -> None:
+    other = ObjectStore(place.options)
     place.put("d/a", b"1")
     before = place.store.find(place("d"))
     other.put_bytes(place("d/b"), b"1")
@@ -436,11 +455,45 @@ def test_passing_errors_are_retried(error: OSError) -> None:
     assert is_transient(wrapped)
 
 
-def test_unknown_and_uninstalled_protocols() -> None:
+def test_unknown_and_uninstalled_protocols(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidJob, match="gopher"):
         ObjectStore().exists("gopher://host/file")
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(InvalidJob, match=r"rowmill\[gcs\]"):
         ObjectStore().exists("gs://bucket/file")
+
+
+def test_options_that_the_client_does_not_know_are_named() -> None:
+    with pytest.raises(InvalidSettings, match=r"storage_options\.s3: .*'kye'"):
+        ObjectStore({"s3": {"kye": "a"}}).exists("s3://bucket/file")
+
+
+@pytest.mark.parametrize("pattern", ["closed/f", "closed/*.parquet", "**/*.parquet", "", "closed"])
+def test_a_folder_that_may_not_be_read_is_not_taken_for_an_empty_one(
+    local: Place, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    """Tests may run as root, whom nothing is forbidden: the system calls refuse as they would anybody else."""
+    local.put("closed/f")
+    scandir, look = os.scandir, os.stat
+
+    def refused(path: Any) -> PermissionError | None:
+        path = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
+        return PermissionError(errno.EACCES, "Permission denied", path) if local("closed") in str(path) else None
+
+    def guarded_scandir(path: Any = ".") -> Any:
+        if error := refused(path):
+            raise error
+        return scandir(path)
+
+    def guarded_stat(path: Any, **options: Any) -> os.stat_result:
+        if not str(path).endswith("closed") and (error := refused(path)):
+            raise error
+        return look(path, **options)
+
+    monkeypatch.setattr(os, "scandir", guarded_scandir)
+    monkeypatch.setattr(os, "stat", guarded_stat)
+    with pytest.raises(InvalidInput, match="permission denied"):
+        local.store.find(local(pattern))
 
 
 # -- a failing S3
@@ -538,6 +591,19 @@ def test_a_refusal_is_not_retried(shaky: Place, faults: Faults) -> None:
     faults.next(403, method="HEAD", times=-1)
     with pytest.raises(InvalidInput, match="permission denied"):
         shaky.store.info(shaky("f"))
+
+
+@pytest.mark.parametrize("pattern", ["d", "d/*.parquet", "d/**/*.parquet"])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_listing_that_fails_is_not_an_empty_one(s3: S3, faults: Faults, pattern: str, method: str) -> None:
+    store = ObjectStore(replace(s3, endpoint=faults.endpoint).storage_options, retry_seconds=0.1)
+    store.put_bytes(s3.url("d/a.parquet"), b"x")
+    faults.next(403, method=method, times=-1)
+    with pytest.raises(InvalidInput, match="permission denied"):
+        store.find(s3.url(pattern))
+    faults.next(503, method=method, times=-1)
+    with pytest.raises(Unreachable):
+        store.find(s3.url(pattern))
 
 
 def test_a_lost_answer_to_a_conditional_put_is_no_conflict(shaky: Place, faults: Faults) -> None:
