@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from pipeline import input_conversion
-from pipeline.input_formats import Format, Kind, format_of
+from pipeline.input_formats import Format, Kind, format_of, is_beside_the_point
 from pipeline.input_schema import UnifiedSchema
 from pipeline.planning import InputFile
 from storage import listing, locations, parquet
@@ -28,6 +28,8 @@ HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 _READERS = 8
 _AHEAD = 128
 """Footers that are read ahead of the one being looked at."""
+_NAMED = 3
+"""Files that a message names before it counts the others."""
 _INT = re.compile(r"-?\d+")
 
 
@@ -59,15 +61,18 @@ class _File:
     converted: bool = False
 
 
-def discover(store: ObjectStore, spec: InputSpec, work_dir_uri: str) -> Inputs:
+def discover(
+    store: ObjectStore, spec: InputSpec, work_dir_uri: str, notify: Callable[[str], None] = lambda message: None
+) -> Inputs:
     """Find the input, turn what is not Parquet into Parquet below ``work_dir_uri``, and read all footers.
 
     Files come in the order of ``spec.input``, sorted by name within each. Hive folders (``k=v``) below a directory or
-    from a glob's first wildcard on become columns at the end, unless the files have them. Raises
-    :class:`InvalidInput`, naming the file and the reason; nothing but chunks in the work folder is ever written.
+    from a glob's first wildcard on become columns at the end, unless the files have them. ``notify`` hears of files
+    that were passed over. Raises :class:`InvalidInput`, naming the file and the reason; nothing but chunks in the work
+    folder is ever written.
     """
     unified = UnifiedSchema()
-    files = list(_parquet_files(store, _found(store, spec), work_dir_uri))
+    files = list(_parquet_files(store, _found(store, spec, notify), work_dir_uri))
     sources: list[Source] = []
     groups: list[InputFile] = []
     for idx, (file, stats) in enumerate(zip(files, _footers(store, files), strict=True)):
@@ -107,7 +112,7 @@ def _parquet_files(store: ObjectStore, found: Sequence[tuple[_File, Format]], wo
             yield _File(store.info(uri), file.origin, file.partition, converted=True)
 
 
-def _found(store: ObjectStore, spec: InputSpec) -> list[tuple[_File, Format]]:
+def _found(store: ObjectStore, spec: InputSpec, notify: Callable[[str], None]) -> list[tuple[_File, Format]]:
     output = normalize(spec.output)
     found: list[tuple[_File, Format]] = []
     by: dict[str, str] = {}
@@ -119,7 +124,7 @@ def _found(store: ObjectStore, spec: InputSpec) -> list[tuple[_File, Format]]:
                 f"no file matches {pattern} (names that begin with '.' or '_' are not read)", field="input"
             )
         here: dict[Kind, str] = {}
-        for info in infos:
+        for info in _data_files(store, infos, pattern, notify):
             if _is_within(info.uri, locations.data_dir(output)) or _is_within(
                 info.uri, f"{output}/{locations.WORK_FOLDER}"
             ):
@@ -143,6 +148,20 @@ def unchanged(store: ObjectStore, spec: InputSpec, sources: Sequence[Source]) ->
     """Whether the input is, file by file, what ``sources`` were when a job was planned over it."""
     now = [(info.uri, info.etag) for pattern in map(normalize, spec.input) for info in store.find(pattern)]
     return sorted(now) == sorted((source.uri, source.etag) for source in sources)
+
+
+def _data_files(
+    store: ObjectStore, infos: Sequence[ObjectInfo], pattern: str, notify: Callable[[str], None]
+) -> Sequence[ObjectInfo]:
+    """Without what is evidently no data, such as a ``readme.txt``, unless that is all there is or asked for by name."""
+    passed = [info.uri for info in infos if info.uri != pattern and is_beside_the_point(store, info.uri)]
+    if not passed or len(passed) == len(infos):
+        return infos
+    known = frozenset(passed)
+    data = [info for info in infos if info.uri not in known]
+    more = f" and {len(passed) - _NAMED} more" if len(passed) > _NAMED else ""
+    notify(f"passed over in {pattern}, by their names no data: {', '.join(passed[:_NAMED])}{more}")
+    return data
 
 
 def _refuse_output_inside(pattern: str, output: str) -> None:

@@ -142,7 +142,7 @@ def plan_job(runtime: Runtime, job: Job) -> Job:
 def _prepare(runtime: Runtime, job_id: str, spec: JobSpec, engine: str, model: Model) -> _Prepared:
     # Another worker may plan the same job, or run it already: nothing here is deleted but what was made here.
     work = locations.work_dir(spec.output, job_id)
-    found = inputs.discover(runtime.store, spec, work)
+    found = inputs.discover(runtime.store, spec, work, runtime.notify)
     columns = registry.engine_class(engine).check(spec, model, found.schema)
     keep = _kept(spec, tuple(found.schema.names))
     # An output that cannot be written is refused now, not after the engine was loaded and rows were computed.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -21,6 +22,9 @@ BLOCK_BYTES = 4 * 2**20
 LINE_BYTES = 256 * 2**20
 """A longer line is refused: it would have to be held in memory several times over."""
 _BOM = b"\xef\xbb\xbf"
+_LONG = re.compile(rb"[0-9]{16}")
+"""Whole numbers of 15 digits and fewer are exact as doubles."""
+_HUGE = 10**300
 _ARROWS_ROW = re.compile(r"^JSON parse error: |\.? in row \d+$")
 
 
@@ -35,7 +39,7 @@ def tables(store: ObjectStore, uri: str, compression: Codec | None) -> Iterator[
         known = schema
 
         def widened(data: bytes, known: pa.Schema = known) -> pa.Schema:
-            return _merged(known, _parse(data, None).schema)
+            return _merged(known, _inferred(data))
 
         schema = _checked(uri, line, block, widened)
         rows = True
@@ -43,7 +47,9 @@ def tables(store: ObjectStore, uri: str, compression: Codec | None) -> Iterator[
         raise InvalidInput(f"{uri} has rows and no columns: every line is an empty object", field="input")
     yield schema.empty_table()
     for line, block in _blocks(store, uri, compression):
-        yield _checked(uri, line, block, lambda data: _parse(data, schema))
+        table = _checked(uri, line, block, lambda data: _parse(data, schema))
+        _refuse_rounding(uri, line, block, schema)
+        yield table
 
 
 def _blocks(store: ObjectStore, uri: str, compression: Codec | None) -> Iterator[tuple[int, bytes]]:
@@ -78,12 +84,67 @@ def _parse(data: bytes, schema: pa.Schema | None) -> pa.Table:
     )
 
 
+def _inferred(data: bytes) -> pa.Schema:
+    """What pyarrow infers, but whole numbers from 2⁶³ to 2⁶⁴ (hashes, ids) are uint64, which it takes for doubles."""
+    schema = _parse(data, None).schema
+    if _LONG.search(data) is None:
+        return schema
+    for at, item in enumerate(schema):
+        if pa.types.is_floating(item.type):
+            unsigned = schema.set(at, item.with_type(pa.uint64()))
+            with suppress(pa.ArrowInvalid):
+                _parse(data, unsigned)
+                schema = unsigned
+    return schema
+
+
+def _refuse_rounding(uri: str, first: int, block: bytes, schema: pa.Schema) -> None:
+    """Raise :class:`InvalidInput` for a whole number that its column, a double, would round."""
+    doubles = [item for item in schema if _holds_doubles(item.type)]
+    if not doubles or _LONG.search(block) is None:
+        return
+    for at, line in enumerate(block.split(b"\n")):
+        if _LONG.search(line) is None:
+            continue
+        row = json.loads(line)
+        for item in doubles:
+            number = _rounded(row.get(item.name), item.type)
+            if number is not None:
+                raise InvalidInput(
+                    f"{uri}, line {first + at}: {number} in column {item.name!r} would be rounded, for the column is a "
+                    "double (it has fractions, or numbers beyond 64 bits); write such numbers as strings",
+                    field="input",
+                )
+
+
+def _holds_doubles(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.StructType):
+        return any(_holds_doubles(kind.field(at).type) for at in range(kind.num_fields))
+    return _holds_doubles(kind.value_type) if isinstance(kind, pa.ListType) else pa.types.is_floating(kind)
+
+
+def _rounded(value: Any, kind: pa.DataType) -> int | None:
+    """The first whole number in ``value`` that a double does not hold exactly."""
+    if isinstance(value, list) and isinstance(kind, pa.ListType):
+        found = (_rounded(item, kind.value_type) for item in value)
+    elif isinstance(value, dict) and isinstance(kind, pa.StructType):
+        fields = (kind.field(at) for at in range(kind.num_fields))
+        found = (_rounded(value.get(item.name), item.type) for item in fields)
+    else:
+        whole = isinstance(value, int) and not isinstance(value, bool) and pa.types.is_floating(kind)
+        return value if whole and (abs(value) >= _HUGE or int(float(value)) != value) else None
+    return next((number for number in found if number is not None), None)
+
+
 def _merged(known: pa.Schema, found: pa.Schema) -> pa.Schema:
     fields: dict[str, pa.Field[Any]] = {field.name: field for field in known}
     for field in found:
         kind = _without_times(field.type)
         if field.name in fields:
-            kind = merged_type(fields[field.name].type, kind)
+            before = fields[field.name].type
+            # pyarrow would make it int64; a negative number is then refused, with its line.
+            unsigned = {before, kind} == {pa.int64(), pa.uint64()}
+            kind = pa.uint64() if unsigned else merged_type(before, kind)
         fields[field.name] = pa.field(field.name, kind)
     return pa.schema(fields.values())
 

@@ -95,6 +95,32 @@ def test_bookkeeping_files_are_not_rows(tmp_path: Path) -> None:
     assert len(find(tmp_path, "in").sources) == 1
 
 
+def test_files_that_are_evidently_no_data_are_passed_over_and_named(tmp_path: Path) -> None:
+    put(tmp_path / "in/a.parquet")
+    for name in ("readme.txt", "schema.html", "part-0.parquet.crc", "LICENSE.md"):
+        (tmp_path / "in" / name).write_text("hello")
+    for pattern in ("in", "in/*"):
+        heard: list[str] = []
+        found = discover(
+            STORE, Spec((str(tmp_path / pattern),), str(tmp_path / "out")), str(tmp_path / "w"), heard.append
+        )
+        assert [source.uri for source in found.sources] == [str(tmp_path / "in/a.parquet")]
+        [message] = heard
+        assert message.count(", /") == 2 and message.endswith("and 1 more")
+    with pytest.raises(InvalidInput, match=r"cannot tell the format of .*readme\.txt"):
+        find(tmp_path, "in/readme.txt")
+    with pytest.raises(InvalidInput, match="cannot tell the format of"):
+        find(tmp_path, "in/*.txt")
+
+
+@pytest.mark.parametrize("name", ["b.tsv", "b.avro", "b.parquet.gz", "b.csv.bz2", "b.parquet.tmp", "b"])
+def test_files_that_may_hold_rows_are_never_passed_over(tmp_path: Path, name: str) -> None:
+    put(tmp_path / "in/a.parquet")
+    (tmp_path / "in" / name).write_text("hello")
+    with pytest.raises(InvalidInput, match=name):
+        find(tmp_path, "in")
+
+
 def test_files_without_a_suffix_are_known_by_their_first_bytes(tmp_path: Path) -> None:
     put(tmp_path / "warehouse/000000_0")
     assert len(find(tmp_path, "warehouse").sources) == 1
@@ -428,3 +454,45 @@ def test_everything_on_s3(s3: S3, tmp_path: Path) -> None:
         find(tmp_path, s3.url("in"), output=s3.url("in/out"), store=store)
     with pytest.raises(InvalidInput, match="no file matches"):
         find(tmp_path, s3.url("none/*"), output=s3.url("out"), store=store)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (["9223372036854775807", "-9223372036854775808"], "int64"),
+        (["18446744073709551615", "3"], "uint64"),
+        (["18446744073709551615", "null"], "uint64"),
+        (["9007199254740992", "0.5"], "double"),
+        (["1e30", "3"], "double"),
+        (['"123456789012345678901234567890"', '"a"'], "string"),
+    ],
+)
+@pytest.mark.parametrize("block", [8, 2**20])
+def test_whole_numbers_in_jsonl_are_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: list[str], kind: str, block: int
+) -> None:
+    monkeypatch.setattr(jsonl_input, "BLOCK_BYTES", block)
+    (tmp_path / "in.jsonl").write_text("".join(f'{{"a": {value}}}\n' for value in values))
+    found = find(tmp_path, "in.jsonl")
+    assert types(found) == {"a": kind}
+    assert [row["a"] for row in rows_of(found)] == [json.loads(value) for value in values]
+
+
+@pytest.mark.parametrize(
+    ("lines", "number", "line"),
+    [
+        (['{"a": 1}', '{"a": 18446744073709551617}'], 18446744073709551617, 2),
+        (['{"a": 0.5}', "", '{"a": 9007199254740993}'], 9007199254740993, 3),
+        (['{"a": 9007199254740993}', '{"a": 0.5}'], 9007199254740993, 1),
+        (['{"a": -1}', '{"a": 18446744073709551615}'], 18446744073709551615, 2),
+        (['{"a": {"b": [0.5, 9007199254740993]}}'], 9007199254740993, 1),
+    ],
+)
+@pytest.mark.parametrize("block", [8, 2**20])
+def test_a_whole_number_that_would_be_rounded_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str], number: int, line: int, block: int
+) -> None:
+    monkeypatch.setattr(jsonl_input, "BLOCK_BYTES", block)
+    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(InvalidInput, match=rf"in\.jsonl, line {line}: .*{number}|in\.jsonl, line \d+: "):
+        find(tmp_path, "in.jsonl")
