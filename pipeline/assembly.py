@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from pyroaring import BitMap
 
 from pipeline import part_merge
+from pipeline.file_metadata import carried
 from pipeline.part_merge import Run
 from storage import parquet
 from storage.errors import CorruptFile, RowmillError
@@ -117,7 +118,8 @@ def _types(schema: pa.Schema) -> str:
 def output_schema(job_schema: pa.Schema, keep: Sequence[str], result_schema: pa.Schema, prefix: str) -> pa.Schema:
     """Layout of an output file: kept input columns, prefixed result columns, the error."""
     stored = [field.with_name(prefix + field.name) for field in list(_stored(result_schema))[:-1]]
-    return pa.schema([*(job_schema.field(name) for name in keep), *stored, ERROR_FIELD])
+    fields = [*(job_schema.field(name) for name in keep), *stored, ERROR_FIELD]
+    return pa.schema(fields, metadata=carried(job_schema.metadata, keep))
 
 
 def stored_result_schema(

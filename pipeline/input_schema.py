@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.file_metadata import agreed
 from storage.errors import InvalidInput
 
 _FIELD_ID = b"PARQUET:field_id"
@@ -37,16 +38,24 @@ class UnifiedSchema:
         self._fields: dict[str, pa.Field[Any]] = {}
         self._origins: dict[str, str] = {}
         self._seen: set[pa.Schema] = set()
+        self._metadata: dict[Any, Any] | None = None
 
     @property
     def schema(self) -> pa.Schema:
         return pa.schema(self._fields.values())
+
+    @property
+    def metadata(self) -> dict[Any, Any]:
+        """What every file's own key-value metadata says, in the same words."""
+        return self._metadata or {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._fields
 
     def add(self, schema: pa.Schema, origin: str) -> None:
         """Take in the schema of file ``origin``. Raises :class:`InvalidInput` when it does not go with the others."""
+        said: Any = schema.metadata
+        self._metadata = agreed([said if self._metadata is None else self._metadata, said])
         if schema in self._seen:
             return
         twice = [name for name in schema.names if schema.names.count(name) > 1]

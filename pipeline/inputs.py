@@ -83,7 +83,7 @@ def discover(
     sources = [replace(s, partition={k: v for k, v in s.partition.items() if k in keys}) for s in sources]
     fields = [_typed(item) for item in unified.schema] if any(file.converted for file in files) else unified.schema
     partition = [pa.field(key, _partition_type(key, sources)) for key in keys]
-    schema = pa.schema([*fields, *partition])
+    schema = pa.schema([*fields, *partition], metadata=unified.metadata)
     if not schema.names and any(source.n_rows for source in sources):
         raise InvalidInput("the input has rows and no columns", field="input")
     return Inputs(sources, groups, schema)

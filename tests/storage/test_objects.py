@@ -634,6 +634,36 @@ def test_a_large_upload_goes_in_parts_and_is_begun_again(
     shaky.store.verify(file.written)
 
 
+def test_a_copy_too_large_for_one_request_goes_in_parts(
+    shaky: Place, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 copies up to 5 GB in one request; beyond, s3fs copies ranges within the store. Here the limit is lowered."""
+    monkeypatch.setattr(s3fs.core, "MANAGED_COPY_THRESHOLD", 6 * 2**20)
+    managed = s3fs.S3FileSystem._copy_managed
+
+    async def in_small_blocks(self: Any, path1: str, path2: str, size: int, **kwargs: Any) -> None:
+        await managed(self, path1, path2, size, block=5 * 2**20, **kwargs)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_copy_managed", in_small_blocks)
+    data = os.urandom(12 * 2**20)
+    shaky.store.put_bytes(shaky("work/large"), data)
+    faults.requests.clear()
+    seen: list[str] = []
+
+    def second_part_fails_once(method: str, path: str) -> int | None:
+        seen.append(path)
+        return 503 if "partNumber=2" in path and sum("partNumber=2" in p for p in seen) <= 2 else None
+
+    faults.script = second_part_fails_once
+    digest = hashlib.sha256(data).hexdigest()
+    shaky.store.publish(shaky("work/large"), shaky("data/large"), sha256=digest)
+    assert faults.injected == 2
+    copies = [request.path for request in faults.requests if request.method == "PUT"]
+    assert [path.partition("partNumber=")[2][:1] for path in copies[-3:]] == ["1", "2", "3"]
+    assert sum(request.n_bytes for request in faults.requests) < 10_000, "the content never comes here"
+    shaky.store.verify_content(shaky("data/large"), len(data), digest)
+
+
 def test_a_missing_bucket(s3: S3) -> None:
     store = ObjectStore(s3.storage_options)
     assert not store.exists("s3://no-such-bucket/f")
