@@ -4,11 +4,37 @@ from __future__ import annotations
 
 import errno
 
-from storage.errors import InputChanged, InvalidInput, InvalidJob, InvalidSettings, RowmillError, StorageFull
-from storage.transient import chain, type_names
+from storage.errors import (
+    InputChanged,
+    InvalidInput,
+    InvalidJob,
+    InvalidSettings,
+    RowmillError,
+    StorageFull,
+    Unreachable,
+)
+from storage.locations import protocol
+from storage.transient import chain, response_code, status_of, type_names
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_UNAUTHORIZED, _FORBIDDEN = 401, 403
+_NO_CREDENTIALS = frozenset({
+    "botocore.exceptions.NoCredentialsError",
+    "botocore.exceptions.PartialCredentialsError",
+    "botocore.exceptions.CredentialRetrievalError",
+    "google.auth.exceptions.RefreshError",
+    "google.auth.exceptions.DefaultCredentialsError",
+    "azure.core.exceptions.ClientAuthenticationError",
+})  # fmt: skip
+_BAD_CREDENTIALS = frozenset({
+    "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "ExpiredTokenException", "InvalidToken",
+    "TokenRefreshRequired", "AuthenticationFailed", "AuthorizationFailure", "InvalidAuthenticationInfo",
+})  # fmt: skip
+_CLIENTS = frozenset({
+    "azure.core.exceptions.AzureError", "gcsfs.retry.HttpError", "google.auth.exceptions.GoogleAuthError",
+})  # fmt: skip
+"""Errors of client libraries that are no ``OSError``."""
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 
 
@@ -21,6 +47,15 @@ def explain(uri: str, error: Exception, *, writing: bool = False) -> RowmillErro
             return InputChanged(f"{uri} was changed while it was being read")
         if isinstance(cause, OSError) and cause.errno in _FULL:
             return StorageFull(f"no space left to write {uri}; free some, then resume the job")
+        if _lacks_credentials(cause):
+            return Unreachable(
+                f"{uri}: the object store does not accept our credentials ({_first_line(cause)}); "
+                f"correct storage_options.{protocol(uri)}"
+            )
+        if status_of(cause) == _FORBIDDEN:
+            return _refusal(uri, f"permission denied ({_first_line(cause)})", writing)
+        if type_names(cause) & _CLIENTS:
+            return RowmillError(f"cannot {'write' if writing else 'read'} {uri}: {_first_line(cause)}")
         if "botocore.exceptions.BotoCoreError" in type_names(cause):
             return _refusal(uri, str(cause), writing)
     if not isinstance(error, OSError):
@@ -35,22 +70,33 @@ def explain(uri: str, error: Exception, *, writing: bool = False) -> RowmillErro
     return RowmillError(f"cannot {'write' if writing else 'read'} {uri}: {reason}")
 
 
+def _lacks_credentials(error: BaseException) -> bool:
+    """Also those that have expired: an operator can mend it while the job waits."""
+    azure = getattr(error, "error_code", None)
+    codes = {response_code(error), str(getattr(azure, "value", azure))}
+    return bool(type_names(error) & _NO_CREDENTIALS or codes & _BAD_CREDENTIALS or status_of(error) == _UNAUTHORIZED)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def _refusal(uri: str, reason: str, writing: bool) -> InvalidJob:
     if writing:
         return InvalidJob(f"cannot write {uri}: {reason}", field="output")
     return InvalidInput(f"cannot read {uri}: {reason}")
 
 
-def no_filesystem(uri: str, protocol: str, error: Exception) -> InvalidJob:
+def no_filesystem(uri: str, name: str, error: Exception) -> InvalidJob:
     """Our error for a protocol that fsspec does not know, or whose package is missing."""
     if isinstance(error, ImportError):
-        extra = _EXTRAS.get(protocol)
+        extra = _EXTRAS.get(name)
         what = f"install rowmill[{extra}]" if extra else f"install the package that fsspec needs for it ({error})"
-        return InvalidJob(f"{uri}: nothing here reads {protocol}:// URLs; {what}")
-    return InvalidJob(f"{uri}: {protocol}:// is not a kind of URL that fsspec knows")
+        return InvalidJob(f"{uri}: nothing here reads {name}:// URLs; {what}")
+    return InvalidJob(f"{uri}: {name}:// is not a kind of URL that fsspec knows")
 
 
-def bad_options(uri: str, protocol: str, error: Exception) -> InvalidSettings:
+def bad_options(uri: str, name: str, error: Exception) -> InvalidSettings:
     """Our error where the file system cannot even be made: unknown options, or no credentials."""
     what = " ".join(str(error).split())
-    return InvalidSettings(f"{uri} cannot be opened: {what}", field=f"storage_options.{protocol}")
+    return InvalidSettings(f"{uri} cannot be opened: {what}", field=f"storage_options.{name}")

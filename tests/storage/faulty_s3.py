@@ -37,11 +37,13 @@ class Faults:
     def __init__(self) -> None:
         self.script: Callable[[str, str], int | None] = lambda method, path: None
         self.injected = 0
+        self.code: str | None = None
         self.requests: list[Request] = []
         self.endpoint = ""
 
-    def next(self, status: int, *, method: str, times: int = 1) -> None:
-        """Answer the next ``times`` requests of ``method`` with ``status``."""
+    def next(self, status: int, *, method: str, times: int = 1, code: str | None = None) -> None:
+        """Answer the next ``times`` requests of ``method`` with ``status`` (and another error code than its usual)."""
+        self.code = code
         left = times
 
         def script(asked: str, path: str) -> int | None:
@@ -86,7 +88,7 @@ def proxy(endpoint: str) -> Iterator[Faults]:
                 if status in (STALL, TRUNCATE):
                     self._half(status)
                     return
-                code = _CODES[status]
+                code = faults.code or _CODES[status]
                 answer = f"<Error><Code>{code}</Code><Message>m</Message></Error>".encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(answer)))

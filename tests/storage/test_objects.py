@@ -606,6 +606,27 @@ def test_a_listing_that_fails_is_not_an_empty_one(s3: S3, faults: Faults, patter
         store.find(s3.url(pattern))
 
 
+@pytest.mark.parametrize("code", ["InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"])
+def test_bad_credentials_are_no_fault_of_the_job(shaky: Place, faults: Faults, code: str) -> None:
+    """Expired ones can be mended while the shard is tried again: the job must not fail for good."""
+    faults.next(403, method="PUT", times=-1, code=code)
+    with pytest.raises(Unreachable, match=r"top/f: .*credentials.*storage_options\.s3"):
+        shaky.store.put_bytes(shaky("f"), b"x")
+    faults.next(403, method="GET", times=-1, code=code)
+    with pytest.raises(Unreachable, match="credentials"):
+        shaky.store.find(shaky("d"))
+
+
+def test_no_credentials_at_all(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    store = ObjectStore({"s3": {"endpoint_url": s3.endpoint}})
+    with pytest.raises(Unreachable, match=r"credentials.*storage_options\.s3"):
+        store.find(s3.url("d"))
+
+
 def test_a_lost_answer_to_a_conditional_put_is_no_conflict(shaky: Place, faults: Faults) -> None:
     """The first try arrived, but its answer did not: what is there is our own."""
     faults.next(CUT_AFTER, method="PUT")
