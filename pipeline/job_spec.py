@@ -79,8 +79,9 @@ class JobSpec(BaseModel):
     """``embed``: ``int8`` is 127 times a unit vector, rounded; ``binary`` the signs, eight to a byte."""
     top_k: Annotated[int, Field(ge=1)] | None = None
     """``classify``: the best so many labels in ``scores``, best first; ``None``: all, in the model's order."""
-    overlong: Literal["auto", "error", "truncate"] = "auto"
-    """Text past the model's limit: ``auto`` is an error for generate and chat, truncation (counted) elsewhere."""
+    overlong: Literal["auto", "error", "truncate", "split"] = "auto"
+    """Text past the model's limit: ``auto`` is an error for generate and chat, truncation (counted) elsewhere;
+    ``split`` (``embed``) averages the vectors of its pieces, each with the weight of its tokens."""
 
     keep_columns: tuple[str, ...] | None = None
     """Input columns copied to the output; ``None`` keeps all."""
@@ -164,6 +165,8 @@ class JobSpec(BaseModel):
             raise ValueError("task 'generate' needs prompt, a template over the columns, such as \"Say: {text}\"")
         if task is Task.CHAT and [self.prompt, self.messages, self.column].count(None) != 2:
             raise ValueError("task 'chat' needs exactly one of messages, prompt and column")
+        if self.overlong == "split" and task is not Task.EMBED:
+            raise ValueError(f"overlong 'split' averages embeddings; task '{task}' has none")
         if task in (Task.EMBED, Task.CLASSIFY, Task.SCORE) and self.column is None:
             raise ValueError(f"task '{task}' needs column, the name of the text column")
         return self

@@ -93,9 +93,9 @@ def run(
         typer.Option("--set", metavar="KEY=VALUE", help="An option of the engine's own.", rich_help_panel=_WORK),
     ] = None,
     overlong: Annotated[
-        Literal["auto", "error", "truncate"] | None,
+        Literal["auto", "error", "truncate", "split"] | None,
         typer.Option(
-            metavar="HOW", help="Text past the model's limit: auto, error or truncate.", rich_help_panel=_WORK
+            metavar="HOW", help="Text past the model's limit: auto, error, truncate or split.", rich_help_panel=_WORK
         ),
     ] = None,
     pooling: Annotated[

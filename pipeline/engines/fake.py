@@ -51,6 +51,8 @@ class FakeEngine:
         for name in ("dimensions", "embedding_type", "top_k"):
             if getattr(spec, name) is not None:
                 raise InvalidJob("engine 'fake' does not do that; leave it away", field=name)
+        if spec.overlong == "split":
+            raise InvalidJob("engine 'fake' does not split texts", field="overlong")
         columns = _read_by(spec, schema)
         for field, name in columns:
             if (n := schema.names.count(name)) != 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,9 +93,8 @@ class TextModel:
         fields: list[Any]
         match self.task:
             case Task.EMBED:
-                width = self.width * (len(self._modes(spec)) if self.head.rank == 3 else 1)
                 fields = [
-                    pa.field("embedding", results.embedding_type(spec, width)),
+                    pa.field("embedding", results.embedding_type(spec, self.vector_width(spec))),
                     pa.field("prompt_tokens", pa.int32()),
                 ]
             case Task.CLASSIFY:
@@ -117,8 +116,9 @@ class TextModel:
         job = _TextJob(self, spec)
         for rows, parts in windows(batches, self._options.window_rows, WINDOW_BYTES):
             texts = distinct(parts, columns)
-            tokens = self.tokenizer.encode(texts.texts, truncate=spec.overlong != "error")
-            yield job.window(rows, texts, tokens)
+            tokens = self.tokenizer.encode(texts.texts, truncate=spec.overlong not in ("error", "split"))
+            pieces = self.tokenizer.split(texts.texts, tokens) if spec.overlong == "split" else {}
+            yield job.window(rows, texts, tokens, pieces)
 
     def count(self, **numbers: int) -> None:
         with self._lock:
@@ -184,13 +184,23 @@ class TextModel:
             feed[name] = array
         return feed
 
+    def vectors(self, spec: JobSpec, out: Floats, lengths: Indices) -> Floats:
+        """Sentence embeddings as the model gives them, float32 [k, width]."""
+        return pooling.pool(out, lengths, self._modes(spec)) if self.head.rank == 3 else out
+
+    def vector_width(self, spec: JobSpec) -> int:
+        return self.width * (len(self._modes(spec)) if self.head.rank == 3 else 1)
+
+    def stored(self, spec: JobSpec, vectors: Floats) -> Array:
+        """Sentence embeddings as the job wants them (see :func:`.onnx_results.finished`)."""
+        normalize = self._folder.normalize if spec.normalize is None else spec.normalize
+        return results.finished(spec, vectors, normalize=normalize)
+
     def columns(self, spec: JobSpec, out: Floats, lengths: Indices) -> dict[str, npt.NDArray[Any]]:
         """What is kept of a batch, per text: ``embedding`` [k, d], ``probabilities`` [k, labels] or ``score`` [k]."""
         match self.task:
             case Task.EMBED:
-                vectors = pooling.pool(out, lengths, self._modes(spec)) if self.head.rank == 3 else out
-                normalize = self._folder.normalize if spec.normalize is None else spec.normalize
-                return {"embedding": results.finished(spec, vectors, normalize=normalize)}
+                return {"embedding": self.stored(spec, self.vectors(spec, out, lengths))}
             case Task.CLASSIFY:
                 softmax = self._folder.class_activation(self.width) == "softmax"
                 return {"probabilities": pooling.softmax(out) if softmax else pooling.sigmoid(out)}
@@ -224,7 +234,7 @@ class _TextJob:
         self._model = model
         self._spec = spec
 
-    def window(self, rows: Indices, texts: DistinctTexts, tokens: Tokens) -> Window:
+    def window(self, rows: Indices, texts: DistinctTexts, tokens: Tokens, pieces: Mapping[int, Tokens]) -> Window:
         failures = [RowFailure(int(rows[at]), code, message) for at, (code, message) in texts.failures.items()]
         # Positions within the window, grouped by text: those of text u are members[bounds[u]:bounds[u + 1]].
         members = np.argsort(texts.of_row, kind="stable")[int((texts.of_row < 0).sum()) :]
@@ -244,7 +254,34 @@ class _TextJob:
             self._pack(rows, tokens, good[batch], members, bounds, budget)
             for batch in self._model.packs_of(tokens.lengths[good], budget)
         ]
+        packs += [self._pieces(rows[members[bounds[text] : bounds[text + 1]]], pieces[text]) for text in sorted(pieces)]
         return Window(packs, tuple(failures))
+
+    def _pieces(self, rows: Indices, tokens: Tokens) -> Pack:
+        """The work on one text that is longer than the model's limit. ``rows``: those that have it."""
+        model, spec = self._model, self._spec
+
+        def compute(run: Run) -> ResultBatch:
+            vectors = np.zeros((len(tokens.lengths), model.vector_width(spec)), np.float32)
+            for batch in model.packs_of(tokens.lengths, model.token_budget):
+                parts, refused = bisect(
+                    lambda part: model.vectors(spec, model.states(run, tokens, part), tokens.lengths[part]),
+                    batch,
+                    lambda: model.still_works(run),
+                )
+                if refused:
+                    failures = tuple(RowFailure(int(row), RowErrorCode.ENGINE_REFUSED, refused[0][1]) for row in rows)
+                    return ResultBatch(np.empty(0, np.int64), None, failures)
+                for part, made in parts:
+                    vectors[part] = made
+            weights = tokens.lengths / tokens.lengths.sum()
+            mean = (weights[None, :] @ vectors.astype(np.float64)).astype(np.float32)
+            stored = {"embedding": np.repeat(model.stored(spec, mean), len(rows), axis=0)}
+            lengths = np.full(len(rows), int(tokens.lengths.sum()))
+            model.count(split_rows=len(rows), prompt_tokens=int(lengths.sum()))
+            return ResultBatch(rows, model.values(spec, stored, lengths))
+
+        return compute
 
     def _pack(
         self, rows: Indices, tokens: Tokens, items: Indices, members: Indices, bounds: Indices, budget: int

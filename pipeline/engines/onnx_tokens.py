@@ -21,6 +21,8 @@ Ids = npt.NDArray[np.int32]
 CLIP_CHARACTERS = 65_536
 """Single texts longer than this (and than 64 characters a token of the limit) are tokenized by their beginning first:
 a text of 20 MB was measured to take 10 s and 1.9 GB, for 256 tokens."""
+MAX_PIECES = 1024
+"""Most pieces of one text that are run."""
 
 Failure = tuple[str, str]
 """A ``RowErrorCode`` and a message."""
@@ -182,15 +184,45 @@ class TextTokenizer:
             kept.append(ids)
             types.append(encoding.type_ids if ids else [])
             truncated[index] = truncate and bool(ids) and len(encoding.overflowing) > 0
-        lengths = np.fromiter(map(len, kept), np.int64, len(kept))
-        total = int(lengths.sum())
-        return Tokens(
-            ids=np.fromiter(chain.from_iterable(kept), np.int32, total),
-            types=np.fromiter(chain.from_iterable(types), np.int32, total),
-            lengths=lengths,
-            truncated=truncated,
-            failures=failures,
-        )
+        return _tokens(kept, types, truncated, failures)
+
+    def split(self, texts: Sequence[tuple[str, ...]], tokens: Tokens) -> dict[int, Tokens]:
+        """The pieces of the texts that are too long in ``tokens``, each with special tokens of its own.
+
+        Text → its pieces, end to end. What was split is taken out of ``tokens.failures``; a text of more than
+        ``MAX_PIECES`` pieces, or with an id outside the vocabulary, stays there.
+        """
+        found: dict[int, Tokens] = {}
+        for index in [i for i, (code, _) in tokens.failures.items() if code == RowErrorCode.PROMPT_TOO_LONG]:
+            encoding = self._cut.encode_batch_fast([self.prompt + texts[index][0]])[0]
+            parts = [encoding, *encoding.overflowing]
+            if len(parts) > MAX_PIECES:
+                message = f"the text has {len(parts)} pieces of {self.max_length} tokens; at most {MAX_PIECES} are run"
+                tokens.failures[index] = (RowErrorCode.PROMPT_TOO_LONG, message)
+                continue
+            largest = max(max(part.ids) for part in parts)
+            if self.vocab_size is not None and largest >= self.vocab_size:
+                message = f"token id {largest} lies outside the model's vocabulary of {self.vocab_size}"
+                tokens.failures[index] = (RowErrorCode.INVALID_VALUE, message)
+                continue
+            del tokens.failures[index]
+            none = np.zeros(len(parts), dtype=bool)
+            found[index] = _tokens([part.ids for part in parts], [part.type_ids for part in parts], none, {})
+        return found
+
+
+def _tokens(
+    ids: list[list[int]], types: list[list[int]], truncated: npt.NDArray[np.bool_], failures: dict[int, Failure]
+) -> Tokens:
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    total = int(lengths.sum())
+    return Tokens(
+        ids=np.fromiter(chain.from_iterable(ids), np.int32, total),
+        types=np.fromiter(chain.from_iterable(types), np.int32, total),
+        lengths=lengths,
+        truncated=truncated,
+        failures=failures,
+    )
 
 
 def _lower_case(tokenizer: Any) -> None:

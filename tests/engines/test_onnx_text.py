@@ -22,6 +22,7 @@ from onnx import helper
 from examples.tiny_encoder import LABELS, MAX_LENGTH, build_classifier, build_encoder
 from pipeline.engines.base import Cancellation, EngineContext, RowBatch
 from pipeline.engines.onnx import OnnxEngine
+from pipeline.job_spec import parse
 from storage.errors import EngineDead, EngineMissing, InvalidInput, InvalidJob, InvalidModel
 from tests.engines.onnx_support import (
     FLOAT,
@@ -319,6 +320,35 @@ def test_overlong_text_is_cut_and_counted_or_refused(encoder: Path, cache: Path)
     made.close()
     assert {row: failure.code for row, failure in failures.items()} == dict.fromkeys([1, 2], "prompt_too_long")
     assert f"202 tokens, the model's limit is {MAX_LENGTH}" in failures[1].message
+
+
+def test_a_text_past_the_limit_is_the_mean_of_its_pieces(tiny: OnnxEngine) -> None:
+    words = [f"word {n} of many" for n in range(40)]
+    long, short = " ".join(words), "a short text"
+    rows = pa.record_batch({"text": [short, long, "another one", long, None]})
+    table, failures = run(tiny, job("embed", overlong="split", normalize=False), rows)
+    assert {row: failure.code for row, failure in failures.items()} == {4: "missing_value"}
+    found, lengths = embeddings(table), table.column("prompt_tokens").to_pylist()
+    tokenizer = tokenizers.Tokenizer.from_file(str(tiny._model.path / "tokenizer.json"))  # type: ignore[operator]
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    ids = tokenizer.encode(long, add_special_tokens=False).ids
+    inside = MAX_LENGTH - 2
+    pieces = [ids[start : start + inside] for start in range(0, len(ids), inside)]
+    model = transformers.AutoModel.from_pretrained(tiny._model.path).eval()
+    vectors = []
+    with torch.no_grad():
+        for piece in pieces:
+            whole = [tokenizer.token_to_id("[CLS]"), *piece, tokenizer.token_to_id("[SEP]")]
+            vectors.append(model(torch.tensor([whole])).last_hidden_state[0].mean(dim=0).numpy())
+    weights = np.array([len(piece) + 2 for piece in pieces])
+    assert len(pieces) > 2 and lengths[1] == lengths[3] == weights.sum()
+    assert np.allclose(found[1], np.average(vectors, axis=0, weights=weights), atol=1e-5)
+    assert np.array_equal(found[1], found[3])
+    plain = embeddings(run(tiny, job("embed", normalize=False), rows)[0])
+    assert np.allclose(found[[0, 2]], plain[[0, 2]], atol=1e-6)
+    with pytest.raises(InvalidJob, match="overlong 'split' averages embeddings"):
+        parse(job("classify").model_dump(mode="json") | {"overlong": "split"})
 
 
 def test_a_gigantic_text_gives_what_its_beginning_gives(tiny: OnnxEngine) -> None:
