@@ -69,6 +69,7 @@ bench: install  ## measure what benchmarks/README.md promises
 	$(BIN)/python -m benchmarks.flush
 	$(BIN)/python -m benchmarks.kills
 	$(BIN)/python -m benchmarks.cancel
+	$(BIN)/python -m benchmarks.onnx_memory
 
 docs: install  ## write the generated pages of docs/reference
 	$(BIN)/python docs/generate.py
