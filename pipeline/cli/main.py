@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import admin, config, db, doctor, job
+from pipeline.cli import admin, config, db, doctor, job, model
 from pipeline.cli.run import run
 
 app = typer.Typer(
@@ -41,6 +41,7 @@ app.command(name="doctor")(doctor.doctor)
 app.add_typer(config.app, name="config")
 app.add_typer(db.app, name="db")
 app.add_typer(admin.app, name="admin")
+app.add_typer(model.app, name="model")
 
 
 def main() -> None:

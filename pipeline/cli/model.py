@@ -1,0 +1,168 @@
+"""``rowmill model``: make a graph from a checkpoint, make it smaller, and measure how far it is from the original."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from pipeline.cli import errors, output, values
+from pipeline.cli.command import Invocation, command
+
+if TYPE_CHECKING:
+    from pipeline.models.model import Model
+
+app = typer.Typer(help="Models: export to ONNX, quantize, compare.", no_args_is_help=True)
+
+_Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or a .onnx file.", show_default=False)]
+_Output = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The new model directory.")]
+_TaskName = Literal["embed", "classify", "score", "tensor"]
+
+
+@app.command()
+@command
+def export(
+    invocation: Invocation,
+    model: _Model,
+    out: _Output,
+    task: Annotated[
+        Literal["embed", "classify", "score"], typer.Option("-t", "--task", metavar="TASK", help="What it is for.")
+    ] = "embed",
+) -> None:
+    """Turn a PyTorch checkpoint of texts into a directory with an ONNX graph, checked against PyTorch."""
+    from pipeline.engines import onnx_folder
+    from pipeline.models import variant
+    from pipeline.models.export import exported
+
+    found = _resolve(invocation, model)
+    folder = onnx_folder.read(found)
+    with variant.new_directory(out) as work:
+        done = exported(
+            folder.weights,
+            "encoder" if task == "embed" else "classifier",
+            found.digest,
+            invocation.loaded.settings.cache_dir,
+            invocation.notice,
+            name=found.name,
+            tokenizer=folder.tokenizer is None,
+        )
+        variant.copy_files(found, work)
+        variant.copy_graph(done.graph, work)
+        if done.tokenizer is not None:
+            tokenizer = work / folder.weights.relative_to(folder.root) / "tokenizer.json"
+            tokenizer.write_bytes(done.tokenizer.read_bytes())
+    _report(
+        invocation,
+        {"model": str(out), "exporter": done.exporter, "max_difference_from_pytorch": done.max_abs_diff},
+    )
+
+
+@app.command()
+@command
+def quantize(invocation: Invocation, model: _Model, out: _Output) -> None:
+    """Make the matrix products of an ONNX graph 8-bit: dynamic, per channel. Compare before use: 'model validate'."""
+    from pipeline.models import quantize, variant
+
+    found = _resolve(invocation, model)
+    graph = variant.graph_of(found)
+    with variant.new_directory(out) as work:
+        variant.copy_files(found, work)
+        quantize.dynamic(graph, work / variant.GRAPH)
+        n_bytes = sum(path.stat().st_size for path in work.glob(f"{variant.GRAPH}*"))
+    invocation.notice("a row's result now depends on its batch, a little: validate it on rows of yours")
+    _report(invocation, {"model": str(out), "method": "dynamic, per channel", "bytes": n_bytes})
+
+
+@app.command()
+@command
+def validate(
+    invocation: Invocation,
+    model: _Model,
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT...", help="Rows to compare on: some hundreds.", show_default=False)
+    ],
+    against: Annotated[str, typer.Option(metavar="MODEL", help="The model that it should agree with.")],
+    task: Annotated[_TaskName, typer.Option("-t", "--task", metavar="TASK", help="embed, classify, score or tensor.")],
+    column: Annotated[str | None, typer.Option(metavar="COLUMN", help="The text or image.")] = None,
+    pair_column: Annotated[str | None, typer.Option(metavar="COLUMN", help="The second text of a pair.")] = None,
+    graph_input: Annotated[
+        list[str] | None, typer.Option("--input", metavar="NAME=COLUMN", help="tensor: the column of a graph input.")
+    ] = None,
+    engine_option: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the engine's own.")
+    ] = None,
+    min_cosine: Annotated[float, typer.Option(metavar="X", help="Least cosine of any row's vectors.")] = 0.95,
+    mean_cosine: Annotated[float, typer.Option(metavar="X", help="Least mean cosine.")] = 0.985,
+    agreement: Annotated[float, typer.Option(metavar="X", help="Least share of rows with the same label.")] = 0.99,
+    max_difference: Annotated[
+        float | None, typer.Option(metavar="X", help="Largest difference of any number; not looked at by default.")
+    ] = None,
+) -> int:
+    """Run two models over the same rows and say how far they are apart: PASS, or FAIL and exit code 1."""
+    import tempfile
+
+    from pipeline.drift import Limits
+
+    fields: dict[str, Any] = {"input": inputs, "task": task, "column": column, "pair_column": pair_column}
+    if graph_input:
+        fields["inputs"] = values.key_values(graph_input, "--input", literal=True)
+    if engine_option:
+        fields["engine_options"] = values.key_values(engine_option, "--set")
+    fields = {name: value for name, value in fields.items() if value is not None}
+    with tempfile.TemporaryDirectory(prefix="rowmill-validate-") as folder:
+        drift = _compared(invocation, against, model, fields, Path(folder))
+    broken = Limits(min_cosine, mean_cosine, agreement, max_difference).broken(drift)
+    facts = {"model": model, "against": against, **drift.to_json(), "verdict": "FAIL" if broken else "PASS"}
+    _report(invocation, facts | {"reasons": broken} if invocation.as_json or broken else facts)
+    return errors.ERROR if broken else errors.OK
+
+
+def _compared(invocation: Invocation, original: str, other: str, fields: dict[str, Any], folder: Path) -> Any:
+    """Both models over the rows, as jobs of a database of their own, and what became of them."""
+    import pyarrow.parquet as pq
+
+    from pipeline.client import Client
+    from pipeline.drift import Comparison
+    from storage.errors import InvalidJob
+
+    settings = invocation.loaded.settings.model_copy(
+        update={"data_dir": folder / "data", "database_url": None, "broker_url": None}
+    )
+    kept: tuple[str, ...] = ()
+    with Client(settings=settings) as client:
+        for name, model in (("original", original), ("other", other)):
+            invocation.notice(f"running {model}")
+            status = client.run(**fields, model=model, output=str(folder / name), keep_columns=kept)
+            if not (folder / name / "_SUCCESS").exists():
+                raise InvalidJob(f"{model} did not get through the rows: {status.error}", field="model")
+    comparison = Comparison()
+    first, second = (sorted((folder / name / "data").glob("*.parquet")) for name in ("original", "other"))
+    for a, b in zip(first, second, strict=True):
+        ours, theirs = pq.read_table(a), pq.read_table(b)
+        columns = [name for name in ours.column_names if name not in ("error", "prompt_tokens")]
+        try:
+            comparison.add(ours, theirs, columns)
+        except (ValueError, KeyError) as error:
+            raise InvalidJob(f"{other} and {original} give results that cannot be compared: {error}") from error
+    return comparison.result()
+
+
+def _resolve(invocation: Invocation, name: str) -> Model:
+    from pipeline.models.resolve import resolve
+    from storage.errors import InvalidModel
+
+    model = resolve(name, invocation.loaded.settings.cache_dir)
+    if model.path is None:
+        raise InvalidModel("'fake' is no model on disk", field="model")
+    return model
+
+
+def _report(invocation: Invocation, facts: dict[str, Any]) -> None:
+    if invocation.as_json:
+        output.emit_json(facts)
+        return
+    shown = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in facts.items()}
+    if isinstance(reasons := facts.get("reasons"), list):
+        shown["reasons"] = "; ".join(reasons)
+    output.emit(output.pairs((key.replace("_", " "), value) for key, value in shown.items()))

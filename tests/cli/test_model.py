@@ -1,0 +1,105 @@
+"""``rowmill model``: real exports, real quantization, and verdicts that can fail."""
+
+from __future__ import annotations
+
+import json
+
+import onnx
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from examples.tiny_encoder import build_classifier, build_encoder
+from tests.cli.conftest import Rowmill
+
+
+def texts(rowmill: Rowmill, rows: int = 60) -> None:
+    column = [None if n == 7 else f"text number {n} of {n % 13} rivers" for n in range(rows)]
+    pq.write_table(pa.table({"text": column}), rowmill.home / "rows.parquet")
+
+
+VALIDATE = ("rows.parquet", "--column", "text")
+
+
+def test_an_export_passes_and_runs_without_the_checkpoint(rowmill: Rowmill) -> None:
+    texts(rowmill)
+    build_encoder(rowmill.home / "encoder", pooling="cls", normalize=True)
+    done = rowmill.inside("model", "export", "encoder", "-o", "exported", "--json")
+    assert done.code == 0, done.err
+    assert done.document["max_difference_from_pytorch"] < 1e-3
+    files = {path.name for path in (rowmill.home / "exported").iterdir()}
+    assert {"model.onnx", "config.json", "tokenizer.json", "modules.json"} <= files
+    assert not any(name.endswith(".safetensors") for name in files)
+    done = rowmill.inside(
+        *(
+            "model",
+            "validate",
+            "exported",
+            *VALIDATE,
+            "--against",
+            "encoder",
+            "-t",
+            "embed",
+            "--max-difference",
+            "1e-4",
+        ),
+        "--json",
+    )
+    assert done.code == 0, done.err
+    found = done.document
+    assert (found["verdict"], found["rows"], found["only_one"]) == ("PASS", 59, 0)
+    assert found["cosine_min"] > 0.9999 and found["agreement"] is None
+    again = rowmill.inside("model", "export", "encoder", "-o", "exported")
+    assert again.code == 2 and "exists" in again.err
+
+
+def test_a_quantized_classifier_is_smaller_and_close(rowmill: Rowmill) -> None:
+    texts(rowmill)
+    build_classifier(rowmill.home / "classifier")
+    assert rowmill.inside("model", "export", "classifier", "-t", "classify", "-o", "exported").code == 0
+    done = rowmill.inside("model", "quantize", "exported", "-o", "int8", "--json")
+    assert done.code == 0, done.err
+    kinds = {node.op_type for node in onnx.load(str(rowmill.home / "int8" / "model.onnx")).graph.node}
+    assert "MatMulInteger" in kinds or "DynamicQuantizeMatMul" in kinds
+    compare = ("model", "validate", "int8", *VALIDATE, "--against", "exported", "-t", "classify")
+    done = rowmill.inside(*compare, "--json", "--agreement", "0.5")
+    assert done.code == 0, done.err
+    assert 0 < done.document["max_difference"] < 0.2
+    done = rowmill.inside(*compare, "--max-difference", "1e-9")
+    assert done.code == 1 and "FAIL" in done.out and "largest difference is" in done.out
+
+
+def test_another_model_fails(rowmill: Rowmill) -> None:
+    texts(rowmill, 20)
+    build_encoder(rowmill.home / "one")
+    build_encoder(rowmill.home / "two", seed=1)
+    done = rowmill.inside("model", "validate", "two", *VALIDATE, "--against", "one", "-t", "embed", "--json")
+    assert done.code == 1
+    assert done.document["verdict"] == "FAIL" and "worst cosine" in " ".join(done.document["reasons"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("quantize", "checkpoint", "-o", "x"), "has no ONNX graph; make one with 'rowmill model export'"),
+        (("export", "nowhere", "-o", "x"), "no model 'nowhere'"),
+        (("quantize", "fake", "-o", "x"), "'fake' is no model on disk"),
+        (("quantize", "broken", "-o", "x"), "cannot be quantized"),
+        (
+            ("validate", "broken", "rows.parquet", "--against", "broken", "-t", "tensor"),
+            "ONNX Runtime cannot load",
+        ),
+    ],
+    ids=["checkpoint", "nowhere", "fake", "broken", "validate"],
+)
+def test_mistakes_are_told_plainly(rowmill: Rowmill, arguments: tuple[str, ...], says: str) -> None:
+    texts(rowmill, 3)
+    (rowmill.home / "checkpoint").mkdir()
+    (rowmill.home / "checkpoint" / "config.json").write_text(json.dumps({"architectures": ["BertModel"]}))
+    (rowmill.home / "broken").mkdir()
+    (rowmill.home / "broken" / "model.onnx").write_bytes(b"\x0a\x03abc" * 3)
+    done = rowmill.inside("model", *arguments)
+    assert done.code == 2, done.err
+    assert says in done.err and "Traceback" not in done.err
+    assert not (rowmill.home / "x").exists()
+    assert not list(rowmill.home.glob(".x*"))
