@@ -12,13 +12,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from storage import rows, tables
+from storage import lanes, rows, tables
 from storage.database import Database, now
 from storage.records import OUTPUT_SEQ, Claim, PartFile
 from storage.states import AttemptState, JobState, ShardState
 from storage.transitions import move_job, move_shard
-
-_CLAIMABLE = (JobState.QUEUED, JobState.IN_PROGRESS)
 
 
 class Lease(StrEnum):
@@ -38,25 +36,22 @@ def claim(
     lease_seconds: float,
     queues: Collection[str] | None = None,
     job_id: str | None = None,
+    warm: Collection[str] = (),
 ) -> Claim | None:
-    """Lease the next ready shard (highest priority, longest due) to ``owner``; ``None`` when there is none.
+    """Lease the next ready shard to ``owner``; ``None`` when there is none, or none may run now.
 
-    ``queues`` and ``job_id`` narrow the choice. One transaction raises the fence, sets the lease and opens the attempt.
+    Which one: highest priority, then the tenant whose turn it is and that has fewer than its ``max_running`` at work,
+    then the engines in ``warm`` (engine keys loaded in this process), then the longest due (``storage.lanes``).
+    ``queues`` and ``job_id`` narrow the choice; within one job there is no question of turns. One transaction raises the
+    fence, sets the lease and opens the attempt.
     """
-    shard, job = tables.shard, tables.job
-    query = (
-        sa.select(shard)
-        .where(shard.c.state == ShardState.READY, shard.c.run_after <= now())
-        .where(sa.exists().where(job.c.id == shard.c.job_id, job.c.state.in_(_CLAIMABLE)))
-        .order_by(shard.c.priority.desc(), shard.c.run_after, shard.c.id)
-        .limit(1)
-    )
-    if queues is not None:
-        query = query.where(shard.c.queue.in_(queues))
-    if job_id is not None:
-        query = query.where(shard.c.job_id == job_id)
     with database.write() as connection:
-        found = connection.execute(database.locked(query, skip=True)).first()
+        lane = None
+        if job_id is not None:
+            found = lanes.next_of_job(database, connection, job_id, queues)
+        else:
+            chosen = lanes.next_shard(database, connection, queues=queues, warm=warm)
+            found, lane = chosen or (None, None)
         if found is None:
             return None
         number = found.attempt_no + 1
@@ -82,7 +77,10 @@ def claim(
             )
         )
         _mark_started(database, connection, found.job_id, owner)
-        return _read_claim(connection, found.id, number, owner)
+        claimed = _read_claim(connection, found.id, number, owner)
+        if lane is not None:
+            lanes.charge(connection, lane, len(claimed.todo))
+        return claimed
 
 
 def _mark_started(database: Database, connection: sa.Connection, job_id: str, owner: str) -> None:

@@ -48,6 +48,24 @@ def _now_sqlite(element: now, compiler: Any, **kw: Any) -> str:
     return "((julianday('now') - 2440587.5) * 86400.0)"
 
 
+class today(FunctionElement[int]):  # noqa: N801 - reads as the SQL function it is
+    """The UTC day by the database's clock, counted from 1970-01-01: what daily quotas go by."""
+
+    type = sa.Integer()
+    inherit_cache = True
+    name = "today"
+
+
+@compiles(today, "postgresql")
+def _today_postgresql(element: today, compiler: Any, **kw: Any) -> str:
+    return "CAST(floor(extract(epoch FROM clock_timestamp()) / 86400) AS integer)"
+
+
+@compiles(today, "sqlite")
+def _today_sqlite(element: today, compiler: Any, **kw: Any) -> str:
+    return "CAST(julianday('now') - 2440587.5 AS INTEGER)"
+
+
 def pack(rows: BitMap) -> bytes:
     """A bitmap as bytes for a column."""
     rows.run_optimize()

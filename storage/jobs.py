@@ -27,7 +27,7 @@ def shard_id(job_id: str, gen: int, idx: int) -> str:
 
 def next_generation(row: sa.Row[Any], gen: int) -> dict[str, Any]:
     """A ready shard of generation ``gen`` in the place of the committed shard ``row``, over all of its rows."""
-    kept = ("job_id", "idx", "tenant", "queue", "priority", "row_start", "row_n", "slices")
+    kept = ("job_id", "idx", "tenant", "queue", "priority", "engine_key", "row_start", "row_n", "slices")
     fresh = {"id": shard_id(row.job_id, gen, row.idx), "gen": gen, "state": ShardState.READY}
     return fresh | {name: getattr(row, name) for name in kept}
 
@@ -161,8 +161,9 @@ def set_planned(
                 ],
             )
         n_shards = rows_total = 0
+        due = connection.execute(sa.select(now())).scalar_one()
         for part in _chunks(shards):
-            connection.execute(tables.shard.insert(), [_shard_values(found, item) for item in part])
+            connection.execute(tables.shard.insert(), [_shard_values(found, item, due) for item in part])
             n_shards += len(part)
             rows_total += sum(item.row_n for item in part)
         move_job(
@@ -182,7 +183,7 @@ def set_planned(
     return get(database, job_id)
 
 
-def _shard_values(job: sa.Row[Any], item: ShardPlan) -> dict[str, Any]:
+def _shard_values(job: sa.Row[Any], item: ShardPlan, due: float) -> dict[str, Any]:
     return {
         "id": shard_id(job.id, 0, item.idx),
         "job_id": job.id,
@@ -191,6 +192,8 @@ def _shard_values(job: sa.Row[Any], item: ShardPlan) -> dict[str, Any]:
         "tenant": job.tenant,
         "queue": job.queue,
         "priority": job.priority,
+        "engine_key": job.engine_key,
+        "run_after": due,
         "state": ShardState.READY,
         "row_start": item.row_start,
         "row_n": item.row_n,

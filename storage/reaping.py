@@ -56,7 +56,8 @@ def _take_back(
     database: Database, condition: sa.ColumnElement[bool], why: str, *, max_losses: int, actor: str, batch: int
 ) -> Reaped:
     shard = tables.shard
-    query = sa.select(shard).where(shard.c.state == ShardState.RUNNING, condition).order_by(shard.c.id).limit(batch)
+    query = sa.select(shard).where(shard.c.state == ShardState.RUNNING, condition)
+    query = query.order_by(shard.c.tenant, shard.c.id).limit(batch)  # as its index has them
     ready = dead = 0
     while True:
         with database.read() as connection:
@@ -98,7 +99,6 @@ def _lose(database: Database, row: sa.Row[Any], why: str, *, max_losses: int, ac
             guard=shard.c.lease_until == row.lease_until,
             n_lost=lost,
             n_crash=crashes,
-            run_after=0.0,
             error=error,
             data={"lost": lost, "crashes": crashes, "owner": row.lease_owner},
         )

@@ -66,6 +66,7 @@ def _reopen_shards(
     table = tables.shard
     connection.execute(tables.gc_queue.delete().where(tables.gc_queue.c.job_id == job.id))
     gen = job.gen + 1
+    due = connection.execute(sa.select(now())).scalar_one()
     newest: dict[int, sa.Row[Any]] = {}
     for row in connection.execute(sa.select(table).where(table.c.job_id == job.id).order_by(table.c.idx, table.c.gen)):
         newest[row.idx] = row
@@ -81,7 +82,7 @@ def _reopen_shards(
                 n_lost=0,
                 n_crash=0,
                 suspect_bm=None,
-                run_after=0.0,
+                run_after=due,
                 error=None,
             )
             opened += 1
@@ -90,7 +91,7 @@ def _reopen_shards(
         if failed_only and not failed:
             continue
         # Whatever this shard's own selection was, its rows count as done; only the selected ones are taken back.
-        again = next_generation(row, gen) | {"select_bm": pack(failed) if failed_only else None}
+        again = next_generation(row, gen) | {"run_after": due, "select_bm": pack(failed) if failed_only else None}
         connection.execute(table.insert().values(**again))
         opened += 1
         rows_back += len(failed) if failed_only else row.row_n

@@ -233,7 +233,7 @@ def release(database: Database, claim: Claim, *, stats: Mapping[str, Any] | None
     """Hand the shard back, flushed, at no cost to its budgets: the worker drains, or was interrupted."""
     with database.write() as connection:
         held = held_row(database, connection, claim)
-        move_shard(connection, held, ShardState.READY, claim.owner, run_after=0.0, data={"released": True})
+        move_shard(connection, held, ShardState.READY, claim.owner, data={"released": True})
         _end_attempt(connection, claim, AttemptState.RELEASED, stats=dict(stats or {}))
 
 

@@ -40,6 +40,35 @@ def _tokens() -> tuple[sa.Column[int], ...]:
     return tuple(_count(name) for name in TOKENS)
 
 
+tenant = sa.Table(
+    "tenant",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("weight", sa.Double, nullable=False, server_default="1"),
+    sa.Column("max_running", sa.Integer),
+    sa.Column("max_jobs", sa.Integer),
+    sa.Column("rows_per_day", Big),
+    sa.Column("tokens_per_day", Big),
+    sa.Column("vtime", sa.Double, nullable=False, server_default="0"),
+    sa.Column("vstart", sa.Double, nullable=False, server_default="0"),
+    sa.Column("created_at", Seconds, nullable=False),
+    sa.CheckConstraint("weight > 0", name="weight"),
+    postgresql_with={"fillfactor": "70"},
+)
+"""``vtime`` is where the tenant's next contested claim starts in virtual time, ``vstart`` where virtual time stood at its
+last one (``storage.lanes``)."""
+
+tenant_usage = sa.Table(
+    "tenant_usage",
+    metadata,
+    sa.Column("tenant", sa.Text, primary_key=True),
+    sa.Column("day", sa.Integer, primary_key=True, autoincrement=False),
+    _count("rows"),
+    _count("tokens"),
+    postgresql_with={"fillfactor": "70"},
+)
+"""``day`` counts UTC days since 1970-01-01, by the database's clock."""
+
 _terminal = ", ".join(f"'{state}'" for state in sorted(TERMINAL_JOB))
 _LIVE_JOB = sa.text(f"state NOT IN ({_terminal})")
 
@@ -85,6 +114,7 @@ job = sa.Table(
     sa.Index("ix_job_output_uri", "output_uri"),
     sa.Index("ix_job_touched", "id", sqlite_where=sa.text("touched"), postgresql_where=sa.text("touched")),
     sa.Index("ix_job_live_state", "state", sqlite_where=_LIVE_JOB, postgresql_where=_LIVE_JOB),
+    sa.Index("ix_job_live_tenant", "tenant", sqlite_where=_LIVE_JOB, postgresql_where=_LIVE_JOB),
 )
 
 source = sa.Table(
@@ -112,6 +142,7 @@ shard = sa.Table(
     sa.Column("tenant", sa.Text, nullable=False),
     sa.Column("queue", sa.Text, nullable=False),
     sa.Column("priority", sa.Integer, nullable=False),
+    sa.Column("engine_key", Id, nullable=False, server_default=sa.text("''")),
     sa.Column("state", sa.Text, nullable=False),
     sa.Column("row_start", Big, nullable=False),
     sa.Column("row_n", sa.Integer, nullable=False),
@@ -136,13 +167,18 @@ shard = sa.Table(
     sa.CheckConstraint("state <> 'running' OR (lease_owner IS NOT NULL AND lease_until IS NOT NULL)", name="leased"),
     sa.UniqueConstraint("job_id", "gen", "idx"),
     # The lease is not indexed, so that heartbeats stay heap-only updates; running shards are few.
-    sa.Index("ix_shard_running", "id", sqlite_where=_RUNNING, postgresql_where=_RUNNING),
+    sa.Index("ix_shard_running", "tenant", "id", sqlite_where=_RUNNING, postgresql_where=_RUNNING),
     postgresql_with={"fillfactor": "70"},
 )
 
-# A claim reads one row off the front of one of these, however many shards there are.
-for _name, _first in (("ix_shard_ready", shard.c.queue), ("ix_shard_ready_of_job", shard.c.job_id)):
-    _order = (_first, shard.c.priority.desc(), shard.c.run_after, shard.c.id)
+# A claim reads one row off the front of one of these, however many shards there are. The first is read lane by lane
+# (storage.lanes), all of it ascending so that one row comparison leads from a lane to the next.
+_READY_ORDERS = {
+    "ix_shard_ready": (shard.c.queue, shard.c.priority, shard.c.tenant, shard.c.engine_key),
+    "ix_shard_ready_of_job": (shard.c.job_id, shard.c.priority.desc()),
+}
+for _name, _first in _READY_ORDERS.items():
+    _order = (*_first, shard.c.run_after, shard.c.id)
     sa.Index(_name, *_order, sqlite_where=_READY, postgresql_where=_READY)
 
 attempt = sa.Table(

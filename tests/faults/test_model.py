@@ -228,11 +228,18 @@ class StorageMachine(RuleBasedStateMachine):
         attempt = self.attempts[shard.id, shard.attempt_no]
         shard.n_lost = 0 if attempt.computed else shard.n_lost + 1
         dead = shard.n_lost >= MAX_LOSSES
-        shard.run_after, shard.waiting = 0.0, False
+        shard.waiting = False
         self.move_shard(job, shard, ShardState.FAILED if dead else ShardState.READY)
         attempt.state = AttemptState.LOST
         if dead:
             self.closed(job)
+
+    def read_due(self, job: JobModel) -> None:
+        """When a shard is due is the database's clock's business; the order that follows is the model's."""
+        table = tables.shard
+        with self.database.read() as connection:
+            for row in connection.execute(sa.select(table.c.id, table.c.run_after).where(table.c.job_id == job.id)):
+                job.shards[row.id].run_after = row.run_after
 
     def cancel_all_ready(self, job: JobModel, batch: int = 1000) -> int:
         ready = sorted(s.id for s in job.shards.values() if s.state is ShardState.READY)[:batch]
@@ -334,6 +341,7 @@ class StorageMachine(RuleBasedStateMachine):
         for item in plans:
             name = jobs.shard_id(job.id, 0, item.idx)
             job.shards[name] = ShardModel(name, item.idx, 0, item.row_n)
+        self.read_due(job)
         self.move_job(job, JobState.QUEUED)
         if not plans:
             self.move_job(job, JobState.FINALIZING)
@@ -400,12 +408,13 @@ class StorageMachine(RuleBasedStateMachine):
         job.gen += 1
         for shard in again:
             if shard.state in ended:
-                shard.n_fail, shard.n_lost, shard.run_after, shard.waiting = 0, 0, 0.0, False
+                shard.n_fail, shard.n_lost, shard.waiting = 0, 0, False
                 self.move_shard(job, shard, ShardState.READY)
             else:
                 name = jobs.shard_id(job.id, job.gen, shard.idx)
                 select = frozenset(shard.failed) if failed_only else None
                 job.shards[name] = ShardModel(name, shard.idx, job.gen, shard.row_n, select)
+        self.read_due(job)
         self.move_job(job, JobState.QUEUED)
 
     @precondition(lambda self: any(shard.done and shard.state == "cancelled" for _, shard in self.shards()))
@@ -555,9 +564,7 @@ class StorageMachine(RuleBasedStateMachine):
         target = ShardState.FAILED if shard.n_fail >= MAX_FAILURES else ShardState.READY
         delay = LEASE if waits else 0.0
         assert shards.fail(self.database, claim, "oh", delay=delay, max_failures=MAX_FAILURES) is target
-        with self.database.read() as connection:
-            query = sa.select(tables.shard.c.run_after).where(tables.shard.c.id == shard.id)
-            shard.run_after = connection.execute(query).scalar_one()
+        self.read_due(job)
         shard.waiting = waits
         self.move_shard(job, shard, target)
         self.end(shard, AttemptState.FAILED)
@@ -576,7 +583,7 @@ class StorageMachine(RuleBasedStateMachine):
     def release(self, claim: Claim) -> None:
         shards.release(self.database, claim)
         shard = self.shard(claim)
-        shard.run_after, shard.waiting = 0.0, False
+        shard.waiting = False
         self.move_shard(self.jobs[claim.job.id], shard, ShardState.READY)
         self.end(shard, AttemptState.RELEASED)
 

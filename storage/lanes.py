@@ -1,0 +1,245 @@
+"""Which shard a claim takes: highest priority, fair share between tenants, a warm engine, longest due.
+
+Ready shards that are alike in queue, priority, tenant and engine make a *lane*; within one, the longest due comes first.
+A claim reads the front of every lane by one look-up each in ``ix_shard_ready``, so that its cost grows with the lanes
+and not with the shards.
+
+Fair share is start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996), without a queue of arrivals: a tenant's
+claim starts at ``max(vtime, V)`` and ends ``rows / weight`` later, which is its next ``vtime``; the least start goes
+first. V, the virtual time, is the highest start at which anybody was served (``vstart``). Whoever was idle, or was held
+back by ``max_running``, begins at V and so has hoarded nothing. Only a claim that somebody else was waiting for is
+charged: a tenant alone writes no tenant row at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import sqlalchemy as sa
+
+from storage import tables
+from storage.database import Database, now
+from storage.states import JobState, ShardState
+
+AFFINITY_SECONDS = 300.0
+"""How long a shard may be passed over for those of the same tenant whose engine is warm. After that it goes first."""
+_FRONT = 8
+"""Lanes tried before all of them are asked for: the first is taken unless other claimers hold what is left in it."""
+
+_READY = sa.literal_column(f"'{ShardState.READY}'")
+_RUNNING = sa.literal_column(f"'{ShardState.RUNNING}'")
+"""Literals, so that a prepared statement can use the partial indexes."""
+_CLAIMABLE = (JobState.QUEUED, JobState.IN_PROGRESS)
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """A lane with a shard that is due, of a tenant that may have one more running.
+
+    ``start`` is where the claim starts in virtual time, ``floor`` the least start of its queue and priority.
+    ``contested``: another tenant waits at the same priority. ``capped``: the tenant has a ``max_running``.
+    """
+
+    queue: str
+    priority: int
+    tenant: str
+    engine_key: str
+    start: float
+    floor: float
+    contested: bool
+    capped: bool
+
+
+def next_shard(
+    database: Database, connection: sa.Connection, *, queues: Collection[str] | None, warm: Collection[str]
+) -> tuple[sa.Row[Any], Lane] | None:
+    """The row of the shard to claim, locked, and its lane; ``None`` when nothing may be claimed now.
+
+    ``queues`` are those to serve (``None``: all), ``warm`` the keys of the engines that are loaded here.
+    """
+    shard = tables.shard
+    for limit in (_FRONT, None):
+        found = due_lanes(connection, queues=queues, warm=warm, limit=limit)
+        for lane in found:
+            row = _take(
+                database,
+                connection,
+                lane.tenant if lane.capped else None,
+                shard.c.queue == lane.queue,
+                shard.c.priority == lane.priority,
+                shard.c.tenant == lane.tenant,
+                shard.c.engine_key == lane.engine_key,
+            )
+            if row is not None:
+                return row, lane
+        if limit is None or len(found) < limit:
+            return None
+    return None
+
+
+def next_of_job(
+    database: Database, connection: sa.Connection, job_id: str, queues: Collection[str] | None = None
+) -> sa.Row[Any] | None:
+    """The row of the job's next shard, locked; ``None`` when none is due or its tenant has enough running."""
+    job, tenant = tables.job, tables.tenant
+    capped = connection.execute(
+        sa.select(tenant.c.name)
+        .join(job, job.c.tenant == tenant.c.name)
+        .where(job.c.id == job_id, tenant.c.max_running.is_not(None))
+    ).scalar()
+    where = [tables.shard.c.job_id == job_id]
+    if queues is not None:
+        where.append(tables.shard.c.queue.in_(queues))
+    return _take(database, connection, capped, *where)
+
+
+def charge(connection: sa.Connection, lane: Lane, rows: int) -> None:
+    """Move the tenant on by the ``rows`` it was given, if others waited. The claim's last statement.
+
+    So claimers of one tenant wait for each other's COMMIT at most.
+    """
+    if not lane.contested:
+        return
+    tenant = tables.tenant
+    connection.execute(
+        tenant.update()
+        .where(tenant.c.name == lane.tenant)
+        .values(
+            vtime=_greatest(tenant.c.vtime, lane.start) + max(1, rows) / tenant.c.weight,
+            vstart=_greatest(tenant.c.vstart, lane.floor),
+        )
+    )
+
+
+def _greatest(column: sa.Column[float], value: float) -> sa.Case[float]:
+    return sa.case((column > value, column), else_=value)
+
+
+def _take(
+    database: Database, connection: sa.Connection, capped: str | None, *where: sa.ColumnElement[bool]
+) -> sa.Row[Any] | None:
+    """The first due shard among those ``where``, locked, unless the ``capped`` tenant has enough of them running."""
+    shard, job = tables.shard, tables.job
+    query = (
+        sa.select(shard)
+        # The clock in a subquery is read once, and is then a bound of the index scan: what is not due is not read.
+        .where(shard.c.state == _READY, shard.c.run_after <= sa.select(now()).scalar_subquery(), *where)
+        .where(sa.exists().where(job.c.id == shard.c.job_id, job.c.state.in_(_CLAIMABLE)))
+        .order_by(shard.c.priority.desc(), shard.c.run_after, shard.c.id)
+        .limit(1)
+    )
+    query = database.locked(query, skip=True)
+    if capped is None:
+        return connection.execute(query).first()
+    # Claimers of a capped tenant take turns, so that its cap is exact. Going back to the savepoint lets the tenant go:
+    # nobody waits for one tenant while holding another.
+    savepoint = connection.begin_nested()
+    row = connection.execute(query).first() if _has_room(database, connection, capped) else None
+    if row is None:
+        savepoint.rollback()
+    else:
+        savepoint.commit()
+    return row
+
+
+def _has_room(database: Database, connection: sa.Connection, name: str) -> bool:
+    tenant = tables.tenant
+    limit = connection.execute(database.locked(sa.select(tenant.c.max_running).where(tenant.c.name == name))).scalar()
+    if limit is None:
+        return True
+    # A statement of its own: it sees what those have committed that were waited for.
+    return int(connection.execute(sa.select(_running(sa.literal(name)))).scalar_one()) < limit
+
+
+def _running(name: sa.ColumnElement[str]) -> sa.ScalarSelect[int]:
+    shard = tables.shard.alias("r")
+    query = sa.select(sa.func.count()).select_from(shard)
+    return query.where(shard.c.state == _RUNNING, shard.c.tenant == name).scalar_subquery()
+
+
+def due_lanes(
+    connection: sa.Connection, *, queues: Collection[str] | None, warm: Collection[str], limit: int | None = None
+) -> list[Lane]:
+    """The lanes that may be claimed from, best first, at most ``limit`` of them."""
+    if queues is not None and not queues:
+        return []
+    names = {f"queue_{number}": queue for number, queue in enumerate(sorted(set(queues or ())))}
+    values: dict[str, Any] = {**names, "warm": sorted(warm), "affinity": AFFINITY_SECONDS}
+    if limit is not None:
+        values["front"] = limit
+    query = _lanes_query(None if queues is None else len(names), limit is not None)
+    found = connection.execute(query, values).all()
+    floors: dict[int, float] = {}
+    lanes = []
+    for row in found:
+        floor = floors.setdefault(row.priority, row.start)
+        lanes.append(
+            Lane(
+                row.queue,
+                row.priority,
+                row.tenant,
+                row.engine_key,
+                row.start,
+                floor,
+                row.first_tenant != row.last_tenant,
+                row.max_running is not None,
+            )
+        )
+    return lanes
+
+
+@lru_cache(maxsize=64)
+def _lanes_query(n_queues: int | None, limited: bool) -> sa.Select[Any]:
+    lane, tenant = _fronts(n_queues), tables.tenant
+    clock = sa.select(now()).scalar_subquery()
+    virtual = sa.select(sa.func.coalesce(sa.func.max(tenant.c.vstart), 0.0)).scalar_subquery()
+    vtime = sa.func.coalesce(tenant.c.vtime, 0.0)
+    start = sa.case((vtime > virtual, vtime), else_=virtual)
+    rank = sa.case(
+        (lane.c.run_after < clock - sa.bindparam("affinity", type_=sa.Double()), 0),
+        (lane.c.engine_key.in_(sa.bindparam("warm", expanding=True)), 1),
+        else_=2,
+    )
+    due = (
+        sa.select(
+            lane,
+            start.label("start"),
+            rank.label("rank"),
+            tenant.c.max_running,
+            sa.func.min(lane.c.tenant).over(partition_by=lane.c.priority).label("first_tenant"),
+            sa.func.max(lane.c.tenant).over(partition_by=lane.c.priority).label("last_tenant"),
+        )
+        .select_from(lane.outerjoin(tenant, tenant.c.name == lane.c.tenant))
+        .where(lane.c.run_after <= clock)
+        .where(sa.or_(tenant.c.max_running.is_(None), _running(lane.c.tenant) < tenant.c.max_running))
+        .subquery("due")
+    )
+    query = sa.select(due).order_by(due.c.priority.desc(), due.c.start, due.c.rank, due.c.run_after, due.c.id)
+    return query.limit(sa.bindparam("front", type_=sa.Integer())) if limited else query
+
+
+def _fronts(n_queues: int | None) -> sa.CTE:
+    """The first shard of every lane of the queues, by hopping over the index (a loose index scan)."""
+    job, here = tables.job, tables.shard.alias("s")
+    if n_queues is None:
+        asked = sa.select(job.c.queue.label("queue")).where(job.c.state.in_(_CLAIMABLE)).distinct().subquery("asked")
+    else:
+        each = [sa.select(sa.bindparam(f"queue_{n}", type_=sa.Text()).label("queue")) for n in range(n_queues)]
+        asked = (sa.union_all(*each) if len(each) > 1 else each[0]).subquery("asked")
+    columns = (here.c.id, here.c.queue, here.c.priority, here.c.tenant, here.c.engine_key, here.c.run_after)
+    first = sa.select(*columns).join_from(asked, here, here.c.id == _first_id(asked.c.queue))
+    lanes = first.cte("lane", recursive=True)
+    after = sa.select(*columns).join_from(lanes, here, here.c.id == _first_id(lanes.c.queue, lanes))
+    return lanes.union_all(after)
+
+
+def _first_id(queue: sa.ColumnElement[str], after: sa.CTE | None = None) -> sa.ScalarSelect[str]:
+    shard = tables.shard.alias("n")
+    lane = (shard.c.priority, shard.c.tenant, shard.c.engine_key)
+    query = sa.select(shard.c.id).where(shard.c.state == _READY, shard.c.queue == queue)
+    if after is not None:
+        query = query.where(sa.tuple_(*lane) > sa.tuple_(after.c.priority, after.c.tenant, after.c.engine_key))
+    return query.order_by(shard.c.queue, *lane, shard.c.run_after, shard.c.id).limit(1).scalar_subquery()
