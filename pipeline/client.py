@@ -24,7 +24,7 @@ from pipeline.runtime import Runtime, start
 from pipeline.settings import Settings
 from pipeline.status import JobStatus, RequestStatus
 from pipeline.status_of import job_status, request_status
-from storage import jobs, locations, reports, workers
+from storage import jobs, locations, reports, tenants, workers
 from storage.errors import (
     InvalidJob,
     JobCancelled,
@@ -34,6 +34,7 @@ from storage.errors import (
 )
 from storage.records import Attempt, Event, RowException, Shard
 from storage.states import TERMINAL_JOB, JobState, ShardState
+from storage.tenants import Tenant, Usage
 from storage.wakeups import Wakeups
 
 if TYPE_CHECKING:
@@ -114,6 +115,26 @@ class Client:
         """Where one row of a job stands; ``row`` counts from the start of the job's input."""
         database = self._runtime.database
         return request_status(database, jobs.find(database, job), row)
+
+    def tenants(self) -> list[Tenant]:
+        """Everybody whose jobs these are, by name."""
+        return tenants.listed(self._runtime.database)
+
+    def tenant(self, name: str) -> tuple[Tenant, Usage]:
+        """A tenant, and what it uses now. Raises :class:`~storage.errors.NotFound`."""
+        return tenants.get(self._runtime.database, name), tenants.usage(self._runtime.database, name)
+
+    def add_tenant(self, name: str, **values: Any) -> Tenant:
+        """Register a tenant; ``values`` are ``weight`` and the limits of :class:`~storage.tenants.Tenant`."""
+        return tenants.add(self._runtime.database, name, **values)
+
+    def set_tenant(self, name: str, **values: Any) -> Tenant:
+        """Change some of a tenant's values; ``None`` lifts a limit. What runs or is queued already is left alone."""
+        return tenants.change(self._runtime.database, name, **values)
+
+    def remove_tenant(self, name: str) -> None:
+        """Forget a tenant without live jobs. Its ended jobs stay."""
+        tenants.remove(self._runtime.database, name)
 
     def close(self) -> None:
         """Flush and hand back what runs in the background, end the engines, close the database. Safe to call twice."""

@@ -19,7 +19,7 @@ from pipeline.plan_record import PlanRecord
 from pipeline.result_columns import known_names
 from pipeline.runtime import Runtime
 from storage import failpoints, finalizing, jobs, locations, retries
-from storage.errors import Conflict, InvalidInput, InvalidJob
+from storage.errors import Conflict, InvalidInput, InvalidJob, QuotaExceeded
 from storage.records import Job
 from storage.states import JobState
 
@@ -80,6 +80,7 @@ def submit_job(runtime: Runtime, fields: dict[str, Any], *, resume: bool = False
             max_failed_rows=spec.max_failed_rows,
             window_seconds=spec.window_seconds,
             actor=runtime.actor,
+            new_tenant=runtime.settings.unknown_tenants == "create",
         )
     except BaseException:
         runtime.store.delete_tree(locations.work_dir(spec.output, job_id))
@@ -133,8 +134,7 @@ def plan_job(runtime: Runtime, job: Job) -> Job:
         model = resolve(spec.model, runtime.settings.cache_dir)
         prepared = _prepare(runtime, job.id, spec, job.engine, model)
     except InvalidJob as error:
-        jobs.refuse(runtime.database, job.id, str(error), actor=runtime.actor)
-        runtime.store.delete_tree(locations.work_dir(spec.output, job.id))
+        _refuse(runtime, job.id, spec, error)
         raise
     return _store_plan(runtime, job, spec, prepared)
 
@@ -156,14 +156,23 @@ def _prepare(runtime: Runtime, job_id: str, spec: JobSpec, engine: str, model: M
 
 def _store_plan(runtime: Runtime, job: Job, spec: JobSpec, prepared: _Prepared) -> Job:
     shards = planning.plan(prepared.found.files, shard_rows=spec.shard_rows, shard_bytes=spec.shard_bytes)
-    return jobs.set_planned(
-        runtime.database,
-        job.id,
-        plan=prepared.record.to_json(),
-        sources=prepared.found.sources,
-        shards=shards,
-        actor=runtime.actor,
-    )
+    try:
+        return jobs.set_planned(
+            runtime.database,
+            job.id,
+            plan=prepared.record.to_json(),
+            sources=prepared.found.sources,
+            shards=shards,
+            actor=runtime.actor,
+        )
+    except QuotaExceeded as error:
+        _refuse(runtime, job.id, spec, error)
+        raise
+
+
+def _refuse(runtime: Runtime, job_id: str, spec: JobSpec, error: InvalidJob) -> None:
+    jobs.refuse(runtime.database, job_id, str(error), actor=runtime.actor)
+    runtime.store.delete_tree(locations.work_dir(spec.output, job_id))
 
 
 def _kept(spec: JobSpec, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -76,6 +76,8 @@ class Settings(BaseSettings):
     """Failures after which a shard is given up."""
     max_losses: Annotated[int, Field(ge=1)] = 8
     """Lost attempts after which a shard is given up."""
+    unknown_tenants: Literal["create", "refuse"] = "create"
+    """What the first job of a tenant that nobody has registered does: make it, without limits, or be refused."""
     tick_seconds: Annotated[float, Field(gt=0)] = 15.0
     """How often beat has lost messages, lost shards, expired jobs and garbage looked after."""
     log_level: Annotated[LogLevel, BeforeValidator(_lower)] = "warning"

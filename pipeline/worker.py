@@ -62,7 +62,11 @@ class Worker:
             return
         database, settings = self.runtime.database, self.runtime.settings
         claim = claims.claim(
-            database, owner=self.runtime.worker.id, lease_seconds=settings.lease_seconds, queues=[queue]
+            database,
+            owner=self.runtime.worker.id,
+            lease_seconds=settings.lease_seconds,
+            queues=[queue],
+            warm=self.runtime.engines.warm_keys(),
         )
         if claim is None:
             return

@@ -42,8 +42,8 @@ def claim(
 
     Which one: highest priority, then the tenant whose turn it is and that has fewer than its ``max_running`` at work,
     then the engines in ``warm`` (engine keys loaded in this process), then the longest due (``storage.lanes``).
-    ``queues`` and ``job_id`` narrow the choice; within one job there is no question of turns. One transaction raises the
-    fence, sets the lease and opens the attempt.
+    ``queues`` and ``job_id`` narrow the choice; within one job there is no question of turns. One transaction raises
+    the fence, sets the lease and opens the attempt.
     """
     with database.write() as connection:
         lane = None

@@ -7,9 +7,10 @@
     │   ├── InvalidInput      … because of an input file: unreadable, missing column
     │   ├── InvalidModel      … because of the model: not found, wrong task
     │   ├── EngineMissing     … because the engine is not installed or cannot run here
-    │   └── Conflict          … because something else holds the output or the key
+    │   ├── Conflict          … because something else holds the output or the key
+    │   └── QuotaExceeded     … because its tenant has used up what it may           (exit 8)
     ├── InvalidSettings       a flag, environment variable or file holds a bad value (exit 2)
-    ├── NotFound              no such job, row, model                               (exit 6)
+    ├── NotFound              no such job, row, model, tenant                       (exit 6)
     ├── IllegalTransition     a state may not follow another; nothing was changed
     ├── RowError              one row cannot be computed: recorded, the shard goes on
     ├── TransientError        try again later: costs one failure of the shard's budget
@@ -63,6 +64,33 @@ class EngineMissing(InvalidJob):
 
 class Conflict(InvalidJob):
     """The output, or the idempotency key, belongs to something else."""
+
+
+class QuotaExceeded(InvalidJob):
+    """The tenant has used up one of its quotas; nothing of the job was queued.
+
+    ``quota`` is ``"max_jobs"``, ``"rows_per_day"`` or ``"tokens_per_day"``. ``used`` counts what it has without this
+    job, ``asked`` what the job would add (0: not known yet), ``resets_at`` is in Unix seconds, or ``None`` where time
+    alone does not help.
+    """
+
+    exit_code = 8
+
+    def __init__(
+        self, tenant: str, quota: str, *, used: int, limit: int, asked: int = 0, resets_at: float | None = None
+    ) -> None:
+        what, when = _QUOTAS[quota]
+        more = f" and the job would add {asked:,}" if asked else ""
+        super().__init__(f"tenant {tenant!r} has {used:,} {what} of the {limit:,} it may{more}; {when}")
+        self.tenant, self.quota, self.used, self.limit, self.asked = tenant, quota, used, limit, asked
+        self.resets_at = resets_at
+
+
+_QUOTAS = {
+    "max_jobs": ("live jobs", "wait for one to end, or cancel one"),
+    "rows_per_day": ("rows today", "the count begins anew at 00:00 UTC"),
+    "tokens_per_day": ("tokens today", "the count begins anew at 00:00 UTC"),
+}
 
 
 class InvalidSettings(RowmillError):

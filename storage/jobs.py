@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
-from storage import rows, tables
+from storage import quotas, rows, tables
 from storage.database import Database, now
 from storage.errors import Conflict, IllegalTransition, NotFound
 from storage.records import Event, Job, ShardPlan, Source
@@ -48,10 +48,13 @@ def insert(
     max_failed_rows: int | None,
     window_seconds: float,
     actor: str,
+    new_tenant: bool = True,
 ) -> Job:
     """Queue a job in ``validating``. Same tenant and key: the job that is there already, or :class:`Conflict`.
 
-    Raises :class:`Conflict` when a live job already writes to ``output_uri``, or when the key was used for other work.
+    Raises :class:`Conflict` when a live job already writes to ``output_uri``, or when the key was used for other work,
+    :class:`~storage.errors.QuotaExceeded` when the tenant has used up what it may, and
+    :class:`~storage.errors.InvalidJob` when it is unknown and not to be made (``new_tenant``).
     """
     values = {
         "id": job_id,
@@ -75,6 +78,7 @@ def insert(
                     tables.job.insert().values(**values, created_at=now(), expires_at=now() + window_seconds)
                 )
                 record(connection, job_id, f"job.{JobState.VALIDATING}", actor)
+                quotas.admit_job(database, connection, tenant, create=new_tenant)
     except IntegrityError:
         with database.read() as connection:
             existing = by_idempotency_key(connection, tenant, idempotency_key)
@@ -138,7 +142,8 @@ def set_planned(
 ) -> Job:
     """Store the plan and its shards, and queue the job: one transaction, so a job is planned or not, never half.
 
-    A job without rows goes straight to ``finalizing``. Raises :class:`IllegalTransition` when somebody was faster.
+    A job without rows goes straight to ``finalizing``. Raises :class:`IllegalTransition` when somebody was faster, and
+    :class:`~storage.errors.QuotaExceeded` when its rows are more than the tenant may have today.
     """
     with database.write() as connection:
         found = connection.execute(database.locked(sa.select(tables.job).where(tables.job.c.id == job_id))).one()
@@ -166,6 +171,8 @@ def set_planned(
             connection.execute(tables.shard.insert(), [_shard_values(found, item, due) for item in part])
             n_shards += len(part)
             rows_total += sum(item.row_n for item in part)
+        # Only now: the tenant's row is locked, and claims and submits of the tenant wait, until this transaction ends.
+        quotas.admit_rows(database, connection, found.tenant, rows_total)
         move_job(
             connection,
             job_id,

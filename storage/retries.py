@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
-from storage import rows, tables
+from storage import quotas, rows, tables
 from storage.database import Database, now, pack, unpack
 from storage.errors import Conflict, NotFound
 from storage.jobs import next_generation
@@ -22,7 +22,7 @@ def reopen(database: Database, job_id: str, *, failed_only: bool, window_seconds
     Shards that were given up or cancelled become ready again and go on from what they had flushed. For committed ones a
     new shard computes just the failed rows, or all rows when ``failed_only`` is false; the output is republished whole.
     Raises :class:`Conflict` when there is nothing to retry, when the job has not ended, or when a newer job has taken
-    the output.
+    the output, and :class:`~storage.errors.QuotaExceeded` when the tenant may have no more jobs now.
     """
     job = tables.job
     try:
@@ -55,6 +55,7 @@ def reopen(database: Database, job_id: str, *, failed_only: bool, window_seconds
                 )
             else:
                 _reopen_shards(connection, found, state, failed_only, window_seconds, actor)
+            quotas.admit_job(database, connection, found.tenant, create=True)
             return rows.job(connection.execute(sa.select(job).where(job.c.id == job_id)).one())
     except IntegrityError:
         raise Conflict("another live job writes to the same output", field="output") from None

@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 from pyroaring import BitMap
 
-from storage import tables
+from storage import quotas, tables
 from storage.database import Database, now, pack, unpack
 from storage.errors import CommitUnknown, LeaseLost, Unreachable
 from storage.records import Claim, PartFile, RowException
@@ -288,6 +288,8 @@ def close_shard(
             "completion_tokens": table.c.completion_tokens + committed.completion_tokens,
         }
         rows_failed += committed.n_failed
+        # A row that the commits of all jobs of the tenant change: locked last, and for no longer than their own.
+        quotas.count(connection, job.tenant, tokens=committed.prompt_tokens + committed.completion_tokens)
     connection.execute(table.update().where(table.c.id == job.id).values(**values))
     state = JobState(job.state)
     if state is JobState.QUEUED:

@@ -55,8 +55,8 @@ tenant = sa.Table(
     sa.CheckConstraint("weight > 0", name="weight"),
     postgresql_with={"fillfactor": "70"},
 )
-"""``vtime`` is where the tenant's next contested claim starts in virtual time, ``vstart`` where virtual time stood at its
-last one (``storage.lanes``)."""
+"""``vtime`` is where the tenant's next contested claim starts in virtual time, ``vstart`` where virtual time stood at
+its last one (``storage.lanes``)."""
 
 tenant_usage = sa.Table(
     "tenant_usage",

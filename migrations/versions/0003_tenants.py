@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -15,7 +17,7 @@ _RUNNING = sa.text("state = 'running'")
 _LIVE_JOB = sa.text("state NOT IN ('cancelled', 'completed', 'expired', 'failed')")
 
 
-def _partial(where: sa.TextClause) -> dict[str, sa.TextClause]:
+def _partial(where: sa.TextClause) -> dict[str, Any]:
     return {"sqlite_where": where, "postgresql_where": where}
 
 

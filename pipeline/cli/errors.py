@@ -16,7 +16,7 @@ from pipeline.redaction import redact_text
 from storage import errors
 from storage.states import JobState
 
-OK, ERROR, USAGE, JOB_FAILED, FAILED_ROWS, CANCELLED, NOT_FOUND, UNREACHABLE = range(8)
+OK, ERROR, USAGE, JOB_FAILED, FAILED_ROWS, CANCELLED, NOT_FOUND, UNREACHABLE, QUOTA = range(9)
 WAIT_TIMED_OUT = 124
 SIGNALLED = 130
 """Ended at once by a signal (128 + SIGINT)."""

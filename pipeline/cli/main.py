@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import admin, config, db, doctor, job, model
+from pipeline.cli import admin, config, db, doctor, job, model, tenant
 from pipeline.cli.run import run
 
 app = typer.Typer(
@@ -40,6 +40,7 @@ app.add_typer(job.app, name="job")
 app.command(name="doctor")(doctor.doctor)
 app.add_typer(config.app, name="config")
 app.add_typer(db.app, name="db")
+app.add_typer(tenant.app, name="tenant")
 app.add_typer(admin.app, name="admin")
 app.add_typer(model.app, name="model")
 

@@ -79,6 +79,11 @@ class EnginePool:
             ready = [entry for entry in self._entries.values() if entry.loaded.is_set()]
             return tuple(entry.engine for entry in sorted(ready, key=lambda entry: entry.used))
 
+    def warm_keys(self) -> tuple[str, ...]:
+        """The keys (``registry.engine_key``) of the engines that are loaded here, or are being loaded."""
+        with self._lock:
+            return tuple(self._entries)
+
     def close(self) -> None:
         """Close every engine, in use or not: the process is about to end. No lease is given afterwards.
 
