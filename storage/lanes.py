@@ -240,8 +240,12 @@ def _fronts(n_queues: int | None) -> sa.CTE:
 def _first_id(queue: sa.ColumnElement[str], after: sa.CTE | None = None) -> sa.ScalarSelect[str]:
     shard = tables.shard.alias("n")
     lane = (shard.c.priority, shard.c.tenant, shard.c.engine_key)
-    query = sa.select(shard.c.id).where(shard.c.state == _READY, shard.c.queue == queue)
-    if after is not None:
+    query = sa.select(shard.c.id).where(shard.c.state == _READY)
+    if after is None:
+        # Not "=": after an ANALYZE of a small table SQLite would then make an index of its own, for each query.
+        query = query.where(shard.c.queue.between(queue, queue))
+    else:
+        query = query.where(shard.c.queue == queue)
         # Made so that SQLite (3.40) seeks past the lane instead of reading through it: it compares rows by the whole
         # index only where the right side has no affinity (expressions, not columns), and begins at equal ones.
         nothing = sa.literal_column("''", sa.Text())

@@ -94,6 +94,7 @@ class JobModel:
     overdue: bool
     state: JobState = JobState.VALIDATING
     planned: bool = False
+    planned_rows: list[int] = field(default_factory=list)
     gen: int = 0
     stop_reason: str | None = None
     shards: dict[str, ShardModel] = field(default_factory=dict)
@@ -150,7 +151,7 @@ class StorageMachine(RuleBasedStateMachine):
         super().__init__()
         self.database = database
         with database.write() as connection:
-            for table in (tables.job, tables.gc_queue, tables.worker):
+            for table in (tables.job, tables.gc_queue, tables.worker, tables.tenant_usage):
                 connection.execute(table.delete())
             self.first_event = connection.execute(sa.select(sa.func.max(tables.event.c.id))).scalar() or 0
         self.jobs: dict[str, JobModel] = {}
@@ -338,6 +339,7 @@ class StorageMachine(RuleBasedStateMachine):
             return
         call()
         job.planned = True
+        job.planned_rows += sizes
         for item in plans:
             name = jobs.shard_id(job.id, 0, item.idx)
             job.shards[name] = ShardModel(name, item.idx, 0, item.row_n)
@@ -822,6 +824,10 @@ class StorageMachine(RuleBasedStateMachine):
             key: (item.owner, item.state, item.resumed, item.computed) for key, item in self.attempts.items()
         }
         assert stored.parts == self.parts
+        assert stored.used == (
+            sum(row_n for job in self.jobs.values() for row_n in job.planned_rows),
+            sum(shard.tokens for _, shard in self.shards() if shard.state is ShardState.COMMITTED),
+        )
         assert stored.exceptions == self.exceptions
         assert stored.events == self.events, (stored.events[-4:], self.events[-4:])
         self.agreed = True
@@ -891,6 +897,8 @@ class _Stored:
     parts: dict[tuple[str, int, int], tuple[set[int], set[int]]]
     exceptions: dict[tuple[str, int], str]
     events: list[Event]
+    used: tuple[int, int]
+    """Rows and tokens that the tenant was counted."""
 
 
 def _read(database: Database, first_event: int) -> _Stored:
@@ -899,7 +907,7 @@ def _read(database: Database, first_event: int) -> _Stored:
         clock = connection.execute(sa.select(now())).scalar_one()
         every = {
             table.name: connection.execute(sa.select(table)).all()
-            for table in (t.job, t.shard, t.attempt, t.part_file, t.row_exception)
+            for table in (t.job, t.shard, t.attempt, t.part_file, t.row_exception, t.tenant_usage)
         }
         events = connection.execute(sa.select(t.event).where(t.event.c.id > first_event).order_by(t.event.c.id)).all()
     return _Stored(
@@ -947,6 +955,7 @@ def _read(database: Database, first_event: int) -> _Stored:
             for row in every["part_file"]
         },
         exceptions={(row.shard_id, row.row_idx): row.code for row in every["row_exception"]},
+        used=(sum(row.rows for row in every["tenant_usage"]), sum(row.tokens for row in every["tenant_usage"])),
         events=[(row.job_id, row.shard_id, row.attempt_no, row.type) for row in events],
     )
 

@@ -68,6 +68,15 @@ def test_an_engine_stays_warm(log: list[tuple[str, str]]) -> None:
     assert log == [("load", "d")]
 
 
+def test_the_warm_keys_are_those_that_jobs_carry(log: list[tuple[str, str]]) -> None:
+    engines = pool()
+    assert engines.warm_keys() == ()
+    with lease(engines, shuffle=3) as engine:
+        assert engines.warm_keys() == (registry.engine_key("fake", MODEL, Task.GENERATE, {"shuffle": 3}),)
+        engines.discard(engine)
+        assert engines.warm_keys() == ()
+
+
 def test_two_shards_share_one_engine(log: list[tuple[str, str]]) -> None:
     engines = pool()
     with lease(engines) as first, lease(engines) as second:
