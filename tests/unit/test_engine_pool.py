@@ -71,8 +71,8 @@ def test_an_engine_stays_warm(log: list[tuple[str, str]]) -> None:
 def test_the_warm_keys_are_those_that_jobs_carry(log: list[tuple[str, str]]) -> None:
     engines = pool()
     assert engines.warm_keys() == ()
-    with lease(engines, shuffle=3) as engine:
-        assert engines.warm_keys() == (registry.engine_key("fake", MODEL, Task.GENERATE, {"shuffle": 3}),)
+    with lease(engines, shuffle=True) as engine:
+        assert engines.warm_keys() == (registry.engine_key("fake", MODEL, Task.GENERATE, {"shuffle": True}),)
         engines.discard(engine)
         assert engines.warm_keys() == ()
 
