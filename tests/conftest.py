@@ -22,12 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import sqlalchemy as sa
 
 from pipeline.settings import Settings
 from storage import database
 from tests import servers
+
+# How long an example takes is up to the machine and whatever else runs on it.
+hypothesis.settings.register_profile("rowmill", deadline=None)
+hypothesis.settings.load_profile("rowmill")
 
 
 @dataclass(frozen=True, slots=True)
