@@ -30,6 +30,7 @@ MACHINES: tuple[tuple[str, type[StrEnum], Mapping[Any, frozenset[Any]], frozense
     ("Shard", states.ShardState, states.SHARD, frozenset()),
     ("Attempt", states.AttemptState, states.ATTEMPT, frozenset()),
     ("Request", states.RequestState, states.REQUEST, frozenset()),
+    ("Fire", states.FireState, states.FIRE, frozenset()),
 )
 """Heading, enum, table, and the states in which it rests although the table leads on."""
 

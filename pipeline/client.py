@@ -21,6 +21,7 @@ from pipeline.engines.base import Cancellation
 from pipeline.leases import INTERRUPTED
 from pipeline.progress import shown
 from pipeline.runtime import Runtime, start
+from pipeline.schedules import Schedules
 from pipeline.settings import Settings
 from pipeline.status import JobStatus, RequestStatus
 from pipeline.status_of import job_status, request_status
@@ -64,6 +65,11 @@ class Client:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    @property
+    def schedules(self) -> Schedules:
+        """Jobs that are submitted again and again: add, list, pause, remove."""
+        return Schedules(self._runtime)
 
     def submit(self, **fields: Any) -> JobHandle:
         """Validate and queue a job; the fields are those of :class:`~pipeline.JobSpec`.

@@ -44,11 +44,19 @@ class InputSpec(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """``sources`` in row order; ``files`` are their row groups, for planning; ``schema`` covers all of them."""
+    """``sources`` in row order; ``files`` are their row groups, for planning; ``schema`` covers all of them.
+
+    ``originals`` are URI and etag of every file that was read, before any was converted.
+    """
 
     sources: list[Source]
     files: list[InputFile]
     schema: pa.Schema
+    originals: list[tuple[str, str]]
+
+
+Processed = Callable[[Sequence[str]], set[tuple[str, str]]]
+"""URIs → the (URI, etag) among them that need not be read again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +69,31 @@ class _File:
     converted: bool = False
 
 
+def new_files(store: ObjectStore, spec: InputSpec, done: Processed) -> list[ObjectInfo]:
+    """The files of the input that ``done`` does not name as they are now; possibly none."""
+    found = [_data_files(store, store.find(pattern), pattern, lambda _: None) for pattern in map(normalize, spec.input)]
+    infos = [info for part in found for info in part]
+    seen = done([info.uri for info in infos])
+    return [info for info in infos if (info.uri, info.etag) not in seen]
+
+
 def discover(
-    store: ObjectStore, spec: InputSpec, work_dir_uri: str, notify: Callable[[str], None] = lambda message: None
+    store: ObjectStore,
+    spec: InputSpec,
+    work_dir_uri: str,
+    notify: Callable[[str], None] = lambda message: None,
+    done: Processed | None = None,
 ) -> Inputs:
     """Find the input, turn what is not Parquet into Parquet below ``work_dir_uri``, and read all footers.
 
     Files come in the order of ``spec.input``, sorted by name within each. Hive folders (``k=v``) below a directory or
     from a glob's first wildcard on become columns at the end, unless the files have them. ``notify`` hears of files
-    that were passed over. Raises :class:`InvalidInput`, naming the file and the reason; nothing but chunks in the work
-    folder is ever written.
+    that were passed over. With ``done``, the files that it names are left out, and a pattern may match nothing. Raises
+    :class:`InvalidInput`, naming the file and the reason; nothing but chunks in the work folder is ever written.
     """
     unified = UnifiedSchema()
-    files = list(_parquet_files(store, _found(store, spec, notify), work_dir_uri))
+    found = _found(store, spec, notify, done)
+    files = list(_parquet_files(store, found, work_dir_uri))
     sources: list[Source] = []
     groups: list[InputFile] = []
     for idx, (file, stats) in enumerate(zip(files, _footers(store, files), strict=True)):
@@ -86,7 +107,7 @@ def discover(
     schema = pa.schema([*fields, *partition], metadata=unified.metadata)
     if not schema.names and any(source.n_rows for source in sources):
         raise InvalidInput("the input has rows and no columns", field="input")
-    return Inputs(sources, groups, schema)
+    return Inputs(sources, groups, schema, [(file.info.uri, file.info.etag) for file, _ in found])
 
 
 def _typed(item: pa.Field[pa.DataType]) -> pa.Field[pa.DataType]:
@@ -112,19 +133,25 @@ def _parquet_files(store: ObjectStore, found: Sequence[tuple[_File, Format]], wo
             yield _File(store.info(uri), file.origin, file.partition, converted=True)
 
 
-def _found(store: ObjectStore, spec: InputSpec, notify: Callable[[str], None]) -> list[tuple[_File, Format]]:
+def _found(
+    store: ObjectStore, spec: InputSpec, notify: Callable[[str], None], done: Processed | None
+) -> list[tuple[_File, Format]]:
     output = normalize(spec.output)
     found: list[tuple[_File, Format]] = []
     by: dict[str, str] = {}
     for pattern in map(normalize, spec.input):
-        _refuse_output_inside(pattern, output)
+        refuse_output_inside(pattern, output)
         infos = store.find(pattern)
-        if not infos:
+        if not infos and done is None:
             raise InvalidInput(
                 f"no file matches {pattern} (names that begin with '.' or '_' are not read)", field="input"
             )
+        data = _data_files(store, infos, pattern, notify)
+        if done is not None:
+            seen = done([info.uri for info in data])
+            data = [info for info in data if (info.uri, info.etag) not in seen]
         here: dict[Kind, str] = {}
-        for info in _data_files(store, infos, pattern, notify):
+        for info in data:
             if _is_within(info.uri, locations.data_dir(output)) or _is_within(
                 info.uri, f"{output}/{locations.WORK_FOLDER}"
             ):
@@ -141,6 +168,8 @@ def _found(store: ObjectStore, spec: InputSpec, notify: Callable[[str], None]) -
                 f"{pattern} mixes formats: {first} is {one}, {second} is {other}; give one format at a time",
                 field="input",
             )
+    if not found:
+        raise InvalidInput("no file is new since the schedule's last completed fire", field="input")
     return found
 
 
@@ -164,8 +193,11 @@ def _data_files(
     return data
 
 
-def _refuse_output_inside(pattern: str, output: str) -> None:
-    """A job must not find its own output when its input is listed again, nor another job this one's."""
+def refuse_output_inside(pattern: str, output: str) -> None:
+    """A job must not find its own output when its input is listed again, nor another job this one's.
+
+    Raises :class:`InvalidInput`; both locations are normalized ones.
+    """
     example = locations.part(output, 0)
     inside = _is_within(output, pattern)
     if not inside and listing.is_glob(pattern):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from pipeline.outputs import refuse_existing
 from pipeline.plan_record import PlanRecord
 from pipeline.result_columns import known_names
 from pipeline.runtime import Runtime
-from storage import failpoints, finalizing, jobs, locations, retries
+from storage import failpoints, finalizing, jobs, locations, retries, schedules
 from storage.errors import Conflict, InvalidInput, InvalidJob, QuotaExceeded
-from storage.records import Job
+from storage.fires import Taken
+from storage.records import FireKey, Job
 from storage.states import JobState
 
 ERROR_COLUMN = "error"
@@ -34,18 +36,18 @@ class _Prepared:
     found: inputs.Inputs
 
 
-def submit_job(runtime: Runtime, fields: dict[str, Any], *, resume: bool = False, plan: bool = False) -> Job:
+def submit_job(
+    runtime: Runtime, fields: dict[str, Any], *, resume: bool = False, plan: bool = False, fire: FireKey | None = None
+) -> Job:
     """Validate a request and queue it as ``validating``. With ``resume``, the job that does the same work instead: the
     live one, or the completed one whose output is there and whose input and model are as they were.
 
-    With ``plan`` the input is read first and the job comes back planned. Raises :class:`InvalidJob` and its kin, naming
-    the field and the reason; nothing is stored then.
+    With ``plan`` the input is read first and the job comes back planned. With ``fire``, that fire of a schedule is
+    marked as submitted with it; raises :class:`IllegalTransition` when it is not pending any more. Raises
+    :class:`InvalidJob` and its kin, naming the field and the reason. Nothing is stored then.
     """
     spec = absolute(parse(fields))
-    permissions.check(spec, runtime.settings.custom_op_paths)
-    model = resolve(spec.model, runtime.settings.cache_dir)
-    engine = routing.choose(spec.task, spec.engine, model)
-    registry.engine_class(engine)
+    model, engine = model_and_engine(runtime, spec)
     live = jobs.live_on_output(runtime.database, spec.output)
     if live is not None and resume:
         if live.spec_hash == spec.work_hash():
@@ -81,6 +83,7 @@ def submit_job(runtime: Runtime, fields: dict[str, Any], *, resume: bool = False
             window_seconds=spec.window_seconds,
             actor=runtime.actor,
             new_tenant=runtime.settings.unknown_tenants == "create",
+            fire=fire,
         )
     except BaseException:
         runtime.store.delete_tree(locations.work_dir(spec.output, job_id))
@@ -102,6 +105,15 @@ def _done_before(runtime: Runtime, spec: JobSpec, model: Model) -> Job | None:
     if plan.converted or not inputs.unchanged(store, spec, sources):
         return None
     return job
+
+
+def model_and_engine(runtime: Runtime, spec: JobSpec) -> tuple[Model, str]:
+    """The model, and the name of the engine that will run it; loads neither. Raises :class:`InvalidJob` and its kin."""
+    permissions.check(spec, runtime.settings.custom_op_paths)
+    model = resolve(spec.model, runtime.settings.cache_dir)
+    engine = routing.choose(spec.task, spec.engine, model)
+    registry.engine_class(engine)
+    return model, engine
 
 
 def absolute(spec: JobSpec) -> JobSpec:
@@ -127,22 +139,28 @@ def _differences(live: Job, spec: JobSpec) -> str:
 def plan_job(runtime: Runtime, job: Job) -> Job:
     """Read the input's footers, check that the work can be done, and store the shards.
 
-    Raises :class:`InvalidJob` after recording the job as failed with that reason.
+    The job of an incremental schedule takes only the files that no completed fire has taken as they are now; which
+    these are is fixed here. Raises :class:`InvalidJob` after recording the job as failed with that reason.
     """
     spec = JobSpec(**job.spec)
+    schedule_id = schedules.incremental_of(runtime.database, job.id)
+    done = None if schedule_id is None else partial(schedules.processed, runtime.database, schedule_id)
     try:
         model = resolve(spec.model, runtime.settings.cache_dir)
-        prepared = _prepare(runtime, job.id, spec, job.engine, model)
+        prepared = _prepare(runtime, job.id, spec, job.engine, model, done)
     except InvalidJob as error:
         _refuse(runtime, job.id, spec, error)
         raise
-    return _store_plan(runtime, job, spec, prepared)
+    taken = None if schedule_id is None else Taken(schedule_id, tuple(prepared.found.originals))
+    return _store_plan(runtime, job, spec, prepared, taken)
 
 
-def _prepare(runtime: Runtime, job_id: str, spec: JobSpec, engine: str, model: Model) -> _Prepared:
+def _prepare(
+    runtime: Runtime, job_id: str, spec: JobSpec, engine: str, model: Model, done: inputs.Processed | None = None
+) -> _Prepared:
     # Another worker may plan the same job, or run it already: nothing here is deleted but what was made here.
     work = locations.work_dir(spec.output, job_id)
-    found = inputs.discover(runtime.store, spec, work, runtime.notify)
+    found = inputs.discover(runtime.store, spec, work, runtime.notify, done)
     columns = registry.engine_class(engine).check(spec, model, found.schema)
     keep = _kept(spec, tuple(found.schema.names))
     # An output that cannot be written is refused now, not after the engine was loaded and rows were computed.
@@ -154,7 +172,7 @@ def _prepare(runtime: Runtime, job_id: str, spec: JobSpec, engine: str, model: M
     return _Prepared(record, found)
 
 
-def _store_plan(runtime: Runtime, job: Job, spec: JobSpec, prepared: _Prepared) -> Job:
+def _store_plan(runtime: Runtime, job: Job, spec: JobSpec, prepared: _Prepared, taken: Taken | None = None) -> Job:
     shards = planning.plan(prepared.found.files, shard_rows=spec.shard_rows, shard_bytes=spec.shard_bytes)
     try:
         return jobs.set_planned(
@@ -164,6 +182,7 @@ def _store_plan(runtime: Runtime, job: Job, spec: JobSpec, prepared: _Prepared) 
             sources=prepared.found.sources,
             shards=shards,
             actor=runtime.actor,
+            taken=taken,
         )
     except QuotaExceeded as error:
         _refuse(runtime, job.id, spec, error)

@@ -36,6 +36,15 @@ _NOWHERE = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:/*\s*$")
 """A scheme and nothing else: what is left of ``s3://$BUCKET`` when the variable is not set."""
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
+
+def duration_seconds(text: str) -> float:
+    """``"90s"``, ``"30m"``, ``"24h"``, ``"7d"`` in seconds. Raises ``ValueError`` for anything else."""
+    match = _DURATION.match(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a duration; write a number and a unit: '90s', '30m', '24h', '7d'")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
 NOT_PART_OF_THE_WORK = frozenset({"priority", "metadata", "completion_window", "overwrite", "idempotency_key"})
 """Fields that do not change what is computed: a job may be resumed under other values of them."""
 
@@ -136,8 +145,7 @@ class JobSpec(BaseModel):
     @field_validator("completion_window")
     @classmethod
     def _a_duration(cls, value: str) -> str:
-        if not _DURATION.match(value):
-            raise ValueError(f"{value!r} is not a duration; write a number and a unit: '90s', '30m', '24h', '7d'")
+        duration_seconds(value)
         return value
 
     @field_validator("prompt")
@@ -174,9 +182,7 @@ class JobSpec(BaseModel):
     @property
     def window_seconds(self) -> float:
         """The completion window in seconds."""
-        match = _DURATION.match(self.completion_window)
-        assert match is not None
-        return float(match[1]) * _SECONDS[match[2]]
+        return duration_seconds(self.completion_window)
 
     def work_hash(self) -> str:
         """SHA-256 (hex) of the fields that decide what is computed: two specs that agree may share one job."""
@@ -203,15 +209,19 @@ def parse(fields: dict[str, Any]) -> JobSpec:
     try:
         return JobSpec(**fields)
     except ValidationError as error:
-        problems = []
-        for item in error.errors(include_url=False):
-            where = ".".join(str(part) for part in item["loc"])
-            what = item["msg"].removeprefix("Value error, ")
-            problems.append((where, "unknown field" if item["type"] == "extra_forbidden" else what))
-        first = problems[0][0] or None
-        if len(problems) == 1:
-            raise InvalidJob(problems[0][1], field=first) from None
-        text = "; ".join(f"{where}: {what}" if where else what for where, what in problems)
-        invalid = InvalidJob(text)
-        invalid.field = first
-        raise invalid from None
+        raise invalid(error) from None
+
+
+def invalid(error: ValidationError) -> InvalidJob:
+    """What pydantic found, as the error that names every field at fault and why."""
+    problems = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in item["loc"])
+        what = item["msg"].removeprefix("Value error, ")
+        problems.append((where, "unknown field" if item["type"] == "extra_forbidden" else what))
+    first = problems[0][0] or None
+    if len(problems) == 1:
+        return InvalidJob(problems[0][1], field=first)
+    found = InvalidJob("; ".join(f"{where}: {what}" if where else what for where, what in problems))
+    found.field = first
+    return found

@@ -34,8 +34,9 @@ def run_job(
     *,
     interrupt: Cancellation,
     on_progress: Callable[[JobStatus], None] = lambda status: None,
+    tick: Callable[[Runtime], object] = maintenance.tend,
 ) -> JobStatus:
-    """Work on ``job`` until it has ended, in this process.
+    """Work on ``job`` until it has ended, in this process; meanwhile ``tick`` is called at every heartbeat.
 
     Raises :class:`Interrupted` when ``interrupt`` fires: what was finished is flushed by then and the shards are handed
     back. Raises :class:`Conflict` when another process of this host is at work on the job, and :class:`InvalidJob`
@@ -57,7 +58,7 @@ def run_job(
             worker_id=runtime.worker.id,
             lease_seconds=settings.lease_seconds,
             heartbeat_seconds=min(HEARTBEAT_SECONDS, settings.lease_seconds / 3),
-            tick=lambda: maintenance.tick(runtime),
+            tick=lambda: tick(runtime),
         ) as keeper:
             return _work(runtime, job.id, keeper, interrupt, on_progress)
     finally:

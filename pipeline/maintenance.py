@@ -1,8 +1,10 @@
-"""What has to happen now and then, whoever does it: take back lost shards, wind down expired jobs, delete garbage."""
+"""What has to happen now and then, whoever does it: take back lost shards, wind down expired jobs, delete garbage, and
+fire schedules."""
 
 from __future__ import annotations
 
 from pipeline.runtime import Runtime, is_alive
+from pipeline.schedule_firing import fire_schedules
 from storage import failpoints, garbage, jobs, reaping, workers
 from storage.errors import IllegalTransition
 from storage.reaping import Reaped
@@ -61,9 +63,15 @@ def collect_garbage(runtime: Runtime) -> int:
     return deleted
 
 
-def tick(runtime: Runtime) -> None:
+def tend(runtime: Runtime) -> None:
     """One round of everything above."""
     reap(runtime)
     expire(runtime)
     wind_down(runtime)
     collect_garbage(runtime)
+
+
+def tick(runtime: Runtime) -> list[str]:
+    """One round, schedules included, for whoever sees to it that their jobs are run; returns the submitted jobs."""
+    tend(runtime)
+    return fire_schedules(runtime)

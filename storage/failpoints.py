@@ -10,6 +10,9 @@ from collections.abc import Callable
 
 POINTS = {
     "plan.prepared": "the input was read; neither the job nor its shards are stored yet",
+    "fire.decided": "the fire is recorded as pending; it has no job yet",
+    "fire.inserted": "in one transaction: the job is inserted, the fire is not marked as submitted yet",
+    "fire.submitted": "the job and its fire are committed; nobody knows of them yet",
     "claim.taken": "the claim is committed; no row was read yet",
     "flush.stored": "a part file is stored and verified; the database does not know of it",
     "flush.recorded": "the flush is committed",

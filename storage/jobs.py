@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
-from storage import quotas, rows, tables
+from storage import fires, quotas, rows, tables
 from storage.database import Database, now
 from storage.errors import Conflict, IllegalTransition, NotFound
-from storage.records import Event, Job, ShardPlan, Source
+from storage.fires import Taken
+from storage.records import Event, FireKey, Job, ShardPlan, Source
 from storage.states import TERMINAL_JOB, JobState, ShardState
 from storage.transitions import move_job, record
 
@@ -49,12 +50,15 @@ def insert(
     window_seconds: float,
     actor: str,
     new_tenant: bool = True,
+    fire: FireKey | None = None,
 ) -> Job:
     """Queue a job in ``validating``. Same tenant and key: the job that is there already, or :class:`Conflict`.
 
     Raises :class:`Conflict` when a live job already writes to ``output_uri``, or when the key was used for other work,
     :class:`~storage.errors.QuotaExceeded` when the tenant has used up what it may, and
-    :class:`~storage.errors.InvalidJob` when it is unknown and not to be made (``new_tenant``).
+    :class:`~storage.errors.InvalidJob` when it is unknown and not to be made (``new_tenant``). With ``fire``, that fire
+    of a schedule is marked as submitted in the same transaction; raises :class:`IllegalTransition`, and inserts
+    nothing, when it is not pending any more.
     """
     values = {
         "id": job_id,
@@ -72,12 +76,16 @@ def insert(
     }
     try:
         with database.write() as connection:
+            if fire is not None:
+                fires.lock(connection, database, fire)
             existing = by_idempotency_key(connection, tenant, idempotency_key)
             if existing is None:
                 connection.execute(
                     tables.job.insert().values(**values, created_at=now(), expires_at=now() + window_seconds)
                 )
                 record(connection, job_id, f"job.{JobState.VALIDATING}", actor)
+                if fire is not None:
+                    fires.submitted(connection, fire, job_id)
                 quotas.admit_job(database, connection, tenant, create=new_tenant)
     except IntegrityError:
         with database.read() as connection:
@@ -139,6 +147,7 @@ def set_planned(
     sources: Iterable[Source],
     shards: Iterable[ShardPlan],
     actor: str,
+    taken: Taken | None = None,
 ) -> Job:
     """Store the plan and its shards, and queue the job: one transaction, so a job is planned or not, never half.
 
@@ -165,6 +174,8 @@ def set_planned(
                     for item in chunk
                 ],
             )
+        if taken is not None:
+            fires.take(connection, job_id, taken)
         n_shards = rows_total = 0
         due = connection.execute(sa.select(now())).scalar_one()
         for part in _chunks(shards):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from pyroaring import BitMap
 
-from storage.states import AttemptState, JobState, ShardState
+from storage.states import TERMINAL_JOB, AttemptState, FireState, JobState, ShardState
 
 
 class Slice(NamedTuple):
@@ -197,3 +197,60 @@ class Event:
     at: float
     actor: str
     data: Mapping[str, Any]
+
+
+class FireKey(NamedTuple):
+    """Names one fire: a schedule, and the Unix second at which it came due."""
+
+    schedule_id: str
+    fire_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A job that is submitted again and again. ``spec`` holds the job's fields, with templates in input and output.
+
+    ``misfire_grace`` is in seconds; ``None`` is no limit. ``next_at`` is when it comes due next, unless it is paused.
+    """
+
+    id: str
+    tenant: str
+    name: str
+    cron: str
+    tz: str
+    spec: Mapping[str, Any]
+    overlap: str
+    misfire: str
+    misfire_grace: float | None
+    incremental: bool
+    paused: bool
+    next_at: float
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fire:
+    """One time at which a schedule came due. ``missed`` times before it were passed over in its favour.
+
+    ``decided_at`` is when a tick noticed it, ``settled_at`` when it left ``pending``. ``reason`` says why it was
+    skipped or has failed, or what a pending one waits for.
+    """
+
+    schedule_id: str
+    fire_at: float
+    state: FireState
+    job_id: str | None
+    job_state: JobState | None
+    reason: str | None
+    missed: int
+    decided_at: float
+    settled_at: float | None
+
+    @property
+    def key(self) -> FireKey:
+        return FireKey(self.schedule_id, self.fire_at)
+
+    @property
+    def job_is_live(self) -> bool:
+        """Whether its job has yet to end."""
+        return self.job_state is not None and self.job_state not in TERMINAL_JOB

@@ -7,8 +7,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from storage.database import unpack
-from storage.records import Attempt, Job, PartFile, Shard, Slice, Source
-from storage.states import AttemptState, JobState, ShardState
+from storage.records import Attempt, Fire, Job, PartFile, Schedule, Shard, Slice, Source
+from storage.states import AttemptState, FireState, JobState, ShardState
 
 Row = sa.Row[Any]
 
@@ -111,3 +111,36 @@ def tokens(row: Row) -> dict[str, int]:
         "cached_tokens": int(row.cached_tokens),
         "completion_tokens": int(row.completion_tokens),
     }
+
+
+def schedule(row: Row) -> Schedule:
+    return Schedule(
+        id=row.id,
+        tenant=row.tenant,
+        name=row.name,
+        cron=row.cron,
+        tz=row.tz,
+        spec=row.spec,
+        overlap=row.overlap,
+        misfire=row.misfire,
+        misfire_grace=row.misfire_grace,
+        incremental=row.incremental,
+        paused=row.paused,
+        next_at=row.next_at,
+        created_at=row.created_at,
+    )
+
+
+def fire(row: Row) -> Fire:
+    """``row`` holds the fire's columns and ``job_state``."""
+    return Fire(
+        schedule_id=row.schedule_id,
+        fire_at=row.fire_at,
+        state=FireState(row.state),
+        job_id=row.job_id,
+        job_state=None if row.job_state is None else JobState(row.job_state),
+        reason=row.reason,
+        missed=row.missed,
+        decided_at=row.decided_at,
+        settled_at=row.settled_at,
+    )

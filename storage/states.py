@@ -88,7 +88,22 @@ class RequestState(StrEnum):
     """Its job's completion window passed before the row was computed. Only a retry computes it."""
 
 
-S = TypeVar("S", JobState, ShardState, AttemptState, RequestState)
+class FireState(StrEnum):
+    """One fire of a schedule: a time at which it came due, recorded once however many beats run."""
+
+    PENDING = "pending"
+    """Decided, and no job yet: the tick submits it; it may wait for an earlier fire's job to end, or for a store."""
+    SUBMITTED = "submitted"
+    """Its job is in the queue (or has ended: ask the job). Set in the transaction that inserts the job."""
+    SKIPPED = "skipped"
+    """Passed over, with the reason: an earlier fire still runs, it was noticed too late, a newer one replaced it."""
+    EMPTY = "empty"
+    """Nothing to do: an incremental schedule found no file that is new."""
+    FAILED = "failed"
+    """Its job was refused, with the reason (a model that is gone, an output that is taken, a quota)."""
+
+
+S = TypeVar("S", JobState, ShardState, AttemptState, RequestState, FireState)
 Table = Mapping[S, frozenset[S]]
 
 
@@ -131,6 +146,13 @@ REQUEST: Table[RequestState] = _table(  # type: ignore[assignment]
     cancelled="pending",
     expired="pending",
 )
+FIRE: Table[FireState] = _table(  # type: ignore[assignment]
+    pending="submitted skipped empty failed",
+    submitted="",
+    skipped="",
+    empty="",
+    failed="",
+)
 
 TERMINAL_JOB = frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED})
 """States in which a job rests: its output is final and nothing runs. Only a retry leaves them."""
@@ -145,6 +167,7 @@ def _table_of(state: S) -> Table[S]:
         ShardState: SHARD,  # type: ignore[dict-item]
         AttemptState: ATTEMPT,  # type: ignore[dict-item]
         RequestState: REQUEST,  # type: ignore[dict-item]
+        FireState: FIRE,  # type: ignore[dict-item]
     }
     return tables[type(state)]  # type: ignore[return-value]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
-from storage.states import TERMINAL_JOB, JobState, ShardState
+from storage.states import TERMINAL_JOB, FireState, JobState, ShardState
 
 metadata = sa.MetaData(
     naming_convention={
@@ -131,6 +131,7 @@ source = sa.Table(
 
 _READY = sa.text("state = 'ready'")
 _RUNNING = sa.text("state = 'running'")
+_PENDING = sa.text("state = 'pending'")
 
 shard = sa.Table(
     "shard",
@@ -250,4 +251,52 @@ gc_queue = sa.Table(
     sa.Column("uri", sa.Text, primary_key=True),
     sa.Column("job_id", Id, sa.ForeignKey("job.id", ondelete="CASCADE"), nullable=False, index=True),
     sa.Column("not_before", Seconds, nullable=False),
+)
+
+schedule = sa.Table(
+    "schedule",
+    metadata,
+    sa.Column("id", Id, primary_key=True),
+    sa.Column("tenant", sa.Text, nullable=False),
+    sa.Column("name", Id, nullable=False),
+    sa.Column("cron", sa.Text, nullable=False),
+    sa.Column("tz", sa.Text, nullable=False),
+    sa.Column("spec", Json, nullable=False),
+    sa.Column("overlap", sa.Text, nullable=False),
+    sa.Column("misfire", sa.Text, nullable=False),
+    sa.Column("misfire_grace", Seconds),
+    sa.Column("incremental", sa.Boolean, nullable=False),
+    sa.Column("paused", sa.Boolean, nullable=False, server_default=sa.text("false")),
+    sa.Column("next_at", Seconds, nullable=False),
+    sa.Column("created_at", Seconds, nullable=False),
+    sa.UniqueConstraint("tenant", "name"),
+)
+
+# The primary key is what lets each time fire once, however many beats run.
+schedule_fire = sa.Table(
+    "schedule_fire",
+    metadata,
+    sa.Column("schedule_id", Id, sa.ForeignKey("schedule.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("fire_at", Seconds, primary_key=True, autoincrement=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("job_id", Id, sa.ForeignKey("job.id", ondelete="SET NULL")),
+    sa.Column("reason", sa.Text),
+    _count("missed"),
+    sa.Column("decided_at", Seconds, nullable=False),
+    sa.Column("settled_at", Seconds),
+    sa.CheckConstraint(f"state IN ({', '.join(repr(str(s)) for s in FireState)})", name="state"),
+    sa.Index("ix_schedule_fire_job_id", "job_id"),
+    sa.Index("ix_schedule_fire_pending", "fire_at", sqlite_where=_PENDING, postgresql_where=_PENDING),
+)
+
+# The files that a fire's job took when it was planned, under the names the user knows (input that is converted has
+# chunks for sources).
+schedule_file = sa.Table(
+    "schedule_file",
+    metadata,
+    sa.Column("job_id", Id, sa.ForeignKey("job.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("uri", Id, primary_key=True),
+    sa.Column("schedule_id", Id, sa.ForeignKey("schedule.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("etag", sa.Text, nullable=False),
+    sa.Index("ix_schedule_file_schedule_id_uri", "schedule_id", "uri"),
 )

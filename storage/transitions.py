@@ -10,7 +10,8 @@ import sqlalchemy as sa
 from storage import tables
 from storage.database import now
 from storage.errors import IllegalTransition
-from storage.states import AttemptState, JobState, ShardState, check
+from storage.records import FireKey
+from storage.states import AttemptState, FireState, JobState, ShardState, check
 
 
 def record(
@@ -102,5 +103,21 @@ def move_attempt(
         table.update()
         .where(table.c.shard_id == shard_id, table.c.attempt_no == attempt_no, table.c.state == source)
         .values(state=target, ended_at=now(), **values)
+    )
+    return result.rowcount == 1
+
+
+def move_fire(connection: sa.Connection, key: FireKey, target: FireState, **values: Any) -> bool:
+    """Settle a pending fire of a schedule; ``False`` when it was not pending. It has no event: its row says it all."""
+    check(FireState.PENDING, target)
+    table = tables.schedule_fire
+    result = connection.execute(
+        table.update()
+        .where(
+            table.c.schedule_id == key.schedule_id,
+            table.c.fire_at == key.fire_at,
+            table.c.state == FireState.PENDING,
+        )
+        .values(state=target, settled_at=now(), **values)
     )
     return result.rowcount == 1

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import admin, config, db, doctor, job, model, tenant
+from pipeline.cli import admin, config, db, doctor, job, model, schedule, tenant
+from pipeline.cli.beat import beat
 from pipeline.cli.run import run
 
 app = typer.Typer(
@@ -37,6 +38,8 @@ def _root(
 
 app.command(name="run")(run)
 app.add_typer(job.app, name="job")
+app.add_typer(schedule.app, name="schedule")
+app.command(name="beat")(beat)
 app.command(name="doctor")(doctor.doctor)
 app.add_typer(config.app, name="config")
 app.add_typer(db.app, name="db")

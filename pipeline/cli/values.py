@@ -74,21 +74,21 @@ def setting_values(items: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def spec_file(path: Path) -> dict[str, Any]:
+def spec_file(path: Path, option: str = "--spec") -> dict[str, Any]:
     """The fields in a ``.toml`` or ``.json`` file. Raises :class:`InvalidJob`: missing, unreadable, not a table."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise InvalidJob(f"no such file: {path}", field="--spec") from None
+        raise InvalidJob(f"no such file: {path}", field=option) from None
     except OSError as error:
-        raise InvalidJob(f"{path} cannot be read: {error.strerror}", field="--spec") from None
+        raise InvalidJob(f"{path} cannot be read: {error.strerror}", field=option) from None
     toml = path.suffix.lower() == ".toml"
     try:
         fields = tomllib.loads(data.decode()) if toml else json.loads(data)
     except ValueError as error:
-        raise InvalidJob(f"{path} is not valid {'TOML' if toml else 'JSON'}: {error}", field="--spec") from None
+        raise InvalidJob(f"{path} is not valid {'TOML' if toml else 'JSON'}: {error}", field=option) from None
     if not isinstance(fields, dict):
-        raise InvalidJob(f"{path} holds a {type(fields).__name__}, not an object of job fields", field="--spec")
+        raise InvalidJob(f"{path} holds a {type(fields).__name__}, not an object of job fields", field=option)
     return fields
 
 

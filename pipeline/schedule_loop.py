@@ -1,0 +1,48 @@
+"""Beat without a broker: one process that ticks, and runs the jobs of schedules itself, one after the other."""
+
+from __future__ import annotations
+
+import logging
+
+from pipeline import local, maintenance
+from pipeline.engines.base import Cancellation
+from pipeline.runtime import Runtime
+from storage import jobs, schedules
+from storage.errors import Conflict, IllegalTransition, Interrupted, RowmillError, TransientError
+from storage.states import TERMINAL_JOB
+
+log = logging.getLogger(__name__)
+
+
+def beat_and_run(runtime: Runtime, interrupt: Cancellation) -> None:
+    """Tick every ``tick_seconds`` and run what schedules have submitted, until ``interrupt`` fires.
+
+    It goes on ticking while a job runs. Jobs that an earlier process left are resumed. Any number of such processes may
+    share a database: a job that another one runs is left to it.
+    """
+    while not interrupt.cancelled:
+        try:
+            maintenance.tick(runtime)
+            for job_id in schedules.live_jobs(runtime.database):
+                _run(runtime, job_id, interrupt)
+        except TransientError as error:
+            log.warning("the next round tries again: %s", error)
+        except Interrupted:
+            return
+        interrupt.wait(runtime.settings.tick_seconds)
+
+
+def _run(runtime: Runtime, job_id: str, interrupt: Cancellation) -> None:
+    job = jobs.get(runtime.database, job_id)
+    if job.state in TERMINAL_JOB:
+        return
+    try:
+        status = local.run_job(runtime, job, interrupt=interrupt, tick=maintenance.tick)
+    except (Conflict, IllegalTransition):
+        return  # another process is at it
+    except (TransientError, Interrupted):
+        raise
+    except RowmillError as error:
+        runtime.notify(f"job {job_id}: {error}")
+        return
+    runtime.notify(f"job {job_id} {status.state}: {status.rows_done:,} rows to {status.output}")
