@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import islice
+from itertools import islice, takewhile
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from cronsim import CronSim, CronSimError
@@ -19,7 +19,7 @@ from cronsim import CronSim, CronSimError
 MOST_WAITING = 100
 """Most fires of one schedule that wait for a job; what comes due beyond that is passed over."""
 LOOK_BACK = 31 * 86400.0
-"""After a longer downtime only the times of this many last seconds are counted, if there are any."""
+"""After a longer downtime only the times of this many last seconds are counted, if they are many."""
 _ANCHOR = datetime(2000, 1, 1)
 
 
@@ -97,15 +97,10 @@ def due(times: CronTimes, next_at: float, clock: float, *, every: bool, grace: f
 
 def _passed(times: CronTimes, next_at: float, clock: float) -> list[float]:
     # A minute's schedule has half a million times a year, and nobody reads that many.
-    for start in (max(next_at, clock - LOOK_BACK), next_at):
-        found = [next_at] if start == next_at else []
-        for at in times.after(start):
-            if at > clock:
-                break
-            found.append(at)
-        if found:
-            return found
-    return [next_at]
+    recent = list(takewhile(lambda at: at <= clock, times.after(max(next_at, clock - LOOK_BACK))))
+    if len(recent) > MOST_WAITING and clock - LOOK_BACK > next_at:
+        return recent
+    return [next_at, *takewhile(lambda at: at <= clock, times.after(next_at))]
 
 
 def upcoming(times: CronTimes, at: float, count: int) -> list[float]:
