@@ -140,7 +140,7 @@ def advance(database: Database, schedule: Schedule, fires: Sequence[Decided], ne
     """Record what came due and move on to ``next_at``, in one transaction.
 
     ``False``, and nothing has changed, when the schedule is not as it was read: another tick was faster, or it was
-    paused or removed. The fires' primary key would refuse a second time in any case.
+    paused or removed. A fire that is there already stays as it is.
     """
     with database.write() as connection:
         moved = connection.execute(
@@ -150,7 +150,13 @@ def advance(database: Database, schedule: Schedule, fires: Sequence[Decided], ne
         )
         if moved.rowcount != 1:
             return False
+        # After the database's clock was put back, a time may come that has come before.
+        times = [item.fire_at for item in fires]
+        query = sa.select(_fire.c.fire_at).where(_fire.c.schedule_id == schedule.id, _fire.c.fire_at.in_(times))
+        known = set(connection.execute(query).scalars())
         for item in fires:
+            if item.fire_at in known:
+                continue
             connection.execute(
                 _fire.insert().values(
                     schedule_id=schedule.id,

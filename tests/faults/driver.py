@@ -17,6 +17,7 @@ tasks.app``):
             finalize. On both databases; ends on SIGTERM by ``Worker.close``.
 ``run``     the embedded mode: ``Client().run(**fields)``; prints the final status as JSON, or ends with code 3 and the
             error's class and text on stderr.
+``tick``    ``maintenance.tick`` each time a file with the next number appears: see ``_tick``.
 ``celery``  a real Celery worker or beat (PostgreSQL and Redis).
 
 ``arm`` maps a failpoint (``storage.failpoints.POINTS``) to an action, with ``@n`` for its n-th hit alone:
@@ -28,6 +29,7 @@ and ``"dead"`` (raise ``TransientError``, ``EngineDead``), ``"disk_full"`` (rais
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import signal
@@ -46,8 +48,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import sqlalchemy as sa
 
-from pipeline import Client
+from pipeline import Client, maintenance
 from pipeline.job import submit_job
+from pipeline.runtime import start
 from pipeline.settings import Settings
 from storage import failpoints, jobs, reaping, reports, tables
 from storage.database import Database, now
@@ -494,6 +497,18 @@ def _run(fields: Mapping[str, Any]) -> int:
     return 0
 
 
+def _tick(gates: str, answers: str) -> int:
+    """Tick once for each file ``GATES.0``, ``GATES.1``, … as soon as it is there, and leave ``ANSWERS.0``, …"""
+    runtime = start(Settings())
+    for number in itertools.count():
+        answer = Path(f"{answers}.{number}")
+        answer.with_suffix(f".{number}.ready").touch()
+        while not Path(f"{gates}.{number}").exists():
+            time.sleep(0.001)
+        answer.write_text(json.dumps(maintenance.tick(runtime)))
+    return 0
+
+
 def main(request: str) -> int:
     asked = json.loads(request)
     arm_all(asked["arm"])
@@ -502,6 +517,8 @@ def main(request: str) -> int:
             return _worker(**asked["given"])
         case "run":
             return _run(asked["given"])
+        case "tick":
+            return _tick(**asked["given"])
     raise ValueError(f"no such kind of process: {asked['kind']!r}")
 
 

@@ -228,7 +228,7 @@ def at_once(world: World, job_id: str, go: Callable[[], object], processes: int)
 def test_16_two_reapers(world: World, tmp_path: Path) -> None:
     """Fault 16: two processes tick over the same lost shards and the same expired job: each moves on once.
 
-    Of schedules, which two beats must fire once each, there is nothing to test yet.
+    Of schedules, which two beats must fire once each: see ``test_schedules.py``.
     """
     late = world.submit(output=str(tmp_path / "late"))
     job = world.submit(shard_rows=37)

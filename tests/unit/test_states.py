@@ -14,20 +14,28 @@ from hypothesis import strategies as st
 
 from storage import states
 from storage.errors import IllegalTransition
-from storage.states import AttemptState, JobState, RequestState, ShardState
+from storage.states import AttemptState, FireState, JobState, RequestState, ShardState
 
 TABLES: dict[type[StrEnum], Mapping[Any, frozenset[Any]]] = {
     JobState: states.JOB,
     ShardState: states.SHARD,
     AttemptState: states.ATTEMPT,
     RequestState: states.REQUEST,
+    FireState: states.FIRE,
 }
-ENTITIES = {JobState: "job", ShardState: "shard", AttemptState: "attempt", RequestState: "request"}
+ENTITIES = {
+    JobState: "job",
+    ShardState: "shard",
+    AttemptState: "attempt",
+    RequestState: "request",
+    FireState: "fire",
+}
 START: dict[type[StrEnum], Any] = {
     JobState: JobState.VALIDATING,
     ShardState: ShardState.READY,
     AttemptState: AttemptState.RUNNING,
     RequestState: RequestState.PENDING,
+    FireState: FireState.PENDING,
 }
 every_machine = pytest.mark.parametrize("kind", list(TABLES), ids=lambda kind: ENTITIES[kind])
 pairs = [(kind, a, b) for kind in TABLES for a in kind for b in kind]
