@@ -1,4 +1,4 @@
-"""Beat without a broker: one process that ticks, and runs the jobs of schedules itself, one after the other."""
+"""The two kinds of beat: one that wakes the workers, and, where there is no broker, one that does it all itself."""
 
 from __future__ import annotations
 
@@ -7,11 +7,24 @@ import logging
 from pipeline import local, maintenance
 from pipeline.engines.base import Cancellation
 from pipeline.runtime import Runtime
+from pipeline.settings import Settings
 from storage import jobs, schedules
 from storage.errors import Conflict, IllegalTransition, Interrupted, RowmillError, TransientError
 from storage.states import TERMINAL_JOB
+from storage.wakeups import Wakeups
 
 log = logging.getLogger(__name__)
+
+
+def wake_workers(settings: Settings, interrupt: Cancellation) -> None:
+    """Have a worker tick every ``tick_seconds``, until ``interrupt`` fires; nothing is remembered from one to the next.
+
+    A tick that nobody takes within that time is dropped. A broker that does not answer is asked again at the next.
+    """
+    wakeups = Wakeups(settings.broker_url)
+    while not interrupt.cancelled:
+        wakeups.tick(expires=settings.tick_seconds)
+        interrupt.wait(settings.tick_seconds)
 
 
 def beat_and_run(runtime: Runtime, interrupt: Cancellation) -> None:

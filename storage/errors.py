@@ -10,7 +10,7 @@
     │   ├── Conflict          … because something else holds the output or the key
     │   └── QuotaExceeded     … because its tenant has used up what it may           (exit 8)
     ├── InvalidSettings       a flag, environment variable or file holds a bad value (exit 2)
-    ├── NotFound              no such job, row, model, tenant                       (exit 6)
+    ├── NotFound              no such job, row, model, tenant, schedule             (exit 6)
     ├── IllegalTransition     a state may not follow another; nothing was changed
     ├── RowError              one row cannot be computed: recorded, the shard goes on
     ├── TransientError        try again later: costs one failure of the shard's budget
@@ -105,7 +105,7 @@ class InvalidSettings(RowmillError):
 
 
 class NotFound(RowmillError):
-    """No such job, row or model (or it is another tenant's)."""
+    """No such job, row, model or schedule (or it is another tenant's)."""
 
     exit_code = 6
 

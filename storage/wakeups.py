@@ -47,7 +47,11 @@ class Wakeups:
         """A job may wait to be published."""
         self._send(FINALIZE, CONTROL_QUEUE, 1)
 
-    def _send(self, name: str, queue: str, count: int) -> None:
+    def tick(self, *, expires: float) -> None:
+        """It is time for a round of maintenance; worth nothing any more after ``expires`` seconds."""
+        self._send(TICK, CONTROL_QUEUE, 1, expires=expires)
+
+    def _send(self, name: str, queue: str, count: int, *, expires: float | None = None) -> None:
         if self._app is None:
             return
         from kombu.exceptions import OperationalError
@@ -55,6 +59,6 @@ class Wakeups:
         args = [queue] if name == RUN else []
         try:
             for _ in range(count):
-                self._app.send_task(name, args=args, queue=queue, retry=False)
+                self._app.send_task(name, args=args, queue=queue, retry=False, expires=expires)
         except (OperationalError, OSError) as error:
             log.warning("the broker does not answer, the next tick will wake the workers: %s", error)

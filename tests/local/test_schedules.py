@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,23 @@ def test_a_time_that_has_come_fires_once(house: House) -> None:
     assert job.output_uri == str(house.home / "out" / f"daily-{shown:%Y-%m-%dT%H%M}")
     assert job.spec["metadata"] == {"schedule": "daily", "fire_at": f"{shown:%Y-%m-%dT%H:%M:%S}+05:30"}
     assert house.client.schedules.get("daily").next_at == due + 300
+
+
+def test_a_tick_that_is_late_does_nothing(house: House) -> None:
+    """It read the schedule, and the pending fire, before another tick saw to them; even their job has ended since."""
+    house.write("a.parquet", "a")
+    house.add(job={"overwrite": True})
+    house.downtime("daily", NOON)
+    stale = house.client.schedules.get("daily")
+    fire = house.come_due(1)
+    assert not schedules.advance(house.runtime.database, stale, [Decided(NOON + 5 * DAY)], NOON + 6 * DAY)
+    assert house.client.schedules.get("daily").next_at == FAR
+    house.run(fire)
+    pending = replace(fire, state=FireState.PENDING, job_id=None, job_state=None)
+    assert schedule_firing._submit(house.runtime, stale, pending) is None
+    assert [job.id for job in jobs.listed(house.runtime.database)] == [fire.job_id]
+    assert house.client.schedules.fires("daily") == [house.fire(1)]
+    assert house.fire(1).job_id == fire.job_id
 
 
 def test_after_a_downtime_the_latest_is_run(house: House) -> None:
