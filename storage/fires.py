@@ -38,7 +38,8 @@ def lock(connection: sa.Connection, database: Database, key: FireKey) -> None:
 def submitted(connection: sa.Connection, key: FireKey, job_id: str) -> None:
     """The locked fire has its job: in the transaction that inserts it, so that neither is ever without the other."""
     failpoints.hit("fire.inserted")
-    move_fire(connection, key, FireState.SUBMITTED, job_id=job_id, reason=None)
+    if not move_fire(connection, key, FireState.SUBMITTED, job_id=job_id, reason=None):
+        raise IllegalTransition("fire", "unlocked", FireState.SUBMITTED, "it was not pending")
 
 
 def take(connection: sa.Connection, job_id: str, taken: Taken, chunk: int = 500) -> None:
