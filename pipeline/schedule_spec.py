@@ -160,6 +160,8 @@ def _checked(text: str, field: str) -> Template:
             raise InvalidJob(
                 f"{text!r}: no field {{{name}}}; there are {{fire_date:%Y-%m-%d}} and {{schedule}}", field=field
             )
+        if ".." in pattern:  # it would be taken for a parent folder, brace and all, when the path is made absolute
+            raise InvalidJob(f"{text!r}: '..' cannot stand in a date", field=field)
         for match in _DIRECTIVE.finditer(pattern):
             if match[1] not in _DIRECTIVES:
                 known = " ".join(f"%{letter}" for letter in _DIRECTIVES)

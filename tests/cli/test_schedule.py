@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -148,6 +149,26 @@ def test_beat_without_a_broker_runs_the_jobs(rowmill: Rowmill, home: Path, tmp_p
     assert (fire["state"], fire["job_state"]) == ("submitted", "completed")
     year = datetime.now(UTC).year
     assert pq.read_table(home / "out" / "yearly" / str(year) / "data").num_rows == 2
+
+
+def test_beat_outlives_a_broker_that_is_away(rowmill: Rowmill, home: Path) -> None:
+    with socket.socket() as taken:  # bound, and nobody listens: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        broker = f"broker_url=redis://127.0.0.1:{taken.getsockname()[1]}/0"
+        beat = subprocess.Popen(
+            rowmill.command("beat", "--setting", "tick_seconds=0.1", "--setting", broker),
+            cwd=home,
+            env=rowmill.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert beat.stderr is not None
+        told = [beat.stderr.readline() for _ in range(3)]
+        assert all("the broker does not answer" in line for line in told[1:]), told
+        out, err = _ends(beat)
+    assert (beat.returncode, out) == (0, ""), err
+    assert "Traceback" not in err
 
 
 @pytest.mark.postgres

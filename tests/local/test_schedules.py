@@ -443,6 +443,21 @@ def test_what_cannot_run_is_refused_before_it_is_stored(house: House, job: dict[
     assert house.client.schedules.list() == []
 
 
+def test_a_zone_that_is_gone_stops_nobody(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    """The time zone data of one machine may be older than those of another."""
+    house.write("a.parquet", "a")
+    house.add("here")
+    house.add("nowhere")
+    with house.runtime.database.write() as connection:
+        schedule = tables.schedule
+        connection.execute(schedule.update().where(schedule.c.name == "nowhere").values(tz="Nowhere/Land"))
+    for name in ("here", "nowhere"):
+        house.downtime(name, NOON)
+    assert len(house.tick()) == 1
+    assert house.states("nowhere") == []
+    assert "schedule nowhere cannot fire: 'Nowhere/Land' is not a time zone" in caplog.text
+
+
 def test_a_job_in_the_foreground_fires_nothing(house: House) -> None:
     """Whoever fires a schedule sees to it that its job is run, which ``rowmill run`` does not."""
     house.write("a.parquet", "a")
@@ -453,7 +468,10 @@ def test_a_job_in_the_foreground_fires_nothing(house: House) -> None:
 
 
 def test_beat_without_a_broker_runs_what_it_fires(house: House) -> None:
+    """And first what an earlier beat left behind, planned and not run."""
     house.write("a.parquet", "a")
+    house.add("left")
+    local.plan_job(house.runtime, house.job_of(house.come_due(1, "left")))
     house.add(cron="0 12 1 1 *", misfire="all", overlap="queue")
     house.downtime("daily", datetime(2025, 1, 1, 12, tzinfo=UTC).timestamp())
     interrupt, ended = Cancellation(), threading.Event()
@@ -462,7 +480,7 @@ def test_beat_without_a_broker_runs_what_it_fires(house: House) -> None:
 
     def notify(message: str) -> None:
         told.append(message)
-        if len(told) == count:
+        if len(told) == count + 1:
             ended.set()
 
     house.client._notice = notify
@@ -475,3 +493,4 @@ def test_beat_without_a_broker_runs_what_it_fires(house: House) -> None:
         beat.join(60)
     assert all("completed: 1 rows" in message for message in told)
     assert house.states() == ["submitted"] * count
+    assert house.job_of(house.fire(1, "left")).state is JobState.COMPLETED

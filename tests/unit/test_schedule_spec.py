@@ -75,6 +75,7 @@ def test_directives_mean_what_strftime_means(moment: datetime, letter: str) -> N
         ({"job": JOB | {"output": "out/{fire_date.year}"}}, "output", "no field {fire_date.year}"),
         ({"job": JOB | {"output": "out/{schedule:>99999999}"}}, "output", "no field {schedule:>99999999}"),
         ({"job": JOB | {"output": "out/{fire_date!r}"}}, "output", "no field {fire_date!r}"),
+        ({"job": JOB | {"output": "out/{fire_date:%Y/../..}"}}, "output", "'..' cannot stand in a date"),
         ({"job": JOB | {"output": "out/{}"}}, "output", "empty field"),
         ({"job": JOB | {"input": ["in/{text}"]}}, "input", "no field {text}"),
         ({"job": JOB | {"output": "out"}}, "output", "would both write to out"),
