@@ -112,8 +112,9 @@ def test_16_many_ticks_in_threads(world: World) -> None:
             runtime.close()
 
 
-@pytest.mark.parametrize("point", ["fire.decided", "fire.inserted", "fire.submitted"])
-@pytest.mark.parametrize("incremental", [False, True])
+@pytest.mark.parametrize(
+    ("point", "incremental"), [("fire.decided", False), ("fire.inserted", True), ("fire.submitted", True)]
+)
 def test_16_a_beat_that_dies_between_a_fire_and_its_job(
     world: World, point: str, incremental: bool, tmp_path: Path
 ) -> None:
