@@ -105,7 +105,7 @@ class InvalidSettings(RowmillError):
 
 
 class NotFound(RowmillError):
-    """No such job, row, model or schedule (or it is another tenant's)."""
+    """No such job, row, model, tenant or schedule (or it is another tenant's)."""
 
     exit_code = 6
 

@@ -315,6 +315,14 @@ def test_incremental_takes_the_files_of_a_job_that_did_not_complete_again(house:
     assert local.plan_job(house.runtime, house.job_of(second)).rows_total == 2
 
 
+def test_incremental_does_not_take_what_is_no_data_for_new(house: House) -> None:
+    house.write("a.parquet", "a")
+    (house.home / "in" / "readme.txt").write_text("what this folder is")
+    house.add(incremental=True)
+    assert house.run(house.come_due(1)) == ["a"]
+    assert house.come_due(2).state is FireState.EMPTY
+
+
 def test_incremental_counts_a_completed_job_with_failed_rows_as_done(house: House) -> None:
     pq.write_table(pa.table({"text": ["fine", None]}), house.home / "in" / "a.parquet")
     house.add(incremental=True)
