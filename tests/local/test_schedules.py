@@ -19,8 +19,8 @@ from pipeline.engines.base import Cancellation
 from pipeline.runtime import Runtime
 from pipeline.schedule_loop import beat_and_run
 from pipeline.settings import Settings
-from storage import jobs, schedules, tables
-from storage.errors import Conflict, InvalidJob, NotFound, RowmillError, Unreachable
+from storage import jobs, schedules, tables, tenants
+from storage.errors import Conflict, InvalidJob, NotFound, Unreachable
 from storage.records import Fire, Job
 from storage.schedules import Decided
 from storage.states import FireState, JobState
@@ -332,25 +332,21 @@ def test_incremental_counts_a_completed_job_with_failed_rows_as_done(house: Hous
     assert house.come_due(2).state is FireState.EMPTY
 
 
-def test_a_job_that_is_refused_is_recorded_and_stops_nobody(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    class OverQuota(RowmillError):
-        """What a quota raises."""
-
+def test_a_quota_that_is_used_up_is_recorded_and_stops_nobody(house: House) -> None:
     house.write("a.parquet", "a")
-    house.add("unlucky")
+    database = house.runtime.database
+    tenants.add(database, "small", max_jobs=0)
+    house.add("unlucky", job={"tenant": "small"})
     house.add("lucky")
-    real = schedule_firing.submit_job
-
-    def submit(runtime: Runtime, fields: dict[str, Any], **more: Any) -> Job:
-        if "unlucky" in fields["output"]:
-            raise OverQuota("the tenant has 10 jobs waiting, and may have 10")
-        return real(runtime, fields, **more)
-
-    monkeypatch.setattr(schedule_firing, "submit_job", submit)
-    unlucky = house.come_due(1, "unlucky")
+    for name, tenant in (("unlucky", "small"), ("lucky", "default")):
+        found = house.client.schedules.get(name, tenant)
+        assert schedules.advance(database, found, [Decided(NOON)], FAR)
+    house.tick()
+    (unlucky,) = house.client.schedules.fires("unlucky", "small")
     assert (unlucky.state, unlucky.job_id) == (FireState.FAILED, None)
-    assert unlucky.reason == "the tenant has 10 jobs waiting, and may have 10"
-    assert house.come_due(1, "lucky").state is FireState.SUBMITTED
+    assert "tenant 'small' has 0 live jobs of the 0 it may" in str(unlucky.reason)
+    assert house.fire(1, "lucky").state is FireState.SUBMITTED
+    assert len(jobs.listed(database)) == 1
 
 
 def test_an_output_that_is_taken_is_recorded(house: House) -> None:
