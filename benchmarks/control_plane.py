@@ -37,7 +37,7 @@ from storage.database import Database
 from storage.objects import ObjectInfo, ObjectStore
 
 FLAT = 0.8
-PER_FILE = 1500
+PER_FILE = 1000
 SIZES = (10**3, 10**4, 10**5, 10**6)
 BLOCK = 20
 """Claims and commits timed at a time, before the next size has its turn."""
@@ -113,8 +113,13 @@ def measure_planning(url: str, kind: str) -> bool:
 def _plan(url: str, n_files: int, result: Connection) -> None:
     """Ten row groups of a thousand rows in every file: 10⁹ rows in 10⁵ files."""
     schema = pa.schema([pa.field("id", pa.int64()), pa.field("text", pa.string())])
-    stats = parquet.FileStats(10_000, schema, tuple((1000, 200_000) for _ in range(10)))
-    found = [ObjectInfo(f"s3://bucket/a/folder/part-{n:07d}.parquet", 2_000_000, f"etag-{n:032d}") for n in range(n_files)]
+
+    def find(store: ObjectStore, pattern: str) -> list[ObjectInfo]:
+        return [ObjectInfo(f"{pattern}/part-{n:07d}.parquet", 2_000_000 + n, f"etag-{n:032d}") for n in range(n_files)]
+
+    def stats(store: ObjectStore, uri: str) -> parquet.FileStats:
+        return parquet.FileStats(10_000, schema, tuple((1000, len(uri) * 1000 + n) for n in range(10)))
+
     store = ObjectStore({})
     database = Database(url)
     job_id = "planned"
@@ -127,9 +132,9 @@ def _plan(url: str, n_files: int, result: Connection) -> None:
     spec = mock.Mock(input=("s3://bucket/a/folder",), output="/out")
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     with (
-        mock.patch.object(ObjectStore, "find", lambda *_: found),
+        mock.patch.object(ObjectStore, "find", find),
         mock.patch.object(inputs, "format_of", lambda *_: Format(Kind.PARQUET)),
-        mock.patch.object(parquet, "stats", lambda *_: stats),
+        mock.patch.object(parquet, "stats", stats),
     ):
         read = inputs.discover(store, spec, "/out/.rowmill/planned/")
     shards = planning.plan(read.files, shard_rows=50_000, shard_bytes=2**28)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,6 +17,7 @@ from pipeline import input_conversion
 from pipeline.input_formats import Format, Kind, format_of, is_beside_the_point
 from pipeline.input_schema import UnifiedSchema
 from pipeline.planning import InputFile
+from pipeline.spool import Spool
 from storage import listing, locations, parquet
 from storage.errors import InvalidInput
 from storage.locations import normalize
@@ -47,10 +48,11 @@ class Inputs:
     """``sources`` in row order; ``files`` are their row groups, for planning; ``schema`` covers all of them.
 
     ``originals`` are URI and etag of every file that was read, before any was converted.
+    Sources and row groups lie on disk, so that planning takes no more memory than the names of the files do.
     """
 
-    sources: list[Source]
-    files: list[InputFile]
+    sources: Spool[Source]
+    files: Spool[InputFile]
     schema: pa.Schema
     originals: list[tuple[str, str]]
 
@@ -94,14 +96,15 @@ def discover(
     unified = UnifiedSchema()
     found = _found(store, spec, notify, done)
     files = list(_parquet_files(store, found, work_dir_uri))
-    sources: list[Source] = []
-    groups: list[InputFile] = []
+    sources: Spool[Source] = Spool()
+    groups: Spool[InputFile] = Spool()
     for idx, (file, stats) in enumerate(zip(files, _footers(store, files), strict=True)):
         unified.add(stats.schema, file.origin)
         sources.append(Source(idx, file.info.uri, file.info.etag, file.info.n_bytes, stats.n_rows, file.partition))
         groups.append(InputFile(idx, stats.row_groups))
     keys = dict.fromkeys(key for file in files for key in file.partition if key not in unified)
-    sources = [replace(s, partition={k: v for k, v in s.partition.items() if k in keys}) for s in sources]
+    if any(key not in keys for file in files for key in file.partition):
+        sources = Spool(replace(s, partition={k: v for k, v in s.partition.items() if k in keys}) for s in sources)
     fields = [_typed(item) for item in unified.schema] if any(file.converted for file in files) else unified.schema
     partition = [pa.field(key, _partition_type(key, sources)) for key in keys]
     schema = pa.schema([*fields, *partition], metadata=unified.metadata)
@@ -233,7 +236,7 @@ def _partition_of(uri: str, pattern: str) -> dict[str, str | None]:
     return found
 
 
-def _partition_type(key: str, sources: Sequence[Source]) -> pa.DataType:
+def _partition_type(key: str, sources: Iterable[Source]) -> pa.DataType:
     """``int32`` where every value is one, text otherwise: what pyarrow's HivePartitioning infers."""
     values = {value for source in sources if (value := source.partition.get(key)) is not None}
     if values and all(_INT.fullmatch(value) and -(2**31) <= int(value) < 2**31 for value in values):

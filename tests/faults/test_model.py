@@ -426,7 +426,7 @@ class StorageMachine(RuleBasedStateMachine):
         self.agreed = False
         job = _pick(self.in_state(*TERMINAL_JOB) or list(self.jobs.values()), pick)
         ended = job.state in TERMINAL_JOB
-        assert garbage.give_up(self.database, garbage.Garbage("/work", job.id)) is ended
+        assert garbage.give_up(self.database, garbage.Garbage("/work", job.id, 0.0)) is ended
         for shard in job.shards.values():
             if ended and shard.state in (ShardState.FAILED, ShardState.CANCELLED):
                 shard.done, shard.failed, shard.tokens = set(), set(), 0
