@@ -70,6 +70,8 @@ bench: install  ## measure what benchmarks/README.md promises
 	$(BIN)/python -m benchmarks.kills
 	$(BIN)/python -m benchmarks.cancel
 	$(BIN)/python -m benchmarks.onnx_memory
+	$(BIN)/python -m benchmarks.control_plane
+	$(BIN)/python -m benchmarks.fairness
 
 docs: install  ## write the generated pages of docs/reference
 	$(BIN)/python docs/generate.py
