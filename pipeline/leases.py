@@ -26,7 +26,10 @@ INTERRUPTED = "interrupted"
 
 
 class LeaseKeeper:
-    """A context manager: the thread runs inside it. ``tick`` is called after each round (embedded maintenance)."""
+    """A context manager: the thread runs inside it.
+
+    ``tick`` is called after each round (embedded maintenance). ``alive`` says, each round, that the worker lives.
+    """
 
     def __init__(
         self,
@@ -36,12 +39,14 @@ class LeaseKeeper:
         lease_seconds: float,
         heartbeat_seconds: float | None = None,
         tick: Callable[[], object] | None = None,
+        alive: Callable[[], object] | None = None,
     ) -> None:
         self._database = database
         self._worker_id = worker_id
         self._lease_seconds = lease_seconds
         self._pause = heartbeat_seconds if heartbeat_seconds is not None else lease_seconds / 3
         self._tick = tick
+        self._alive = alive or (lambda: workers.touch(database, worker_id))
         self._lock = threading.Lock()
         self._held: dict[tuple[str, int], Cancellation] = {}
         self._stop = threading.Event()
@@ -88,7 +93,7 @@ class LeaseKeeper:
                 held[key].cancel(LEASE_LOST)
             elif lease is Lease.STOPPING:
                 held[key].cancel(JOB_STOPPING)
-        workers.touch(self._database, self._worker_id)
+        self._alive()
 
     def _run(self) -> None:
         while not self._stop.wait(self._pause):

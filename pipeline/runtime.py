@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 
 import psutil
 import uuid_utils
@@ -52,8 +53,18 @@ class Runtime:
         self.database.close()
 
 
-def start(settings: Settings, notify: Callable[[str], None] = lambda message: None) -> Runtime:
-    """Open the database (an embedded one is made or brought up to date) and the object store. Loads no engine."""
+def start(
+    settings: Settings,
+    notify: Callable[[str], None] = lambda message: None,
+    *,
+    engines: Collection[str] = (),
+    queues: Collection[str] = (),
+    slots: int = 0,
+) -> Runtime:
+    """Open the database (an embedded one is made or brought up to date) and the object store. Loads no engine.
+
+    ``engines``, ``queues`` and ``slots`` are what a worker of a fleet registers as.
+    """
     try:
         settings.cache_dir.mkdir(parents=True, exist_ok=True)
         database = Database(settings.effective_database_url)
@@ -69,15 +80,26 @@ def start(settings: Settings, notify: Callable[[str], None] = lambda message: No
         settings=settings,
         database=database,
         store=store,
-        engines=EnginePool(EngineContext(settings.cache_dir, notify, fetch, settings.custom_op_paths)),
-        worker=_this_process(),
+        engines=EnginePool(
+            EngineContext(settings.cache_dir, notify, fetch, settings.custom_op_paths),
+            settings.max_engines,
+            settings.engine_memory_bytes,
+        ),
+        worker=replace(
+            _this_process(),
+            engines=tuple(engines),
+            queues=tuple(queues),
+            slots=slots,
+            lease_seconds=settings.lease_seconds,
+        ),
         notify=notify,
     )
 
 
 def _this_process() -> Worker:
     host, pid = platform.node(), os.getpid()
-    return Worker(f"{host}:{pid}:{uuid_utils.uuid4().hex[:8]}", host, pid, psutil.Process(pid).create_time())
+    worker_id = f"{host}:{pid}:{uuid_utils.uuid4().hex[:8]}"
+    return Worker(worker_id, host, pid, psutil.Process(pid).create_time(), version=version("rowmill"))
 
 
 def is_alive(worker: Worker) -> bool:

@@ -64,6 +64,12 @@ class Settings(BaseSettings):
     """Finished rows are flushed when their results take this much memory. Up to two such buffers exist per shard."""
     slots: Annotated[int, Field(ge=1, le=64)] = 1
     """Shards that run at the same time in one process, on the same engine."""
+    max_engines: Annotated[int, Field(ge=1)] = 1
+    """Engines that a process keeps loaded; the one used longest ago goes first."""
+    engine_memory_bytes: Annotated[int, Field(ge=1)] | None = None
+    """Most resident host memory of loaded engines: idle ones beyond it are closed. ``None``: only ``max_engines``."""
+    drain_grace_seconds: Annotated[float, Field(ge=0)] = 20.0
+    """A worker that was asked to end lets its shards run on this long; then it flushes and hands them back."""
     read_batch_rows: Annotated[int, Field(ge=1)] = 1024
     """Most rows read at a time."""
     read_batch_bytes: Annotated[int, Field(ge=1)] = 16 * 2**20

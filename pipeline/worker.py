@@ -7,6 +7,8 @@ nothing.
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Callable, Collection
 from contextlib import suppress
 
 from pipeline import maintenance
@@ -18,24 +20,45 @@ from pipeline.runtime import Runtime, start
 from pipeline.settings import Settings
 from pipeline.shard import execute
 from storage import claims, jobs, reports, workers
-from storage.errors import IllegalTransition, InvalidJob, RowmillError, TransientError
+from storage.errors import CommitUnknown, IllegalTransition, InvalidJob, RowmillError, TransientError
 from storage.states import JobState
-from storage.wakeups import Wakeups
+from storage.wakeups import CONTROL_QUEUE, Wakeups
 
 log = logging.getLogger(__name__)
 
 DRAINING = "the worker is draining"
+HEARTBEAT_SECONDS = 10.0
+"""A third of the lease at most. A cancel, and a drain that somebody asks for, are noticed this late."""
 
 
 class Worker:
-    """Started once per process, after any fork. To end it: ``drain``, wait for its calls to return, ``close``."""
+    """Started once per process, after any fork. To end it: ``drain``, wait for its calls to return, ``close``.
 
-    def __init__(self, settings: Settings) -> None:
-        self.runtime: Runtime = start(settings, log.info)
+    ``queues`` and ``slots`` are what it says of itself in the database. ``on_drain`` is called once, from a thread of
+    its own, when somebody asks there for it to drain; by default it does so with the grace that the settings give.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        engines: Collection[str] = (),
+        queues: Collection[str] = (CONTROL_QUEUE,),
+        slots: int = 0,
+        on_drain: Callable[[], object] | None = None,
+    ) -> None:
+        self.runtime: Runtime = start(settings, log.info, engines=engines, queues=queues, slots=slots)
         self.wakeups = Wakeups(settings.broker_url)
-        self._drain = Cancellation()
+        self._on_drain = on_drain or self.drain
+        self._draining = threading.Event()
+        self._asked_to_drain = False
+        self._flush = Cancellation()
         self._keeper = LeaseKeeper(
-            self.runtime.database, worker_id=self.runtime.worker.id, lease_seconds=settings.lease_seconds
+            self.runtime.database,
+            worker_id=self.runtime.worker.id,
+            lease_seconds=settings.lease_seconds,
+            heartbeat_seconds=min(HEARTBEAT_SECONDS, settings.lease_seconds / 3),
+            alive=self._alive,
         )
         self.runtime.register()
         self._keeper.__enter__()
@@ -52,13 +75,13 @@ class Worker:
             except IllegalTransition:
                 continue  # another worker planned it, or it was cancelled
             if planned.n_open:
-                self.wakeups.run(planned.queue, min(planned.n_open, reports.slots(database)))
+                self.wakeups.run(planned.queue, min(planned.n_open, workers.slots(database, planned.queue)))
             else:
                 self.wakeups.finalize()
 
     def run(self, queue: str) -> None:
         """Claim one shard of ``queue`` and take it to the end of its attempt; then wake whoever comes next."""
-        if self._drain.cancelled:
+        if self._draining.is_set():
             return
         database, settings = self.runtime.database, self.runtime.settings
         claim = claims.claim(
@@ -70,7 +93,7 @@ class Worker:
         )
         if claim is None:
             return
-        execute(self.runtime, claim, self._keeper, self._drain)
+        execute(self.runtime, claim, self._keeper, self._flush)
         if jobs.get(database, claim.job.id).n_open == 0:
             self.wakeups.finalize()
         self.wakeups.run(queue)
@@ -89,19 +112,52 @@ class Worker:
         """Maintenance, and a wake-up for everything that waits: lost messages are made good here."""
         maintenance.tick(self.runtime)
         database = self.runtime.database
-        for queue, ready in reports.ready_shards(database).items():
-            self.wakeups.run(queue, min(ready, reports.slots(database)))
+        workers.forget_silent(database)
+        self.wake()
         self.wakeups.plan()
         self.wakeups.finalize()
 
-    def drain(self) -> None:
-        """Claim nothing more; running shards flush and are handed back, each in the thread that runs it."""
-        self._drain.cancel(DRAINING)
+    def wake(self, queues: Collection[str] | None = None) -> None:
+        """Wake workers for the shards that are ready now, on all queues or on some: no more than they have slots."""
+        database = self.runtime.database
+        for queue, count in reports.ready_shards(database).items():
+            if queues is None or queue in queues:
+                self.wakeups.run(queue, min(count, workers.slots(database, queue)))
+
+    def drain(self, grace: float | None = None) -> None:
+        """Claim nothing more. Running shards may go on for ``grace`` seconds (by default what the settings say).
+
+        Those that are not done then are flushed and handed back, each in the thread that runs it.
+        """
+        self._draining.set()
+        if grace is None:
+            grace = self.runtime.settings.drain_grace_seconds
+        if grace > 0:
+            timer = threading.Timer(grace, self.flush)
+            timer.daemon = True
+            timer.start()
+        else:
+            self.flush()
+
+    def flush(self) -> None:
+        """The grace is over: what is finished is flushed, and the shards are handed back."""
+        self._draining.set()
+        self._flush.cancel(DRAINING)
 
     def close(self) -> None:
         """End the engines and the connections. Once nothing runs here any more: see :meth:`drain`."""
-        self.drain()
+        self.flush()
         self._keeper.__exit__(None, None, None)
-        with suppress(TransientError):
+        with suppress(TransientError, CommitUnknown):
             workers.unregister(self.runtime.database, self.runtime.worker.id)
         self.runtime.close()
+
+    def _alive(self) -> None:
+        runtime, draining = self.runtime, self._draining.is_set()
+        asked = workers.touch(runtime.database, runtime.worker.id, draining=draining, warm=runtime.engines.warm())
+        if asked is None:
+            runtime.register()  # struck off after a long silence: it lives
+        elif asked and not draining and not self._asked_to_drain:
+            self._asked_to_drain = True
+            log.warning("somebody asked this worker to drain")
+            threading.Thread(target=self._on_drain, name="rowmill-asked-to-drain", daemon=True).start()

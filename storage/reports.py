@@ -191,13 +191,6 @@ def ready_shards(database: Database) -> dict[str, int]:
         return {queue: int(count) for queue, count in connection.execute(query)}
 
 
-def slots(database: Database) -> int:
-    """How many shards the known workers may run at once, at least 1: more wake-ups than that are of no use."""
-    with database.read() as connection:
-        count = connection.execute(sa.select(sa.func.count()).select_from(tables.worker)).scalar_one()
-    return max(1, 2 * int(count))
-
-
 def shards_by_queue(database: Database) -> dict[str, dict[str, int]]:
     """How many shards each queue has in each state."""
     shard = tables.shard

@@ -243,6 +243,13 @@ worker = sa.Table(
     sa.Column("pid_started_at", Seconds, nullable=False),
     sa.Column("started_at", Seconds, nullable=False),
     sa.Column("heartbeat_at", Seconds, nullable=False),
+    sa.Column("engines", Json, nullable=False, server_default="[]"),
+    sa.Column("queues", Json, nullable=False, server_default="[]"),
+    sa.Column("slots", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("lease_seconds", Seconds, nullable=False, server_default="60"),
+    sa.Column("version", sa.Text, nullable=False, server_default=""),
+    sa.Column("draining", sa.Boolean, nullable=False, server_default=sa.text("false")),
+    sa.Column("warm", Json, nullable=False, server_default="[]"),
 )
 
 gc_queue = sa.Table(

@@ -7,7 +7,9 @@ publishes again. So a broker that does not answer costs latency, never work, and
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from storage.errors import InvalidSettings, Unreachable
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -31,8 +33,9 @@ class Wakeups:
             self._app.conf.update(
                 task_serializer="json",
                 task_ignore_result=True,
+                task_default_queue=CONTROL_QUEUE,
                 broker_connection_timeout=2.0,
-                broker_transport_options={"socket_connect_timeout": 2.0, "socket_timeout": 5.0},
+                broker_transport_options=_transport_options(broker_url),
             )
 
     def plan(self) -> None:
@@ -51,6 +54,24 @@ class Wakeups:
         """It is time for a round of maintenance; worth nothing any more after ``expires`` seconds."""
         self._send(TICK, CONTROL_QUEUE, 1, expires=expires)
 
+    def check(self) -> None:
+        """Whether the broker answers.
+
+        Raises :class:`Unreachable` when it does not, :class:`InvalidSettings` for a URL that no transport knows.
+        """
+        if self._app is None:
+            raise InvalidSettings("no broker is set", field="broker_url")
+        from kombu.exceptions import OperationalError
+
+        try:
+            with self._app.connection_for_write() as connection:
+                connection.ensure_connection(max_retries=1, interval_start=0, timeout=5)
+        except (OperationalError, OSError) as error:
+            shown = self._app.connection_for_write().as_uri()  # without its password
+            raise Unreachable(f"the broker at {shown} does not answer: {error}") from error
+        except (KeyError, ImportError, ValueError) as error:
+            raise InvalidSettings(f"not a broker that can be used: {error}", field="broker_url") from error
+
     def _send(self, name: str, queue: str, count: int, *, expires: float | None = None) -> None:
         if self._app is None:
             return
@@ -62,3 +83,10 @@ class Wakeups:
                 self._app.send_task(name, args=args, queue=queue, retry=False, expires=expires)
         except (OperationalError, OSError) as error:
             log.warning("the broker does not answer, the next tick will wake the workers: %s", error)
+
+
+def _transport_options(broker_url: str) -> dict[str, Any]:
+    """What only one transport understands; everything else that is asked of a broker, each of them can do."""
+    if broker_url.startswith(("redis", "sentinel")):
+        return {"socket_connect_timeout": 2.0, "socket_timeout": 5.0}
+    return {}

@@ -1,35 +1,78 @@
-"""Who works on the database: one row per worker process."""
+"""Who works on the database: one row per worker process, kept fresh by its heartbeat."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 
 from storage import tables
 from storage.database import Database, now
+from storage.errors import NotFound
 from storage.states import ShardState
+
+FORGET_SECONDS = 24 * 3600.0
+"""A worker that was silent for this long is struck off. Long enough that somebody sees it in ``worker list``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """``pid_started_at`` (Unix seconds, by the worker's host) tells a process from a later one with the same pid."""
+    """``pid_started_at`` (Unix seconds, by the worker's host) tells a process from a later one with the same pid.
+
+    ``queues`` are what it takes shards or control work from, ``slots`` the shards it runs at once (0: control work
+    only); both are empty for an embedded run. ``lease_seconds``: how long it may be silent.
+    """
 
     id: str
     host: str
     pid: int
     pid_started_at: float
+    engines: tuple[str, ...] = ()
+    queues: tuple[str, ...] = ()
+    slots: int = 0
+    lease_seconds: float = 60.0
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A worker as the database knows it. ``silent_seconds``: since its last heartbeat, by the database's clock.
+
+    ``warm``: the engines it has loaded (``key``, ``engine``, ``model``, ``bytes``); ``holds``: ids of its shards.
+    """
+
+    worker: Worker
+    started_at: float
+    silent_seconds: float
+    draining: bool
+    warm: tuple[Mapping[str, Any], ...]
+    holds: tuple[str, ...]
+
+    @property
+    def state(self) -> str:
+        """``silent`` (a heartbeat is overdue by more than its lease), ``draining`` or ``alive``."""
+        if self.silent_seconds > self.worker.lease_seconds:
+            return "silent"
+        return "draining" if self.draining else "alive"
 
 
 def register(database: Database, worker: Worker) -> None:
-    """Make the worker known, before its first claim."""
+    """Make the worker known, before its first claim. Again, if it was forgotten, or its row is of an earlier life."""
     with database.write() as connection:
+        connection.execute(tables.worker.delete().where(tables.worker.c.id == worker.id))
         connection.execute(
             tables.worker.insert().values(
                 id=worker.id,
                 host=worker.host,
                 pid=worker.pid,
                 pid_started_at=worker.pid_started_at,
+                engines=list(worker.engines),
+                queues=list(worker.queues),
+                slots=worker.slots,
+                lease_seconds=worker.lease_seconds,
+                version=worker.version,
                 started_at=now(),
                 heartbeat_at=now(),
             )
@@ -42,10 +85,86 @@ def unregister(database: Database, worker_id: str) -> None:
         connection.execute(tables.worker.delete().where(tables.worker.c.id == worker_id))
 
 
-def touch(database: Database, worker_id: str) -> None:
-    """Say that the worker is alive."""
+def touch(
+    database: Database, worker_id: str, *, draining: bool = False, warm: Sequence[Mapping[str, Any]] = ()
+) -> bool | None:
+    """Say that the worker is alive, what it has loaded, and whether it is draining by itself.
+
+    Returns whether it is to drain (it said so, or somebody asked for it); ``None`` when nobody knows the worker.
+    """
+    table = tables.worker
+    values: dict[str, Any] = {"heartbeat_at": now(), "warm": [dict(item) for item in warm]}
+    if draining:
+        values["draining"] = True
+    update = table.update().where(table.c.id == worker_id).values(**values).returning(table.c.draining)
     with database.write() as connection:
-        connection.execute(tables.worker.update().where(tables.worker.c.id == worker_id).values(heartbeat_at=now()))
+        found = connection.execute(update).first()
+    return None if found is None else bool(found.draining)
+
+
+def drain(database: Database, worker_ids: Sequence[str]) -> list[str]:
+    """Ask workers to drain; returns the ids of those that are known.
+
+    Each sees it at its next heartbeat. Nothing is taken from it: its leases stay as they are.
+    """
+    table = tables.worker
+    update = table.update().where(table.c.id.in_(worker_ids)).values(draining=True).returning(table.c.id)
+    with database.write() as connection:
+        return sorted(connection.execute(update).scalars())
+
+
+def find(database: Database, id_or_part: str) -> str:
+    """The id of the one worker whose id is, or contains, this. Raises :class:`NotFound` for none, or for several."""
+    table = tables.worker
+    with database.read() as connection:
+        ids: list[str] = sorted(connection.execute(sa.select(table.c.id)).scalars())
+    if id_or_part in ids:
+        return id_or_part
+    found = [worker_id for worker_id in ids if id_or_part and id_or_part in worker_id]
+    if len(found) != 1:
+        why = f"several: {', '.join(found)}" if found else "see 'rowmill worker list'"
+        raise NotFound(f"no one worker is {id_or_part!r}; {why}")
+    return found[0]
+
+
+def listed(database: Database) -> list[Seen]:
+    """Every worker that is known, by host and start, with the shards that it holds."""
+    table, shard = tables.worker, tables.shard
+    with database.read() as connection:
+        found = connection.execute(
+            sa.select(table, (now() - table.c.heartbeat_at).label("silent")).order_by(table.c.host, table.c.started_at)
+        ).all()
+        held = connection.execute(
+            sa.select(shard.c.lease_owner, shard.c.id).where(shard.c.state == ShardState.RUNNING).order_by(shard.c.id)
+        ).all()
+    return [
+        Seen(
+            worker=_worker(row),
+            started_at=row.started_at,
+            silent_seconds=max(0.0, row.silent),
+            draining=row.draining,
+            warm=tuple(row.warm),
+            holds=tuple(item.id for item in held if item.lease_owner == row.id),
+        )
+        for row in found
+    ]
+
+
+def forget_silent(database: Database, *, after: float = FORGET_SECONDS) -> int:
+    """Strike off workers that were silent for ``after`` seconds and hold nothing; returns how many."""
+    table, shard = tables.worker, tables.shard
+    holds = sa.exists().where(shard.c.lease_owner == table.c.id, shard.c.state == ShardState.RUNNING)
+    gone = table.delete().where(table.c.heartbeat_at < now() - after, ~holds)
+    with database.write() as connection:
+        return connection.execute(gone).rowcount
+
+
+def slots(database: Database, queue: str) -> int:
+    """How many shards of ``queue`` the live workers can run at once: more wake-ups than that are of no use.
+
+    0 without such a worker: one that starts later asks for itself.
+    """
+    return sum(seen.worker.slots for seen in listed(database) if seen.state == "alive" and queue in seen.worker.queues)
 
 
 def any_alive(database: Database, *, within: float) -> bool:
@@ -61,7 +180,21 @@ def on_host(database: Database, host: str) -> list[Worker]:
     table = tables.worker
     with database.read() as connection:
         found = connection.execute(sa.select(table).where(table.c.host == host)).all()
-    return [Worker(row.id, row.host, row.pid, row.pid_started_at) for row in found]
+    return [_worker(row) for row in found]
+
+
+def _worker(row: sa.Row[Any]) -> Worker:
+    return Worker(
+        id=row.id,
+        host=row.host,
+        pid=row.pid,
+        pid_started_at=row.pid_started_at,
+        engines=tuple(row.engines),
+        queues=tuple(row.queues),
+        slots=row.slots,
+        lease_seconds=row.lease_seconds,
+        version=row.version,
+    )
 
 
 def holding(database: Database, job_id: str) -> list[str]:

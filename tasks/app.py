@@ -1,18 +1,24 @@
 """The Celery application: its configuration, and one ``Worker`` per process.
 
-``celery -A tasks.app worker --pool threads --concurrency 2 -Q control,onnx``. The thread pool is not a matter of taste:
-a prefork child may have no children of its own, and vLLM's engine is one (docs/adr/0003).
+``rowmill worker start`` runs it (tasks/worker.py). By hand: ``celery -A tasks.app worker --pool threads --concurrency 2
+-Q control,onnx``. The thread pool is not a matter of taste: a prefork child may have no children of its own, and vLLM's
+engine is one (docs/adr/0003).
 """
 
 from __future__ import annotations
 
+import os
+import queue
+import signal
 import threading
 from typing import Any
 
 from celery import Celery
-from celery.signals import worker_shutdown, worker_shutting_down
+from celery.signals import worker_ready, worker_shutdown, worker_shutting_down
+from celery.worker import state
 from kombu.transport import TRANSPORT_ALIASES
 
+from pipeline.engines import registry
 from pipeline.settings import Settings
 from pipeline.worker import Worker
 from storage.wakeups import CONTROL_QUEUE, TICK
@@ -28,7 +34,11 @@ app.conf.update(
     task_default_queue=CONTROL_QUEUE,
     task_create_missing_queues=True,
     worker_prefetch_multiplier=1,
+    # A worker that is busy must leave wake-ups to those that are not. (Only Redis can do so.)
+    worker_disable_prefetch=(settings.broker_url or "").startswith("redis"),
     worker_pool="threads",
+    worker_send_task_events=True,  # for Flower
+    worker_redirect_stdouts=False,
     broker_connection_retry_on_startup=True,
     timezone="UTC",
     beat_schedule={
@@ -37,8 +47,15 @@ app.conf.update(
 )
 
 _lock = threading.Lock()
-_ending = threading.Event()
+_signals: queue.SimpleQueue[None] = queue.SimpleQueue()
+"""One item for each signal to end. Its ``put`` may be called in a signal's handler, unlike that of other queues."""
+_role: dict[str, Any] = {}
 _worker: Worker | None = None
+
+
+def configure(**role: Any) -> None:
+    """What the ``Worker`` says of itself: ``engines``, ``queues``, ``slots``. Before the first :func:`worker`."""
+    _role.update(role)
 
 
 def worker() -> Worker:
@@ -46,24 +63,49 @@ def worker() -> Worker:
     global _worker
     with _lock:
         if _worker is None:
-            _worker = Worker(settings)
-            threading.Thread(target=_drain, args=(_worker,), name="rowmill-drain", daemon=True).start()
+            _worker = Worker(settings, on_drain=lambda: os.kill(os.getpid(), signal.SIGTERM), **_role)
+            threading.Thread(target=_end, args=(_worker,), name="rowmill-drain", daemon=True).start()
         return _worker
 
 
-def _drain(worker: Worker) -> None:
-    _ending.wait()
+def _end(worker: Worker) -> None:
+    _signals.get()
     worker.drain()
+    _signals.get()
+    worker.flush()
+
+
+@worker_ready.connect
+def _ready(sender: Any, **_: Any) -> None:
+    # Celery's own handlers would treat a second signal in ways that lose what is finished (and SIGINT otherwise than
+    # SIGTERM): here the first one drains, the next one flushes at once.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
+        signal.signal(number, _asked_to_end)
+    consumed = tuple(sender.app.amqp.queues.consume_from)
+    kinds = tuple(name for name in consumed if name in registry.names())
+    if not _role:
+        slots = sender.controller.concurrency if any(name != CONTROL_QUEUE for name in consumed) else 0
+        _role.update(engines=kinds, queues=consumed, slots=slots)
+    threading.Thread(target=lambda: worker().wake(queues=consumed), name="rowmill-first", daemon=True).start()
+
+
+def _asked_to_end(number: int, frame: Any) -> None:
+    setattr(state, "should_stop", 0)  # noqa: B010 - Celery's warm shutdown: take no more tasks, wait for those that run, end with this code
+    _signals.put(None)
 
 
 @worker_shutting_down.connect
 def _begin_to_end(**_: Any) -> None:
-    # Celery waits for the running tasks before it announces the shutdown itself, and a shard may take hours. This is
-    # called in the signal's handler, where setting an event is about all that is safe.
-    _ending.set()
+    # A remote shutdown (Flower), or a signal before the worker was ready. Celery waits for the running tasks before it
+    # announces the shutdown itself, and a shard may take hours.
+    _signals.put(None)
 
 
 @worker_shutdown.connect
-def _close(**_: Any) -> None:
-    if _worker is not None:
-        _worker.close()
+def close(**_: Any) -> None:
+    """End the ``Worker``, if there is one. Celery waits for the running tasks first."""
+    global _worker
+    with _lock:
+        ended, _worker = _worker, None
+    if ended is not None:
+        ended.close()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import admin, config, db, doctor, job, model, schedule, tenant
+from pipeline.cli import admin, config, db, doctor, job, model, schedule, tenant, worker
 from pipeline.cli.beat import beat
 from pipeline.cli.run import run
 
@@ -40,6 +40,7 @@ app.command(name="run")(run)
 app.add_typer(job.app, name="job")
 app.add_typer(schedule.app, name="schedule")
 app.command(name="beat")(beat)
+app.add_typer(worker.app, name="worker")
 app.command(name="doctor")(doctor.doctor)
 app.add_typer(config.app, name="config")
 app.add_typer(db.app, name="db")

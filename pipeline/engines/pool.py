@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+import psutil
 
 from pipeline.engines import registry
 from pipeline.engines.base import Engine, EngineContext
@@ -19,10 +22,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False, slots=True)
 class _Entry:
-    """One engine. ``users`` counts its leases; ``used`` orders entries by their last one."""
+    """One engine. ``users`` counts its leases; ``used`` orders entries by their last one.
+
+    ``grown``: bytes by which this process grew while it was loaded; ``expected``: its weights, until it is loaded.
+    """
 
     key: str
     engine: Engine
+    model: str
+    expected: int = 0
+    grown: int = 0
     users: int = 0
     used: int = 0
     closing: bool = False
@@ -30,19 +39,32 @@ class _Entry:
     gone: threading.Event = field(default_factory=threading.Event)
     failure: BaseException | None = None
 
+    @property
+    def bytes(self) -> int:
+        """What it takes of the host's memory: as the engine tells, else as measured, else as the files say."""
+        if not self.loaded.is_set():
+            return self.expected
+        measure = getattr(self.engine, "memory_bytes", None)
+        told = measure() if measure is not None else None
+        return self.grown + int(told or 0)
+
 
 class EnginePool:
     """Loads each engine once, keeps it warm, and closes the one that was used longest ago when there are too many.
 
-    At most ``max_engines`` stay loaded, because each of them may take most of a device's memory. An engine in use is
-    never closed: when all are, the pool grows past its limit and shrinks again as leases end.
+    At most ``max_engines`` stay loaded, because each of them may take most of a device's memory, and at most
+    ``memory_bytes`` of the host's resident memory are theirs: the growth of this process while an engine loads, and
+    what the engine says of its own processes (``memory_bytes()``, which an engine need not have). A GPU's memory is
+    not measured. An engine in use is never closed: when all are, the pool grows past its limits and shrinks again as
+    leases end; nor is the last one, however large.
     """
 
-    def __init__(self, context: EngineContext, max_engines: int = 1) -> None:
+    def __init__(self, context: EngineContext, max_engines: int = 1, memory_bytes: int | None = None) -> None:
         if max_engines < 1:
             raise ValueError(f"max_engines must be at least 1, not {max_engines}")
         self._context = context
         self._max = max_engines
+        self._max_bytes = memory_bytes
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}
         self._dying: set[_Entry] = set()
@@ -52,6 +74,8 @@ class EnginePool:
     @contextmanager
     def lease(self, name: str, model: Model, task: Task, options: Mapping[str, Any]) -> Iterator[Engine]:
         """A loaded engine, kept until the block ends. Two threads that ask at once share one load.
+
+        The engine may have been made for another task: one that it says shares its instances.
 
         Raises whatever the engine's ``load`` raises (in every thread that waited for it; the next lease tries again),
         and :class:`~storage.errors.InvalidJob` for an unknown engine.
@@ -84,6 +108,12 @@ class EnginePool:
         with self._lock:
             return tuple(self._entries)
 
+    def warm(self) -> list[dict[str, Any]]:
+        """What is loaded now, for people and for whoever chooses shards: ``key``, ``engine``, ``model``, ``bytes``."""
+        with self._lock:
+            ready = [entry for entry in self._entries.values() if entry.loaded.is_set()]
+        return [{"key": e.key, "engine": e.engine.name, "model": e.model, "bytes": e.bytes} for e in ready]
+
     def close(self) -> None:
         """Close every engine, in use or not: the process is about to end. No lease is given afterwards.
 
@@ -108,7 +138,7 @@ class EnginePool:
                     first = entry is None
                     if entry is None:
                         engine = registry.engine_class(name)(model, task, options, self._context)
-                        entry = self._entries[key] = _Entry(key, engine)
+                        entry = self._entries[key] = _Entry(key, engine, model.name, _size(model))
                     entry.users += 1
                     self._clock += 1
                     entry.used = self._clock
@@ -125,14 +155,19 @@ class EnginePool:
         return entry
 
     def _load(self, entry: _Entry) -> None:
+        before = _resident()
         try:
             entry.engine.load()
+            entry.grown = max(0, _resident() - before)
         except BaseException as error:  # raised by every lease that waits for this load
             entry.failure = error
             with self._lock:
                 self._condemn(entry)
         finally:
             entry.loaded.set()
+        with self._lock:
+            doomed = self._surplus()  # it may be larger than its files promised
+        self._end(doomed)
 
     def _leave(self, entry: _Entry) -> None:
         with self._lock:
@@ -146,11 +181,15 @@ class EnginePool:
         self._dying.add(entry)
 
     def _surplus(self) -> list[_Entry]:
-        """Take out the idle entries above the limit, the one used longest ago first."""
+        """Take out the idle entries above the limits, the one used longest ago first."""
         idle = sorted((e for e in self._entries.values() if e.users == 0), key=lambda entry: entry.used)
-        for entry in idle[: max(0, len(self._entries) - self._max)]:
-            self._condemn(entry)
+        for entry in idle:
+            if len(self._entries) > self._max or (len(self._entries) > 1 and self._over_budget()):
+                self._condemn(entry)
         return self._unused()
+
+    def _over_budget(self) -> bool:
+        return self._max_bytes is not None and sum(e.bytes for e in self._entries.values()) > self._max_bytes
 
     def _unused(self) -> list[_Entry]:
         return self._taken([entry for entry in self._dying if entry.users == 0])
@@ -172,3 +211,16 @@ class EnginePool:
             with self._lock:
                 self._dying.discard(entry)
             entry.gone.set()
+
+
+def _resident() -> int:
+    """Resident memory of this process, in bytes."""
+    return int(psutil.Process(os.getpid()).memory_info().rss)
+
+
+def _size(model: Model) -> int:
+    """What the model takes at least, before it was ever loaded: the bytes of its weights, or of its best graph."""
+    files = model.weights or model.onnx_files[:1]
+    if not files and model.path is not None and model.path.is_dir():
+        files = tuple(model.path.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in files if file.exists())

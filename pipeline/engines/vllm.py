@@ -46,6 +46,7 @@ class VllmEngine:
 
     name: ClassVar[str] = "vllm"
     tasks: ClassVar[frozenset[Task]] = frozenset({Task.GENERATE, Task.CHAT})
+    shared_tasks: ClassVar[frozenset[Task]] = frozenset({Task.GENERATE, Task.CHAT})
 
     def __init__(self, model: Model, task: Task, options: Mapping[str, Any], context: EngineContext) -> None:
         self._model, self._task, self._options, self._context = model, task, dict(options), context
@@ -107,6 +108,8 @@ class VllmEngine:
         context: int = running.config.model_config.max_model_len
         # Of a cut prompt's context, the answer gets what it may use, but not more than half.
         prompts = Prompts(running.llm, spec, room=min(params.max_tokens or context, max(1, context // 2)))
+        if spec.task is not self._task and spec.task is Task.CHAT:
+            prompts.check_chat_template()  # loaded for generate, which needs none
         window = self._window(running)
         requests = Requests(running, params, window)
         feeder = threading.Thread(
@@ -154,6 +157,11 @@ class VllmEngine:
             "tokens": tokens,
             "prefix_hit_rate": round(tokens["cached"] / tokens["prompt"], 4) if tokens["prompt"] else 0.0,
         }
+
+    def memory_bytes(self) -> int | None:
+        """Resident memory of the engine's processes, and of the processes that they started."""
+        running = self._running
+        return None if running is None else running.memory_bytes()
 
     def close(self) -> None:
         """See :meth:`Engine.close`. A call of ``infer`` that is still going raises :class:`EngineDead`."""
