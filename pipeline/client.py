@@ -71,8 +71,10 @@ class Client:
         """Jobs that are submitted again and again: add, list, pause, remove."""
         return Schedules(self._runtime)
 
-    def submit(self, **fields: Any) -> JobHandle:
+    def submit(self, *, start: bool = True, **fields: Any) -> JobHandle:
         """Validate and queue a job; the fields are those of :class:`~pipeline.JobSpec`.
+
+        Without a broker it is planned here, and runs in the background of this process unless ``start`` is false.
 
         Raises :class:`~storage.errors.InvalidJob` naming the field and the reason; no engine is loaded before that.
         """
@@ -80,9 +82,16 @@ class Client:
         job = job_calls.submit_job(self._runtime, fields, plan=embedded)
         if not embedded:
             self._wakeups.plan()
-        elif job.state not in TERMINAL_JOB:
+        elif start and job.state not in TERMINAL_JOB:
             self._start(job.id)
         return JobHandle(self, job.id)
+
+    def estimate(self, **fields: Any) -> job_calls.Estimate:
+        """What the job would be: rows, bytes and shards, from the footers of its input. Nothing is queued.
+
+        Raises :class:`~storage.errors.InvalidJob` as :meth:`submit` does.
+        """
+        return job_calls.estimate(self._runtime, fields)
 
     def run(
         self,

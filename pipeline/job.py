@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,43 @@ class _Prepared:
 
     record: PlanRecord
     found: inputs.Inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a job would be. ``n_bytes``: uncompressed, of all columns; ``columns``: what its task reads."""
+
+    files: int
+    rows: int
+    n_bytes: int
+    shards: int
+    engine: str
+    columns: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "columns": list(self.columns)}
+
+
+def estimate(runtime: Runtime, fields: dict[str, Any]) -> Estimate:
+    """Read the input's footers as planning would, and store nothing. Raises :class:`InvalidJob` and its kin."""
+    spec = absolute(parse(fields))
+    model = resolve(spec.model, runtime.settings.cache_dir)
+    engine = routing.choose(spec.task, spec.engine, model)
+    work = locations.work_dir(spec.output, f"estimate-{secrets.token_hex(8)}")
+    try:
+        found = inputs.discover(runtime.store, spec, work)
+        columns = registry.engine_class(engine).check(spec, model, found.schema)
+    finally:
+        runtime.store.delete_tree(work)
+    groups = [group for file in found.files for group in file.row_groups]
+    return Estimate(
+        files=len(found.files),
+        rows=sum(rows for rows, _ in groups),
+        n_bytes=sum(n_bytes for _, n_bytes in groups),
+        shards=sum(1 for _ in planning.plan(found.files, shard_rows=spec.shard_rows, shard_bytes=spec.shard_bytes)),
+        engine=engine,
+        columns=tuple(columns),
+    )
 
 
 def submit_job(

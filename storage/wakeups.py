@@ -82,7 +82,7 @@ class Wakeups:
             for _ in range(count):
                 self._app.send_task(name, args=args, queue=queue, retry=False, expires=expires)
         except (OperationalError, OSError) as error:
-            log.warning("the broker does not answer, the next tick will wake the workers: %s", error)
+            log.warning("the broker does not answer; nothing is lost, the next tick will wake the workers: %s", error)
 
 
 def _transport_options(broker_url: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from storage.errors import JobCancelled, JobFailed
 if TYPE_CHECKING:
     from pipeline.client import Client
 
-app = typer.Typer(help="Jobs: list, show, wait, cancel, retry.", no_args_is_help=True)
+app = typer.Typer(help="Jobs: submit, list, show, wait, cancel, retry.", no_args_is_help=True)
 
 _POLL_SECONDS = 1.0
 

@@ -9,6 +9,7 @@ import typer
 from pipeline.cli import admin, config, db, doctor, job, model, schedule, tenant, worker
 from pipeline.cli.beat import beat
 from pipeline.cli.run import run
+from pipeline.cli.submit import estimate, submit
 
 app = typer.Typer(
     name="rowmill",
@@ -37,6 +38,8 @@ def _root(
 
 
 app.command(name="run")(run)
+job.app.command()(submit)
+job.app.command()(estimate)
 app.add_typer(job.app, name="job")
 app.add_typer(schedule.app, name="schedule")
 app.command(name="beat")(beat)

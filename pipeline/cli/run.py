@@ -2,191 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import typer
-
-from pipeline.cli import values
 from pipeline.cli.command import Invocation, command
 from pipeline.cli.foreground import foreground
-from storage.errors import InvalidJob
-
-_WORK, _ROWS, _OUT = "What to compute", "Rows and shards", "Output"
-TaskName = Literal["generate", "chat", "embed", "classify", "score", "tensor"]
+from pipeline.cli.job_fields import with_job_fields
 
 
 @command
-def run(
-    invocation: Invocation,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="INPUT...", help="Parquet, JSONL, CSV or Arrow files, globs or directories.", show_default=False
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "-m", "--model", metavar="MODEL", help="A model directory, a .onnx file, or 'fake'.", rich_help_panel=_WORK
-        ),
-    ] = None,
-    task: Annotated[
-        TaskName | None,
-        typer.Option(
-            "-t",
-            "--task",
-            metavar="TASK",
-            help="generate, chat, embed, classify, score or tensor.",
-            rich_help_panel=_WORK,
-        ),
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            "-p",
-            "--prompt",
-            metavar="TEMPLATE",
-            help="generate, chat: text with {column} in it.",
-            rich_help_panel=_WORK,
-        ),
-    ] = None,
-    message: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ROLE=TEMPLATE", help="chat: one turn; may be repeated, in order.", rich_help_panel=_WORK),
-    ] = None,
-    column: Annotated[
-        str | None,
-        typer.Option(
-            metavar="COLUMN", help="embed, classify, score: the text; chat: the messages.", rich_help_panel=_WORK
-        ),
-    ] = None,
-    pair_column: Annotated[
-        str | None,
-        typer.Option(metavar="COLUMN", help="classify, score: the second text of a pair.", rich_help_panel=_WORK),
-    ] = None,
-    graph_input: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--input", metavar="NAME=COLUMN", help="tensor: the column of a graph input.", rich_help_panel=_WORK
-        ),
-    ] = None,
-    sampling: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="A sampling parameter by vLLM's name.", rich_help_panel=_WORK),
-    ] = None,
-    chat_template: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--chat-template-kwarg",
-            metavar="KEY=VALUE",
-            help="chat: handed to the chat template.",
-            rich_help_panel=_WORK,
-        ),
-    ] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option("-e", "--engine", metavar="ENGINE", help="auto, vllm, onnx, fake, …", rich_help_panel=_WORK),
-    ] = None,
-    engine_option: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="An option of the engine's own.", rich_help_panel=_WORK),
-    ] = None,
-    overlong: Annotated[
-        Literal["auto", "error", "truncate", "split"] | None,
-        typer.Option(
-            metavar="HOW", help="Text past the model's limit: auto, error, truncate or split.", rich_help_panel=_WORK
-        ),
-    ] = None,
-    pooling: Annotated[
-        Literal["auto", "mean", "cls", "last"] | None,
-        typer.Option(metavar="HOW", help="embed: auto, mean, cls or last token.", rich_help_panel=_WORK),
-    ] = None,
-    normalize: Annotated[
-        bool | None,
-        typer.Option("--normalize/--no-normalize", help="embed: scale to unit length.", rich_help_panel=_WORK),
-    ] = None,
-    dimensions: Annotated[
-        int | None, typer.Option(metavar="N", help="embed: keep N numbers of a vector.", rich_help_panel=_WORK)
-    ] = None,
-    embedding_type: Annotated[
-        Literal["float32", "int8", "binary"] | None,
-        typer.Option(metavar="TYPE", help="embed: float32, int8 or binary.", rich_help_panel=_WORK),
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(metavar="N", help="classify: the N best labels only.", rich_help_panel=_WORK)
-    ] = None,
-    out: Annotated[
-        str | None,
-        typer.Option("-o", "--output", metavar="DIR", help="Directory for the result.", rich_help_panel=_OUT),
-    ] = None,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(metavar="COLUMN", help="Input column to copy; all, if never given.", rich_help_panel=_OUT),
-    ] = None,
-    keep_none: Annotated[bool, typer.Option("--keep-none", help="Copy no input column.", rich_help_panel=_OUT)] = False,
-    output_prefix: Annotated[
-        str | None, typer.Option(metavar="PREFIX", help="Put before the result columns' names.", rich_help_panel=_OUT)
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a finished output.", rich_help_panel=_OUT)
-    ] = False,
-    shard_rows: Annotated[
-        int | None, typer.Option(metavar="N", help="Most rows in a shard.", rich_help_panel=_ROWS)
-    ] = None,
-    max_failed_rows: Annotated[
-        int | None, typer.Option(metavar="N", help="Stop when more rows than this have failed.", rich_help_panel=_ROWS)
-    ] = None,
-    window: Annotated[
-        str | None,
-        typer.Option(
-            "--completion-window", metavar="TIME", help="Give up after 90s, 30m, 24h, 7d.", rich_help_panel=_ROWS
-        ),
-    ] = None,
-    metadata: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Text kept with the job.", rich_help_panel=_OUT),
-    ] = None,
-    spec: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Job fields as TOML or JSON; options win over it.", rich_help_panel=_WORK),
-    ] = None,
-) -> int:
+@with_job_fields
+def run(invocation: Invocation, fields: dict[str, Any]) -> int:
     """Run a model over every row, here and now; the same command resumes an interrupted run.
 
     Values of KEY=VALUE are JSON where they can be (64, 0.5, true, ["a"]), text otherwise.
 
     Example: rowmill run prompts.parquet -o out -m ./llama -t generate -p "Say: {text}" --sampling max_tokens=16
     """
-    if keep and keep_none:
-        raise InvalidJob("--keep and --keep-none exclude each other")
-    flags: dict[str, Any] = {
-        "input": inputs,
-        "output": out,
-        "model": model,
-        "task": task,
-        "prompt": prompt,
-        "messages": values.messages(message) if message else None,
-        "column": column,
-        "pair_column": pair_column,
-        "inputs": values.key_values(graph_input, "--input", literal=True) if graph_input else None,
-        "sampling": values.key_values(sampling, "--sampling") if sampling else None,
-        "chat_template_kwargs": values.key_values(chat_template, "--chat-template-kwarg") if chat_template else None,
-        "engine": engine,
-        "engine_options": values.key_values(engine_option, "--set") if engine_option else None,
-        "overlong": overlong,
-        "pooling": pooling,
-        "normalize": normalize,
-        "dimensions": dimensions,
-        "embedding_type": embedding_type,
-        "top_k": top_k,
-        "keep_columns": [] if keep_none else keep,
-        "output_prefix": output_prefix,
-        "overwrite": overwrite or None,
-        "shard_rows": shard_rows,
-        "max_failed_rows": max_failed_rows,
-        "completion_window": window,
-        "metadata": values.key_values(metadata, "--metadata", literal=True) if metadata else None,
-    }
-    fields = values.job_fields(values.spec_file(spec) if spec else {}, flags)
     return foreground(invocation, lambda client, hooks: client.run(**hooks, **fields))

@@ -105,5 +105,5 @@ def job_fields(from_file: Mapping[str, Any], from_flags: Mapping[str, Any]) -> d
         fields[name] = {**below, **value} if name in _MERGED and isinstance(below, Mapping) else value
     missing = [option for name, option in _REQUIRED.items() if fields.get(name) in (None, "", [], ())]
     if missing:
-        raise InvalidJob(f"missing {', '.join(missing)}; see 'rowmill run --help'")
+        raise InvalidJob(f"missing {', '.join(missing)}; see --help")
     return fields

@@ -1,0 +1,215 @@
+"""The options that describe a job: the same for every command that makes one."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from pipeline.cli import values
+from storage.errors import InvalidJob
+
+_WORK, _ROWS, _OUT, _QUEUE = "What to compute", "Rows and shards", "Output", "Whose turn it is"
+TaskName = Literal["generate", "chat", "embed", "classify", "score", "tensor"]
+
+
+def _fields(
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="INPUT...", help="Parquet, JSONL, CSV or Arrow files, globs or directories.", show_default=False
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "-m", "--model", metavar="MODEL", help="A model directory, a .onnx file, or 'fake'.", rich_help_panel=_WORK
+        ),
+    ] = None,
+    task: Annotated[
+        TaskName | None,
+        typer.Option(
+            "-t",
+            "--task",
+            metavar="TASK",
+            help="generate, chat, embed, classify, score or tensor.",
+            rich_help_panel=_WORK,
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "-p",
+            "--prompt",
+            metavar="TEMPLATE",
+            help="generate, chat: text with {column} in it.",
+            rich_help_panel=_WORK,
+        ),
+    ] = None,
+    message: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROLE=TEMPLATE", help="chat: one turn; may be repeated, in order.", rich_help_panel=_WORK),
+    ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN", help="embed, classify, score: the text; chat: the messages.", rich_help_panel=_WORK
+        ),
+    ] = None,
+    pair_column: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="classify, score: the second text of a pair.", rich_help_panel=_WORK),
+    ] = None,
+    graph_input: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input", metavar="NAME=COLUMN", help="tensor: the column of a graph input.", rich_help_panel=_WORK
+        ),
+    ] = None,
+    sampling: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="A sampling parameter by vLLM's name.", rich_help_panel=_WORK),
+    ] = None,
+    chat_template: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--chat-template-kwarg",
+            metavar="KEY=VALUE",
+            help="chat: handed to the chat template.",
+            rich_help_panel=_WORK,
+        ),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option("-e", "--engine", metavar="ENGINE", help="auto, vllm, onnx, fake, …", rich_help_panel=_WORK),
+    ] = None,
+    engine_option: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of the engine's own.", rich_help_panel=_WORK),
+    ] = None,
+    overlong: Annotated[
+        Literal["auto", "error", "truncate", "split"] | None,
+        typer.Option(
+            metavar="HOW", help="Text past the model's limit: auto, error, truncate or split.", rich_help_panel=_WORK
+        ),
+    ] = None,
+    pooling: Annotated[
+        Literal["auto", "mean", "cls", "last"] | None,
+        typer.Option(metavar="HOW", help="embed: auto, mean, cls or last token.", rich_help_panel=_WORK),
+    ] = None,
+    normalize: Annotated[
+        bool | None,
+        typer.Option("--normalize/--no-normalize", help="embed: scale to unit length.", rich_help_panel=_WORK),
+    ] = None,
+    dimensions: Annotated[
+        int | None, typer.Option(metavar="N", help="embed: keep N numbers of a vector.", rich_help_panel=_WORK)
+    ] = None,
+    embedding_type: Annotated[
+        Literal["float32", "int8", "binary"] | None,
+        typer.Option(metavar="TYPE", help="embed: float32, int8 or binary.", rich_help_panel=_WORK),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="N", help="classify: the N best labels only.", rich_help_panel=_WORK)
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option("-o", "--output", metavar="DIR", help="Directory for the result.", rich_help_panel=_OUT),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="Input column to copy; all, if never given.", rich_help_panel=_OUT),
+    ] = None,
+    keep_none: Annotated[bool, typer.Option("--keep-none", help="Copy no input column.", rich_help_panel=_OUT)] = False,
+    output_prefix: Annotated[
+        str | None, typer.Option(metavar="PREFIX", help="Put before the result columns' names.", rich_help_panel=_OUT)
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a finished output.", rich_help_panel=_OUT)
+    ] = False,
+    shard_rows: Annotated[
+        int | None, typer.Option(metavar="N", help="Most rows in a shard.", rich_help_panel=_ROWS)
+    ] = None,
+    max_failed_rows: Annotated[
+        int | None, typer.Option(metavar="N", help="Stop when more rows than this have failed.", rich_help_panel=_ROWS)
+    ] = None,
+    window: Annotated[
+        str | None,
+        typer.Option(
+            "--completion-window", metavar="TIME", help="Give up after 90s, 30m, 24h, 7d.", rich_help_panel=_ROWS
+        ),
+    ] = None,
+    metadata: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Text kept with the job.", rich_help_panel=_OUT),
+    ] = None,
+    spec: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Job fields as TOML or JSON; options win over it.", rich_help_panel=_WORK),
+    ] = None,
+    priority: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="-100 to 100; higher goes first.", rich_help_panel=_QUEUE),
+    ] = None,
+    tenant: Annotated[
+        str | None, typer.Option(metavar="NAME", help="On whose account.", rich_help_panel=_QUEUE)
+    ] = None,
+    idempotency_key: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="The same key again is the same job, not another.", rich_help_panel=_QUEUE),
+    ] = None,
+) -> dict[str, Any]:
+    """The job's fields, as the options give them."""
+    if keep and keep_none:
+        raise InvalidJob("--keep and --keep-none exclude each other")
+    flags: dict[str, Any] = {
+        "input": inputs,
+        "output": out,
+        "model": model,
+        "task": task,
+        "prompt": prompt,
+        "messages": values.messages(message) if message else None,
+        "column": column,
+        "pair_column": pair_column,
+        "inputs": values.key_values(graph_input, "--input", literal=True) if graph_input else None,
+        "sampling": values.key_values(sampling, "--sampling") if sampling else None,
+        "chat_template_kwargs": values.key_values(chat_template, "--chat-template-kwarg") if chat_template else None,
+        "engine": engine,
+        "engine_options": values.key_values(engine_option, "--set") if engine_option else None,
+        "overlong": overlong,
+        "pooling": pooling,
+        "normalize": normalize,
+        "dimensions": dimensions,
+        "embedding_type": embedding_type,
+        "top_k": top_k,
+        "keep_columns": [] if keep_none else keep,
+        "output_prefix": output_prefix,
+        "overwrite": overwrite or None,
+        "shard_rows": shard_rows,
+        "max_failed_rows": max_failed_rows,
+        "completion_window": window,
+        "metadata": values.key_values(metadata, "--metadata", literal=True) if metadata else None,
+        "priority": priority,
+        "tenant": tenant,
+        "idempotency_key": idempotency_key,
+    }
+    return values.job_fields(values.spec_file(spec) if spec else {}, flags)
+
+
+def with_job_fields(function: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Give a command the options of a job: it takes the invocation and the fields, then options of its own."""
+    own = inspect.signature(function, eval_str=True)
+    added = inspect.signature(_fields, eval_str=True).parameters
+    invocation, _, *rest = own.parameters.values()
+
+    @functools.wraps(function)
+    def wrapper(given: Any, **options: Any) -> int | None:
+        fields = _fields(**{name: options.pop(name) for name in added})
+        return function(given, fields, **options)
+
+    keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*added.values(), *rest)]
+    wrapper.__signature__ = own.replace(parameters=[invocation, *keyword])  # type: ignore[attr-defined]
+    return wrapper
