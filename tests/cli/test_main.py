@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 
 from pipeline.cli.job import StateName
-from pipeline.cli.run import TaskName
+from pipeline.cli.job_fields import TaskName
 from pipeline.job_spec import Task
 from storage.states import JobState
 from tests.cli.conftest import REPOSITORY, Rowmill
