@@ -247,7 +247,7 @@ worker = sa.Table(
     sa.Column("queues", Json, nullable=False, server_default="[]"),
     sa.Column("slots", sa.Integer, nullable=False, server_default="0"),
     sa.Column("lease_seconds", Seconds, nullable=False, server_default="60"),
-    sa.Column("version", sa.Text, nullable=False, server_default=""),
+    sa.Column("version", sa.Text, nullable=False, server_default="unknown"),
     sa.Column("draining", sa.Boolean, nullable=False, server_default=sa.text("false")),
     sa.Column("warm", Json, nullable=False, server_default="[]"),
 )

@@ -179,7 +179,7 @@ def on_host(database: Database, host: str) -> list[Worker]:
     """The workers that registered from ``host`` and have not ended politely."""
     table = tables.worker
     with database.read() as connection:
-        found = connection.execute(sa.select(table).where(table.c.host == host)).all()
+        found = connection.execute(sa.select(table).where(table.c.host == host).order_by(table.c.started_at)).all()
     return [_worker(row) for row in found]
 
 

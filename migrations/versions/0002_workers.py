@@ -21,7 +21,7 @@ def upgrade() -> None:
         batch_op.add_column(sa.Column("queues", _JSON, server_default="[]", nullable=False))
         batch_op.add_column(sa.Column("slots", sa.Integer(), server_default="0", nullable=False))
         batch_op.add_column(sa.Column("lease_seconds", sa.Double(), server_default="60", nullable=False))
-        batch_op.add_column(sa.Column("version", sa.Text(), server_default="", nullable=False))
+        batch_op.add_column(sa.Column("version", sa.Text(), server_default="unknown", nullable=False))
         batch_op.add_column(sa.Column("draining", sa.Boolean(), server_default=sa.text("false"), nullable=False))
         batch_op.add_column(sa.Column("warm", _JSON, server_default="[]", nullable=False))
 

@@ -24,6 +24,7 @@ def make_settings(home: Path, cache_dir: Path, database_url: str) -> Settings:
         flush_rows=20,  # a part file holds half of it
         read_batch_rows=5,
         tick_seconds=1.0,
+        drain_grace_seconds=0.0,
     )
 
 

@@ -467,7 +467,7 @@ def _worker(queue: str) -> int:
     from pipeline.worker import Worker
 
     over = threading.Event()
-    worker = Worker(Settings())
+    worker = Worker(Settings(), engines=["fake"], queues=["control", "fake"], slots=1)
 
     def end(*_: object) -> None:
         over.set()
