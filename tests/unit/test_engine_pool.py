@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.engines import pool as pool_module
 from pipeline.engines import registry
 from pipeline.engines.base import EngineContext
 from pipeline.engines.fake import FakeEngine
@@ -325,3 +326,60 @@ def test_an_engine_that_does_not_close_cleanly_is_gone_all_the_same(
 def test_a_pool_of_none_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         pool(0)
+
+
+def test_a_memory_budget_closes_idle_engines_longest_ago_first(
+    log: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Watched, "memory_bytes", lambda self: 100 if self.digest == "f" else 40, raising=False)
+    monkeypatch.setattr(pool_module, "_resident", lambda: 0)
+    engines = EnginePool(EngineContext(Path("unused")), 9, memory_bytes=90)
+    for model in (MODEL, OTHER, MODEL):
+        with lease(engines, model):
+            pass
+    assert log == [("load", "d"), ("load", "e")], "both fit"
+    with lease(engines, OTHER), lease(engines, replace(MODEL, digest="g")):
+        assert log[2:] == [("load", "g"), ("close", "d")], "only what is idle goes, after the size is known"
+    assert log[4:] == []
+    with lease(engines, THIRD):
+        pass
+    assert sorted(log[4:]) == [("close", "e"), ("close", "g"), ("load", "f")], "larger than the budget, and alone"
+    assert [(item["key"], item["bytes"]) for item in engines.warm()] == [
+        (registry.engine_key("fake", THIRD, Task.GENERATE, {}), 100)
+    ]
+
+
+def test_weights_on_disk_are_expected_in_memory_before_they_are_loaded(
+    log: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Watched, "memory_bytes", lambda self: 40, raising=False)
+    monkeypatch.setattr(pool_module, "_resident", lambda: 0)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"0" * 60)
+    engines = EnginePool(EngineContext(Path("unused")), 9, memory_bytes=90)
+    with lease(engines):
+        pass
+    with lease(engines, replace(OTHER, weights=(weights,))):
+        assert log == [("load", "d"), ("close", "d"), ("load", "e")], "room is made first"
+
+
+def test_growth_of_the_process_counts_where_an_engine_cannot_tell(
+    log: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident = iter((100, 170))
+    monkeypatch.setattr(pool_module, "_resident", lambda: next(resident))
+    engines = pool()
+    with lease(engines):
+        assert [item["bytes"] for item in engines.warm()] == [70]
+
+
+def test_tasks_that_share_an_instance_load_one(log: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = pool(2)
+    with engines.lease("fake", MODEL, Task.GENERATE, {}), engines.lease("fake", MODEL, Task.CHAT, {}):
+        assert len(log) == 2, "the fake engine does not say that they share"
+    monkeypatch.setattr(Watched, "shared_tasks", frozenset({Task.GENERATE, Task.CHAT}), raising=False)
+    engines = pool(2)
+    with engines.lease("fake", MODEL, Task.GENERATE, {}) as one, engines.lease("fake", MODEL, Task.CHAT, {}) as other:
+        assert one is other
+    with engines.lease("fake", MODEL, Task.EMBED, {}) as third:
+        assert third is not one
