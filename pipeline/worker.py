@@ -75,7 +75,7 @@ class Worker:
             except IllegalTransition:
                 continue  # another worker planned it, or it was cancelled
             if planned.n_open:
-                self.wakeups.run(planned.queue, min(planned.n_open, workers.slots(database, planned.queue)))
+                self.wakeups.run(planned.queue, min(planned.n_open, workers.free_slots(database, planned.queue)))
             else:
                 self.wakeups.finalize()
 
@@ -118,11 +118,11 @@ class Worker:
         self.wakeups.finalize()
 
     def wake(self, queues: Collection[str] | None = None) -> None:
-        """Wake workers for the shards that are ready now, on all queues or on some: no more than they have slots."""
+        """Wake workers for the shards that are ready, on all queues or on some: no more than they have free slots."""
         database = self.runtime.database
         for queue, count in reports.ready_shards(database).items():
             if queues is None or queue in queues:
-                self.wakeups.run(queue, min(count, workers.slots(database, queue)))
+                self.wakeups.run(queue, min(count, workers.free_slots(database, queue)))
 
     def drain(self, grace: float | None = None) -> None:
         """Claim nothing more. Running shards may go on for ``grace`` seconds (by default what the settings say).

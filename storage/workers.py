@@ -159,12 +159,16 @@ def forget_silent(database: Database, *, after: float = FORGET_SECONDS) -> int:
         return connection.execute(gone).rowcount
 
 
-def slots(database: Database, queue: str) -> int:
-    """How many shards of ``queue`` the live workers can run at once: more wake-ups than that are of no use.
+def free_slots(database: Database, queue: str) -> int:
+    """How many more shards of ``queue`` the live workers could run now: more wake-ups than that are of no use.
 
-    0 without such a worker: one that starts later asks for itself.
+    A slot that is taken wakes its successor itself. 0 without a worker: one that starts later asks for itself.
     """
-    return sum(seen.worker.slots for seen in listed(database) if seen.state == "alive" and queue in seen.worker.queues)
+    return sum(
+        max(0, seen.worker.slots - len(seen.holds))
+        for seen in listed(database)
+        if seen.state == "alive" and queue in seen.worker.queues
+    )
 
 
 def any_alive(database: Database, *, within: float) -> bool:

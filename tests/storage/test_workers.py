@@ -57,17 +57,21 @@ def test_a_heartbeat_says_whether_to_drain(database: Database) -> None:
     assert workers.touch(database, ONNX.id) is None
 
 
-def test_slots_count_live_workers_of_the_queue(database: Database) -> None:
-    assert workers.slots(database, "onnx") == 0
+def test_free_slots_are_those_of_live_workers_of_the_queue(database: Database) -> None:
+    assert workers.free_slots(database, "onnx") == 0
     workers.register(database, ONNX)
     workers.register(database, CONTROL)
-    assert workers.slots(database, "onnx") == 2
-    assert workers.slots(database, "vllm") == 0
+    assert workers.free_slots(database, "onnx") == 2
+    assert workers.free_slots(database, "vllm") == 0
+    claim = claims.claim(database, owner=ONNX.id, lease_seconds=30, job_id=planned_job(database).id)
+    assert claim is not None
+    assert workers.free_slots(database, "onnx") == 1
     workers.drain(database, [ONNX.id])
-    assert workers.slots(database, "onnx") == 0
+    assert workers.free_slots(database, "onnx") == 0
     workers.register(database, ONNX)
+    assert workers.free_slots(database, "onnx") == 1
     _silence(database, ONNX, 31)
-    assert workers.slots(database, "onnx") == 0
+    assert workers.free_slots(database, "onnx") == 0
 
 
 def test_the_silent_are_shown_and_in_the_end_forgotten(database: Database) -> None:
