@@ -15,6 +15,7 @@ from storage.states import ShardState
 
 FORGET_SECONDS = 24 * 3600.0
 """A worker that was silent for this long is struck off. Long enough that somebody sees it in ``worker list``."""
+_LATE_LEASES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,14 +161,17 @@ def forget_silent(database: Database, *, after: float = FORGET_SECONDS) -> int:
 
 
 def free_slots(database: Database, queue: str) -> int:
-    """How many more shards of ``queue`` the live workers could run now: more wake-ups than that are of no use.
+    """How many more shards of ``queue`` the workers could run now: more wake-ups than that are of no use.
 
     A slot that is taken wakes its successor itself. 0 without a worker: one that starts later asks for itself.
     """
     return sum(
         max(0, seen.worker.slots - len(seen.holds))
         for seen in listed(database)
-        if seen.state == "alive" and queue in seen.worker.queues
+        if queue in seen.worker.queues
+        and not seen.draining
+        # One that is merely late must not be left asleep; a wake-up for a dead one does no harm.
+        and seen.silent_seconds <= _LATE_LEASES * seen.worker.lease_seconds
     )
 
 

@@ -215,15 +215,20 @@ def _wait(known: Callable[[], dict[str, Seen]], asked: list[str], timeout: float
 def health(invocation: Invocation) -> int:
     """Whether the workers that run on this machine are alive, by their heartbeats: for health checks of containers.
 
-    Exit code 0 when there is one and all of them are, 1 otherwise.
+    Exit code 0 when there is one and all of them are, 1 otherwise. While the database does not answer, nothing can be
+    said of them, and restarting them would not help: that is 0 too.
     """
     import platform
 
     from pipeline.runtime import is_alive
     from storage import workers
 
-    with _database(invocation) as database:
-        found = [s for s in workers.listed(database) if s.worker.host == platform.node() and is_alive(s.worker)]
+    try:
+        with _database(invocation) as database:
+            found = [s for s in workers.listed(database) if s.worker.host == platform.node() and is_alive(s.worker)]
+    except Unreachable as error:
+        invocation.notice(f"nothing is known of them: {error}")
+        return errors.OK
     silent = [seen.worker.id for seen in found if seen.state == "silent"]
     healthy = bool(found) and not silent
     if invocation.as_json:

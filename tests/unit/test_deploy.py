@@ -1,0 +1,156 @@
+"""What is deployed: the compose file, the manifests and the Dockerfile, as far as a machine without Docker can tell."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+import typer.main
+import yaml
+
+from pipeline.cli.main import app
+from pipeline.engines import registry
+from pipeline.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+MANIFESTS: list[dict[str, Any]] = [
+    document
+    for path in sorted((ROOT / "deploy/kubernetes").glob("*.yaml"))
+    for document in yaml.safe_load_all(path.read_text())
+]
+PODS = {m["metadata"]["name"]: m["spec"]["template"]["spec"] for m in MANIFESTS if m["kind"] in ("Deployment", "Job")}
+
+
+def _commands() -> list[tuple[str, list[str]]]:
+    found = [(f"compose {name}", s["command"]) for name, s in COMPOSE.items() if "rowmill" in s.get("image", "")]
+    found += [(f"compose {n}, health", s["healthcheck"]["test"][1:]) for n, s in COMPOSE.items() if "worker" in n]
+    for name, pod in PODS.items():
+        container = pod["containers"][0]
+        found.append((f"kubernetes {name}", container["command"]))
+        if "livenessProbe" in container:
+            found.append((f"kubernetes {name}, health", container["livenessProbe"]["exec"]["command"]))
+    return [(where, words) for where, words in found if words[0] == "rowmill"]
+
+
+def _parsed(words: list[str]) -> dict[str, Any]:
+    """The options of one of our command lines; it is parsed, and not run. Raises what the command line would say."""
+    command: Any = typer.main.get_command(app)
+    context = command.make_context("rowmill", list(words[1:]))
+    while hasattr(command, "commands"):
+        name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        context = command.make_context(name, rest, parent=context)
+    parameters: dict[str, Any] = context.params
+    return parameters
+
+
+@pytest.mark.parametrize(("where", "words"), _commands(), ids=[where for where, _ in _commands()])
+def test_our_command_line_takes_the_command(where: str, words: list[str]) -> None:
+    options = _parsed(words)
+    if words[1:3] == ["worker", "start"]:
+        named = set((options["engines"] or "").split(",")) - {"none"}
+        assert named <= set(registry.names())
+
+
+def test_there_are_workers_for_every_queue() -> None:
+    for commands in (
+        [service["command"] for service in COMPOSE.values() if "rowmill" in service.get("image", "")],
+        [pod["containers"][0]["command"] for pod in PODS.values()],
+    ):
+        started = [_parsed(words) for words in commands if words[1:3] == ["worker", "start"]]
+        engines = {name for options in started for name in options["engines"].split(",")}
+        assert engines >= {"onnx", "vllm", "none"}
+        assert any(options["control"] for options in started), "somebody has to plan and publish"
+
+
+def test_supervisors_wait_longer_than_a_drain() -> None:
+    grace = Settings.model_fields["drain_grace_seconds"].default
+    for name, service in COMPOSE.items():
+        if service.get("command", [""])[:3] == ["rowmill", "worker", "start"]:
+            assert int(service["stop_grace_period"].removesuffix("s")) >= grace + 30, name
+    config = next(m for m in MANIFESTS if m["kind"] == "ConfigMap")["data"]
+    for name, pod in PODS.items():
+        if pod["containers"][0]["command"][:3] == ["rowmill", "worker", "start"]:
+            assert pod["terminationGracePeriodSeconds"] >= float(config["ROWMILL_DRAIN_GRACE_SECONDS"]) + 30, name
+
+
+def test_images_are_pinned() -> None:
+    names = [service["image"] for service in COMPOSE.values()]
+    names += re.findall(r"^FROM (\S+)", (ROOT / "deploy/Dockerfile").read_text(), re.MULTILINE)
+    for name in names:
+        _, _, tag = name.partition(":")
+        assert tag and tag != "latest", name
+        assert name.startswith("rowmill:") or re.search(r"\d+\.\d+|RELEASE", tag), f"{name} moves"
+
+
+def test_the_image_runs_as_nobody_special_and_holds_no_secret() -> None:
+    text = (ROOT / "deploy/Dockerfile").read_text()
+    lines = [line for line in text.replace("\\\n", " ").splitlines() if line and not line.startswith("#")]
+    words = [line.split(maxsplit=1)[0] for line in lines]
+    assert words.count("FROM") == 2, "a stage to build in, and one to run"
+    assert not set(words) & {"ADD", "MAINTAINER"}
+    last = text[text.rindex("FROM ") :]
+    users = re.findall(r"^USER (\S+)", last, re.MULTILINE)
+    assert users and users[-1].isdigit() and int(users[-1]) >= 1000
+    assert last.index("USER ") > last.rindex("RUN "), "nothing is done as root after it"
+    for line in lines:
+        if line.startswith(("ENV", "ARG")):
+            assert not re.search(r"PASSWORD|SECRET|TOKEN|_KEY", line), line
+        if "apt-get install" in line:
+            assert "--no-install-recommends" in line and "rm -rf /var/lib/apt/lists" in line
+    assert re.search(r'^CMD \["', last, re.MULTILINE), "exec form: signals reach it"
+
+
+def test_secrets_come_from_outside() -> None:
+    for text in ((ROOT / "docker-compose.yml").read_text(), *_manifest_texts()):
+        for value in re.findall(r"^\s+\w*(?:PASSWORD|SECRET_KEY)\w*: (\S+)", text, re.MULTILINE):
+            assert value.startswith("${"), value
+    for name, pod in PODS.items():
+        [container] = pod["containers"]
+        assert {"secretRef": {"name": "rowmill"}} in container["envFrom"], name
+        assert not [env for env in container.get("env", []) if "value" in env], name
+
+
+def _manifest_texts() -> list[str]:
+    paths = (ROOT / "deploy/kubernetes").glob("*.yaml")
+    return [path.read_text() for path in paths if ".example." not in path.name]
+
+
+def test_manifests_hold_together() -> None:
+    kinds = {(m["kind"], m["metadata"]["name"]) for m in MANIFESTS if "metadata" in m}
+    for manifest in MANIFESTS:
+        if manifest["kind"] == "Kustomization":
+            listed = set(manifest["resources"])
+            files = {path.name for path in (ROOT / "deploy/kubernetes").glob("*.yaml")}
+            assert listed == files - {"kustomization.yaml", "secret.example.yaml"}
+            used = {pod["containers"][0]["image"] for pod in PODS.values()}
+            assert {image["name"] for image in manifest["images"]} == used
+        if manifest["kind"] == "Deployment":
+            labels = manifest["spec"]["template"]["metadata"]["labels"]
+            assert manifest["spec"]["selector"]["matchLabels"].items() <= labels.items()
+        if manifest["kind"] in ("ConfigMap", "Secret"):
+            for name in manifest.get("data", manifest.get("stringData", {})):
+                if name.startswith("ROWMILL_"):
+                    assert name.removeprefix("ROWMILL_").lower() in Settings.model_fields, name
+        if manifest["kind"] == "ScaledObject":
+            assert ("Deployment", manifest["spec"]["scaleTargetRef"]["name"]) in kinds
+    for name, pod in PODS.items():
+        assert pod["securityContext"]["runAsNonRoot"] is True, name
+        [container] = pod["containers"]
+        assert container["resources"]["requests"] and container["resources"]["limits"]["memory"], name
+        mounted = {mount["name"] for mount in container.get("volumeMounts", [])}
+        assert mounted == {volume["name"] for volume in pod.get("volumes", [])}, name
+
+
+@pytest.mark.postgres
+def test_keda_asks_what_postgres_can_answer(postgres_database: str) -> None:
+    scaled = [m["spec"]["triggers"][0]["metadata"] for m in MANIFESTS if m["kind"] == "ScaledObject"]
+    assert scaled
+    engine = sa.create_engine(postgres_database)
+    with engine.connect() as connection:
+        for trigger in scaled:
+            assert connection.execute(sa.text(trigger["query"])).scalar_one() == 0
+    engine.dispose()
