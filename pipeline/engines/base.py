@@ -116,6 +116,10 @@ class Engine(Protocol):
     from several threads at once → ``close``. Errors by type: :class:`~storage.errors.EngineDead` when it must be
     rebuilt, :class:`~storage.errors.TransientError` when a retry may help, :class:`~storage.errors.InvalidJob` (from
     ``check`` and ``load``) when no retry can help.
+
+    Two parts may be left out. ``shared_tasks: ClassVar[frozenset[Task]]``: tasks that one instance does, whichever of
+    them it was made for, so that they share it. ``memory_bytes() -> int | None``: resident memory of the processes
+    that it has started, now; what this process grew by while it loaded is measured by its host.
     """
 
     name: ClassVar[str]

@@ -31,7 +31,7 @@ from tests.conftest import S3
 from tests.faults.driver import REPOSITORY, Process, environment, wait_until
 from tests.servers import Server
 
-pytestmark = [pytest.mark.postgres, pytest.mark.vllm]
+pytestmark = [pytest.mark.postgres, pytest.mark.vllm, pytest.mark.timeout(900)]
 
 COMPOSE = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text())
 WIDTH = 256

@@ -18,6 +18,7 @@ from storage.workers import Seen
 from tests.cli.conftest import Rowmill, rowmill  # noqa: F401 - a fixture
 from tests.faults.conftest import broker_world  # noqa: F401 - a fixture
 from tests.faults.driver import Process, World, wait_until
+from tests.servers import Server
 
 pytestmark = pytest.mark.postgres
 
@@ -106,6 +107,25 @@ def test_the_first_signal_lets_shards_finish_the_second_flushes(
     gate.touch()
     assert second.join() == 0, second.err
     assert world.attempt_states(job) == [AttemptState.RELEASED, AttemptState.SUCCEEDED], "finished within the grace"
+    assert beat.running()
+
+
+def test_it_can_be_asked_to_end_while_the_broker_is_away(
+    broker_world: World,  # noqa: F811
+    redis_server: Server,
+    tmp_path: Path,
+) -> None:
+    world, gate = broker_world, tmp_path / "gate"
+    beat, worker = world.celery("beat"), start(world)
+    job = gated(world, gate)
+    redis_server.kill()
+    try:
+        assert len(workers.drain(world.database, [seen.worker.id for seen in known(world)])) == 2
+        assert worker.join() == 0, worker.err
+        assert world.attempt_states(job) == [AttemptState.RELEASED]
+    finally:
+        redis_server.start()
+    assert known(world) == []
     assert beat.running()
 
 
