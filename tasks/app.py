@@ -11,6 +11,7 @@ import os
 import queue
 import signal
 import threading
+from contextlib import suppress
 from typing import Any
 
 from celery import Celery
@@ -21,6 +22,7 @@ from kombu.transport import TRANSPORT_ALIASES
 from pipeline.engines import registry
 from pipeline.settings import Settings
 from pipeline.worker import Worker
+from storage.errors import TransientError
 from storage.wakeups import CONTROL_QUEUE, TICK
 
 TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "tasks.redis_transport:Transport"))
@@ -46,6 +48,7 @@ app.conf.update(
     },
 )
 
+_NOHUP = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 _lock = threading.Lock()
 _signals: queue.SimpleQueue[None] = queue.SimpleQueue()
 """One item for each signal to end. Its ``put`` may be called in a signal's handler, unlike that of other queues."""
@@ -81,23 +84,31 @@ def _ready(sender: Any, **_: Any) -> None:
     # SIGTERM): here the first one drains, the next one flushes at once.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
         signal.signal(number, _asked_to_end)
+    # Celery would start itself anew in its place.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if _NOHUP else _asked_to_end)
     consumed = tuple(sender.app.amqp.queues.consume_from)
     kinds = tuple(name for name in consumed if name in registry.names())
     if not _role:
         slots = sender.controller.concurrency if any(name != CONTROL_QUEUE for name in consumed) else 0
         _role.update(engines=kinds, queues=consumed, slots=slots)
-    threading.Thread(target=lambda: worker().wake(queues=consumed), name="rowmill-first", daemon=True).start()
+    threading.Thread(target=_wake, args=(consumed,), name="rowmill-first", daemon=True).start()
+
+
+def _wake(queues: tuple[str, ...]) -> None:
+    """Ask for shards that became ready when nobody was there, or while the broker was away."""
+    with suppress(TransientError):  # the tick does so, too
+        worker().wake(queues=queues)
 
 
 def _asked_to_end(number: int, frame: Any) -> None:
-    setattr(state, "should_stop", 0)  # noqa: B010 - Celery's warm shutdown: take no more tasks, wait for those that run, end with this code
+    # Celery's warm shutdown: take no more tasks, wait for those that run, end with this code.
+    setattr(state, "should_stop", 0)  # noqa: B010 - the stubs have it as None
     _signals.put(None)
 
 
 @worker_shutting_down.connect
 def _begin_to_end(**_: Any) -> None:
-    # A remote shutdown (Flower), or a signal before the worker was ready. Celery waits for the running tasks before it
-    # announces the shutdown itself, and a shard may take hours.
+    # A signal before the worker was ready, which Celery's own handler still took.
     _signals.put(None)
 
 
