@@ -60,10 +60,7 @@ class Fleet:
     def start(self, service: str) -> Process:
         """A service of docker-compose.yml: its command, found beside our own interpreter."""
         program, *arguments = COMPOSE["services"][service]["command"]
-        command = [
-            str(Path(sys.executable).with_name(program)),
-            *(a.replace("/tmp/", f"{self.home}/") for a in arguments),
-        ]
+        command = [str(Path(sys.executable).with_name(program)), *arguments]
         process = Process(command, environment(self.settings), self.home / f"{service}-{len(self.started)}.log")
         self.started.append(process)
         self._stack.enter_context(process)
