@@ -62,11 +62,10 @@ def estimate(runtime: Runtime, fields: dict[str, Any]) -> Estimate:
         columns = registry.engine_class(engine).check(spec, model, found.schema)
     finally:
         runtime.store.delete_tree(work)
-    groups = [group for file in found.files for group in file.row_groups]
     return Estimate(
-        files=len(found.files),
-        rows=sum(rows for rows, _ in groups),
-        n_bytes=sum(n_bytes for _, n_bytes in groups),
+        files=sum(1 for _ in found.files),
+        rows=sum(rows for file in found.files for rows, _ in file.row_groups),
+        n_bytes=sum(n_bytes for file in found.files for _, n_bytes in file.row_groups),
         shards=sum(1 for _ in planning.plan(found.files, shard_rows=spec.shard_rows, shard_bytes=spec.shard_bytes)),
         engine=engine,
         columns=tuple(columns),
