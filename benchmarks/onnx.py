@@ -104,7 +104,9 @@ def measure(variants: list[Variant], source: Path, warm: Path, rounds: int, fold
             variant.seconds.append(result["seconds"])
             variant.cpu.append(result["cpu"])
             variant.facts = result["facts"]
-            print(f"  {number} {variant.name:14} {result['seconds']:7.2f} s  {result['cpu']:7.2f} cpu s", file=sys.stderr)
+            print(
+                f"  {number} {variant.name:14} {result['seconds']:7.2f} s  {result['cpu']:7.2f} cpu s", file=sys.stderr
+            )
 
 
 def ratio(one: list[float], other: list[float]) -> float:
@@ -166,7 +168,9 @@ def report(variants: list[Variant], rows: int, folder: Path) -> None:
             found = ratio(by_name[one].seconds, by_name[other].seconds)
             cpu = ratio(by_name[one].cpu, by_name[other].cpu)
             verdict = "reached" if found >= wanted else "missed"
-            print(f"{one} against {other}: {found:.2f} times (by processor seconds {cpu:.2f}); wanted {wanted}: {verdict}")
+            print(
+                f"{one} against {other}: {found:.2f} times (by processor seconds {cpu:.2f}); wanted {wanted}: {verdict}"
+            )
 
 
 if __name__ == "__main__":

@@ -39,6 +39,10 @@ def graphs(folder: Path) -> Graphs:
     inferred = folder / "inferred.onnx"
     quant_pre_process(str(made.float32 / "model.onnx"), str(inferred), skip_symbolic_shape=True)
     quantize_dynamic(
-        str(inferred), str(made.int8 / "model.onnx"), per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"]
+        str(inferred),
+        str(made.int8 / "model.onnx"),
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+        op_types_to_quantize=["MatMul", "Gemm"],
     )
     return made

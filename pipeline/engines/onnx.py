@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow as pa
 
+from pipeline.engines import onnx_autotune, onnx_custom_ops, onnx_graph, onnx_layout, onnx_options
 from pipeline.engines import onnx_checks as checks
-from pipeline.engines import onnx_custom_ops, onnx_graph, onnx_options
 from pipeline.engines.base import Cancellation, EngineContext, ResultBatch, RowBatch
+from pipeline.engines.onnx_autotune import Bench, Tuned
 from pipeline.engines.onnx_folder import TextFolder
 from pipeline.engines.onnx_image import ImageModel
 from pipeline.engines.onnx_image_folder import read as read_image_folder
+from pipeline.engines.onnx_lane import Call, Stopped
+from pipeline.engines.onnx_layout import Layout
 from pipeline.engines.onnx_session import SessionPool, import_runtime, installed
-from pipeline.engines.onnx_stream import Window, stream
+from pipeline.engines.onnx_stream import Window, sample, stream
 from pipeline.engines.onnx_tensor import TensorModel
 from pipeline.engines.onnx_text import TextModel
 from pipeline.job_spec import JobSpec, Task
@@ -50,6 +57,10 @@ class OnnxEngine:
         self._libraries: tuple[Path, ...] = ()
         self._graph: Path | None = None
         self._version = ""
+        self._key = ""
+        self._layout_from = "default"
+        self._gate = threading.Lock()
+        self._active = 0
 
     @classmethod
     def check(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:
@@ -95,7 +106,10 @@ class OnnxEngine:
                 )
             graph, folder = self._export(folder)
         self._graph = graph
-        self._pool = pool = SessionPool.open(graph, options, notify)
+        cached = self._remembered(runtime, graph, folder is not None)
+        self._pool = pool = SessionPool.open(graph, options, notify, cached)
+        if pool.layout != cached and self._layout_from == "cache":
+            self._layout_from = "default"  # measured on a device that is gone
         try:
             signature = onnx_graph.of_session(pool.session, graph)
             if images:
@@ -110,6 +124,17 @@ class OnnxEngine:
         except BaseException:
             self.close()
             raise
+
+    def _remembered(self, runtime: Any, graph: Path, text: bool) -> Layout | None:
+        if onnx_layout.fixed(self._options, text=text):
+            self._layout_from = "options"
+            return None
+        providers = runtime.get_available_providers()
+        self._key = onnx_autotune.key(self._model.digest, graph, self._task, self._version, providers, self._options)
+        cached = onnx_autotune.read(self._context.cache_dir, self._key)
+        if cached is not None:
+            self._layout_from = "cache"
+        return cached
 
     def _export(self, folder: TextFolder) -> tuple[Path, TextFolder]:
         self._exported = done = exported(
@@ -138,15 +163,89 @@ class OnnxEngine:
         if self._pool is None or self._closed:
             raise EngineDead("the ONNX Runtime engine is not loaded, or was closed")
         self._pool.check_process()
-        prepared: Iterator[Window]
+        return self._infer(self._prepared(spec, batches), cancel)
+
+    def _prepared(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[Window]:
         if self._text is not None:
-            prepared = self._text.prepare(spec, batches)
-        elif self._image is not None:
-            prepared = self._image.prepare(spec, batches)
-        else:
-            assert self._tensor is not None
-            prepared = self._tensor.prepare(spec, batches)
-        return stream(prepared, self._pool, cancel)
+            return self._text.prepare(spec, batches)
+        if self._image is not None:
+            return self._image.prepare(spec, batches)
+        assert self._tensor is not None
+        return self._tensor.prepare(spec, batches)
+
+    def _infer(self, prepared: Iterator[Window], cancel: Cancellation) -> Iterator[ResultBatch]:
+        assert self._pool is not None
+        with self._gate:  # whoever comes while layouts are measured waits: it would spoil the measurement
+            if self._layout_from == "default" and not self._active and not cancel.cancelled:
+                prepared = self._first_measured(prepared, cancel)
+            self._active += 1
+        try:
+            yield from stream(prepared, self._pool, cancel)
+        finally:
+            with self._gate:
+                self._active -= 1
+
+    def _first_measured(self, prepared: Iterator[Window], cancel: Cancellation) -> Iterator[Window]:
+        """The same windows; if there are rows enough, after the fastest layout was found on the first of them."""
+        assert self._pool is not None
+        first = list(islice(prepared, 1))
+        if self._text is None:
+            # A window of tensors or images may be a single pack. As many windows are drawn as the lanes would work on.
+            most = 4 * self._pool.size
+            while first and len(first) < most and sum(len(window.packs) for window in first) < most:
+                more = next(prepared, None)
+                if more is None:
+                    return chain(first, prepared)
+                first.append(more)
+        elif first and first[0].n_rows < onnx_autotune.LEAST_ROWS:
+            return chain(first, prepared)
+        if first:
+            self._layout_from = "too slow to measure"
+            tuned = self._measure(first, cancel)
+            if tuned is not None and self._text is not None:
+                first = [replace(first[0], packs=first[0].sample(tuned.layout.token_budget, 1))]
+        return chain(first, prepared)
+
+    def _measure(self, windows: list[Window], cancel: Cancellation, *, patient: bool = False) -> Tuned | None:
+        """Find the fastest layout for the windows' rows, change to it, and remember it."""
+        pool, graph, model = self._pool, self._graph, self._text or self._image or self._tensor
+        assert pool is not None and graph is not None and model is not None
+        call = Call()
+        forget = cancel.on_cancel(call.stop)
+        counts = Counter(model.counts)
+        try:
+            bench = Bench(graph, self._options, pool, partial(sample, windows), call, patient=patient)
+            tuned = bench.tune(text=self._text is not None)
+            if tuned is None:
+                return None
+            if tuned.layout != pool.layout:
+                pool.become(SessionPool.open(graph, self._options, self._context.notify, tuned.layout))
+        except Stopped:
+            self._layout_from = "default"
+            return None
+        finally:
+            forget()
+            model.counts.clear()
+            model.counts.update(counts)
+        if self._text is not None:
+            self._text.token_budget = tuned.layout.token_budget
+        onnx_autotune.write(self._context.cache_dir, self._key, tuned)
+        self._layout_from = "measured"
+        return tuned
+
+    def benchmark(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Tuned | None:
+        """Measure layouts on ``batches``, some hundred rows or more, however slow the model is; remember the fastest.
+
+        ``None`` when there is nothing to measure: no row can be run, or the options fix everything.
+        """
+        if self._pool is None or self._closed:
+            raise EngineDead("the ONNX Runtime engine is not loaded, or was closed")
+        # Of texts, the first window; of tensors, what was given.
+        windows = list(islice(self._prepared(spec, batches), 1 if self._text is not None else None))
+        if not windows or self._layout_from == "options":
+            return None
+        with self._gate:
+            return self._measure(windows, Cancellation(), patient=True)
 
     def stats(self) -> dict[str, Any]:
         """Versions, real placement, how rows are batched, counters since ``load``; after ``close`` too."""
@@ -158,7 +257,8 @@ class OnnxEngine:
             "graph": None if self._graph is None else self._graph.name,
         }
         if pool is not None:
-            facts |= {"providers": list(pool.providers), "sessions": pool.size, "threads": self._options.threads}
+            facts |= {"providers": list(pool.providers), "nodes": pool.placement, "layout_from": self._layout_from}
+            facts |= {**pool.layout.to_json(), "kept_runs": pool.kept_runs}
         if self._libraries:
             facts["custom_ops"] = onnx_custom_ops.digests(self._libraries)
         if text is not None:

@@ -14,7 +14,7 @@ Provider = tuple[str, dict[str, str]]
 
 
 class OnnxOptions(BaseModel):
-    """How ONNX Runtime runs the graph. ``None`` means: chosen at load, by what the machine has."""
+    """How ONNX Runtime runs the graph. ``None`` means: measured, or chosen by what the machine has."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -25,15 +25,22 @@ class OnnxOptions(BaseModel):
     file: str | None = None
     """Which ``.onnx`` file of the model directory, relative to it."""
     sessions: Annotated[StrictInt, Field(ge=1, le=256)] | None = None
-    """Copies of the model running side by side; ``None``: one per core on CPU, one on a GPU."""
-    threads: Annotated[StrictInt, Field(ge=1, le=1024)] = 1
-    """Threads of each session (``intra_op_num_threads`` is another name for it)."""
+    """Copies of the model. One copy serves several batches at once (``lanes``)."""
+    lanes: Annotated[StrictInt, Field(ge=1, le=256)] | None = None
+    """Batches that run side by side on each copy."""
+    threads: Annotated[StrictInt, Field(ge=1, le=1024)] | None = None
+    """Threads that share the work of each batch (``intra_op_num_threads`` is another name for it)."""
+    io_binding: StrictBool | None = None
+    """Texts: run into kept input and output buffers instead of new ones."""
+    autotune: StrictBool = True
+    """Measure the first large window of rows in several layouts, and keep the fastest for what is ``None`` here."""
     token_budget: Annotated[StrictInt, Field(ge=1)] | None = None
-    """Most padded tokens in a batch of texts; ``None``: 512 on CPU, 16,384 on a GPU."""
+    """Most padded tokens in a batch of texts; unless measured, 512 on CPU, 16,384 on a GPU."""
     max_batch: Annotated[StrictInt, Field(ge=1)] = 256
     """Most rows in a batch."""
-    window_rows: Annotated[StrictInt, Field(ge=1)] = 4096
-    """Rows looked at together when texts are sorted by length and duplicates found."""
+    window_rows: Annotated[StrictInt, Field(ge=1)] = 32_768
+    """Most rows looked at together when texts are sorted by length and duplicates found; 32 MiB of columns at most.
+    Two such windows are in memory at a time."""
     row_mode: Literal["auto", "stack", "whole"] = "auto"
     """``tensor``: is a row one item along the graph's first axis, or the whole input? ``auto`` reads the graph."""
     finite: StrictBool = False

@@ -1,8 +1,8 @@
-"""ONNX Runtime itself: importing it safely, sessions whose placement is verified, runs that can be stopped.
+"""ONNX Runtime itself: importing it safely, sessions whose placement is verified, lanes that share them.
 
 Read in ONNX Runtime 1.31 and measured on its CPU build: asked for a GPU that is not there, it logs and returns a CPU
-session, so ``get_providers()`` is compared with what was asked for; ``RunOptions.terminate`` ends a run within 0.3 s
-and latches, so every run gets options of its own; memory patterns cost memory when shapes vary.
+session, so ``get_providers()`` and the providers of the single nodes are compared with what was asked for; memory
+patterns cost memory when shapes vary; several threads may run one session at a time, as fast as a copy for each.
 """
 
 from __future__ import annotations
@@ -11,36 +11,29 @@ import importlib.metadata
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import psutil
 
-from pipeline.engines import onnx_narrow
+from pipeline.engines.onnx_lane import QUIET, Call, Lane, Stopped
+from pipeline.engines.onnx_lane import Array as Array
+from pipeline.engines.onnx_lane import Run as Run
+from pipeline.engines.onnx_lane import RunFailed as RunFailed
+from pipeline.engines.onnx_layout import Layout
 from pipeline.engines.onnx_options import OnnxOptions, Provider
 from pipeline.models.export import REPORT
 from storage.errors import EngineDead, EngineMissing, InvalidModel
 
-Array = npt.NDArray[Any]
 T = TypeVar("T")
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 _TELEMETRY = "ORT_DISABLE_TELEMETRY"
 _DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
-_QUIET = 4  # only what ends the process: a refused row is reported by us, not on stderr
-
-
-class Stopped(Exception):
-    """The call that this run belongs to was cancelled or closed."""
-
-
-class RunFailed(Exception):
-    """ONNX Runtime refused these inputs. The message is the runtime's."""
 
 
 def installed() -> tuple[str, ...]:
@@ -75,6 +68,9 @@ def import_runtime() -> Any:
     os.environ[_TELEMETRY] = "1"
     try:
         import onnxruntime
+
+        if found[0].startswith("onnxruntime-gpu"):
+            onnxruntime.preload_dlls()  # CUDA and cuDNN out of their wheels, where the system has none
     except ImportError as error:
         raise EngineMissing(f"{found[0]} is installed but cannot be imported: {error}") from error
     return onnxruntime
@@ -90,88 +86,20 @@ def available_cores() -> int:
     return max(1, cores if quota == "max" else min(cores, int(quota) // int(period)))
 
 
-class Call:
-    """Everything that one ``infer`` has running, so that it can be stopped from any thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._running: set[Any] = set()
-        self.stopped = False
-
-    def stop(self) -> None:
-        """End the runs in flight and refuse further ones."""
-        with self._lock:
-            self.stopped = True
-            for options in self._running:
-                options.terminate = True
-
-    def enter(self, options: Any) -> None:
-        with self._lock:
-            if self.stopped:
-                raise Stopped
-            self._running.add(options)
-
-    def leave(self, options: Any) -> None:
-        with self._lock:
-            self._running.discard(options)
-
-
-class Lane:
-    """One session, driven by one thread at a time."""
-
-    def __init__(self, runtime: Any, session: Any, refusals: tuple[type[Exception], ...]) -> None:
-        self._runtime = runtime
-        self._refusals = refusals
-        self.session = session
-        self._outputs = [value.name for value in session.get_outputs()]
-        # ONNX Runtime binds no strings.
-        self._bindable = all("string" not in v.type for v in [*session.get_inputs(), *session.get_outputs()])
-
-    def run(self, feed: Mapping[str, Array], call: Call) -> list[Array]:
-        """Outputs in graph order. Raises :class:`Stopped`, or :class:`RunFailed` when the runtime refuses the feed."""
-        options = self._runtime.RunOptions()
-        options.log_severity_level = _QUIET
-        call.enter(options)
-        try:
-            if not self._bindable:
-                outputs = self.session.run(None, dict(feed), options)
-            else:
-                binding = self.session.io_binding()
-                for name, array in feed.items():
-                    onnx_narrow.bind(binding, name, array)
-                for name in self._outputs:
-                    binding.bind_output(name, "cpu")
-                self.session.run_with_iobinding(binding, options)
-                outputs = [onnx_narrow.array_of(value) for value in binding.get_outputs()]
-        except self._refusals as error:
-            if call.stopped:
-                raise Stopped from None
-            raise RunFailed(str(error)) from error
-        finally:
-            call.leave(options)
-        return [np.asarray(output) for output in outputs]
-
-
-class Run:
-    """A lane lent to one piece of work of one call."""
-
-    def __init__(self, lane: Lane, call: Call) -> None:
-        self._lane = lane
-        self._call = call
-
-    def __call__(self, feed: Mapping[str, Array]) -> list[Array]:
-        return self._lane.run(feed, self._call)
-
-
 class SessionPool:
-    """Sessions over one graph, each driven by its own thread. Made in the process that uses it."""
+    """Sessions over one graph and the lanes that drive them, each on a thread. Made in the process that uses it.
 
-    def __init__(self, lanes: Sequence[Lane], providers: tuple[str, ...]) -> None:
+    ``placement`` counts the graph's nodes by execution provider, as they were before fusion.
+    """
+
+    def __init__(self, lanes: Sequence[Lane], providers: tuple[str, ...], layout: Layout) -> None:
         self._lanes = list(lanes)
         self._pid = os.getpid()
         self._local = threading.local()
         self.providers = providers
+        self.layout = layout
         self.size = len(self._lanes)
+        self.placement = _placement(self.session)
         free = list(self._lanes)
 
         def take_a_lane() -> None:
@@ -180,16 +108,24 @@ class SessionPool:
         self._threads = ThreadPoolExecutor(self.size, "rowmill-onnx", initializer=take_a_lane)
 
     @classmethod
-    def open(cls, path: Path, options: OnnxOptions, notify: Callable[[str], None]) -> Self:
-        """Load the graph. Raises :class:`~storage.errors.EngineMissing` when a provider that was named is not active
-        (unless ``allow_fallback``), :class:`~storage.errors.InvalidModel` when the runtime refuses the graph."""
+    def open(
+        cls, path: Path, options: OnnxOptions, notify: Callable[[str], None], layout: Layout | None = None
+    ) -> Self:
+        """Load the graph, in ``layout`` or the one that fits the machine.
+
+        Raises :class:`~storage.errors.EngineMissing` when a provider that was named is not active or got no node
+        (unless ``allow_fallback``), :class:`~storage.errors.InvalidModel` when the runtime refuses the graph.
+        """
         runtime = import_runtime()
         refusals = _refusals(runtime)
         wanted = _wanted(runtime, options)
-        first = _session(runtime, path, options, wanted, refusals)
+        on_cpu = all(name == CPU for name, _ in wanted)
+        layout = layout or Layout.default(options, available_cores(), on_cpu=on_cpu)
+        first = _session(runtime, path, options, wanted, refusals, layout.threads)
         active = tuple(first.get_providers())
+        strict = options.providers is not None and not options.allow_fallback
         missing = [name for name, _ in wanted if name not in active]
-        if missing and options.providers is not None and not options.allow_fallback:
+        if missing and strict:
             raise EngineMissing(
                 f"{', '.join(missing)} was asked for, but ONNX Runtime placed the model on {', '.join(active)}: "
                 "the device, its driver or its libraries are missing. 'allow_fallback' accepts that",
@@ -197,17 +133,41 @@ class SessionPool:
             )
         if missing:
             notify(f"{', '.join(missing)} does not work here; ONNX Runtime runs on {', '.join(active)}")
-        size = options.sessions or _default_sessions(path, options, active)
+            if active == (CPU,):  # what was meant for a GPU does not fit
+                layout = Layout.default(options, available_cores(), on_cpu=True)
+                first = _session(runtime, path, options, [(CPU, {})], refusals, layout.threads)
+        elif wanted[0][0] != CPU and (placed := _placement(first)) and wanted[0][0] not in placed:
+            said = f"{wanted[0][0]} runs none of the model's {sum(placed.values())} nodes: {_counted(placed)}"
+            if strict:
+                raise EngineMissing(f"{said}. 'allow_fallback' accepts that", field="engine_options.providers")
+            notify(said)
         rest = [
-            _session(runtime, path, options, [(n, o) for n, o in wanted if n in active], refusals)
-            for _ in range(size - 1)
+            _session(runtime, path, options, [(n, o) for n, o in wanted if n in active], refusals, layout.threads)
+            for _ in range(layout.sessions - 1)
         ]
-        return cls([Lane(runtime, session, refusals) for session in [first, *rest]], active)
+        device = "cuda" if CUDA in active else "cpu"
+        lanes = [
+            Lane(runtime, session, refusals, binding=layout.io_binding, device=device)
+            for session in [first, *rest]
+            for _ in range(layout.lanes)
+        ]
+        return cls(lanes, active, layout)
+
+    def become(self, other: SessionPool) -> None:
+        """Take over the sessions and threads of ``other``, which is not used any more; nothing may run on this one."""
+        self.close()
+        self._lanes, self._threads, self._local = other._lanes, other._threads, other._local
+        self.layout, self.size, self.placement = other.layout, other.size, other.placement
 
     @property
     def session(self) -> Any:
         """One of the sessions, for its signature."""
         return self._lanes[0].session
+
+    @property
+    def kept_runs(self) -> int:
+        """Runs so far that went through kept buffers."""
+        return sum(lane.kept_runs for lane in self._lanes)
 
     @property
     def on_cpu(self) -> bool:
@@ -270,18 +230,20 @@ def _session(
     options: OnnxOptions,
     providers: Sequence[Provider],
     refusals: tuple[type[Exception], ...],
+    threads: int,
 ) -> Any:
     settings = runtime.SessionOptions()
-    settings.intra_op_num_threads = options.threads
+    settings.intra_op_num_threads = threads
     settings.inter_op_num_threads = 1
     settings.enable_mem_pattern = False
-    settings.log_severity_level = _QUIET
+    settings.log_severity_level = QUIET
     level = (
         "ORT_DISABLE_ALL"
         if options.graph_optimization_level == "disable"
         else (f"ORT_ENABLE_{options.graph_optimization_level.upper()}")
     )
     settings.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, level)
+    settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     for key, value in options.session_config.items():
         settings.add_session_config_entry(key, value)
     for library in options.custom_ops:
@@ -297,11 +259,23 @@ def _session(
     return session
 
 
-def _default_sessions(path: Path, options: OnnxOptions, active: tuple[str, ...]) -> int:
-    if active != (CPU,):
-        return 1
-    # Every session holds its own copy of the weights, twice while it loads: stay within half of the free memory.
+def _placement(session: Any) -> dict[str, int]:
+    try:
+        parts = session.get_provider_graph_assignment_info()
+    except (AttributeError, RuntimeError):  # an older ONNX Runtime
+        return {}
+    counts: Counter[str] = Counter()
+    for part in parts:
+        counts[part.ep_name] += len(part.get_nodes())
+    return dict(counts.most_common())
+
+
+def _counted(placement: dict[str, int]) -> str:
+    return ", ".join(f"{count} on {name}" for name, count in placement.items())
+
+
+def memory_for_copies(path: Path) -> int:
+    """How many copies of the model fit into half of the free memory: each takes its weights, twice while it loads."""
     beside = path.parent.iterdir() if (path.parent / REPORT).is_file() else path.parent.glob(f"{path.stem}*data*")
     weights = sum(file.stat().st_size for file in {path, *beside})
-    fitting = int(psutil.virtual_memory().available / 2 // max(1, 2 * weights))
-    return max(1, min(available_cores() // options.threads, fitting))
+    return int(psutil.virtual_memory().available / 2 // max(1, 2 * weights))

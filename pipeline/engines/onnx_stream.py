@@ -1,7 +1,8 @@
 """One ``infer`` call: windows of work are prepared while the sessions compute, results come as they are done.
 
 The caller's thread reads and prepares (tokenizes) the next window between two yields, while the sessions work on the
-one before; at most ``AHEAD`` windows are prepared and not yet finished, which bounds memory.
+one before. At most ``AHEAD`` windows are prepared and not yet finished, or, of windows with few packs, as many as give
+every lane two packs; that bounds memory.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import queue
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,7 +20,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.engines.base import Cancellation, ResultBatch, RowBatch, RowFailure
-from pipeline.engines.onnx_session import Call, Run, RunFailed, SessionPool, Stopped
+from pipeline.engines.onnx_lane import Call, Run, RunFailed, Stopped
+from pipeline.engines.onnx_session import SessionPool
 from pipeline.row_errors import MESSAGE_LIMIT
 from storage.errors import EngineDead
 
@@ -37,10 +39,26 @@ Pack = Callable[[Run], ResultBatch]
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Prepared work: ``packs`` in the order in which they should run, and the rows that need none."""
+    """Prepared work: ``packs`` in the order in which they should run, and the rows that need none.
+
+    ``repacked`` makes them anew: every n-th row only, at another budget of padded tokens.
+    """
 
     packs: list[Pack]
     failures: tuple[RowFailure, ...] = ()
+    n_rows: int = 0
+    repacked: Callable[[int, int], list[Pack]] | None = None
+
+    def sample(self, budget: int, every: int) -> list[Pack]:
+        """Packs that stand for all of them."""
+        return self.packs[::every] if self.repacked is None else self.repacked(budget, every)
+
+
+def sample(windows: Sequence[Window], budget: int, every: int) -> list[Pack]:
+    """Packs that stand for all those of the windows."""
+    if len(windows) == 1:
+        return windows[0].sample(budget, every)
+    return [pack for window in windows for pack in window.packs][::every]
 
 
 def windows(batches: Iterable[RowBatch], rows: int, max_bytes: int) -> Iterator[tuple[Indices, list[pa.RecordBatch]]]:
@@ -83,7 +101,12 @@ def stream(prepared: Iterator[Window], pool: SessionPool, cancel: Cancellation) 
     more = True
     try:
         while not call.stopped:
-            while more and len(open_packs) < AHEAD and not call.stopped and not finished.due(idle=False):
+            while (
+                more
+                and (len(open_packs) < AHEAD or len(running) < 2 * pool.size)
+                and not call.stopped
+                and not finished.due(idle=False)
+            ):
                 window = next(prepared, None)
                 if window is None:
                     more = False

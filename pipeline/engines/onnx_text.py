@@ -18,8 +18,9 @@ from pipeline.engines import onnx_results as results
 from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
 from pipeline.engines.onnx_folder import TextFolder
 from pipeline.engines.onnx_graph import GraphValue, Signature
+from pipeline.engines.onnx_lane import Array, Call, Run, RunFailed
 from pipeline.engines.onnx_options import OnnxOptions
-from pipeline.engines.onnx_session import Array, Call, Run, RunFailed, SessionPool
+from pipeline.engines.onnx_session import SessionPool
 from pipeline.engines.onnx_stream import Indices, Pack, Window, bisect, record_batch, windows
 from pipeline.engines.onnx_tokens import DistinctTexts, TextTokenizer, Tokens, distinct
 from pipeline.job_spec import JobSpec, Task
@@ -29,9 +30,6 @@ from storage.errors import InvalidJob, InvalidModel
 Floats = npt.NDArray[np.float32]
 
 WINDOW_BYTES = 32 * 2**20
-CPU_TOKENS = 512
-GPU_TOKENS = 16_384
-"""Padded tokens in a batch. Measured on two cores with all-MiniLM-L6-v2: 512 to 1,024 best, 16,384 a quarter slower."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +65,13 @@ class TextModel:
         limits = [limit for limit in (folder.max_length, length) if limit is not None]
         self.tokenizer = TextTokenizer(folder, min(limits, default=None))
         self.head = head(task, signature)
-        self.token_budget = options.token_budget or (CPU_TOKENS if pool.on_cpu else GPU_TOKENS)
+        self.token_budget = pool.layout.token_budget
         self._sample = self.tokenizer.encode([("a",)], truncate=True)
         if not len(self._sample.ids):
             self._sample = Tokens(
                 np.zeros(1, np.int32), np.zeros(1, np.int32), np.ones(1, np.int64), np.zeros(1, bool), {}
             )
+        self.width = 0
         self.width = self._measure_width()
         if task is Task.SCORE and self.width != 1:
             raise InvalidModel(f"task 'score' needs a model with one output; this one has {self.width}: use 'classify'")
@@ -154,13 +153,21 @@ class TextModel:
         return True
 
     def _forward(self, run: Run, tokens: Tokens, items: Indices) -> Floats:
-        output = run(self._feed(tokens, items))[self.head.position][: len(items)]
+        feed = self._feed(tokens, items)
+        output = run.one(feed, self.head.name, self._shape_of_output(feed))[: len(items)]
         if output.ndim != self.head.rank or len(output) != len(items):
             raise InvalidModel(
                 f"graph output {self.head.name!r} has shape {list(output.shape)} for {len(items)} texts; "
                 f"expected {self.head.rank} axes, the first of them over the texts"
             )
-        return output.astype(np.float32, copy=False)
+        # A vector for each text is kept as it is: it must not lie in a buffer that the next run overwrites.
+        return output.astype(np.float32, copy=self.head.rank == 2)
+
+    def _shape_of_output(self, feed: dict[str, Array]) -> tuple[int, ...] | None:
+        shape = feed["input_ids"].shape
+        if self.width == 0:  # the first run tells
+            return None
+        return (*shape, self.width) if self.head.rank == 3 else (shape[0], self.width)
 
     def _feed(self, tokens: Tokens, items: Indices) -> dict[str, Array]:
         lengths = tokens.lengths[items]
@@ -249,13 +256,19 @@ class _TextJob:
             truncated_rows=int(repeats[tokens.truncated].sum()),
             duplicate_rows=int((repeats[good] - 1).sum()),
         )
-        budget = self._model.token_budget
-        packs = [
-            self._pack(rows, tokens, good[batch], members, bounds, budget)
-            for batch in self._model.packs_of(tokens.lengths[good], budget)
-        ]
-        packs += [self._pieces(rows[members[bounds[text] : bounds[text + 1]]], pieces[text]) for text in sorted(pieces)]
-        return Window(packs, tuple(failures))
+
+        def packed(budget: int, every: int = 1) -> list[Pack]:
+            # Every n-th by length: the lengths of the sample are spread as those of the window.
+            some = good if every == 1 else good[np.argsort(tokens.lengths[good], kind="stable")[::every]]
+            packs = [
+                self._pack(rows, tokens, some[batch], members, bounds, budget)
+                for batch in self._model.packs_of(tokens.lengths[some], budget)
+            ]
+            # Longer texts than the model takes, in pieces; no part of a sample.
+            return packs + (long if every == 1 else [])
+
+        long = [self._pieces(rows[members[bounds[text] : bounds[text + 1]]], pieces[text]) for text in sorted(pieces)]
+        return Window(packed(self._model.token_budget), tuple(failures), len(good), packed)
 
     def _pieces(self, rows: Indices, tokens: Tokens) -> Pack:
         """The work on one text that is longer than the model's limit. ``rows``: those that have it."""

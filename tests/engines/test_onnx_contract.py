@@ -59,7 +59,8 @@ def path(task: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(task: str, path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnnxEngine]:
-    made = engine(path, SPECS[task], tmp_path_factory.mktemp("cache"))
+    # Small windows: how far ahead rows are drawn shows with few of them.
+    made = engine(path, SPECS[task], tmp_path_factory.mktemp("cache"), window_rows=4096)
     yield made
     made.close()
 

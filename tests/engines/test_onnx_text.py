@@ -108,7 +108,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny(encoder: Path, cache: Path) -> Iterator[OnnxEngine]:
-    made = engine(encoder, job("embed"), cache)
+    made = engine(encoder, job("embed"), cache, window_rows=4096)
     yield made
     made.close()
 
@@ -438,12 +438,13 @@ def test_several_threads_infer_on_one_engine(tiny: OnnxEngine) -> None:
 
 def test_cancel_ends_the_iterator_and_the_engine_goes_on(tiny: OnnxEngine) -> None:
     drawn = 0
+    fresh = some_texts(500)
 
     def endless() -> Iterator[RowBatch]:
         nonlocal drawn
         while True:
             drawn += 1
-            yield RowBatch(np.arange(50, dtype=np.int64) + 50 * drawn, column(some_texts(50, seed=drawn)))
+            yield RowBatch(np.arange(500, dtype=np.int64) + 500 * drawn, column([f"{word} {drawn}" for word in fresh]))
 
     cancel = Cancellation()
     results = tiny.infer(job("embed"), endless(), cancel)

@@ -1,0 +1,196 @@
+"""Which layout is fastest here: measured in seconds on a sample of the first window of rows, then remembered.
+
+A rival has to beat what is there by ``MARGIN`` in the better of two turns, taken in alternation, because a busy machine
+makes any of them look slow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.engines import onnx_layout
+from pipeline.engines.onnx_lane import Call
+from pipeline.engines.onnx_layout import Layout
+from pipeline.engines.onnx_options import OnnxOptions
+from pipeline.engines.onnx_session import SessionPool, available_cores, memory_for_copies
+from pipeline.engines.onnx_stream import Pack
+
+MARGIN = 1.05
+"""How many times as fast a rival must be."""
+SAMPLE_SECONDS = 0.5
+"""About how long one turn of the first layout takes."""
+SLOW_SECONDS = 4.0
+"""A model whose single batch takes longer is left as it is, unless a measurement was asked for by name."""
+LEAST_ROWS = 1024
+"""Distinct rows in the first window of a job that is worth the seconds."""
+_TURNS = 2
+
+Sample = Callable[[int, int], list[Pack]]
+"""Packs of every ``n``-th row of a window at a token budget: ``sample(budget, n)``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One layout as measured: ``ratio`` is its speed against the layout that it was to replace."""
+
+    layout: Layout
+    rows_per_second: float
+    ratio: float
+    chosen: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """The fastest layout, and everything that was measured on the way."""
+
+    layout: Layout
+    trials: tuple[Trial, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        trials = [
+            {**trial.layout.to_json(), "rows_per_second": trial.rows_per_second, "ratio": trial.ratio}
+            for trial in self.trials
+        ]
+        return {"layout": self.layout.to_json(), "trials": trials}
+
+
+class Bench:
+    """Measures layouts of one graph; ``pool`` is the one in use, with which the first layout is measured.
+
+    ``patient``: measure slow models too. Stopping ``call`` ends it with :class:`~pipeline.engines.onnx_lane.Stopped`.
+    """
+
+    def __init__(
+        self, graph: Path, options: OnnxOptions, pool: SessionPool, sample: Sample, call: Call, *, patient: bool = False
+    ) -> None:
+        self._graph, self._options, self._pool = graph, options, pool
+        self._sample, self._call, self._patient = sample, call, patient
+        self._every = 1
+        self._n_rows = 0
+        self.trials: list[Trial] = []
+
+    def tune(self, *, text: bool) -> Tuned | None:
+        """The fastest layout, or ``None`` when one batch takes too long to try any."""
+        cores, on_cpu, options = available_cores(), self._pool.on_cpu, self._options
+        best = self._pool.layout
+        if not self._choose_sample(best):
+            return None
+        copies = memory_for_copies(self._graph)
+        best = self._contest(best, onnx_layout.rivals(best, options, cores, copies, on_cpu=on_cpu))
+        if text:
+            best = self._contest(best, onnx_layout.budgets(best, options, on_cpu=on_cpu))
+            best = self._contest(best, onnx_layout.bindings(best, options))
+        if not self.trials:
+            return None
+        return Tuned(best, tuple(self.trials))
+
+    def _choose_sample(self, layout: Layout) -> bool:
+        whole = self._sample(layout.token_budget, 1)
+        if not whole:
+            return False
+        # The middle one stands for all; the first run of a shape may be slow.
+        middle = [whole[len(whole) // 2]]
+        self._seconds(self._pool, middle)
+        one = self._seconds(self._pool, middle)
+        if one > SLOW_SECONDS and not self._patient:
+            return False
+        wanted = max(2 * self._pool.size, int(SAMPLE_SECONDS / max(one, 1e-6)) * self._pool.size)
+        self._every = max(1, len(whole) // wanted)
+        return True
+
+    def _contest(self, champion: Layout, rivals: Iterable[Layout]) -> Layout:
+        """The champion, or the fastest rival that beats it clearly."""
+        challengers = list(rivals)
+        if not challengers:
+            return champion
+        best: dict[Layout, float] = {}
+        with self._pools([champion, *challengers]) as pools:
+            for turn in range(_TURNS):
+                order = list(pools) if turn % 2 == 0 else list(pools)[::-1]
+                for layout in order:
+                    packs = self._sample(layout.token_budget, self._every)
+                    if layout not in best:
+                        self._seconds(pools[layout], packs[: pools[layout].size])  # warm
+                    seconds = self._seconds(pools[layout], packs)
+                    best[layout] = min(seconds, best.get(layout, seconds))
+        fastest = min(best, key=lambda layout: best[layout])
+        if best[champion] < best[fastest] * MARGIN:
+            fastest = champion
+        for layout, seconds in best.items():
+            rate = self._n_rows / seconds
+            self.trials.append(Trial(layout, round(rate, 2), round(best[champion] / seconds, 3), layout == fastest))
+        return fastest
+
+    @contextmanager
+    def _pools(self, layouts: Sequence[Layout]) -> Iterator[dict[Layout, SessionPool]]:
+        opened: dict[Layout, SessionPool] = {}
+        try:
+            for layout in layouts:
+                if layout == self._pool.layout:
+                    opened[layout] = self._pool
+                else:
+                    opened[layout] = SessionPool.open(self._graph, self._options, lambda message: None, layout)
+            yield opened
+        finally:
+            for pool in opened.values():
+                if pool is not self._pool:
+                    pool.close()
+
+    def _seconds(self, pool: SessionPool, packs: Sequence[Pack]) -> float:
+        began = time.perf_counter()
+        futures: list[Future[Any]] = [pool.submit(self._call, pack) for pack in packs]
+        wait(futures)
+        results = [future.result() for future in futures]
+        self._n_rows = sum(len(result.rows) for result in results)
+        return time.perf_counter() - began
+
+
+def key(digest: str, graph: Path, task: str, version: str, providers: Sequence[str], options: OnnxOptions) -> str:
+    """Names what was measured: the model on this ONNX Runtime, its providers, the processor, the options set."""
+    chosen = options.model_dump(mode="json", exclude={"window_rows", "autotune", "allow_fallback"})
+    parts = [digest, graph.name, task, version, *providers, processor(), available_cores(), chosen]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def processor() -> str:
+    """The processor's model and instruction sets."""
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        lines = re.findall(r"^(model name|flags|Features|CPU part)\s*:\s*(.*)$", text, re.MULTILINE)
+        if lines:
+            return json.dumps(dict(lines), sort_keys=True)
+    return platform.processor() or platform.machine()
+
+
+def read(cache_dir: Path, name: str) -> Layout | None:
+    """The layout measured before; ``None`` when there is none, or the file is damaged (then it is measured again)."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return Layout.from_json(json.loads(_path(cache_dir, name).read_text(encoding="utf-8"))["layout"])
+    return None
+
+
+def write(cache_dir: Path, name: str, tuned: Tuned) -> None:
+    """Remember it, for every process on this machine. A cache that cannot be written is no error."""
+    path = _path(cache_dir, name)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(tuned.to_json(), file, indent=1)
+        Path(temporary).replace(path)
+
+
+def _path(cache_dir: Path, name: str) -> Path:
+    return cache_dir / "onnx-layouts" / f"{name}.json"
