@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import admin, config, db, doctor, job, model, schedule, tenant, worker
+from pipeline.cli import admin, config, db, doctor, job, model, model_benchmark, schedule, tenant, worker
 from pipeline.cli.beat import beat
 from pipeline.cli.run import run
 from pipeline.cli.submit import estimate, submit
@@ -49,6 +49,7 @@ app.add_typer(config.app, name="config")
 app.add_typer(db.app, name="db")
 app.add_typer(tenant.app, name="tenant")
 app.add_typer(admin.app, name="admin")
+model.app.command(name="benchmark")(model_benchmark.benchmark)
 app.add_typer(model.app, name="model")
 
 

@@ -233,7 +233,7 @@ class OnnxEngine:
         self._layout_from = "measured"
         return tuned
 
-    def benchmark(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Tuned | None:
+    def benchmark(self, spec: JobSpec, batches: Iterable[RowBatch]) -> dict[str, Any] | None:
         """Measure layouts on ``batches``, some hundred rows or more, however slow the model is; remember the fastest.
 
         ``None`` when there is nothing to measure: no row can be run, or the options fix everything.
@@ -245,7 +245,8 @@ class OnnxEngine:
         if not windows or self._layout_from == "options":
             return None
         with self._gate:
-            return self._measure(windows, Cancellation(), patient=True)
+            tuned = self._measure(windows, Cancellation(), patient=True)
+        return None if tuned is None else tuned.told()
 
     def stats(self) -> dict[str, Any]:
         """Versions, real placement, how rows are batched, counters since ``load``; after ``close`` too."""

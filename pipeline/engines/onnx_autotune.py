@@ -1,7 +1,7 @@
 """Which layout is fastest here: measured in seconds on a sample of the first window of rows, then remembered.
 
 A rival has to beat what is there by ``MARGIN`` in the better of two turns, taken in alternation, because a busy machine
-makes any of them look slow.
+makes any of them look slow. Why so, and what was measured: docs/adr/0017.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ SAMPLE_SECONDS = 0.5
 """About how long one turn of the first layout takes."""
 SLOW_SECONDS = 4.0
 """A model whose single batch takes longer is left as it is, unless a measurement was asked for by name."""
+LIMIT_SECONDS = 15.0
+"""After this long no further question is opened, unless a measurement was asked for by name."""
 LEAST_ROWS = 1024
 """Distinct rows in the first window of a job that is worth the seconds."""
 _TURNS = 2
@@ -57,6 +59,14 @@ class Tuned:
 
     layout: Layout
     trials: tuple[Trial, ...]
+
+    def told(self) -> dict[str, Any]:
+        """For people: ``chosen`` and ``trials``, layouts in words."""
+        trials = [
+            {"layout": str(t.layout), "rows_per_second": t.rows_per_second, "ratio": t.ratio, "chosen": t.chosen}
+            for t in self.trials
+        ]
+        return {"chosen": str(self.layout), "trials": trials}
 
     def to_json(self) -> dict[str, Any]:
         trials = [
@@ -87,11 +97,18 @@ class Bench:
         best = self._pool.layout
         if not self._choose_sample(best):
             return None
-        copies = memory_for_copies(self._graph)
-        best = self._contest(best, onnx_layout.rivals(best, options, cores, copies, on_cpu=on_cpu))
+        copies, began = memory_for_copies(self._graph), time.monotonic()
+        questions: list[Callable[[Layout], Iterable[Layout]]] = [
+            lambda best: onnx_layout.rivals(best, options, cores, copies, on_cpu=on_cpu)
+        ]
         if text:
-            best = self._contest(best, onnx_layout.budgets(best, options, on_cpu=on_cpu))
-            best = self._contest(best, onnx_layout.bindings(best, options))
+            questions += [
+                lambda best: onnx_layout.budgets(best, options, on_cpu=on_cpu),
+                lambda best: onnx_layout.bindings(best, options),
+            ]
+        for rivals in questions:
+            if self._patient or time.monotonic() - began < LIMIT_SECONDS:
+                best = self._contest(best, rivals(best))
         if not self.trials:
             return None
         return Tuned(best, tuple(self.trials))

@@ -28,8 +28,8 @@ class Layout:
     io_binding: bool
 
     def __str__(self) -> str:
-        how = "kept buffers" if self.io_binding else "new buffers"
-        return f"{self.sessions} × {self.lanes} × {self.threads}, {self.token_budget} tokens, {how}"
+        spread = f"{self.sessions} sessions × {self.lanes} lanes × {self.threads} threads"
+        return f"{spread}, {self.token_budget} tokens, {'kept' if self.io_binding else 'new'} buffers"
 
     @classmethod
     def default(cls, options: OnnxOptions, cores: int, *, on_cpu: bool) -> Layout:

@@ -19,8 +19,9 @@ from typing import Any, Self, TypeVar
 
 import psutil
 
-from pipeline.engines.onnx_lane import QUIET, Call, Lane, Stopped
+from pipeline.engines.onnx_lane import QUIET, Lane, Stopped
 from pipeline.engines.onnx_lane import Array as Array
+from pipeline.engines.onnx_lane import Call as Call
 from pipeline.engines.onnx_lane import Run as Run
 from pipeline.engines.onnx_lane import RunFailed as RunFailed
 from pipeline.engines.onnx_layout import Layout
