@@ -26,6 +26,8 @@ class RowErrorCode(StrEnum):
     """A NaN or an infinity where the job refuses them."""
     ENGINE_REFUSED = "engine_refused"
     """The engine rejected this row alone; the message is the engine's."""
+    TIMED_OUT = "timed_out"
+    """The row alone took longer than the job allows."""
     POISON_ROW = "poison_row"
     """The row killed the engine each time it was tried."""
 

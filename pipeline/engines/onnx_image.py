@@ -22,7 +22,6 @@ from pipeline.engines.onnx_options import OnnxOptions
 from pipeline.engines.onnx_session import Array, Call, Run, RunFailed, SessionPool, available_cores
 from pipeline.engines.onnx_stream import Indices, Pack, Window, bisect, record_batch, windows
 from pipeline.job_spec import JobSpec, Task
-from pipeline.row_errors import RowErrorCode
 from storage.errors import InvalidModel
 
 Floats = npt.NDArray[np.float32]
@@ -154,7 +153,7 @@ class ImageModel:
             )
             if len(parts) > 1 and not refused:
                 self._too_large(len(items))
-            failures = tuple(RowFailure(int(rows[at]), RowErrorCode.ENGINE_REFUSED, message) for at, message in refused)
+            failures = tuple(RowFailure(int(rows[at]), code, message) for at, code, message in refused)
             if not parts:
                 return ResultBatch(np.empty(0, np.int64), None, failures)
             values = pa.concat_batches([batch for _, batch in parts])  # type: ignore[attr-defined]  # newer than the stubs

@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,33 @@ class Stopped(Exception):
 
 class RunFailed(Exception):
     """ONNX Runtime refused these inputs. The message is the runtime's."""
+
+
+class RunTimedOut(RunFailed):
+    """The run took longer than the job allows."""
+
+
+class Deadline:
+    """Ends a run after ``seconds``; ``None`` never does. A context manager around the run."""
+
+    def __init__(self, options: Any, seconds: float | None) -> None:
+        self._options = options
+        self._timer = None if seconds is None else threading.Timer(seconds, self._expire)
+        self.expired = False
+
+    def _expire(self) -> None:
+        self.expired = True
+        self._options.terminate = True
+
+    def __enter__(self) -> Self:
+        if self._timer is not None:
+            self._timer.daemon = True
+            self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 class Call:
@@ -86,7 +113,10 @@ class Lane:
         *,
         binding: bool = False,
         device: str = "cpu",
+        seconds: float | None = None,
     ) -> None:
+        """``seconds``: how long a run may take."""
+        self._seconds = seconds
         self._runtime = runtime
         self._refusals = refusals
         self.session = session
@@ -99,7 +129,8 @@ class Lane:
         self.kept_runs = 0
 
     def run(self, feed: Mapping[str, Array], call: Call) -> list[Array]:
-        """Outputs in graph order. Raises :class:`Stopped`, or :class:`RunFailed` when the runtime refuses the feed."""
+        """Outputs in graph order. Raises :class:`Stopped`, or :class:`RunFailed` when the runtime refuses the feed
+        (:class:`RunTimedOut` when it took too long)."""
         return self._guarded(call, lambda options: self._fresh(feed, options))
 
     def run_one(self, feed: Mapping[str, Array], output: str, shape: tuple[int, ...] | None, call: Call) -> Array:
@@ -121,12 +152,16 @@ class Lane:
     def _guarded(self, call: Call, work: Callable[[Any], T]) -> T:
         options = self._runtime.RunOptions()
         options.log_severity_level = QUIET
+        deadline = Deadline(options, self._seconds)
         call.enter(options)
         try:
-            return work(options)
+            with deadline:
+                return work(options)
         except self._refusals as error:
             if call.stopped:
                 raise Stopped from None
+            if deadline.expired:
+                raise RunTimedOut(f"the run took longer than row_timeout, {self._seconds:g} s") from error
             raise RunFailed(str(error)) from error
         finally:
             call.leave(options)

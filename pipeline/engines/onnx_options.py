@@ -43,6 +43,8 @@ class OnnxOptions(BaseModel):
     Two such windows are in memory at a time."""
     row_mode: Literal["auto", "stack", "whole"] = "auto"
     """``tensor``: is a row one item along the graph's first axis, or the whole input? ``auto`` reads the graph."""
+    row_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Seconds that a run may take: a batch that takes longer is halved, down to the row that does."""
     finite: StrictBool = False
     """``tensor``: a NaN or an infinity in a row is that row's error."""
     graph_optimization_level: Literal["disable", "basic", "extended", "layout", "all"] = "all"

@@ -148,7 +148,9 @@ class SessionPool:
         ]
         device = "cuda" if CUDA in active else "cpu"
         lanes = [
-            Lane(runtime, session, refusals, binding=layout.io_binding, device=device)
+            Lane(
+                runtime, session, refusals, binding=layout.io_binding, device=device, seconds=options.row_timeout
+            )
             for session in [first, *rest]
             for _ in range(layout.lanes)
         ]

@@ -20,9 +20,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.engines.base import Cancellation, ResultBatch, RowBatch, RowFailure
-from pipeline.engines.onnx_lane import Call, Run, RunFailed, Stopped
+from pipeline.engines.onnx_lane import Call, Run, RunFailed, RunTimedOut, Stopped
 from pipeline.engines.onnx_session import SessionPool
-from pipeline.row_errors import MESSAGE_LIMIT
+from pipeline.row_errors import MESSAGE_LIMIT, RowErrorCode
 from storage.errors import EngineDead
 
 Indices = npt.NDArray[np.int64]
@@ -192,12 +192,13 @@ class _Finished:
 
 def bisect(
     compute: Callable[[Indices], T], items: Indices, still_works: Callable[[], bool]
-) -> tuple[list[tuple[Indices, T]], list[tuple[int, str]]]:
+) -> tuple[list[tuple[Indices, T]], list[tuple[int, str, str]]]:
     """Compute ``items`` together; where the runtime refuses them, in halves, down to the single item that it refuses.
 
-    Returns the parts that worked with their results, and the refused items with the runtime's message. Running out of
-    memory is dealt with in the same way: the halves fit. Raises :class:`~storage.errors.EngineDead` when an item fails
-    alone and ``still_works`` says that the session does not work for anything any more.
+    Returns the parts that worked with their results, and the refused items with the code and the message of their
+    error. Running out of memory, or of time, is dealt with in the same way: the halves fit. Raises
+    :class:`~storage.errors.EngineDead` when an item fails alone and ``still_works`` says that the session does not work
+    for anything any more.
     """
     try:
         return [(items, compute(items))], []
@@ -209,7 +210,8 @@ def bisect(
             return left + right, left_refused + right_refused
         if not still_works():
             raise EngineDead(f"the ONNX Runtime session stopped working: {error}") from error
-        return [], [(int(items[0]), str(error)[:MESSAGE_LIMIT])]
+        code = RowErrorCode.TIMED_OUT if isinstance(error, RunTimedOut) else RowErrorCode.ENGINE_REFUSED
+        return [], [(int(items[0]), code, str(error)[:MESSAGE_LIMIT])]
 
 
 def record_batch(columns: dict[str, Any], schema: pa.Schema) -> pa.RecordBatch:

@@ -173,7 +173,7 @@ class TensorModel:
         def compute(run: Run) -> ResultBatch:
             batches: list[pa.RecordBatch] = []
             done: list[Indices] = []
-            refused: list[tuple[int, str]] = []
+            refused: list[tuple[int, str, str]] = []
             pieces = [items] if self.stacks is not False else [items[i : i + 1] for i in range(len(items))]
             for piece in pieces:
                 parts, bad = bisect(
@@ -184,7 +184,7 @@ class TensorModel:
                 done += [part for part, _ in parts]
                 batches += [batch for _, batch in parts]
                 refused += bad
-            failures = tuple(RowFailure(int(rows[at]), RowErrorCode.ENGINE_REFUSED, message) for at, message in refused)
+            failures = tuple(RowFailure(int(rows[at]), code, message) for at, code, message in refused)
             if not done:
                 return ResultBatch(np.empty(0, np.int64), None, failures)
             values = pa.concat_batches(batches)  # type: ignore[attr-defined]  # newer than the stubs

@@ -24,7 +24,6 @@ from pipeline.engines.onnx_session import SessionPool
 from pipeline.engines.onnx_stream import Indices, Pack, Window, bisect, record_batch, windows
 from pipeline.engines.onnx_tokens import DistinctTexts, TextTokenizer, Tokens, distinct
 from pipeline.job_spec import JobSpec, Task
-from pipeline.row_errors import RowErrorCode
 from storage.errors import InvalidJob, InvalidModel
 
 Floats = npt.NDArray[np.float32]
@@ -283,7 +282,7 @@ class _TextJob:
                     lambda: model.still_works(run),
                 )
                 if refused:
-                    failures = tuple(RowFailure(int(row), RowErrorCode.ENGINE_REFUSED, refused[0][1]) for row in rows)
+                    failures = tuple(RowFailure(int(row), *refused[0][1:]) for row in rows)
                     return ResultBatch(np.empty(0, np.int64), None, failures)
                 for part, made in parts:
                     vectors[part] = made
@@ -310,8 +309,8 @@ class _TextJob:
             if len(parts) > 1 and not refused:
                 model.too_large(budget)
             failures = tuple(
-                RowFailure(int(rows[at]), RowErrorCode.ENGINE_REFUSED, message)
-                for text, message in refused
+                RowFailure(int(rows[at]), code, message)
+                for text, code, message in refused
                 for at in members[bounds[text] : bounds[text + 1]]
             )
             if not parts:

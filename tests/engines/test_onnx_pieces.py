@@ -141,7 +141,7 @@ def test_halving_finds_exactly_the_bad_rows_whatever_fits(bad: list[bool], fits:
 
     parts, refused = bisect(compute, np.arange(len(bad)), lambda: True)
     assert sorted(row for _, rows in parts for row in rows) == [i for i, is_bad in enumerate(bad) if not is_bad]
-    assert refused == [(i, "bad row") for i, is_bad in enumerate(bad) if is_bad]
+    assert refused == [(i, "engine_refused", "bad row") for i, is_bad in enumerate(bad) if is_bad]
 
 
 def test_a_session_that_fails_for_everything_is_dead_and_no_row_is_blamed() -> None:

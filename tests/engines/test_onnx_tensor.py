@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,8 +14,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from pipeline.engines import onnx_narrow, onnx_session
-from pipeline.engines.base import Cancellation
+from pipeline.engines.base import Cancellation, EngineContext
 from pipeline.engines.onnx import OnnxEngine
+from pipeline.models.resolve import resolve
 from storage.errors import EngineDead, InvalidInput, InvalidJob, InvalidModel
 from tests.engines.onnx_support import BOOL, FLOAT, INT64, STRING, batches, engine, graph, job, model_at, run, value
 
@@ -517,9 +519,113 @@ def test_cancel_terminates_the_run_in_flight(endless: Path, tmp_path: Path, star
     made.close()
 
 
+def test_a_row_that_takes_too_long_fails_alone(tmp_path: Path) -> None:
+    """The graph counts to the largest number of its batch, so one row holds up all those beside it."""
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["go_on"]), helper.make_node("Identity", ["sum"], ["next"])],
+        "body",
+        [value("i", INT64, []), value("go", BOOL, []), value("sum", INT64, [])],
+        [value("go_on", BOOL, []), value("next", INT64, [])],
+    )
+    path = graph(
+        tmp_path / "count.onnx",
+        [
+            helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0),
+            helper.make_node("Loop", ["most", "true", "zero"], ["sum"], body=body),
+            helper.make_node("Add", ["x", "sum"], ["y"]),
+        ],
+        [value("x", INT64, ["N"])],
+        [value("y", INT64, ["N"])],
+        [helper.make_tensor("true", BOOL, [], [True]), helper.make_tensor("zero", INT64, [], [0])],
+    )
+    numbers = [3, 1, 10**12, 4, 1, 5, 9, 2, 10**12, 6]
+    made = engine(path, SPEC, tmp_path, row_timeout=0.5)
+    table, failures = run(made, SPEC, pa.record_batch({"x": numbers}))
+    made.close()
+    assert {row: failure.code for row, failure in failures.items()} == dict.fromkeys([2, 8], "timed_out")
+    assert failures[2].message == "the run took longer than row_timeout, 0.5 s"
+    assert table.column("y").to_pylist() == [number for number in numbers if number < 10]
+
+
 def test_sessions_of_another_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = engine(identity(tmp_path / "x.onnx", FLOAT, ["N"]), SPEC, tmp_path)
     monkeypatch.setattr(onnx_session.os, "getpid", lambda: 1)
     with pytest.raises(EngineDead, match="another process"):
         made.infer(SPEC, iter(()), Cancellation())
     made.close()
+
+
+def saved(path: Path, model: onnx.ModelProto, **more: Any) -> Path:
+    onnx.save(model, str(path), **more)
+    return path
+
+
+def test_weights_beside_the_graph_are_read_and_part_of_what_the_model_is(tmp_path: Path) -> None:
+    """Weights in a file of their own, which ONNX Runtime maps into memory instead of reading it whole."""
+    weights = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    made = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "graph",
+        [value("x", FLOAT, ["N", 8])],
+        [value("y", FLOAT, ["N", 4])],
+        [onnx.numpy_helper.from_array(weights, "w")],
+    )
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    outside: dict[str, Any] = {"save_as_external_data": True, "location": "weights.bin", "size_threshold": 0}
+    path = saved(tmp_path / "model.onnx", model, **outside)
+    assert (tmp_path / "weights.bin").stat().st_size == weights.nbytes
+    first = resolve(str(path), tmp_path / "cache")
+    rows = np.random.default_rng(1).normal(size=(6, 8)).astype(np.float32)
+    columns = pa.record_batch({"x": pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), 8)})
+    loaded = OnnxEngine(first, SPEC.task, {}, EngineContext(tmp_path))
+    loaded.load()
+    table, failures = run(loaded, SPEC, columns)
+    loaded.close()
+    assert not failures
+    assert np.allclose(table.column("y").combine_chunks().to_numpy_ndarray(), rows @ weights, atol=1e-5)
+    (tmp_path / "weights.bin").write_bytes((weights * 2).tobytes())
+    assert resolve(str(path), tmp_path / "cache").digest != first.digest
+    (tmp_path / "weights.bin").unlink()
+    with pytest.raises(InvalidModel, match=r"keeps weights in 'weights.bin', which is not beside it"):
+        resolve(str(path), tmp_path / "cache")
+
+
+@pytest.mark.parametrize("kind", ["quantized", "half"])
+def test_quantized_and_mixed_precision_graphs(tmp_path: Path, kind: str) -> None:
+    """Inputs and outputs in float32, the arithmetic inside in 8 bits with scales, or in float16."""
+    weights = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    if kind == "quantized":
+        scale = float(np.abs(weights).max() / 127)
+        stored = np.rint(weights / scale).astype(np.int8)
+        nodes = [
+            helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["xq"]),
+            helper.make_node("DequantizeLinear", ["xq", "xs", "xz"], ["xd"]),
+            helper.make_node("DequantizeLinear", ["wq", "ws", "wz"], ["wd"]),
+            helper.make_node("MatMul", ["xd", "wd"], ["y"]),
+        ]
+        initializers = [
+            helper.make_tensor("xs", FLOAT, [], [4 / 127]),
+            helper.make_tensor("xz", TensorProto.UINT8, [], [128]),
+            helper.make_tensor("ws", FLOAT, [], [scale]),
+            helper.make_tensor("wz", TensorProto.INT8, [], [0]),
+            onnx.numpy_helper.from_array(stored, "wq"),
+        ]
+    else:
+        nodes = [
+            helper.make_node("Cast", ["x"], ["xh"], to=TensorProto.FLOAT16),
+            helper.make_node("MatMul", ["xh", "w"], ["yh"]),
+            helper.make_node("Cast", ["yh"], ["y"], to=FLOAT),
+        ]
+        initializers = [onnx.numpy_helper.from_array(weights.astype(np.float16), "w")]
+    inputs, outputs = [value("x", FLOAT, ["N", 8])], [value("y", FLOAT, ["N", 4])]
+    path = graph(tmp_path / "model.onnx", nodes, inputs, outputs, initializers, opset=21)
+    rows = np.random.default_rng(1).uniform(-4, 3.9, size=(40, 8)).astype(np.float32)
+    columns = pa.record_batch({"x": pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), 8)})
+    made = engine(path, SPEC, tmp_path)
+    table, failures = run(made, SPEC, columns)
+    assert not failures and made.stats()["stacked"]
+    made.close()
+    found = table.column("y").combine_chunks().to_numpy_ndarray()
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert np.allclose(found, session.run(None, {"x": rows})[0], rtol=1e-3, atol=1e-3)
+    assert np.abs(found - rows @ weights).max() < 0.5
