@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from pipeline.models.model import Model
 
 app = typer.Typer(help="Models: export to ONNX, quantize, compare.", no_args_is_help=True)
+
+CALIBRATION_ROWS = 512
+"""Most rows that calibration looks at."""
 
 _Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or a .onnx file.", show_default=False)]
 _Output = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The new model directory.")]
@@ -60,18 +64,76 @@ def export(
 
 @app.command()
 @command
-def quantize(invocation: Invocation, model: _Model, out: _Output) -> None:
-    """Make the matrix products of an ONNX graph 8-bit: dynamic, per channel. Compare before use: 'model validate'."""
+def quantize(
+    invocation: Invocation,
+    model: _Model,
+    out: _Output,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="PARQUET", help="Rows to take the scale of the activations from: static, not dynamic."),
+    ] = None,
+    task: Annotated[_TaskName | None, typer.Option("-t", "--task", metavar="TASK", help="What those rows are.")] = None,
+    column: Annotated[str | None, typer.Option(metavar="COLUMN", help="Their text or image.")] = None,
+    pair_column: Annotated[str | None, typer.Option(metavar="COLUMN", help="Their second text.")] = None,
+    graph_input: Annotated[
+        list[str] | None, typer.Option("--input", metavar="NAME=COLUMN", help="tensor: the column of a graph input.")
+    ] = None,
+) -> None:
+    """Make an ONNX graph 8-bit: dynamic, or static by calibration rows. Compare before use: 'model validate'."""
     from pipeline.models import quantize, variant
+    from storage.errors import InvalidJob
 
     found = _resolve(invocation, model)
     graph = variant.graph_of(found)
+    if calibrate is None and (task or column or pair_column or graph_input):
+        raise InvalidJob("--task, --column and --input are about the rows of --calibrate", field="calibrate")
     with variant.new_directory(out) as work:
         variant.copy_files(found, work)
-        quantize.dynamic(graph, work / variant.GRAPH)
+        if calibrate is None:
+            quantize.dynamic(graph, work / variant.GRAPH)
+        else:
+            if task is None:
+                raise InvalidJob("--calibrate needs --task, which says how its rows are read", field="task")
+            fields: dict[str, Any] = {"task": task, "column": column, "pair_column": pair_column}
+            if graph_input:
+                fields["inputs"] = values.key_values(graph_input, "--input", literal=True)
+            feeds = _feeds(invocation, found, calibrate, {k: v for k, v in fields.items() if v is not None})
+            quantize.static(graph, work / variant.GRAPH, feeds)
         n_bytes = sum(path.stat().st_size for path in work.glob(f"{variant.GRAPH}*"))
-    invocation.notice("a row's result now depends on its batch, a little: validate it on rows of yours")
-    _report(invocation, {"model": str(out), "method": "dynamic, per channel", "bytes": n_bytes})
+    if calibrate is None:
+        invocation.notice("a row's result now depends on its batch, a little: validate it on rows of yours")
+    method = "dynamic, per channel" if calibrate is None else "static, per channel (QDQ)"
+    _report(invocation, {"model": str(out), "method": method, "bytes": n_bytes})
+
+
+def _feeds(invocation: Invocation, model: Model, rows: Path, fields: dict[str, Any]) -> Iterator[Any]:
+    """What the graph is fed for the first ``CALIBRATION_ROWS`` rows."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from pipeline.engines.base import EngineContext, RowBatch
+    from pipeline.engines.onnx import OnnxEngine
+    from pipeline.job_spec import parse
+    from storage.errors import InvalidInput
+
+    try:
+        file = pq.ParquetFile(rows)
+        batch = next(file.iter_batches(CALIBRATION_ROWS), None)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InvalidInput(f"{rows} is not read: {error}", field="calibrate") from error
+    if batch is None:
+        raise InvalidInput(f"{rows} has no rows", field="calibrate")
+    spec = parse({**fields, "input": str(rows), "output": "none", "model": model.name, "engine": "onnx"})
+    columns = OnnxEngine.check(spec, model, batch.schema)
+    engine = OnnxEngine(
+        model, spec.task, {"sessions": 1}, EngineContext(invocation.loaded.settings.cache_dir, invocation.notice)
+    )
+    try:
+        engine.load()
+        yield from engine.feeds(spec, [RowBatch(np.arange(batch.num_rows), batch.select(list(columns)))])
+    finally:
+        engine.close()
 
 
 @app.command()

@@ -17,6 +17,7 @@ from pipeline.engines import onnx_autotune, onnx_custom_ops, onnx_graph, onnx_la
 from pipeline.engines import onnx_checks as checks
 from pipeline.engines.base import Cancellation, EngineContext, ResultBatch, RowBatch
 from pipeline.engines.onnx_autotune import Bench, Tuned
+from pipeline.engines.onnx_feeds import Feed, feeds
 from pipeline.engines.onnx_folder import TextFolder
 from pipeline.engines.onnx_image import ImageModel
 from pipeline.engines.onnx_image_folder import read as read_image_folder
@@ -247,6 +248,12 @@ class OnnxEngine:
         with self._gate:
             tuned = self._measure(windows, Cancellation(), patient=True)
         return None if tuned is None else tuned.told()
+
+    def feeds(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[Feed]:
+        """What the graph is fed for these rows, batch by batch: graph input → array. For calibration."""
+        if self._pool is None or self._closed:
+            raise EngineDead("the ONNX Runtime engine is not loaded, or was closed")
+        return feeds(self._prepared(spec, batches), self._pool)
 
     def stats(self) -> dict[str, Any]:
         """Versions, real placement, how rows are batched, counters since ``load``; after ``close`` too."""

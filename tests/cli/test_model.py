@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import onnx
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -67,6 +68,38 @@ def test_a_quantized_classifier_is_smaller_and_close(rowmill: Rowmill) -> None:
     assert 0 < done.document["max_difference"] < 0.2
     done = rowmill.inside(*compare, "--max-difference", "1e-9")
     assert done.code == 1 and "FAIL" in done.out and "largest difference is" in done.out
+
+
+def test_static_quantization_takes_its_scales_from_rows(rowmill: Rowmill) -> None:
+    """Then a row's result does not depend on the rows beside it."""
+    texts(rowmill)
+    build_encoder(rowmill.home / "encoder")
+    assert rowmill.inside("model", "export", "encoder", "-o", "exported").code == 0
+    rows = ("-t", "embed", "--column", "text")
+    done = rowmill.inside(
+        "model", "quantize", "exported", "-o", "static", "--calibrate", "rows.parquet", *rows, "--json"
+    )
+    assert done.code == 0, done.err
+    assert done.document["method"].startswith("static")
+    kinds = {node.op_type for node in onnx.load(str(rowmill.home / "static" / "model.onnx")).graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
+    done = rowmill.inside(
+        *("model", "validate", "static", "rows.parquet", "--against", "exported", *rows, "--min-cosine", "0.9"),
+        *("--mean-cosine", "0.95", "--json"),
+    )
+    assert done.code == 0, done.err
+    assert done.document["cosine_min"] < 1
+    found = []
+    for output, budget in (("alone", 1), ("together", 4096)):
+        run = ("run", "rows.parquet", "-o", output, "-m", "static", *rows, "--set", f"token_budget={budget}")
+        assert rowmill.inside(*run).code == 4
+        found.append(pq.read_table(rowmill.home / output / "data")["embedding"].to_pylist())
+    alone, together = (np.array([row for row in rows if row], np.float32) for rows in found)
+    assert np.abs(alone - together).max() < 1e-5
+    wrong = rowmill.inside("model", "quantize", "exported", "-o", "x", "--calibrate", "rows.parquet", "-t", "tensor")
+    assert wrong.code == 2 and "no column" in wrong.err and not (rowmill.home / "x").exists()
+    wrong = rowmill.inside("model", "quantize", "exported", "-o", "x", "--column", "text")
+    assert wrong.code == 2 and "are about the rows of --calibrate" in wrong.err
 
 
 def test_another_model_fails(rowmill: Rowmill) -> None:
