@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.engines.onnx_custom_ops import libraries
 from pipeline.job_spec import JobSpec
-from storage.errors import InvalidInput, InvalidJob
+from storage.errors import InvalidInput, RowmillError, TransientError
 from storage.locations import normalize, protocol
 from storage.objects import ObjectStore
 
@@ -25,6 +25,15 @@ class RowFiles:
     def __call__(self, uri: str) -> bytes:
         """The file's content. Raises :class:`~storage.errors.InvalidInput` when it is not allowed, not there, too large
         or not readable, and :class:`~storage.errors.Unreachable` when the store does not answer."""
+        try:
+            return self._read(uri)
+        except (InvalidInput, TransientError):
+            raise
+        # A row can name anything: a name with a null byte or of a megabyte, a loop of links, a pipe.
+        except (RowmillError, OSError, ValueError, RuntimeError) as error:
+            raise InvalidInput(f"{uri[:200]} cannot be read: {error}") from error
+
+    def _read(self, uri: str) -> bytes:
         path = self._allowed(uri)
         size = self._store.info(path).n_bytes
         if size > MAX_FILE_BYTES:
@@ -34,10 +43,7 @@ class RowFiles:
     def _allowed(self, uri: str) -> str:
         if not self._prefixes:
             raise InvalidInput(f"{uri} is not read: the operator's setting uri_prefixes allows no place")
-        try:
-            path = normalize(uri)
-        except InvalidJob as error:
-            raise InvalidInput(str(error)) from error
+        path = normalize(uri)
         kind = protocol(path)
         if kind in ("http", "https"):
             raise InvalidInput(f"{uri} is not read: rows may not name web addresses")

@@ -6,9 +6,12 @@ resizes 8-bit pixels, which leaves 256 values per channel, and rescaling and nor
 
 from __future__ import annotations
 
+import contextlib
 import io
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from math import ceil
 from typing import Any
 
@@ -17,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.engines.onnx_image_folder import ImageRecipe
-from pipeline.row_errors import RowErrorCode
+from pipeline.row_errors import MESSAGE_LIMIT, RowErrorCode
 from storage.errors import EngineMissing, InvalidInput
 
 Floats = npt.NDArray[np.float32]
@@ -27,6 +30,8 @@ Failure = tuple[str, str]
 
 MAX_PIXELS = 100_000_000
 """Larger images are refused before they are decoded (three bytes a pixel): a file of kilobytes can claim any size."""
+LARGE_PIXELS = 16_000_000
+"""Images larger than this are decoded one at a time."""
 
 
 def is_image(kind: pa.DataType) -> bool:
@@ -60,6 +65,7 @@ class ImageReader:
         self._recipe = recipe
         self._fetch = fetch
         self._table = lookup_table(recipe)
+        self._large = threading.Lock()
         self._threads = ThreadPoolExecutor(threads, "rowmill-images")
 
     def read(self, column: Any, name: str) -> list[Floats | Failure]:
@@ -74,7 +80,7 @@ class ImageReader:
         try:
             data = self._bytes(row)
         except InvalidInput as error:
-            return RowErrorCode.UNREADABLE_URI, f"column {name!r}: {error}"
+            return RowErrorCode.UNREADABLE_URI, f"column {name!r}: {error}"[:MESSAGE_LIMIT]
         except UnicodeDecodeError as error:
             return RowErrorCode.INVALID_UTF8, f"column {name!r} is not UTF-8: {error.reason} at byte {error.start}"
         if data is None:
@@ -82,7 +88,7 @@ class ImageReader:
         try:
             return self.prepare(data)
         except Exception as error:  # Pillow's decoders raise nearly anything for broken files
-            return RowErrorCode.INVALID_IMAGE, f"column {name!r}: {_reason(error)} ({len(data)} bytes)"
+            return RowErrorCode.INVALID_IMAGE, f"column {name!r}: {_reason(error)} ({len(data)} bytes)"[-MESSAGE_LIMIT:]
 
     def _bytes(self, row: Any) -> Any | None:
         if not row.is_valid:
@@ -98,7 +104,12 @@ class ImageReader:
 
     def prepare(self, data: Any) -> Floats:
         """The model's input, float32 [3, h, w], from an encoded image. Raises whatever Pillow does for a broken one."""
-        return to_input(decoded(data), self._recipe, self._table)
+        with opened(data) as image, self._memory_for(image):
+            return to_input(image.convert("RGB"), self._recipe, self._table)
+
+    def _memory_for(self, image: Any) -> AbstractContextManager[object]:
+        # A batch of large images takes the memory of one of them, however many cores there are.
+        return self._large if image.size[0] * image.size[1] > LARGE_PIXELS else contextlib.nullcontext()
 
 
 def _reason(error: Exception) -> str:
@@ -107,15 +118,19 @@ def _reason(error: Exception) -> str:
     return str(error).strip().rstrip(".") or type(error).__name__
 
 
-def decoded(data: Any) -> Any:
-    """An image in RGB, 8 bits, as a ``PIL.Image``. Raises ``ValueError`` when too large, or what Pillow does."""
+def opened(data: Any) -> Any:
+    """An image whose head was read, and whose pixels were not, as a ``PIL.Image``: a context manager.
+
+    Raises ``ValueError`` for one that is too large, and whatever Pillow does for what is no image.
+    """
     import PIL.Image
 
-    with PIL.Image.open(io.BytesIO(data)) as image:
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width} × {height} pixels are more than {MAX_PIXELS}")
-        return image.convert("RGB")
+    image = PIL.Image.open(io.BytesIO(data))
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        image.close()
+        raise ValueError(f"{width} × {height} pixels are more than {MAX_PIXELS}")
+    return image
 
 
 def to_input(image: Any, recipe: ImageRecipe, table: Floats) -> Floats:

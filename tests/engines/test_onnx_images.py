@@ -21,7 +21,7 @@ from pipeline.engines import onnx_images
 from pipeline.engines.base import EngineContext
 from pipeline.engines.onnx import OnnxEngine
 from pipeline.engines.onnx_image_folder import recipe
-from pipeline.engines.onnx_images import decoded, lookup_table, to_input
+from pipeline.engines.onnx_images import lookup_table, opened, to_input
 from pipeline.models.resolve import resolve
 from pipeline.permissions import RowFiles
 from pipeline.settings import Settings
@@ -90,7 +90,7 @@ def test_the_recipe_is_bit_equal_to_transformers(
     written = json.loads(theirs.to_json_string())
     for config in (written, {"image_processor_type": written["image_processor_type"]} | fields):
         made = recipe(config, "preprocessor_config.json")
-        ours = to_input(decoded(encoded(image)), made, lookup_table(made))
+        ours = to_input(opened(encoded(image)).convert("RGB"), made, lookup_table(made))
         assert ours.dtype == np.float32
         assert np.array_equal(ours, expected.astype(np.float32))
 
@@ -172,6 +172,15 @@ def test_a_broken_image_fails_its_row_only(loaded: OnnxEngine, monkeypatch: pyte
     assert table.num_rows == 2 and table.slice(0, 1).equals(table.slice(1, 1))
 
 
+def test_large_images_are_the_same_as_small_ones(loaded: OnnxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are decoded one at a time."""
+    rows = pa.record_batch({"image": [encoded(picture(n)) for n in range(9)]})
+    small, _ = run(loaded, SPEC, rows)
+    monkeypatch.setattr(onnx_images, "LARGE_PIXELS", 0)
+    large, failures = run(loaded, SPEC, rows)
+    assert not failures and large.equals(small)
+
+
 def test_uris_are_read_below_the_allowed_places_only(vit: Path, tmp_path: Path) -> None:
     allowed, secret = tmp_path / "images", tmp_path / "secret"
     for folder in (allowed, secret, tmp_path / "images2"):
@@ -179,6 +188,7 @@ def test_uris_are_read_below_the_allowed_places_only(vit: Path, tmp_path: Path) 
         (folder / "a.png").write_bytes(encoded(picture(0)))
     (allowed / "link.png").symlink_to(secret / "a.png")
     (allowed / "folder.png").mkdir()
+    (allowed / "loop.png").symlink_to(allowed / "loop.png")
     uris = [
         str(allowed / "a.png"),
         f"file://{allowed}/a.png",
@@ -190,6 +200,10 @@ def test_uris_are_read_below_the_allowed_places_only(vit: Path, tmp_path: Path) 
         f"simplecache::file://{allowed}/a.png",
         str(allowed / "folder.png"),
         "s3://bucket/a.png",
+        str(allowed / "a\0.png"),
+        str(allowed / ("x" * 100_000)),
+        str(allowed / "loop.png"),
+        "",
         None,
     ]
     rows = pa.record_batch({"image": pa.array(uris, pa.string())})
@@ -198,14 +212,14 @@ def test_uris_are_read_below_the_allowed_places_only(vit: Path, tmp_path: Path) 
     made.close()
     assert table.num_rows == 2
     codes = {row: failure.code for row, failure in failures.items()}
-    assert codes == dict.fromkeys(range(2, 10), "unreadable_uri") | {10: "missing_value"}
+    assert codes == dict.fromkeys(range(2, 14), "unreadable_uri") | {14: "missing_value"}
     assert "does not exist" in failures[2].message
     for row in (3, 4, 5, 9):
         assert "lies outside the places that the operator's setting uri_prefixes allows" in failures[row].message
     made = image_engine(vit, "classify", tmp_path, fetch=RowFiles(ObjectStore(), []))
     _, failures = run(made, SPEC, rows)
     made.close()
-    assert len(failures) == 11 and "allows no place" in failures[0].message
+    assert len(failures) == 15 and "allows no place" in failures[0].message
 
 
 def test_uris_of_an_object_store_through_a_job(vit: Path, tmp_path: Path, s3: Any) -> None:
