@@ -88,7 +88,7 @@ class ImageReader:
         try:
             return self.prepare(data)
         except Exception as error:  # Pillow's decoders raise nearly anything for broken files
-            return RowErrorCode.INVALID_IMAGE, f"column {name!r}: {_reason(error)} ({len(data)} bytes)"[-MESSAGE_LIMIT:]
+            return RowErrorCode.INVALID_IMAGE, f"column {name!r}: {_reason(error)} ({len(data)} bytes)"[:MESSAGE_LIMIT]
 
     def _bytes(self, row: Any) -> Any | None:
         if not row.is_valid:
