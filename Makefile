@@ -44,7 +44,7 @@ demo: install  ## run the main job for real: Parquet through vLLM and through ON
 test: install  ## run the tests, with real engines and servers (ARGS="-k name" for some)
 	@$(BIN)/pytest $(ARGS)
 
-conformance: install  ## all node tests of the package onnx as rows (`make test` takes every fourth)
+conformance: install  ## all node tests of the package onnx as rows (`make test` takes every sixth)
 	@CONFORMANCE_SHARE=1 $(BIN)/pytest tests/conformance -s $(ARGS)
 
 faults: install  ## the fault matrix, with thirty times as many steps of the model (minutes)

@@ -23,7 +23,7 @@ def pool(states: Floats, lengths: Ints, modes: Sequence[str]) -> Floats:
 
 def _one(states: Floats, lengths: Ints, mode: str) -> Floats:
     if mode == "cls":
-        return np.ascontiguousarray(states[:, 0])
+        return states[:, 0].copy()  # the states may lie in a buffer that the next run overwrites
     if mode == "last":
         return np.asarray(states[np.arange(len(states)), lengths - 1])
     mask = np.arange(states.shape[1])[None, :] < lengths[:, None]

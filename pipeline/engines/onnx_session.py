@@ -148,9 +148,7 @@ class SessionPool:
         ]
         device = "cuda" if CUDA in active else "cpu"
         lanes = [
-            Lane(
-                runtime, session, refusals, binding=layout.io_binding, device=device, seconds=options.row_timeout
-            )
+            Lane(runtime, session, refusals, binding=layout.io_binding, device=device, seconds=options.row_timeout)
             for session in [first, *rest]
             for _ in range(layout.lanes)
         ]

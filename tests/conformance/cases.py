@@ -25,7 +25,7 @@ from onnx import TensorProto
 from pipeline.engines import onnx_narrow
 
 Array = np.ndarray[Any, Any]
-SHARE = int(os.environ.get("CONFORMANCE_SHARE", "4"))
+SHARE = int(os.environ.get("CONFORMANCE_SHARE", "6"))
 """One case in so many is run; 1 runs them all (``make conformance``)."""
 
 
