@@ -23,10 +23,8 @@ def minilm() -> Path:
 
 
 def graphs(folder: Path) -> Graphs:
-    """Export and quantize (dynamic, per channel, weights and activations of the matrix products)."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
+    """Export, and quantize as ``rowmill model quantize`` does."""
+    from pipeline.models import quantize
     from pipeline.models.export import exported
 
     done = exported(minilm(), "encoder", "minilm", folder / "cache", lambda message: None)
@@ -36,13 +34,5 @@ def graphs(folder: Path) -> Graphs:
     for file in done.graph.parent.iterdir():
         if file.is_file() and file.name not in ("tokenizer.json", "export.json"):
             shutil.copy(file, made.float32)
-    inferred = folder / "inferred.onnx"
-    quant_pre_process(str(made.float32 / "model.onnx"), str(inferred), skip_symbolic_shape=True)
-    quantize_dynamic(
-        str(inferred),
-        str(made.int8 / "model.onnx"),
-        per_channel=True,
-        weight_type=QuantType.QInt8,
-        op_types_to_quantize=["MatMul", "Gemm"],
-    )
+    quantize.dynamic(made.float32 / "model.onnx", made.int8 / "model.onnx")
     return made

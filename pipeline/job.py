@@ -17,6 +17,7 @@ from pipeline.models.model import Model
 from pipeline.models.resolve import resolve
 from pipeline.outputs import refuse_existing
 from pipeline.plan_record import PlanRecord
+from pipeline.profiling import Profiled
 from pipeline.result_columns import known_names
 from pipeline.runtime import Runtime
 from storage import failpoints, finalizing, jobs, locations, retries, schedules
@@ -148,7 +149,9 @@ def model_and_engine(runtime: Runtime, spec: JobSpec) -> tuple[Model, str]:
     permissions.check(spec, runtime.settings.custom_op_paths)
     model = resolve(spec.model, runtime.settings.cache_dir)
     engine = routing.choose(spec.task, spec.engine, model)
-    registry.engine_class(engine)
+    kind = registry.engine_class(engine)
+    if spec.profile and not issubclass(kind, Profiled):
+        raise InvalidJob(f"engine {engine!r} writes no traces; 'onnx' does", field="profile")
     return model, engine
 
 

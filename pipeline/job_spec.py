@@ -45,7 +45,9 @@ def duration_seconds(text: str) -> float:
     return float(match[1]) * _SECONDS[match[2]]
 
 
-NOT_PART_OF_THE_WORK = frozenset({"priority", "metadata", "completion_window", "overwrite", "idempotency_key"})
+NOT_PART_OF_THE_WORK = frozenset(
+    {"priority", "metadata", "completion_window", "overwrite", "idempotency_key", "profile"}
+)
 """Fields that do not change what is computed: a job may be resumed under other values of them."""
 
 
@@ -109,6 +111,9 @@ class JobSpec(BaseModel):
     metadata: dict[str, str] = {}
     completion_window: str = "24h"
     overwrite: bool = False
+    profile: bool = False
+    """Write a trace of each shard's beginning to ``<output>/_profile``, and its time by operator into the attempt's
+    stats (engine ``onnx``)."""
 
     @field_validator("input", mode="before")
     @classmethod

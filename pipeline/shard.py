@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from pyroaring import BitMap
 
-from pipeline import assembly
+from pipeline import assembly, profiling
 from pipeline.bisection import Kind, rounds
 from pipeline.damage import forget_damaged
 from pipeline.engines.base import Cancellation, Engine, ResultBatch, RowBatch, RowFailure
@@ -126,7 +126,10 @@ def run_shard(
     schema = engine.result_schema(spec)
     ledger = Ledger(claim.todo)
     searching = shard.n_crash >= shards.CAREFUL_AFTER
-    with Flusher(runtime, claim, directory, schema) as flusher:
+    with (
+        Flusher(runtime, claim, directory, schema) as flusher,
+        profiling.recording(runtime.store, claim, engine, wanted=spec.profile) as profile,
+    ):
         for turn in rounds(claim.todo, searching=searching, suspect=shard.suspect):
             if cancel.cancelled:
                 break
@@ -136,7 +139,7 @@ def run_shard(
             results = (
                 _poisoned(turn.rows)
                 if turn.kind is Kind.POISON
-                else _infer(runtime, claim, engine, spec, plan, turn.rows, cancel)
+                else _infer(runtime, claim, profile.engine, spec, plan, turn.rows, cancel)
             )
             for batch in results:
                 rows, failed = ledger.settle(batch)
@@ -146,7 +149,8 @@ def run_shard(
         if cancel.reason == LEASE_LOST:
             raise LeaseLost(f"attempt {claim.attempt_no} no longer holds shard {shard.id}")
         flusher.drain()
-        stats = _stats(engine, began, flusher)
+        profiled = profile.finish()
+        stats = {**_stats(profile.engine, began, flusher), **profiled}
         if ledger.pending and cancel.cancelled:
             end = shards.cancel if cancel.reason == JOB_STOPPING else shards.release
             patiently(lambda: end(runtime.database, claim, stats=stats))
@@ -161,7 +165,7 @@ def run_shard(
                 raise
             raise CorruptFile(f"{error}; {lost} flushed rows have to be computed again") from error
         failpoints.hit("commit.assembled")
-        stats = _stats(engine, began, flusher)
+        stats = {**_stats(profile.engine, began, flusher), **profiled}
         patiently(lambda: shards.commit(runtime.database, claim, output, stats=stats))
         failpoints.hit("commit.done")
 

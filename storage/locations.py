@@ -4,6 +4,7 @@
 
     <output>/data/part-00042.parquet          final files, and nothing else
     <output>/_manifest.json, _SUCCESS
+    <output>/_profile/…                       traces of a job that asked for them
     <output>/.rowmill/<job>/attempts/…         what attempts write
     <output>/.rowmill/<job>/input/…            input that was converted to Parquet
 """
@@ -57,6 +58,11 @@ def manifest(output: str) -> str:
 def success(output: str) -> str:
     """The empty object that says: all of it is there."""
     return f"{_base(output)}/_SUCCESS"
+
+
+def profile(output: str, shard_idx: int, attempt_no: int) -> str:
+    """The trace of one attempt at one shard. No Parquet, and not below the data."""
+    return f"{_base(output)}/_profile/shard-{shard_idx:05d}-{attempt_no}.json"
 
 
 def work_dir(output: str, job_id: str) -> str:

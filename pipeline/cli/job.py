@@ -252,6 +252,36 @@ def retry(
 
 @app.command()
 @command
+def profile(
+    invocation: Invocation,
+    job: JobId,
+    top: Annotated[int, typer.Option(min=1, metavar="N", help="Operators to show.")] = 15,
+) -> None:
+    """Where the engine's time went, by operator, in a job that ran with --profile."""
+    from pipeline.profiling import together
+    from storage.errors import NotFound
+
+    with invocation.client() as client:
+        found = [a.stats["profile"] for a in client.job(job).attempts() if "profile" in (a.stats or {})]
+    if not found:
+        raise NotFound(f"job {job} has no profile; 'rowmill run --profile' makes one")
+    traces = [each["trace"] for each in found if each["trace"]]
+    merged = together(found)
+    if invocation.as_json:
+        output.emit_json({**merged, "traces": traces})
+        return
+    lines = [
+        [each["operator"], each["provider"], f"{each['runs']:,}", f"{each['seconds']:.3f}", f"{each['share']:.1%}"]
+        for each in merged["operators"][:top]
+    ]
+    columns = ("operator", "provider", "runs", "seconds", "share")
+    output.emit(output.table(columns, lines, right=columns[2:]))
+    for trace in traces:
+        invocation.notice(f"trace, for chrome://tracing or Perfetto: {trace}")
+
+
+@app.command()
+@command
 def resume(invocation: Invocation, job: JobId) -> int:
     """Go on with an interrupted job, here and now, as the same 'rowmill run' would."""
 

@@ -127,6 +127,9 @@ def _fields(
     output_prefix: Annotated[
         str | None, typer.Option(metavar="PREFIX", help="Put before the result columns' names.", rich_help_panel=_OUT)
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="onnx: write traces to DIR/_profile.", rich_help_panel=_OUT)
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a finished output.", rich_help_panel=_OUT)
     ] = False,
@@ -188,6 +191,7 @@ def _fields(
         "keep_columns": [] if keep_none else keep,
         "output_prefix": output_prefix,
         "overwrite": overwrite or None,
+        "profile": profile or None,
         "shard_rows": shard_rows,
         "max_failed_rows": max_failed_rows,
         "completion_window": window,

@@ -60,6 +60,7 @@ class OnnxEngine:
         self._version = ""
         self._key = ""
         self._layout_from = "default"
+        self._profile: Path | None = None
         self._gate = threading.Lock()
         self._active = 0
 
@@ -108,7 +109,7 @@ class OnnxEngine:
             graph, folder = self._export(folder)
         self._graph = graph
         cached = self._remembered(runtime, graph, folder is not None)
-        self._pool = pool = SessionPool.open(graph, options, notify, cached)
+        self._pool = pool = SessionPool.open(graph, options, notify, cached, self._profile)
         if pool.layout != cached and self._layout_from == "cache":
             self._layout_from = "default"  # measured on a device that is gone
         try:
@@ -254,6 +255,16 @@ class OnnxEngine:
         if self._pool is None or self._closed:
             raise EngineDead("the ONNX Runtime engine is not loaded, or was closed")
         return feeds(self._prepared(spec, batches), self._pool)
+
+    def profiled(self, folder: Path) -> OnnxEngine:
+        """See :meth:`pipeline.profiling.Profiled.profiled`. It runs in this one's layout, and measures none."""
+        assert self._pool is not None
+        layout = self._pool.layout.to_json()
+        options = self._options.model_copy(update={**layout, "autotune": False})
+        twin = OnnxEngine(self._model, self._task, {}, self._context)
+        twin._options, twin._profile = options, folder
+        twin.load()
+        return twin
 
     def stats(self) -> dict[str, Any]:
         """Versions, real placement, how rows are batched, counters since ``load``; after ``close`` too."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import secrets
 import sys
 import threading
 from collections import Counter
@@ -31,6 +32,8 @@ from storage.errors import EngineDead, EngineMissing, InvalidModel
 
 T = TypeVar("T")
 
+PROFILED_RUNS = 200
+"""Pieces of work in a trace."""
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 _TELEMETRY = "ORT_DISABLE_TELEMETRY"
@@ -93,7 +96,9 @@ class SessionPool:
     ``placement`` counts the graph's nodes by execution provider, as they were before fusion.
     """
 
-    def __init__(self, lanes: Sequence[Lane], providers: tuple[str, ...], layout: Layout) -> None:
+    def __init__(
+        self, lanes: Sequence[Lane], providers: tuple[str, ...], layout: Layout, *, profiling: bool = False
+    ) -> None:
         self._lanes = list(lanes)
         self._pid = os.getpid()
         self._local = threading.local()
@@ -101,6 +106,9 @@ class SessionPool:
         self.layout = layout
         self.size = len(self._lanes)
         self.placement = _placement(self.session)
+        self._profile_lock = threading.Lock()
+        self._profiling = profiling
+        self._profiled = 0
         free = list(self._lanes)
 
         def take_a_lane() -> None:
@@ -110,9 +118,15 @@ class SessionPool:
 
     @classmethod
     def open(
-        cls, path: Path, options: OnnxOptions, notify: Callable[[str], None], layout: Layout | None = None
+        cls,
+        path: Path,
+        options: OnnxOptions,
+        notify: Callable[[str], None],
+        layout: Layout | None = None,
+        profile: Path | None = None,
     ) -> Self:
-        """Load the graph, in ``layout`` or the one that fits the machine.
+        """Load the graph, in ``layout`` or the one that fits the machine. ``profile``: a folder for traces of the first
+        ``PROFILED_RUNS`` pieces of work.
 
         Raises :class:`~storage.errors.EngineMissing` when a provider that was named is not active or got no node
         (unless ``allow_fallback``), :class:`~storage.errors.InvalidModel` when the runtime refuses the graph.
@@ -122,7 +136,7 @@ class SessionPool:
         wanted = _wanted(runtime, options)
         on_cpu = all(name == CPU for name, _ in wanted)
         layout = layout or Layout.default(options, available_cores(), on_cpu=on_cpu)
-        first = _session(runtime, path, options, wanted, refusals, layout.threads)
+        first = _session(runtime, path, options, wanted, refusals, layout.threads, profile)
         active = tuple(first.get_providers())
         strict = options.providers is not None and not options.allow_fallback
         missing = [name for name, _ in wanted if name not in active]
@@ -136,14 +150,16 @@ class SessionPool:
             notify(f"{', '.join(missing)} does not work here; ONNX Runtime runs on {', '.join(active)}")
             if active == (CPU,):  # what was meant for a GPU does not fit
                 layout = Layout.default(options, available_cores(), on_cpu=True)
-                first = _session(runtime, path, options, [(CPU, {})], refusals, layout.threads)
+                first = _session(runtime, path, options, [(CPU, {})], refusals, layout.threads, profile)
         elif wanted[0][0] != CPU and (placed := _placement(first)) and wanted[0][0] not in placed:
             said = f"{wanted[0][0]} runs none of the model's {sum(placed.values())} nodes: {_counted(placed)}"
             if strict:
                 raise EngineMissing(f"{said}. 'allow_fallback' accepts that", field="engine_options.providers")
             notify(said)
         rest = [
-            _session(runtime, path, options, [(n, o) for n, o in wanted if n in active], refusals, layout.threads)
+            _session(
+                runtime, path, options, [(n, o) for n, o in wanted if n in active], refusals, layout.threads, profile
+            )
             for _ in range(layout.sessions - 1)
         ]
         device = "cuda" if CUDA in active else "cpu"
@@ -152,7 +168,7 @@ class SessionPool:
             for session in [first, *rest]
             for _ in range(layout.lanes)
         ]
-        return cls(lanes, active, layout)
+        return cls(lanes, active, layout, profiling=profile is not None)
 
     def become(self, other: SessionPool) -> None:
         """Take over the sessions and threads of ``other``, which is not used any more; nothing may run on this one."""
@@ -185,16 +201,31 @@ class SessionPool:
         def job() -> T:
             if call.stopped:
                 raise Stopped
-            return work(Run(self._local.lane, call))
+            try:
+                return work(Run(self._local.lane, call))
+            finally:
+                if self._profiling:
+                    self._end_profile(PROFILED_RUNS)
 
         try:
             return self._threads.submit(job)
         except RuntimeError as error:
             raise EngineDead("the ONNX Runtime engine was closed") from error
 
+    def _end_profile(self, most: int) -> None:
+        """Have the traces written after ``most`` pieces of work: a trace takes some 100 kB for each."""
+        with self._profile_lock:
+            self._profiled += 1
+            if not self._profiling or self._profiled <= most:
+                return
+            for session in {id(lane.session): lane.session for lane in self._lanes}.values():
+                session.end_profiling()
+            self._profiling = False
+
     def close(self) -> None:
         """Drop what waits, wait for what runs, free the sessions."""
         self._threads.shutdown(wait=True, cancel_futures=True)
+        self._end_profile(0)
         self._lanes.clear()
         self._local = threading.local()
 
@@ -232,9 +263,13 @@ def _session(
     providers: Sequence[Provider],
     refusals: tuple[type[Exception], ...],
     threads: int,
+    profile: Path | None = None,
 ) -> Any:
     settings = runtime.SessionOptions()
     settings.intra_op_num_threads = threads
+    if profile is not None:
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(profile / f"session-{secrets.token_hex(4)}")
     settings.inter_op_num_threads = 1
     settings.enable_mem_pattern = False
     settings.log_severity_level = QUIET
