@@ -90,6 +90,7 @@ class Worker:
             lease_seconds=settings.lease_seconds,
             queues=[queue],
             warm=self.runtime.engines.warm_keys(),
+            keep=self.runtime.engines.unpaid_keys(),
         )
         if claim is None:
             return

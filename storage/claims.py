@@ -37,11 +37,13 @@ def claim(
     queues: Collection[str] | None = None,
     job_id: str | None = None,
     warm: Collection[str] = (),
+    keep: Collection[str] = (),
 ) -> Claim | None:
     """Lease the next ready shard to ``owner``; ``None`` when there is none, or none may run now.
 
     Which one: highest priority, then the tenant whose turn it is and that has fewer than its ``max_running`` at work,
     then the engines in ``warm`` (engine keys loaded in this process), then the longest due (``storage.lanes``).
+    Engines in ``keep`` (loaded so lately that it has not paid off) even go before another tenant's turn.
     ``queues`` and ``job_id`` narrow the choice; within one job there is no question of turns. One transaction raises
     the fence, sets the lease and opens the attempt.
     """
@@ -50,7 +52,7 @@ def claim(
         if job_id is not None:
             found = lanes.next_of_job(database, connection, job_id, queues)
         else:
-            chosen = lanes.next_shard(database, connection, queues=queues, warm=warm)
+            chosen = lanes.next_shard(database, connection, queues=queues, warm=warm, keep=keep)
             found, lane = chosen or (None, None)
         if found is None:
             return None

@@ -9,6 +9,10 @@ claim starts at ``max(vtime, V)`` and ends ``rows / weight`` later, which is its
 first. V, the virtual time, is the highest start at which anybody was served (``vstart``). Whoever was idle, or was held
 back by ``max_running``, begins at V and so has hoarded nothing. Only a claim that somebody else was waiting for is
 charged: a tenant alone writes no tenant row at all.
+
+An engine may take minutes to load, and turns that alternate between two models would do little else. So a worker
+stays with an engine that it has just loaded until the loading has paid off (``keep``); what its tenant gets beyond its
+turn is charged like everything else, and the others catch up afterwards.
 """
 
 from __future__ import annotations
@@ -54,15 +58,21 @@ class Lane:
 
 
 def next_shard(
-    database: Database, connection: sa.Connection, *, queues: Collection[str] | None, warm: Collection[str]
+    database: Database,
+    connection: sa.Connection,
+    *,
+    queues: Collection[str] | None,
+    warm: Collection[str],
+    keep: Collection[str] = (),
 ) -> tuple[sa.Row[Any], Lane] | None:
     """The row of the shard to claim, locked, and its lane; ``None`` when nothing may be claimed now.
 
-    ``queues`` are those to serve (``None``: all), ``warm`` the keys of the engines that are loaded here.
+    ``queues`` are those to serve (``None``: all), ``warm`` the keys of the engines that are loaded here, ``keep`` of
+    those whose loading has not paid off yet: their lanes go before another tenant's turn.
     """
     shard = tables.shard
     for limit in (_FRONT, None):
-        found = due_lanes(connection, queues=queues, warm=warm, limit=limit)
+        found = due_lanes(connection, queues=queues, warm=warm, keep=keep, limit=limit)
         for lane in found:
             row = _take(
                 database,
@@ -162,34 +172,35 @@ def _running(name: sa.ColumnElement[str]) -> sa.ScalarSelect[int]:
 
 
 def due_lanes(
-    connection: sa.Connection, *, queues: Collection[str] | None, warm: Collection[str], limit: int | None = None
+    connection: sa.Connection,
+    *,
+    queues: Collection[str] | None,
+    warm: Collection[str],
+    keep: Collection[str] = (),
+    limit: int | None = None,
 ) -> list[Lane]:
     """The lanes that may be claimed from, best first, at most ``limit`` of them."""
     if queues is not None and not queues:
         return []
     names = {f"queue_{number}": queue for number, queue in enumerate(sorted(set(queues or ())))}
-    values: dict[str, Any] = {**names, "warm": sorted(warm), "affinity": AFFINITY_SECONDS}
+    values: dict[str, Any] = {**names, "warm": sorted(warm), "keep": sorted(keep), "affinity": AFFINITY_SECONDS}
     if limit is not None:
         values["front"] = limit
     query = _lanes_query(None if queues is None else len(names), limit is not None)
     found = connection.execute(query, values).all()
-    floors: dict[int, float] = {}
-    lanes = []
-    for row in found:
-        floor = floors.setdefault(row.priority, row.start)
-        lanes.append(
-            Lane(
-                row.queue,
-                row.priority,
-                row.tenant,
-                row.engine_key,
-                row.start,
-                floor,
-                row.first_tenant != row.last_tenant,
-                row.max_running is not None,
-            )
+    return [
+        Lane(
+            row.queue,
+            row.priority,
+            row.tenant,
+            row.engine_key,
+            row.start,
+            row.floor,
+            row.first_tenant != row.last_tenant,
+            row.max_running is not None,
         )
-    return lanes
+        for row in found
+    ]
 
 
 @lru_cache(maxsize=64)
@@ -204,10 +215,13 @@ def _lanes_query(n_queues: int | None, limited: bool) -> sa.Select[Any]:
         (lane.c.engine_key.in_(sa.bindparam("warm", expanding=True)), 1),
         else_=2,
     )
+    kept = sa.case((lane.c.engine_key.in_(sa.bindparam("keep", expanding=True)), 0), else_=1)
     due = (
         sa.select(
             lane,
             start.label("start"),
+            sa.func.min(start).over(partition_by=lane.c.priority).label("floor"),
+            kept.label("kept"),
             rank.label("rank"),
             tenant.c.max_running,
             sa.func.min(lane.c.tenant).over(partition_by=lane.c.priority).label("first_tenant"),
@@ -218,7 +232,8 @@ def _lanes_query(n_queues: int | None, limited: bool) -> sa.Select[Any]:
         .where(sa.or_(tenant.c.max_running.is_(None), _running(lane.c.tenant) < tenant.c.max_running))
         .subquery("due")
     )
-    query = sa.select(due).order_by(due.c.priority.desc(), due.c.start, due.c.rank, due.c.run_after, due.c.id)
+    order = (due.c.priority.desc(), due.c.kept, due.c.start, due.c.rank, due.c.run_after, due.c.id)
+    query = sa.select(due).order_by(*order)
     return query.limit(sa.bindparam("front", type_=sa.Integer())) if limited else query
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,12 +20,16 @@ from pipeline.models.model import Model
 
 log = logging.getLogger(__name__)
 
+PAID_OFF = 10.0
+"""An engine's loading has paid off after so many times as long: then a tenth of the time at most goes into loading."""
+
 
 @dataclass(eq=False, slots=True)
 class _Entry:
     """One engine. ``users`` counts its leases; ``used`` orders entries by their last one.
 
     ``grown``: bytes by which this process grew while it was loaded; ``expected``: its weights, until it is loaded.
+    ``paid_off``: when its loading will have, by the monotonic clock.
     """
 
     key: str
@@ -32,6 +37,7 @@ class _Entry:
     model: str
     expected: int = 0
     grown: int = 0
+    paid_off: float = float("inf")
     users: int = 0
     used: int = 0
     closing: bool = False
@@ -59,12 +65,19 @@ class EnginePool:
     leases end; nor is the last one, however large.
     """
 
-    def __init__(self, context: EngineContext, max_engines: int = 1, memory_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        context: EngineContext,
+        max_engines: int = 1,
+        memory_bytes: int | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         if max_engines < 1:
             raise ValueError(f"max_engines must be at least 1, not {max_engines}")
         self._context = context
         self._max = max_engines
         self._max_bytes = memory_bytes
+        self._now = now
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}
         self._dying: set[_Entry] = set()
@@ -107,6 +120,11 @@ class EnginePool:
         """The keys (``registry.engine_key``) of the engines that are loaded here, or are being loaded."""
         with self._lock:
             return tuple(self._entries)
+
+    def unpaid_keys(self) -> tuple[str, ...]:
+        """Those of :meth:`warm_keys` whose loading has not paid off yet (``PAID_OFF``): a change would be waste."""
+        with self._lock:
+            return tuple(key for key, entry in self._entries.items() if entry.paid_off > self._now())
 
     def warm(self) -> list[dict[str, Any]]:
         """What is loaded now, for people and for whoever chooses shards: ``key``, ``engine``, ``model``, ``bytes``."""
@@ -155,9 +173,10 @@ class EnginePool:
         return entry
 
     def _load(self, entry: _Entry) -> None:
-        before = _resident()
+        before, began = _resident(), self._now()
         try:
             entry.engine.load()
+            entry.paid_off = self._now() + PAID_OFF * (self._now() - began)
             entry.grown = max(0, _resident() - before)
         except BaseException as error:  # raised by every lease that waits for this load
             entry.failure = error

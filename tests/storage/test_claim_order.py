@@ -152,6 +152,25 @@ def test_warm_engines_go_first_but_not_before_another_tenants_turn(database: Dat
     assert order(database, 1, ("warm",)) == ["b"]
 
 
+def test_an_engine_whose_loading_has_not_paid_off_is_kept_at_work_and_the_others_catch_up(database: Database) -> None:
+    planned_job(database, tenant="a", shards=6, engine_key="mine")
+    planned_job(database, tenant="b", shards=6, engine_key="other")
+
+    def tenants(count: int, keep: tuple[str, ...]) -> list[str]:
+        found = [
+            claims.claim(database, owner=OWNER, lease_seconds=LEASE, queues=["fake"], warm=("mine",), keep=keep)
+            for _ in range(count)
+        ]
+        return [claim.job.tenant for claim in found if claim]
+
+    assert tenants(3, keep=("mine",)) == ["a", "a", "a"]
+    assert tenants(3, keep=()) == ["b", "b", "b"]
+    assert sorted(tenants(2, keep=())) == ["a", "b"]
+    urgent = planned_job(database, tenant="b", shards=1, engine_key="other", priority=1)
+    claim = claims.claim(database, owner=OWNER, lease_seconds=LEASE, queues=["fake"], keep=("mine",))
+    assert claim is not None and claim.job.id == urgent.id
+
+
 def test_nobody_is_passed_over_for_a_warm_engine_for_ever(database: Database) -> None:
     cold = planned_job(database, shards=2, engine_key="cold")
     warm = planned_job(database, shards=2, engine_key="warm")

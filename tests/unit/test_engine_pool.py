@@ -78,6 +78,24 @@ def test_the_warm_keys_are_those_that_jobs_carry(log: list[tuple[str, str]]) -> 
         assert engines.warm_keys() == ()
 
 
+def test_a_load_has_paid_off_after_ten_times_as_long(log: list[tuple[str, str]]) -> None:
+    clock = [100.0]
+    engines = EnginePool(EngineContext(Path("unused")), now=lambda: clock[0])
+
+    def slow(_: Watched) -> None:
+        assert len(engines.unpaid_keys()) == 1
+        clock[0] += 3.0
+
+    Watched.on_load = slow
+    with lease(engines):
+        pass
+    clock[0] += 29.0
+    assert engines.unpaid_keys() == engines.warm_keys()
+    clock[0] += 2.0
+    assert engines.unpaid_keys() == ()
+    assert len(engines.warm_keys()) == 1
+
+
 def test_two_shards_share_one_engine(log: list[tuple[str, str]]) -> None:
     engines = pool()
     with lease(engines) as first, lease(engines) as second:
