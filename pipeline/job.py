@@ -165,6 +165,7 @@ def absolute(spec: JobSpec) -> JobSpec:
             "input": tuple(locations.normalize(uri) for uri in spec.input),
             "output": locations.normalize(spec.output),
             "model": model,
+            "adapters": {name: str(Path(folder).expanduser().resolve()) for name, folder in spec.adapters.items()},
         }
     )
 

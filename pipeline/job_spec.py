@@ -27,7 +27,7 @@ class Message(BaseModel):
     """One chat turn; ``content`` is a template over the input columns."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    role: Literal["system", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str
 
 
@@ -69,6 +69,8 @@ class JobSpec(BaseModel):
 
     prompt: str | None = None
     """``generate``: a template over the input columns, ``"Say: {text}"``. ``chat``: the one user message."""
+    prompt_token_column: str | None = None
+    """``generate``: a column of lists of token ids, in place of ``prompt``; nothing is added to them."""
     messages: tuple[Message, ...] | None = None
     """``chat``: templates over the input columns."""
     column: str | None = None
@@ -79,7 +81,19 @@ class JobSpec(BaseModel):
     """``tensor``: graph input → column, where the names differ."""
     sampling: dict[str, Any] = {}
     """vLLM's own sampling parameters, by their own names."""
+    sampling_columns: dict[str, str] = {}
+    """Sampling parameter → column with a value for each row; where it is null, that of ``sampling`` stands."""
     chat_template_kwargs: dict[str, Any] = {}
+    """``chat``: handed to the chat template, beside the messages."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """``chat``: functions that the model may call, as OpenAI's API describes them; the chat template writes them."""
+    image_column: str | None = None
+    """``generate`` and ``chat``, for multimodal models: a column of images, as bytes, URIs below the operator's
+    ``uri_prefixes``, ``struct<bytes, path>``, or lists of these."""
+    adapters: dict[str, str] = {}
+    """LoRA adapters: name → directory. A single one serves every row, unless ``adapter_column`` is given."""
+    adapter_column: str | None = None
+    """A column with the adapter's name for each row; where it is null, the model alone answers."""
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"
     """``embed``; ``auto`` reads the model's own configuration."""
     normalize: bool | None = None
@@ -137,9 +151,9 @@ class JobSpec(BaseModel):
                 raise ValueError(f"{uri!r} chains filesystems with '::', which is refused; give one plain path or URL")
         return value
 
-    @field_validator("engine_options", "sampling", "chat_template_kwargs")
+    @field_validator("engine_options", "sampling", "chat_template_kwargs", "tools")
     @classmethod
-    def _plain_json(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _plain_json(cls, value: Any) -> Any:
         # Stored as JSON, where an infinity would silently become null.
         try:
             json.dumps(value, allow_nan=False)
@@ -160,6 +174,18 @@ class JobSpec(BaseModel):
             Template(value)
         return value
 
+    @field_validator("tools")
+    @classmethod
+    def _tools_are_functions(cls, value: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        for at, tool in enumerate(value):
+            function = tool.get("function")
+            if tool.get("type") != "function" or not isinstance(function, dict) or not function.get("name"):
+                raise ValueError(
+                    f'tool {at} must be {{"type": "function", "function": {{"name": …, "parameters": …}}}}, '
+                    "as OpenAI's API describes it"
+                )
+        return value
+
     @field_validator("messages")
     @classmethod
     def _messages_are_templates(cls, value: tuple[Message, ...] | None) -> tuple[Message, ...] | None:
@@ -174,14 +200,25 @@ class JobSpec(BaseModel):
         if extra := sorted(given - allowed):
             reads = ", ".join(sorted(allowed))
             raise ValueError(f"task '{task}' does not read {', '.join(extra)}; it reads {reads}")
-        if task is Task.GENERATE and self.prompt is None:
-            raise ValueError("task 'generate' needs prompt, a template over the columns, such as \"Say: {text}\"")
+        if task is Task.GENERATE and [self.prompt, self.prompt_token_column].count(None) != 1:
+            raise ValueError(
+                "task 'generate' needs prompt, a template over the columns, such as \"Say: {text}\" "
+                "(or prompt_token_column, and never both)"
+            )
         if task is Task.CHAT and [self.prompt, self.messages, self.column].count(None) != 2:
             raise ValueError("task 'chat' needs exactly one of messages, prompt and column")
         if self.overlong == "split" and task is not Task.EMBED:
             raise ValueError(f"overlong 'split' averages embeddings; task '{task}' has none")
         if task in (Task.EMBED, Task.CLASSIFY, Task.SCORE) and self.column is None:
             raise ValueError(f"task '{task}' needs column, the name of the text column")
+        if self.adapter_column is not None and not self.adapters:
+            raise ValueError("adapter_column needs adapters, the directory of each by its name")
+        if len(self.adapters) > 1 and self.adapter_column is None:
+            raise ValueError("of several adapters, adapter_column says which one a row gets")
+        if self.image_column is not None and self.prompt_token_column is not None:
+            raise ValueError("images go with a prompt or messages, not with prompt_token_column")
+        if self.image_column is not None and self.overlong == "truncate":
+            raise ValueError("a prompt with images cannot be truncated; leave overlong at 'auto'")
         return self
 
     @property
@@ -195,18 +232,17 @@ class JobSpec(BaseModel):
         return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
 
 
-_SHAPING = (
-    *("prompt", "messages", "column", "pair_column", "inputs", "sampling", "chat_template_kwargs"),
-    *("dimensions", "embedding_type", "top_k"),
-)
+_ANSWERS = frozenset({"sampling", "sampling_columns", "image_column", "adapters", "adapter_column"})
 _READS: dict[Task, frozenset[str]] = {
-    Task.GENERATE: frozenset({"prompt", "sampling"}),
-    Task.CHAT: frozenset({"prompt", "messages", "column", "sampling", "chat_template_kwargs"}),
+    Task.GENERATE: frozenset({"prompt", "prompt_token_column"}) | _ANSWERS,
+    Task.CHAT: frozenset({"prompt", "messages", "column", "chat_template_kwargs", "tools"}) | _ANSWERS,
     Task.EMBED: frozenset({"column", "dimensions", "embedding_type"}),
     Task.CLASSIFY: frozenset({"column", "pair_column", "top_k"}),
     Task.SCORE: frozenset({"column", "pair_column"}),
     Task.TENSOR: frozenset({"inputs"}),
 }
+_SHAPING = frozenset().union(*_READS.values())
+"""Fields that only some tasks read."""
 
 
 def parse(fields: dict[str, Any]) -> JobSpec:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.engines.answer_fields import fields_of
 from pipeline.job_spec import JobSpec, Task
 
 
@@ -14,18 +15,7 @@ def known_fields(spec: JobSpec) -> list[pa.Field[Any]]:
 
     An embedding's length and a graph's outputs are the model's to say.
     """
-    fields: list[tuple[str, pa.DataType]] = []
-    if spec.task in (Task.GENERATE, Task.CHAT):
-        several = spec.sampling.get("n", 1) != 1
-        fields.append(("outputs", pa.list_(pa.string())) if several else ("output", pa.string()))
-        fields.append(("finish_reason", pa.string()))
-        fields += [(name, pa.int32()) for name in ("prompt_tokens", "cached_tokens", "completion_tokens")]
-    elif spec.task is Task.CLASSIFY:
-        pair = pa.struct([("label", pa.string()), ("score", pa.float32())])
-        fields = [("label", pa.string()), ("score", pa.float32()), ("scores", pa.list_(pair))]
-    elif spec.task is Task.SCORE:
-        fields = [("score", pa.float32())]
-    return [pa.field(spec.output_prefix + name, kind) for name, kind in fields]
+    return [field.with_name(spec.output_prefix + field.name) for field in fields_of(spec)]
 
 
 def known_names(spec: JobSpec) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ AUTO = "auto"
 FAKE, VLLM, ONNX = "fake", "vllm", "onnx"
 
 TASKS_OF: dict[str, frozenset[Task]] = {
-    VLLM: frozenset({Task.GENERATE, Task.CHAT}),
+    VLLM: frozenset({Task.GENERATE, Task.CHAT, Task.EMBED, Task.CLASSIFY, Task.SCORE}),
     ONNX: frozenset({Task.EMBED, Task.CLASSIFY, Task.SCORE, Task.TENSOR}),
 }
 """What the two engines of this package do. Others say it themselves, when they are asked for by name."""
@@ -27,6 +27,13 @@ _OTHER_HEADS = (
     "ForCTC",
 )
 """Endings of architectures that compute something no text task asks for; their graphs run under ``tensor``."""
+
+
+_GENERATED = frozenset({Task.GENERATE, Task.CHAT})
+_DECODERS = frozenset(
+    f"{family}Model" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Phi3", "GPTNeoX")
+)
+"""Decoders without a head: what embeds with them is the last token, after far more parameters than an encoder has."""
 
 
 def choose(task: Task, engine_asked: str, model: Model) -> str:
@@ -46,11 +53,30 @@ def choose(task: Task, engine_asked: str, model: Model) -> str:
             f"engine '{engine_asked}' does {_listed(TASKS_OF[engine_asked])}, not {task}; leave the engine to 'auto'",
             field="engine",
         )
-    fitting = tasks_of(model)
+    fitting = tasks_of(model) | (_pooled(model) if engine_asked == VLLM else frozenset())
     if task not in fitting:
         can = f"it can {_listed(fitting)}" if fitting else "none of the tasks fits it"
         raise InvalidModel(f"task '{task}' needs {_NEEDS[task]}; {model.name} is {_kind(model)}: {can}", field="model")
-    return VLLM if task in TASKS_OF[VLLM] else ONNX
+    if engine_asked != AUTO:
+        return engine_asked
+    return VLLM if task in _GENERATED or (task is Task.EMBED and _embeds_by_decoding(model)) else ONNX
+
+
+def _embeds_by_decoding(model: Model) -> bool:
+    """Whether it is a decoder that was made to embed, which runs on vLLM's kernels as other decoders do."""
+    made = model.sentence_transformer and model.autoregressive
+    return not model.onnx_files and (made or any(name in _DECODERS for name in model.architectures))
+
+
+def _pooled(model: Model) -> frozenset[Task]:
+    """What vLLM may pool this model for, where it is asked to; it says no itself when it loads the model."""
+    if not model.architectures or (model.onnx_files and not model.weights):
+        return frozenset()
+    if model.autoregressive:
+        return frozenset({Task.EMBED, Task.CLASSIFY, Task.SCORE})
+    can = tasks_of(model) & TASKS_OF[VLLM]
+    # Two embeddings have a score, too: the cosine between them.
+    return can | {Task.SCORE} if Task.EMBED in can else can
 
 
 def tasks_of(model: Model) -> frozenset[Task]:
@@ -58,7 +84,7 @@ def tasks_of(model: Model) -> frozenset[Task]:
     tasks: set[Task] = set()
     only_graphs = bool(model.onnx_files) and not model.weights
     if model.autoregressive and not only_graphs:
-        tasks |= TASKS_OF[VLLM]
+        tasks |= _GENERATED
     if model.onnx_files:
         tasks |= {Task.TENSOR}
     if model.sentence_transformer:
@@ -80,7 +106,7 @@ def tasks_of(model: Model) -> frozenset[Task]:
 _NEEDS = {
     Task.GENERATE: "an autoregressive model with its weights",
     Task.CHAT: "an autoregressive model with its weights",
-    Task.EMBED: "an encoder",
+    Task.EMBED: "an encoder (engine 'vllm' embeds with decoders, too)",
     Task.CLASSIFY: "a classifier of texts, or of images as an ONNX graph",
     Task.SCORE: "a sequence classifier",
     Task.TENSOR: "an ONNX graph",

@@ -24,6 +24,8 @@ class RowErrorCode(StrEnum):
     """A tensor's shape does not fit the graph's input."""
     NOT_FINITE = "not_finite"
     """A NaN or an infinity where the job refuses them."""
+    INVALID_OUTPUT = "invalid_output"
+    """The answer does not keep to the schema, choice or grammar that was asked for; most often it was cut off."""
     ENGINE_REFUSED = "engine_refused"
     """The engine rejected this row alone; the message is the engine's."""
     TIMED_OUT = "timed_out"

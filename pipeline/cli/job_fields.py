@@ -74,6 +74,40 @@ def _fields(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="A sampling parameter by vLLM's name.", rich_help_panel=_WORK),
     ] = None,
+    schema: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="generate, chat: a JSON Schema that every answer keeps to.", rich_help_panel=_WORK
+        ),
+    ] = None,
+    sampling_column: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=COLUMN", help="A sampling parameter from a column, row by row.", rich_help_panel=_WORK
+        ),
+    ] = None,
+    prompt_token_column: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="generate: prompts as lists of token ids.", rich_help_panel=_WORK),
+    ] = None,
+    image_column: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="generate, chat: images, as bytes or URIs.", rich_help_panel=_WORK),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="generate, chat: a LoRA adapter.", rich_help_panel=_WORK),
+    ] = None,
+    adapter_column: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="The adapter's name for each row.", rich_help_panel=_WORK),
+    ] = None,
+    tools: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="chat: a JSON list of functions that the model may call.", rich_help_panel=_WORK
+        ),
+    ] = None,
     chat_template: Annotated[
         list[str] | None,
         typer.Option(
@@ -178,7 +212,15 @@ def _fields(
         "column": column,
         "pair_column": pair_column,
         "inputs": values.key_values(graph_input, "--input", literal=True) if graph_input else None,
-        "sampling": values.key_values(sampling, "--sampling") if sampling else None,
+        "prompt_token_column": prompt_token_column,
+        "sampling": values.sampling(sampling or (), schema),
+        "sampling_columns": values.key_values(sampling_column, "--sampling-column", literal=True)
+        if sampling_column
+        else None,
+        "image_column": image_column,
+        "adapters": values.key_values(adapter, "--adapter", literal=True) if adapter else None,
+        "adapter_column": adapter_column,
+        "tools": values.json_file(tools, "--tools") if tools else None,
         "chat_template_kwargs": values.key_values(chat_template, "--chat-template-kwarg") if chat_template else None,
         "engine": engine,
         "engine_options": values.key_values(engine_option, "--set") if engine_option else None,

@@ -11,7 +11,15 @@ from typing import Any, NoReturn
 from storage.errors import InvalidJob, InvalidSettings
 
 _REQUIRED = {"input": "INPUT", "output": "-o/--output", "model": "-m/--model", "task": "-t/--task"}
-_MERGED = ("sampling", "engine_options", "metadata", "inputs", "chat_template_kwargs")
+_MERGED = (
+    "sampling",
+    "sampling_columns",
+    "engine_options",
+    "metadata",
+    "inputs",
+    "chat_template_kwargs",
+    "adapters",
+)
 """Fields whose flags add to the ``--spec`` file's keys; every other flag replaces the file's value."""
 
 
@@ -74,14 +82,36 @@ def setting_values(items: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def spec_file(path: Path, option: str = "--spec") -> dict[str, Any]:
-    """The fields in a ``.toml`` or ``.json`` file. Raises :class:`InvalidJob`: missing, unreadable, not a table."""
+def sampling(items: Iterable[str], schema: Path | None) -> dict[str, Any] | None:
+    """The sampling parameters of ``--sampling``, with the schema of ``--schema``; ``None`` when neither is given."""
+    found = key_values(items, "--sampling")
+    if schema is not None:
+        if "structured_outputs" in found:
+            raise InvalidJob("--schema and --sampling structured_outputs=… exclude each other", field="--schema")
+        found["structured_outputs"] = {"json": json_file(schema, "--schema")}
+    return found or None
+
+
+def json_file(path: Path, option: str) -> Any:
+    """What a JSON file holds. Raises :class:`InvalidJob`: missing, unreadable, not JSON."""
     try:
-        data = path.read_bytes()
+        return json.loads(_read(path, option), parse_constant=_no_constant)
+    except ValueError as error:
+        raise InvalidJob(f"{path} is not valid JSON: {error}", field=option) from None
+
+
+def _read(path: Path, option: str) -> bytes:
+    try:
+        return path.read_bytes()
     except FileNotFoundError:
         raise InvalidJob(f"no such file: {path}", field=option) from None
     except OSError as error:
         raise InvalidJob(f"{path} cannot be read: {error.strerror}", field=option) from None
+
+
+def spec_file(path: Path, option: str = "--spec") -> dict[str, Any]:
+    """The fields in a ``.toml`` or ``.json`` file. Raises :class:`InvalidJob`: missing, unreadable, not a table."""
+    data = _read(path, option)
     toml = path.suffix.lower() == ".toml"
     try:
         fields = tomllib.loads(data.decode()) if toml else json.loads(data)

@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from pipeline.engines import fake_faults, fake_rows
+from pipeline.engines import fake_faults, fake_rows, sampling_columns
+from pipeline.engines.answer_fields import fields_of
 from pipeline.engines.base import Cancellation, EngineContext, ResultBatch, RowBatch, RowFailure
-from pipeline.engines.vllm_options import check_sampling
+from pipeline.engines.sampling import check_sampling
 from pipeline.job_spec import JobSpec, Task
 from pipeline.models.model import Model
 from pipeline.row_errors import RowErrorCode
@@ -27,8 +28,6 @@ from storage.errors import InvalidInput, InvalidJob
 
 SHUFFLE_WINDOW = 4
 """Batches that may overtake each other under ``shuffle``."""
-_SCORES = pa.list_(pa.struct([pa.field("label", pa.string()), pa.field("score", pa.float32())]))
-_COUNTS = [pa.field(name, pa.int32()) for name in ("prompt_tokens", "cached_tokens", "completion_tokens")]
 
 
 class FakeEngine:
@@ -53,6 +52,9 @@ class FakeEngine:
                 raise InvalidJob("engine 'fake' does not do that; leave it away", field=name)
         if spec.overlong == "split":
             raise InvalidJob("engine 'fake' does not split texts", field="overlong")
+        for name in ("logprobs", "prompt_logprobs", "logprob_token_ids"):
+            if spec.sampling.get(name) is not None:
+                raise InvalidJob("engine 'fake' has no probabilities", field=f"sampling.{name}")
         columns = _read_by(spec, schema)
         for field, name in columns:
             if (n := schema.names.count(name)) != 1:
@@ -62,6 +64,7 @@ class FakeEngine:
             wanted = _wanted(spec, field, kind)
             if wanted is not None:
                 raise InvalidInput(f"column {name!r} is {kind}; task '{spec.task}' needs {wanted}", field=field)
+        columns += [("sampling_columns", name) for name in sampling_columns.check_columns(spec, schema)]
         if spec.task is Task.TENSOR:
             kept = schema.names if spec.keep_columns is None else spec.keep_columns
             if f"{spec.output_prefix}output" in kept:
@@ -75,19 +78,13 @@ class FakeEngine:
         """See :meth:`pipeline.engines.base.Engine.result_schema`."""
         fields: list[Any]
         match spec.task:
-            case Task.GENERATE | Task.CHAT:
-                one = spec.sampling.get("n", 1) == 1
-                output = pa.field("output", pa.string()) if one else pa.field("outputs", pa.list_(pa.string()))
-                fields = [output, pa.field("finish_reason", pa.string()), *_COUNTS]
             case Task.EMBED:
                 vector = pa.list_(pa.float32(), fake_rows.WIDTH)
                 fields = [pa.field("embedding", vector), pa.field("prompt_tokens", pa.int32())]
-            case Task.CLASSIFY:
-                fields = [pa.field("label", pa.string()), pa.field("score", pa.float32()), pa.field("scores", _SCORES)]
-            case Task.SCORE:
-                fields = [pa.field("score", pa.float32())]
             case Task.TENSOR:
                 fields = [pa.field("output", pa.float64())]
+            case _:
+                fields = fields_of(spec)
         return pa.schema(fields)
 
     def infer(self, spec: JobSpec, batches: Iterable[RowBatch], cancel: Cancellation) -> Iterator[ResultBatch]:
@@ -219,7 +216,8 @@ def _read_by(spec: JobSpec, schema: pa.Schema) -> list[tuple[str, str]]:
     read = [("prompt", name) for name in (Template(spec.prompt).fields if spec.prompt is not None else ())]
     for i, message in enumerate(spec.messages or ()):
         read += [(f"messages.{i}.content", name) for name in Template(message.content).fields]
-    read += [(field, name) for field in ("column", "pair_column") if (name := getattr(spec, field)) is not None]
+    own = ("column", "pair_column", "prompt_token_column", "adapter_column", "image_column")
+    read += [(field, name) for field in own if (name := getattr(spec, field)) is not None]
     return read
 
 
@@ -227,9 +225,13 @@ def _wanted(spec: JobSpec, field: str, kind: pa.DataType) -> str | None:
     """What the column should have been, or ``None`` when it is that."""
     if spec.task is Task.TENSOR:
         return None if fake_rows.is_numeric(kind) else "numbers, or lists or tensors of them"
-    if field not in ("column", "pair_column"):
+    if field == "image_column":
+        return None
+    if field == "prompt_token_column":
+        return None if fake_rows.is_numeric(kind) and pa.types.is_nested(kind) else "lists of token ids"
+    if field not in ("column", "pair_column", "adapter_column"):
         return "text, numbers or dates for a template" if pa.types.is_nested(kind) else None
-    if spec.task is Task.CHAT:
+    if spec.task is Task.CHAT and field == "column":
         fits = fake_rows.is_messages(kind) or fake_rows.is_text(kind)
         return None if fits else "a list of structs with role and content, or JSON text of that"
     return None if fake_rows.is_text(kind) else "text"

@@ -82,6 +82,9 @@ def reader(spec: JobSpec) -> Read:
             return "\n".join(f"{role}: {content}" for (role, _), content in zip(turns, contents, strict=True))
 
         return _rendered(fields, render)
+    if spec.prompt_token_column is not None:
+        column = spec.prompt_token_column
+        return _rendered((column,), lambda row: " ".join(str(token) for token in row[column]))  # type: ignore[attr-defined]
     assert spec.column is not None
     if spec.task is Task.CHAT:
         return _conversations(spec.column)

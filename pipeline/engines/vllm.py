@@ -1,4 +1,4 @@
-"""The vLLM engine: autoregressive models, text in and text out, by continuous batching over all shards in flight."""
+"""The vLLM engine: language models that generate or pool, by continuous batching over all shards in flight."""
 
 from __future__ import annotations
 
@@ -10,11 +10,19 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
+from pipeline.engines import vllm_adapters, vllm_pooling
+from pipeline.engines.answer_fields import fields_of
 from pipeline.engines.base import Cancellation, EngineContext, ResultBatch, RowBatch, RowFailure
-from pipeline.engines.vllm_options import OWN_OPTIONS, SAMPLING, check_engine_options, check_sampling
-from pipeline.engines.vllm_process import RunningVllm, first_lines, prepare_environment
+from pipeline.engines.sampling import check_sampling
+from pipeline.engines.vllm_adapters import Adapters, LoadedAdapters
+from pipeline.engines.vllm_answers import Answer, Answers
+from pipeline.engines.vllm_images import Images
+from pipeline.engines.vllm_options import OWN_OPTIONS, check_engine_options
+from pipeline.engines.vllm_params import JobParams
+from pipeline.engines.vllm_pooling import PooledRows, Pooling
+from pipeline.engines.vllm_process import RunningVllm, prepare_environment
 from pipeline.engines.vllm_prompts import Prompts, check_columns
-from pipeline.engines.vllm_requests import Answer, Outcome, Requests
+from pipeline.engines.vllm_requests import Outcome, Requests
 from pipeline.job_spec import JobSpec, Task
 from pipeline.models.model import Model
 from storage.errors import EngineDead, EngineMissing, InvalidJob, InvalidModel
@@ -24,16 +32,6 @@ CHUNK = 64
 
 BESIDE = ("torch", "transformers")
 """Packages whose versions are reported with vLLM's."""
-
-_FIELDS: list[pa.Field[Any]] = [
-    pa.field("output", pa.string()),
-    pa.field("finish_reason", pa.string()),
-    pa.field("prompt_tokens", pa.int32()),
-    pa.field("cached_tokens", pa.int32()),
-    pa.field("completion_tokens", pa.int32()),
-]
-SCHEMA = pa.schema(_FIELDS)
-OUTPUTS = pa.field("outputs", pa.list_(pa.string()))
 
 
 class VllmEngine:
@@ -45,12 +43,13 @@ class VllmEngine:
     """
 
     name: ClassVar[str] = "vllm"
-    tasks: ClassVar[frozenset[Task]] = frozenset({Task.GENERATE, Task.CHAT})
+    tasks: ClassVar[frozenset[Task]] = frozenset({Task.GENERATE, Task.CHAT}) | vllm_pooling.TASKS
     shared_tasks: ClassVar[frozenset[Task]] = frozenset({Task.GENERATE, Task.CHAT})
 
     def __init__(self, model: Model, task: Task, options: Mapping[str, Any], context: EngineContext) -> None:
         self._model, self._task, self._options, self._context = model, task, dict(options), context
         self._running: RunningVllm | None = None
+        self._adapters = LoadedAdapters(context.cache_dir)
         self._versions: dict[str, str] = {}
         self._lock = threading.Lock()
         self._rows = {"succeeded": 0, "failed": 0}
@@ -60,12 +59,17 @@ class VllmEngine:
     def check(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:
         """See :meth:`Engine.check`. Imports nothing of vLLM, which need not be installed where jobs are submitted."""
         if spec.task not in cls.tasks:
-            raise InvalidJob(
-                f"engine 'vllm' does generate and chat; task '{spec.task}' runs on engine 'onnx'", field="task"
-            )
-        _check_model(model, spec.engine_options)
+            able = ", ".join(sorted(cls.tasks))
+            raise InvalidJob(f"engine 'vllm' does {able}; task '{spec.task}' runs on engine 'onnx'", field="task")
+        pools = spec.task in vllm_pooling.TASKS
+        _check_model(model, spec.engine_options, pools=pools)
         check_sampling(spec.sampling)
         check_engine_options(spec.engine_options)
+        if pools:
+            return vllm_pooling.check(spec, schema)
+        if "pooler_config" in spec.engine_options:
+            raise InvalidJob(f"not a job's to set: {spec.task} does not pool", field="engine_options.pooler_config")
+        vllm_adapters.check(spec)
         return check_columns(spec, schema)
 
     def load(self) -> None:
@@ -85,6 +89,8 @@ class VllmEngine:
         self._versions = {"vllm": vllm.__version__, **{name: importlib.metadata.version(name) for name in BESIDE}}
         self._context.notify(f"loading {self._model.name} into vLLM {vllm.__version__}")
         options = {name: value for name, value in self._options.items() if name not in OWN_OPTIONS}
+        if self._task in vllm_pooling.TASKS:
+            options |= vllm_pooling.ARGUMENTS
         self._running = RunningVllm(str(self._model.path), options)
         try:
             self._check_loaded(self._running)
@@ -93,9 +99,10 @@ class VllmEngine:
             raise
 
     def result_schema(self, spec: JobSpec) -> pa.Schema:
-        """See :meth:`Engine.result_schema`. With ``n`` above 1, ``outputs`` holds all answers in place of ``output``;
-        ``completion_tokens`` counts all, and ``finish_reason`` is ``length`` when any was cut off."""
-        return SCHEMA.set(0, OUTPUTS) if spec.sampling.get("n", 1) > 1 else SCHEMA
+        """See :meth:`Engine.result_schema`."""
+        if spec.task in vllm_pooling.TASKS:
+            return Pooling(self._loaded(), spec.task).schema(spec)
+        return pa.schema(fields_of(spec))
 
     def infer(self, spec: JobSpec, batches: Iterable[RowBatch], cancel: Cancellation) -> Iterator[ResultBatch]:
         """See :meth:`Engine.infer`. ``batches`` is read by a thread of this call, which also makes the prompts.
@@ -103,18 +110,23 @@ class VllmEngine:
         Raises :class:`InvalidJob`, before the first row, for sampling parameters that vLLM refuses for this model.
         """
         running = self._loaded()
-        params = _sampling_params(running, spec)
+        rows: PooledRows | Prompts
+        reader: PooledRows | Answers
+        if spec.task in vllm_pooling.TASKS:
+            rows = reader = PooledRows(running, Pooling(running, spec.task), spec)
+            params = rows.params
+        else:
+            own = JobParams(running, spec)
+            params, reader = own.job.sampling, Answers(spec, own.job.form)
+            rows = self._prompts(running, spec, own)
+            if spec.task is not self._task and spec.task is Task.CHAT:
+                rows.check_chat_template()  # loaded for generate, which needs none
         schema = self.result_schema(spec)
-        context: int = running.config.model_config.max_model_len
-        # Of a cut prompt's context, the answer gets what it may use, but not more than half.
-        prompts = Prompts(running.llm, spec, room=min(params.max_tokens or context, max(1, context // 2)))
-        if spec.task is not self._task and spec.task is Task.CHAT:
-            prompts.check_chat_template()  # loaded for generate, which needs none
         window = self._window(running)
         requests = Requests(running, params, window)
         feeder = threading.Thread(
             target=_feed,
-            args=(requests, prompts, batches, max(1, min(CHUNK, window // 4))),
+            args=(requests, rows, batches, max(1, min(CHUNK, window // 4))),
             name="vllm-feed",
             daemon=True,
         )
@@ -122,12 +134,19 @@ class VllmEngine:
         feeder.start()
         try:
             for outcomes in requests.results():
-                yield self._batch(outcomes, schema)
+                yield self._batch(outcomes, reader, schema)
         finally:
             forget()
             requests.stop()
             requests.wait_until_aborted()
             feeder.join()
+
+    def _prompts(self, running: RunningVllm, spec: JobSpec, params: JobParams) -> Prompts:
+        context: int = running.config.model_config.max_model_len
+        # Of a cut prompt's context, the answer gets what it may use, but not more than half.
+        room = min(params.job.sampling.max_tokens or context, max(1, context // 2))
+        images = Images(running, spec, self._context.fetch) if spec.image_column is not None else None
+        return Prompts(running.llm, spec, room, params, Adapters(running, spec, self._adapters), images)
 
     def stats(self) -> dict[str, Any]:
         """See :meth:`Engine.stats`. Counts since ``load``; tokens of rows that were aborted are not in them."""
@@ -178,15 +197,19 @@ class VllmEngine:
         return int(self._options.get("window", 2 * running.config.scheduler_config.max_num_seqs))
 
     def _check_loaded(self, running: RunningVllm) -> None:
+        if self._task in vllm_pooling.TASKS:
+            Pooling(running, self._task)
+            return
         if running.config.model_config.is_encoder_decoder or "generate" not in running.supported_tasks:
             raise InvalidModel(f"vLLM does not generate text with {self._model.name!r}", field="model")
         if self._task is Task.CHAT:
             spec = JobSpec(input=("-",), output="-", model="-", task=Task.CHAT, prompt="{text}")
             Prompts(running.llm, spec, room=1).check_chat_template()
 
-    def _batch(self, outcomes: list[Outcome], schema: pa.Schema) -> ResultBatch:
-        answers = [outcome for outcome in outcomes if isinstance(outcome, Answer)]
-        failures = tuple(outcome for outcome in outcomes if isinstance(outcome, RowFailure))
+    def _batch(self, outcomes: list[Outcome], reader: PooledRows | Answers, schema: pa.Schema) -> ResultBatch:
+        read = reader.answers(outcomes)
+        answers = [outcome for outcome in read if isinstance(outcome, Answer)]
+        failures = tuple(outcome for outcome in read if isinstance(outcome, RowFailure))
         with self._lock:
             self._rows["succeeded"] += len(answers)
             self._rows["failed"] += len(failures)
@@ -194,22 +217,17 @@ class VllmEngine:
                 self._tokens["prompt"] += answer.prompt_tokens
                 self._tokens["cached"] += answer.cached_tokens
                 self._tokens["completion"] += answer.completion_tokens
-        columns: dict[str, list[Any]] = {
-            "output": [answer.texts[0] for answer in answers],
-            "finish_reason": [answer.finish_reason for answer in answers],
-            "prompt_tokens": [answer.prompt_tokens for answer in answers],
-            "cached_tokens": [answer.cached_tokens for answer in answers],
-            "completion_tokens": [answer.completion_tokens for answer in answers],
-            "outputs": [answer.texts for answer in answers],
-        }
-        values = pa.RecordBatch.from_arrays(
-            [pa.array(columns[field.name], type=field.type) for field in schema], schema=schema
-        )
+        values: pa.RecordBatch | None = None
+        if answers:
+            columns = reader.columns(answers)
+            values = pa.RecordBatch.from_arrays(
+                [_array(columns[field.name], field.type) for field in schema], schema=schema
+            )
         rows = np.fromiter((answer.row for answer in answers), dtype=np.int64, count=len(answers))
-        return ResultBatch(rows, values if answers else None, failures)
+        return ResultBatch(rows, values, failures)
 
 
-def _check_model(model: Model, options: Mapping[str, Any]) -> None:
+def _check_model(model: Model, options: Mapping[str, Any], *, pools: bool) -> None:
     def refuse(what: str) -> InvalidModel:
         return InvalidModel(f"{model.name!r} {what}", field="model")
 
@@ -220,7 +238,7 @@ def _check_model(model: Model, options: Mapping[str, Any]) -> None:
             raise refuse("is an ONNX graph; it runs on engine 'onnx', with task embed, classify, score or tensor")
         raise refuse("has no config.json that names its architecture; vLLM needs one")
     kind = ", ".join(model.architectures)
-    if not model.autoregressive:
+    if not model.autoregressive and not pools:
         raise refuse(
             f"is a {kind}, which does not generate text; engine 'vllm' runs decoder language models (…ForCausalLM). "
             "Use task embed, classify or score with engine 'onnx'"
@@ -233,42 +251,7 @@ def _check_model(model: Model, options: Mapping[str, Any]) -> None:
             raise refuse(f"has pickled weights only ({pickles[0]}), which can run code; convert them to safetensors")
 
 
-def _sampling_params(running: RunningVllm, spec: JobSpec) -> Any:
-    """The job's ``SamplingParams``, seen and accepted by vLLM for this model."""
-    from vllm.exceptions import VLLMClientError
-    from vllm.sampling_params import (
-        RepetitionDetectionParams,
-        RequestOutputKind,
-        SamplingParams,
-        StructuredOutputsParams,
-    )
-
-    given = dict(spec.sampling)
-    field = "sampling"
-    try:
-        for name, kind in (
-            ("structured_outputs", StructuredOutputsParams),
-            ("repetition_detection", RepetitionDetectionParams),
-        ):
-            if given.get(name) is not None:
-                field = f"sampling.{name}"
-                given[name] = kind(**given[name])
-        field = "sampling"
-        if given.get("logit_bias") is not None:
-            given["logit_bias"] = {int(token): float(bias) for token, bias in given["logit_bias"].items()}
-        params = SamplingParams(**given, output_kind=RequestOutputKind.FINAL_ONLY)
-        # All that vLLM would say of each request is said here once, of the job.
-        running.llm.input_processor.process_inputs(
-            "check", {"type": "token", "prompt_token_ids": [0]}, params, supported_tasks=running.supported_tasks
-        )
-    except (VLLMClientError, ValueError, TypeError) as error:
-        parameter = getattr(error, "parameter", None)
-        where = f"sampling.{parameter}" if parameter in SAMPLING else field
-        raise InvalidJob(f"vLLM refuses it: {first_lines(error)}", field=where) from error
-    return params
-
-
-def _feed(requests: Requests, prompts: Prompts, batches: Iterable[RowBatch], chunk: int) -> None:
+def _feed(requests: Requests, prompts: Prompts | PooledRows, batches: Iterable[RowBatch], chunk: int) -> None:
     """The feeding thread: draws batches, makes prompts, hands them over as there is room."""
     try:
         for batch in batches:
@@ -279,3 +262,7 @@ def _feed(requests: Requests, prompts: Prompts, batches: Iterable[RowBatch], chu
         requests.end_feeding(error)
     else:
         requests.end_feeding()
+
+
+def _array(values: Any, kind: pa.DataType) -> Any:
+    return values if isinstance(values, pa.Array) else pa.array(values, type=kind)

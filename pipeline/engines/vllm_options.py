@@ -1,128 +1,22 @@
-"""What a job may ask of vLLM: the sampling parameters and engine options that pass, and what each may hold.
+"""The engine options of vLLM that a job may set, and what each may hold.
 
 Static, because the host that submits a job may not have vLLM installed. The tables are those of vLLM 0.32; a test holds
-them against the installed release. What only vLLM can judge (a range that depends on the model, a schema that does not
-compile) is judged by vLLM when the engine starts or before the first row.
+them against the installed release. What only vLLM can judge is judged by vLLM when the engine starts.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from pipeline.engines.value_checks import FLAG, INT, TEXT, Check, at_least, or_none, refuse_wrong, unknown_name, within
 from storage.errors import InvalidJob
 
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
-
-
-def _list_of(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, (list, tuple)) and all(test(item) for item in value)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-Check = tuple[str, Callable[[Any], bool]]
-"""What the value must be, in words, and the test."""
-
-INT: Check = ("a whole number", _is_int)
-NUMBER: Check = ("a number", _is_number)
-FLAG: Check = ("true or false", lambda value: isinstance(value, bool))
-TEXT: Check = ("text", _is_text)
-TEXTS: Check = ("a list of non-empty texts", _list_of(lambda item: isinstance(item, str) and item != ""))
-TEXT_OR_TEXTS: Check = (
-    "non-empty text or a list of it",
-    lambda value: (isinstance(value, str) and value != "") or TEXTS[1](value),
-)
-TOKEN_IDS: Check = ("a list of token ids", _list_of(lambda item: _is_int(item) and item >= 0))
-MAPPING: Check = ("a mapping", lambda value: isinstance(value, Mapping))
-TOKEN_BIAS: Check = (
-    "a mapping of token ids to numbers",
-    lambda value: (
-        isinstance(value, Mapping)
-        and all((_is_int(k) or (isinstance(k, str) and k.isdecimal())) and _is_number(v) for k, v in value.items())
-    ),
-)
-
-
-def _at_least(least: int, kind: Check = INT) -> Check:
-    return f"{kind[0]} of at least {least}", lambda value: kind[1](value) and value >= least
-
-
-def _within(words: str, test: Callable[[float], bool]) -> Check:
-    return f"a number {words}", lambda value: _is_number(value) and test(value)
-
-
-def _or_none(check: Check) -> Check:
-    return f"{check[0]}, or null", lambda value: value is None or check[1](value)
-
-
-SAMPLING: Mapping[str, Check] = MappingProxyType(
-    {
-        "n": _at_least(1),
-        "presence_penalty": _within("from -2 to 2", lambda value: -2 <= value <= 2),
-        "frequency_penalty": _within("from -2 to 2", lambda value: -2 <= value <= 2),
-        "repetition_penalty": _within("above 0", lambda value: value > 0),
-        "temperature": _within("of at least 0", lambda value: value >= 0),
-        "watermarking": _or_none(FLAG),
-        "top_p": _within("above 0 and at most 1", lambda value: 0 < value <= 1),
-        "top_k": _at_least(-1),
-        "min_p": _within("from 0 to 1", lambda value: 0 <= value <= 1),
-        "seed": _or_none(INT),
-        "stop": _or_none(TEXT_OR_TEXTS),
-        "stop_token_ids": _or_none(TOKEN_IDS),
-        "ignore_eos": FLAG,
-        "max_tokens": _or_none(_at_least(1)),
-        "min_tokens": _at_least(0),
-        "skip_special_tokens": FLAG,
-        "spaces_between_special_tokens": FLAG,
-        "include_stop_str_in_output": FLAG,
-        "structured_outputs": _or_none(MAPPING),
-        "logit_bias": _or_none(TOKEN_BIAS),
-        "allowed_token_ids": _or_none(TOKEN_IDS),
-        "extra_args": _or_none(MAPPING),
-        "bad_words": _or_none(TEXTS),
-        "skip_reading_prefix_cache": _or_none(FLAG),
-        "thinking_token_budget": _or_none(_at_least(-1)),
-        "repetition_detection": _or_none(MAPPING),
-    }
-)
-"""vLLM's ``SamplingParams`` that a job may set, by vLLM's own names."""
-
-NO_LOGPROBS = "log probabilities are not offered as a result column; leave it out"
-SAMPLING_REFUSED: Mapping[str, str] = MappingProxyType(
-    {
-        "logprobs": NO_LOGPROBS,
-        "prompt_logprobs": NO_LOGPROBS,
-        "prompt_logprob_token_ids": NO_LOGPROBS,
-        "prompt_logprob_start": NO_LOGPROBS,
-        "logprob_token_ids": NO_LOGPROBS,
-        "flat_logprobs": NO_LOGPROBS,
-        "detokenize": "the result is text, so the tokens are always turned into it",
-        "output_kind": "Rowmill sets it: a row is written when it is finished",
-        "stream_interval": "Rowmill sets it: a row is written when it is finished",
-        "skip_clone": "it is internal to vLLM",
-        "output_text_buffer_length": "it is internal to vLLM",
-        "routed_experts_prompt_start": "the experts that were chosen are not offered as a result column",
-        "trace_decode_token_ids": "replaying given tokens is not offered",
-    }
-)
-"""``SamplingParams`` that exist but are not a job's to set, and why."""
-
-OWN_OPTIONS: Mapping[str, Check] = MappingProxyType({"window": _at_least(1)})
+OWN_OPTIONS: Mapping[str, Check] = MappingProxyType({"window": at_least(1)})
 """Engine options of our own. ``window``: most requests of one shard inside vLLM at a time (twice ``max_num_seqs``)."""
 
-COUNT = _at_least(1)
+COUNT = at_least(1)
 ENGINE_CHECKS: Mapping[str, Check] = MappingProxyType(
     {
         "max_num_seqs": COUNT,
@@ -133,10 +27,10 @@ ENGINE_CHECKS: Mapping[str, Check] = MappingProxyType(
         "pipeline_parallel_size": COUNT,
         "data_parallel_size": COUNT,
         "kv_cache_memory_bytes": COUNT,
-        "gpu_memory_utilization": _within("above 0 and at most 1", lambda value: 0 < value <= 1),
+        "gpu_memory_utilization": within("above 0 and at most 1", lambda value: 0 < value <= 1),
         "seed": INT,
         "dtype": TEXT,
-        "quantization": _or_none(TEXT),
+        "quantization": or_none(TEXT),
         "tokenizer": TEXT,
         "enforce_eager": FLAG,
         "enable_prefix_caching": FLAG,
@@ -154,7 +48,6 @@ ENGINE_REFUSED: Mapping[str, str] = MappingProxyType(
         "served_model_name": "nothing is served under a name",
         "runner": "the task decides it",
         "convert": "the task decides it",
-        "pooler_config": "generate and chat do not pool",
         "io_processor_plugin": "generate and chat do not use one",
         "skip_tokenizer_init": "prompts and answers are text, so the tokenizer is needed",
         "enable_prompt_embeds": "prompts are text",
@@ -228,35 +121,6 @@ ENGINE_FIELDS = frozenset(_ENGINE_FIELDS.split())
 """Every public field of ``AsyncEngineArgs``."""
 
 
-def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"see vLLM's {kind}"
-    return f"vLLM has no such {kind.removesuffix('s')}; {hint}"
-
-
-def _refuse_wrong(field: str, check: Check, value: Any) -> None:
-    words, test = check
-    if not test(value):
-        raise InvalidJob(f"must be {words}, not {value!r}", field=field)
-
-
-def check_sampling(sampling: Mapping[str, Any]) -> None:
-    """Raise :class:`InvalidJob` for a name that vLLM does not have, or a value that it could not take."""
-    for name, value in sampling.items():
-        field = f"sampling.{name}"
-        if name in SAMPLING_REFUSED:
-            raise InvalidJob(SAMPLING_REFUSED[name], field=field)
-        if name not in SAMPLING:
-            raise InvalidJob(_unknown("sampling parameters", name, SAMPLING), field=field)
-        _refuse_wrong(field, SAMPLING[name], value)
-    least, most = sampling.get("min_tokens", 0), sampling.get("max_tokens", 16)
-    if most is not None and least > most:
-        raise InvalidJob(f"{least} is more than max_tokens, which is {most}", field="sampling.min_tokens")
-    if sampling.get("n", 1) > 1 and sampling.get("temperature", 1) == 0:
-        raise InvalidJob("at temperature 0 there is not more than one answer to a prompt", field="sampling.n")
-
-
 def check_engine_options(options: Mapping[str, Any]) -> None:
     """Raise :class:`InvalidJob` for an engine option that neither vLLM nor this engine has."""
     for name, value in options.items():
@@ -265,7 +129,7 @@ def check_engine_options(options: Mapping[str, Any]) -> None:
             raise InvalidJob(f"not a job's to set: {ENGINE_REFUSED[name]}", field=field)
         if name not in ENGINE_FIELDS and name not in OWN_OPTIONS:
             known = (ENGINE_FIELDS - ENGINE_REFUSED.keys()) | OWN_OPTIONS.keys()
-            raise InvalidJob(_unknown("engine options", name, known), field=field)
+            raise InvalidJob(unknown_name("engine options", name, known), field=field)
         check = OWN_OPTIONS.get(name) or ENGINE_CHECKS.get(name)
         if check is not None:
-            _refuse_wrong(field, check, value)
+            refuse_wrong(field, check, value)

@@ -6,15 +6,20 @@ tokenizer make them.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from pipeline.engines import sampling_columns, vllm_images
+from pipeline.engines.arrow_text import is_text, values
 from pipeline.engines.base import RowBatch, RowFailure
+from pipeline.engines.vllm_adapters import Adapters
+from pipeline.engines.vllm_images import Images
+from pipeline.engines.vllm_params import JobParams, Params
 from pipeline.job_spec import JobSpec, Task
 from pipeline.row_errors import MESSAGE_LIMIT, RowErrorCode
 from pipeline.template import Template
@@ -26,10 +31,16 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One row, ready for the engine."""
+    """One row, ready for the engine. ``params`` where they are not the job's; ``adapter``: a ``LoRARequest``.
+
+    ``make``, where there is one, makes vLLM's input in place of ``tokens``, or raises :class:`RowError`.
+    """
 
     row: int
     tokens: list[int]
+    params: Params | None = None
+    adapter: Any = None
+    make: Callable[[], Any] | None = None
 
 
 # ---- columns -------------------------------------------------------------------------------------------------------
@@ -47,23 +58,49 @@ def check_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
     columns: dict[str, None] = {}
     for field, template in templates(spec):
         for name in template.fields:
-            kind = _column(schema, name, field)
+            kind = column_type(schema, name, field)
             if pa.types.is_nested(kind):
                 raise InvalidInput(f"column {name!r} is {kind}; a template takes text, numbers and dates", field=field)
             columns[name] = None
     if spec.column is not None:
-        kind = _column(schema, spec.column, "column")
-        if not (_is_text(kind) or _is_messages(kind)):
+        kind = column_type(schema, spec.column, "column")
+        if not (is_text(kind) or _is_messages(kind)):
             raise InvalidInput(
                 f"column {spec.column!r} is {kind}; messages are list<struct<role: string, content: string>>, or text "
                 'that holds them as JSON: [{"role": "user", "content": "…"}]',
                 field="column",
             )
         columns[spec.column] = None
+    if spec.prompt_token_column is not None:
+        kind = column_type(schema, spec.prompt_token_column, "prompt_token_column")
+        if not is_token_list(kind):
+            raise InvalidInput(
+                f"column {spec.prompt_token_column!r} is {kind}; token ids are a list of whole numbers",
+                field="prompt_token_column",
+            )
+        columns[spec.prompt_token_column] = None
+    if spec.adapter_column is not None:
+        kind = column_type(schema, spec.adapter_column, "adapter_column")
+        if not is_text(kind):
+            raise InvalidInput(
+                f"column {spec.adapter_column!r} is {kind}; names of adapters are text", field="adapter_column"
+            )
+        columns[spec.adapter_column] = None
+    if spec.image_column is not None:
+        vllm_images.check_column(column_type(schema, spec.image_column, "image_column"), spec.image_column)
+        columns[spec.image_column] = None
+    columns |= dict.fromkeys(sampling_columns.check_columns(spec, schema))
     return tuple(columns)
 
 
-def _column(schema: pa.Schema, name: str, field: str) -> pa.DataType:
+def is_token_list(kind: Any) -> bool:
+    """True for lists of whole numbers."""
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(test(kind) for test in lists) and pa.types.is_integer(kind.value_type)
+
+
+def column_type(schema: pa.Schema, name: str, field: str) -> pa.DataType:
+    """The type of a column, or of the values of a dictionary. Raises :class:`InvalidInput` when there is none."""
     found = schema.get_all_field_indices(name)
     if len(found) > 1:
         raise InvalidInput(f"the input has {len(found)} columns named {name!r}", field=field)
@@ -73,51 +110,12 @@ def _column(schema: pa.Schema, name: str, field: str) -> pa.DataType:
     return kind.value_type if isinstance(kind, pa.DictionaryType) else kind
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return (
-        pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or pa.types.is_string_view(kind)
-        or pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-        or pa.types.is_binary_view(kind)
-        or pa.types.is_fixed_size_binary(kind)
-    )
-
-
 def _is_messages(kind: pa.DataType) -> bool:
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
         return False
     item = kind.value_type
     names = {field.name: field.type for field in item} if pa.types.is_struct(item) else {}
-    return {"role", "content"} <= names.keys() and _is_text(names["role"]) and _is_text(names["content"])
-
-
-def values(column: pa.Array[Any]) -> list[Any]:
-    """One Python value for each row: ``str``, ``int``, ``float``, ``bool``, a list of messages, ``bytes`` that are not
-    UTF-8, or ``None``. Dates, times and decimals become text as Arrow writes them."""
-    kind = column.type
-    if pa.types.is_dictionary(kind):
-        return values(column.cast(kind.value_type))
-    if _is_text(kind):
-        try:
-            found = column.to_pylist()
-        except UnicodeDecodeError:
-            # Parquet does not promise that a string column is UTF-8.
-            found = column.cast(pa.large_binary()).to_pylist()
-        return [_decoded(value) if isinstance(value, bytes) else value for value in found]
-    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_nested(kind):
-        return column.to_pylist()
-    if pa.types.is_null(kind):
-        return [None] * len(column)
-    return pc.cast(column, pa.large_string()).to_pylist()
-
-
-def _decoded(value: bytes) -> str | bytes:
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return value
+    return {"role", "content"} <= names.keys() and is_text(names["role"]) and is_text(names["content"])
 
 
 # ---- messages ------------------------------------------------------------------------------------------------------
@@ -162,10 +160,19 @@ def _message(index: int, message: Any) -> dict[str, Any]:
 class Prompts:
     """Turns row batches into prompts, for one job on one engine. Not to be shared between threads.
 
-    ``llm`` is vLLM's ``AsyncLLM``; ``room`` the tokens of the context to leave for the answer when a prompt is cut.
+    ``llm`` is vLLM's ``AsyncLLM``; ``room`` the tokens of the context to leave for the answer when a prompt is cut;
+    ``params``, ``adapters`` and ``images`` say what a row has of its own.
     """
 
-    def __init__(self, llm: Any, spec: JobSpec, room: int) -> None:
+    def __init__(
+        self,
+        llm: Any,
+        spec: JobSpec,
+        room: int,
+        params: JobParams | None = None,
+        adapters: Adapters | None = None,
+        images: Images | None = None,
+    ) -> None:
         from vllm.renderers import ChatParams
         from vllm.renderers.params import merge_kwargs
         from vllm.utils.mistral import is_mistral_tokenizer
@@ -174,8 +181,9 @@ class Prompts:
         self._tokenizer = llm.get_tokenizer()
         self._context: int = llm.model_config.max_model_len
         self._room = room
+        self._params, self._adapters, self._images = params, adapters, images
         self._truncate = spec.overlong == "truncate"
-        self._column = spec.column
+        self._column, self._token_column = spec.column, spec.prompt_token_column
         self._templates = [template for _, template in templates(spec)]
         self._fields = list(dict.fromkeys(name for template in self._templates for name in template.fields))
         self._chat = spec.task is Task.CHAT
@@ -186,8 +194,12 @@ class Prompts:
         # As LLM.chat does: a chat template writes the special tokens itself.
         self._special_tokens = False if self._chat else bool(defaults.add_special_tokens)
         # The arguments are those of LLM.chat, so that the text is, too.
-        direct = is_mistral_tokenizer(self._tokenizer)
-        own = {"add_generation_prompt": True, "continue_final_message": False, "tools": None, "tokenize": direct}
+        own = {
+            "add_generation_prompt": True,
+            "continue_final_message": False,
+            "tools": [dict(tool) for tool in spec.tools] or None,
+            "tokenize": is_mistral_tokenizer(self._tokenizer),
+        }
         self._chat_params = ChatParams(chat_template_kwargs=merge_kwargs(own, spec.chat_template_kwargs))
 
     def check_chat_template(self) -> None:
@@ -208,26 +220,48 @@ class Prompts:
 
     def read(self, batch: RowBatch, chunk: int) -> Iterator[tuple[list[Prompt], list[RowFailure]]]:
         """The prompts of a batch, ``chunk`` rows at a time, and the rows that cannot be one."""
-        names = self._fields if self._column is None else [self._column]
-        columns = {name: values(batch.columns.column(batch.columns.schema.get_field_index(name))) for name in names}
+        needed = [name for name in (self._column, self._token_column) if name is not None] or self._fields
+        own = [*(self._params.columns if self._params else ()), *(self._adapters.columns if self._adapters else ())]
+        schema = batch.columns.schema
+        columns = {
+            name: values(batch.columns.column(schema.get_field_index(name))) for name in dict.fromkeys([*needed, *own])
+        }
+        if self._images is not None:
+            # Apart from the others: bytes are an image here, and no text.
+            pictures = self._images.values(batch.columns.column(schema.get_field_index(self._images.column)))
         rows = batch.rows.tolist()
         for start in range(0, len(rows), chunk):
             failures: list[RowFailure] = []
-            ready: list[tuple[int, str | list[int]]] = []
+            ready: list[tuple[Prompt, str | None]] = []
             for index in range(start, min(start + chunk, len(rows))):
+                row = {name: column[index] for name, column in columns.items()}
                 try:
-                    ready.append((rows[index], self._render({name: columns[name][index] for name in names})))
+                    images = self._images.of(pictures[index]) if self._images else None
+                    made = self._render({name: row[name] for name in needed}, images)
+                    params = self._params.of(row) if self._params else None
+                    adapter = self._adapters.of(row) if self._adapters else None
                 except RowError as error:
                     failures.append(RowFailure(rows[index], error.code, error.message[:MESSAGE_LIMIT]))
+                else:
+                    prompt = Prompt(rows[index], [], params, adapter)
+                    if isinstance(made, str):
+                        ready.append((prompt, made))
+                    elif callable(made):
+                        ready.append((replace(prompt, make=made), None))
+                    else:
+                        ready.append((replace(prompt, tokens=made), None))
             yield self._tokenize(ready, failures), failures
 
-    def _render(self, row: Mapping[str, Any]) -> str | list[int]:
-        """The text of one row's prompt (or its tokens, where a chat template makes them directly)."""
+    def _render(self, row: Mapping[str, Any], images: list[Any] | None) -> str | list[int] | Callable[[], Any]:
+        """The text of one row's prompt; its tokens, where a column or a chat template has them; or, with images, what
+        makes vLLM's input."""
         for name, value in row.items():
             if value is None:
                 raise RowError(RowErrorCode.MISSING_VALUE, f"column {name!r} is null")
             if isinstance(value, bytes):
                 raise RowError(RowErrorCode.INVALID_UTF8, f"column {name!r} holds bytes that are not UTF-8")
+        if self._token_column is not None:
+            return self._given_tokens(row[self._token_column])
         if not self._chat:
             text = self._templates[0].render(row)
         else:
@@ -238,6 +272,8 @@ class Prompts:
                 messages = [{"role": r, "content": t} for r, t in zip(self._roles, texts, strict=True)]
                 if not any(texts):
                     raise RowError(RowErrorCode.INVALID_VALUE, "the messages are empty")
+            if self._images is not None and images is not None:
+                return functools.partial(self._images.chat, messages, images, self._chat_params)
             made = self._apply_chat_template(messages)
             if not isinstance(made, str):
                 return made
@@ -248,7 +284,26 @@ class Prompts:
             text.encode()  # JSON can hold half of a surrogate pair
         except UnicodeEncodeError as error:
             raise RowError(RowErrorCode.INVALID_UTF8, f"the text is not valid Unicode: {error.reason}") from None
-        return text.lower() if self._lower_case else text
+        text = text.lower() if self._lower_case else text
+        if self._images is not None and images is not None:
+            return functools.partial(self._images.completion, text, images)
+        return text
+
+    def _given_tokens(self, tokens: list[int | None]) -> list[int]:
+        from vllm.exceptions import VLLMClientError
+
+        name = self._token_column
+        if not tokens:
+            raise RowError(RowErrorCode.INVALID_VALUE, f"column {name!r} holds no token")
+        given = [token for token in tokens if token is not None]
+        if len(given) < len(tokens):
+            raise RowError(RowErrorCode.INVALID_VALUE, f"column {name!r} holds a null among the tokens")
+        try:
+            # Behind an embedding's last row is other memory.
+            self._renderer.validate_token_ids(given)
+        except VLLMClientError as error:
+            raise RowError(RowErrorCode.INVALID_VALUE, f"column {name!r}: {error}") from None
+        return given
 
     def _apply_chat_template(self, messages: list[dict[str, Any]]) -> str | list[int]:
         from vllm.exceptions import VLLMClientError
@@ -262,26 +317,26 @@ class Prompts:
             return list(prompt["prompt_token_ids"])
         return str(prompt["prompt"])
 
-    def _tokenize(self, ready: Sequence[tuple[int, str | list[int]]], failures: list[RowFailure]) -> list[Prompt]:
+    def _tokenize(self, ready: Sequence[tuple[Prompt, str | None]], failures: list[RowFailure]) -> list[Prompt]:
+        """``ready``: prompts, those with a text still without their tokens."""
         # A text this long cannot fit, whatever its tokens are; it is not worth finding out how many there are.
         most = self._context * self._tokenizer.max_chars_per_token
-        texts = [(row, text) for row, text in ready if isinstance(text, str) and (self._truncate or len(text) <= most)]
-        tokens: dict[int, list[int]] = {row: made for row, made in ready if not isinstance(made, str)}
-        if texts:
-            # All at once: the tokenizer works on them in parallel, without Python.
-            tokens |= zip((row for row, _ in texts), self._encode([text for _, text in texts]), strict=True)
+        texts = {p.row: text for p, text in ready if text is not None and (self._truncate or len(text) <= most)}
+        # All at once: the tokenizer works on them in parallel, without Python.
+        tokens = dict(zip(texts, self._encode(list(texts.values())) if texts else (), strict=True))
         prompts = []
-        for row, text in ready:
-            made = tokens.get(row)
+        for prompt, text in ready:
+            made = prompt.tokens if text is None else tokens.get(prompt.row)
             if made is not None and len(made) < self._context:
-                prompts.append(Prompt(row, made))
+                prompts.append(replace(prompt, tokens=made))
             elif made is not None and self._truncate:
                 limit = max(1, self._context - self._room)
-                prompts.append(Prompt(row, self._encode([text], limit)[0] if isinstance(text, str) else text[:limit]))
+                cut = made[:limit] if text is None else self._encode([text], limit)[0]
+                prompts.append(replace(prompt, tokens=cut))
             else:
-                size = f"{len(text)} characters" if made is None else f"at least {len(made)} tokens"
+                size = f"{len(text or '')} characters" if made is None else f"at least {len(made)} tokens"
                 message = f"the prompt has {size}; with one more to generate it must fit into {self._context} tokens"
-                failures.append(RowFailure(row, RowErrorCode.PROMPT_TOO_LONG, message))
+                failures.append(RowFailure(prompt.row, RowErrorCode.PROMPT_TOO_LONG, message))
         return prompts
 
     def _encode(self, texts: list[str], limit: int | None = None) -> list[list[int]]:

@@ -19,28 +19,24 @@ from pipeline.engines.base import RowFailure
 from pipeline.engines.vllm_process import STOP_SECONDS, RunningVllm, first_lines
 from pipeline.engines.vllm_prompts import Prompt
 from pipeline.row_errors import MESSAGE_LIMIT, RowErrorCode
-from storage.errors import EngineDead, TransientError
+from storage.errors import EngineDead, RowError, TransientError
 
 _calls = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """One row's finished request. ``texts`` has ``n`` items; ``completion_tokens`` counts all of them."""
+class Finished:
+    """A request that vLLM has finished. ``output``: its ``RequestOutput`` or ``PoolingRequestOutput``."""
 
-    row: int
-    texts: tuple[str, ...]
-    finish_reason: str
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
+    prompt: Prompt
+    output: Any
 
 
-Outcome = Answer | RowFailure
+Outcome = Finished | RowFailure
 
 
 class Requests:
-    """One call's requests. ``window`` bounds those inside the engine; ``params`` are vLLM's ``SamplingParams``."""
+    """One call's requests. ``window`` bounds those inside the engine; ``params``: vLLM's, for rows without own ones."""
 
     def __init__(self, engine: RunningVllm, params: Any, window: int) -> None:
         self._engine, self._params, self._window = engine, params, window
@@ -156,9 +152,14 @@ class Requests:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            prepared = {"type": "token", "prompt_token_ids": prompt.tokens}
-            queue = await self._engine.llm.add_request(name, prepared, self._params)
+            prepared: Any = {"type": "token", "prompt_token_ids": prompt.tokens}
+            if prompt.make is not None:
+                prepared = await self._engine.loop.run_in_executor(None, prompt.make)
+            params = self._params if prompt.params is None else prompt.params.sampling
+            queue = await self._engine.llm.add_request(name, prepared, params, lora_request=prompt.adapter)
             output = await queue.get()
+        except RowError as error:
+            self._finish(RowFailure(prompt.row, error.code, error.message))
         except (VLLMClientError, ValueError, TypeError) as error:
             self._finish(RowFailure(prompt.row, RowErrorCode.ENGINE_REFUSED, first_lines(error, MESSAGE_LIMIT)))
         except EngineDeadError:
@@ -171,7 +172,7 @@ class Requests:
             unknown = error
             self._fail(self._engine.death if self._engine.dead else lambda: unknown)
         else:
-            self._finish(answer_or_failure(prompt.row, output))
+            self._finish(Finished(prompt, output))
         finally:
             self._tasks.pop(name, None)
 
@@ -206,20 +207,3 @@ class Requests:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         if self._aborting is not None:
             await self._aborting
-
-
-def answer_or_failure(row: int, output: Any) -> Outcome:
-    """The outcome of a row from vLLM's final ``RequestOutput``."""
-    done = sorted(output.outputs, key=lambda completion: completion.index)
-    reasons = [completion.finish_reason for completion in done]
-    if "error" in reasons or "abort" in reasons:
-        return RowFailure(row, RowErrorCode.ENGINE_REFUSED, "vLLM gave the request up with an internal error")
-    return Answer(
-        row=row,
-        texts=tuple(completion.text for completion in done),
-        # Of several answers: whether any of them was cut off.
-        finish_reason="length" if "length" in reasons else str(reasons[0]),
-        prompt_tokens=len(output.prompt_token_ids),
-        cached_tokens=max(output.num_cached_tokens or 0, 0),
-        completion_tokens=sum(len(completion.token_ids) for completion in done),
-    )

@@ -11,15 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from pipeline.engines.sampling import SAMPLING, SAMPLING_REFUSED
 from pipeline.engines.vllm import VllmEngine
-from pipeline.engines.vllm_options import (
-    ENGINE_CHECKS,
-    ENGINE_FIELDS,
-    ENGINE_REFUSED,
-    OWN_OPTIONS,
-    SAMPLING,
-    SAMPLING_REFUSED,
-)
+from pipeline.engines.vllm_options import ENGINE_CHECKS, ENGINE_FIELDS, ENGINE_REFUSED, OWN_OPTIONS
 from pipeline.job_spec import JobSpec, parse
 from pipeline.models.model import Model
 from storage.errors import EngineMissing, InvalidInput, InvalidJob, InvalidModel
@@ -34,6 +28,8 @@ SCHEMA = pa.schema(
         "raw": pa.binary(),
         "talk": MESSAGES,
         "vector": pa.list_(pa.float32()),
+        "ids": pa.list_(pa.int32()),
+        "heat": pa.float32(),
     }
 )
 LLAMA = Model("llama", Path("llama"), "0" * 64, ("LlamaForCausalLM",))
@@ -58,6 +54,8 @@ def refusal(spec: JobSpec, model: Model = LLAMA, schema: pa.Schema = SCHEMA) -> 
         (make_spec(prompt="{word} on {day}: {raw}"), ("word", "day", "raw")),
         (make_spec(prompt="no column at all"), ()),
         (make_spec("chat", prompt="{text}"), ("text",)),
+        (make_spec(prompt=None, prompt_token_column="ids"), ("ids",)),
+        (make_spec(sampling_columns={"temperature": "heat", "stop": "word"}), ("text", "heat", "word")),
         (make_spec("chat", column="talk"), ("talk",)),
         (make_spec("chat", column="raw"), ("raw",)),
         (
@@ -89,7 +87,25 @@ def test_check_names_the_columns_that_are_read(spec: JobSpec, columns: tuple[str
         ({"stop": [""]}, "sampling.stop", "non-empty"),
         ({"stop_token_ids": [1, "2"]}, "sampling.stop_token_ids", "token ids"),
         ({"logit_bias": {"a": 1}}, "sampling.logit_bias", "token ids"),
-        ({"logprobs": 3}, "sampling.logprobs", "not offered"),
+        ({"logprobs": -2}, "sampling.logprobs", "at least -1"),
+        ({"flat_logprobs": True}, "sampling.flat_logprobs", "layout"),
+        ({"structured_outputs": {"choices": ["a"]}}, "sampling.structured_outputs.choices", "did you mean 'choice'"),
+        ({"structured_outputs": {}}, "sampling.structured_outputs", "exactly one of"),
+        ({"structured_outputs": {"json": {}, "regex": "a"}}, "sampling.structured_outputs", "not json and regex"),
+        ({"structured_outputs": {"regex": 5}}, "sampling.structured_outputs.regex", "must be text"),
+        ({"structured_outputs": {"choice": []}}, "sampling.structured_outputs.choice", "at least one"),
+        ({"structured_outputs": {"json": "{"}}, "sampling.structured_outputs.json", "is not JSON"),
+        ({"structured_outputs": {"json": "[]"}}, "sampling.structured_outputs.json", "must be a JSON object"),
+        (
+            {"structured_outputs": {"json": {"properties": {"a": {"type": "int"}}}}},
+            "sampling.structured_outputs.json",
+            "['properties']['a']['type']",
+        ),
+        (
+            {"structured_outputs": {"json": {"$ref": "http://127.0.0.1/x"}}},
+            "sampling.structured_outputs.json",
+            "does not hold itself",
+        ),
         ({"output_kind": 2}, "sampling.output_kind", "Rowmill sets it"),
     ],
 )
@@ -105,6 +121,9 @@ def test_sampling_is_refused(sampling: dict[str, Any], field: str, words: str) -
         {"max_tokens": None, "seed": None, "stop": None},
         {"temperature": 0.5, "top_p": 1, "top_k": -1, "min_p": 0.0, "n": 3, "seed": 0},
         {"stop": "x", "stop_token_ids": [5], "logit_bias": {"5": 1, 6: -2.5}, "bad_words": ["no"]},
+        {"logprobs": 5, "prompt_logprobs": 0, "logprob_token_ids": [1, 2]},
+        {"structured_outputs": {"json": {"$ref": "#/$defs/a", "$defs": {"a": {"type": "string"}}}}},
+        {"structured_outputs": {"json": '{"type": "object"}', "disable_any_whitespace": True}},
         {"stop": ["x", "y"], "structured_outputs": {"choice": ["yes", "no"]}, "repetition_penalty": 1.1},
     ],
 )
@@ -143,6 +162,9 @@ def test_engine_options_pass() -> None:
         (make_spec(prompt="{txt}"), "prompt", "no column 'txt'; it has text, n, word"),
         (make_spec(prompt="{vector}"), "prompt", "list<"),
         (make_spec("chat", column="talks"), "column", "no column 'talks'"),
+        (make_spec(prompt=None, prompt_token_column="vector"), "prompt_token_column", "list of whole numbers"),
+        (make_spec(sampling_columns={"seed": "sed"}), "sampling_columns.seed", "no column 'sed'"),
+        (make_spec(sampling_columns={"seed": "text"}), "sampling_columns.seed", "needs whole numbers"),
         (make_spec("chat", column="n"), "column", "int64"),
         (make_spec("chat", column="vector"), "column", "list<struct<role: string, content: string>>"),
         (
@@ -157,6 +179,39 @@ def test_columns_are_refused(spec: JobSpec, field: str, words: str) -> None:
     assert isinstance(error, InvalidInput)
     assert error.field == field
     assert words in error.message
+
+
+@pytest.mark.parametrize(
+    ("own", "field", "words"),
+    [
+        ({"n": "n"}, "sampling_columns.n", "same for every row"),
+        ({"seeds": "n"}, "sampling_columns.seeds", "did you mean 'seed'"),
+        ({"structured_outputs": "text"}, "sampling_columns.structured_outputs", "structured_outputs.json"),
+        ({"structured_outputs.json": "text", "structured_outputs.regex": "text"}, "sampling_columns", "exclude"),
+    ],
+)
+def test_sampling_that_cannot_come_from_a_column(own: dict[str, str], field: str, words: str) -> None:
+    error = refusal(make_spec(sampling_columns=own))
+    assert error.field == field
+    assert words in error.message
+
+
+def test_adapters_are_looked_at(tmp_path: Path) -> None:
+    def words(**options: Any) -> str:
+        return str(refusal(make_spec(adapters={"red": str(tmp_path / "red")}, engine_options=options)))
+
+    assert "adapters.red" in words() and "no adapter_config.json" in words()
+    (tmp_path / "red").mkdir()
+    config = tmp_path / "red" / "adapter_config.json"
+    config.write_text('{"peft_type": "IA3", "r": 4}')
+    assert "LoRA adapters are supported" in words()
+    config.write_text('{"peft_type": "LORA", "r": 64}')
+    assert "pickled weights are not loaded" in words()
+    (tmp_path / "red" / "adapter_model.safetensors").touch()
+    assert "--set enable_lora=true --set max_lora_rank=64" in words()
+    assert "max_lora_rank=64" in words(enable_lora=True)
+    spec = make_spec(adapters={"red": str(tmp_path / "red")}, engine_options={"enable_lora": True, "max_lora_rank": 64})
+    assert VllmEngine.check(spec, LLAMA, SCHEMA) == ("text",)
 
 
 def test_a_column_that_is_there_twice_is_refused() -> None:
@@ -192,9 +247,31 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_other_tasks_are_refused() -> None:
-    error = refusal(make_spec("embed", column="text"))
+    error = refusal(make_spec("tensor"))
     assert error.field == "task"
     assert "onnx" in error.message
+
+
+def test_pooling_is_looked_at() -> None:
+    bert = Model("bert", Path("bert"), "0" * 64, ("BertModel",))
+    score = make_spec("score", column="text", pair_column="word")
+    assert VllmEngine.check(make_spec("embed", column="raw"), bert, SCHEMA) == ("raw",)
+    assert VllmEngine.check(score, LLAMA, SCHEMA) == ("text", "word")
+    options = {"pooler_config": {"pooling_type": "CLS"}}
+    VllmEngine.check(make_spec("embed", column="text", engine_options=options), LLAMA, SCHEMA)
+    for spec, field, words in [
+        (make_spec("embed", column="n"), "column", "needs text"),
+        (make_spec("embed", column="txt"), "column", "no column 'txt'"),
+        (make_spec("embed", column="text", pooling="mean"), "pooling", '"pooling_type": "MEAN"'),
+        (make_spec("embed", column="text", overlong="split"), "overlong", "does not split"),
+        (make_spec("score", column="text"), "pair_column", "needs pair_column"),
+        (make_spec("classify", column="text", pair_column="word"), "pair_column", "single texts"),
+        (make_spec("embed", column="text", embedding_type="int8", normalize=False), "embedding_type", "unit length"),
+        (make_spec(engine_options=options), "engine_options.pooler_config", "does not pool"),
+    ]:
+        error = refusal(spec)
+        assert error.field == field
+        assert words in error.message
 
 
 def test_without_vllm_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

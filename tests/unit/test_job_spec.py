@@ -30,11 +30,20 @@ VALUES: dict[str, Any] = {
     "inputs": {"x": "y"},
     "sampling": {"n": 1},
     "chat_template_kwargs": {"a": 1},
+    "prompt_token_column": "ids",
+    "sampling_columns": {"seed": "s"},
+    "tools": [{"type": "function", "function": {"name": "weigh"}}],
+    "image_column": "photo",
+    "adapters": {"red": "./red"},
+    "dimensions": 64,
 }
 READ: dict[Task, set[str]] = {
-    Task.GENERATE: {"prompt", "sampling"},
-    Task.CHAT: {"prompt", "messages", "column", "sampling", "chat_template_kwargs"},
-    Task.EMBED: {"column"},
+    Task.GENERATE: {"prompt", "prompt_token_column", "sampling", "sampling_columns", "image_column", "adapters"},
+    Task.CHAT: {
+        *("prompt", "messages", "column", "chat_template_kwargs", "tools"),
+        *("sampling", "sampling_columns", "image_column", "adapters"),
+    },
+    Task.EMBED: {"column", "dimensions"},
     Task.CLASSIFY: {"column", "pair_column"},
     Task.SCORE: {"column", "pair_column"},
     Task.TENSOR: {"inputs"},
@@ -72,8 +81,8 @@ def test_what_a_task_cannot_do_without(task: Task) -> None:
 def test_what_a_task_does_not_read_is_refused(task: Task, name: str) -> None:
     fields = {**BASE, "task": task, **MINIMAL[task]}
     if name in READ[task]:
-        if task is Task.CHAT and name in ("messages", "column"):
-            del fields["prompt"]
+        if name in ("messages", "column", "prompt_token_column"):
+            fields.pop("prompt", None)
         assert getattr(parse({**fields, name: VALUES[name]}), name)
     else:
         with pytest.raises(InvalidJob, match=f"does not read.*{name}"):
@@ -107,6 +116,13 @@ def test_chat_takes_one_way_to_say_it() -> None:
         ({"sampling": {"temperature": float("nan")}}, "sampling", "plain JSON"),
         ({"engine_options": {"a": {1, 2}}}, "engine_options", "plain JSON"),
         ({"metadata": {"a": 1}}, "metadata.a", "string"),
+        ({"prompt_token_column": "ids"}, None, "never both"),
+        ({"image_column": "x", "prompt": None, "prompt_token_column": "ids"}, None, "not with prompt_token_column"),
+        ({"image_column": "x", "overlong": "truncate"}, None, "cannot be truncated"),
+        ({"adapter_column": "who"}, None, "needs adapters"),
+        ({"adapters": {"a": "x", "b": "y"}}, None, "adapter_column says"),
+        ({"task": "chat", "tools": [{"name": "f"}]}, "tools", "tool 0 must be"),
+        ({"task": "embed", "prompt": None, "column": "a", "dimensions": 0}, "dimensions", "1"),
         ({"task": "chat", "prompt": None, "messages": [{"role": "king", "content": "x"}]}, "messages.0.role", "user"),
         ({"task": "chat", "prompt": None, "messages": [{"role": "user", "content": "}"}]}, "messages", "unbalanced"),
     ],

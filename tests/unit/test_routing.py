@@ -28,6 +28,7 @@ BERT = model("BertModel", weights=WEIGHTS)
 CLASSIFIER = model("BertForSequenceClassification", weights=WEIGHTS)
 BARE = Model(name="g.onnx", path=Path("g.onnx"), digest="0", onnx_files=(Path("g.onnx"),))
 FAKE = Model(name="fake", path=None, digest="0")
+EMBED = "task 'embed' needs an encoder (engine 'vllm' embeds with decoders, too);"
 
 CAN: list[tuple[str, Model, str]] = [
     ("causal", LLAMA, "generate chat"),
@@ -43,6 +44,7 @@ CAN: list[tuple[str, Model, str]] = [
         model("Qwen3ForCausalLM", weights=WEIGHTS, sentence_transformer=True),
         "generate chat embed",
     ),
+    ("decoder without a head, made for embedding", model("Qwen3Model", weights=WEIGHTS), "embed"),
     ("vision-language", model("LlavaForConditionalGeneration", weights=WEIGHTS), "generate chat"),
     ("encoder", BERT, "embed"),
     ("encoder with a graph", model("BertModel", onnx_files=GRAPH), "embed tensor"),
@@ -61,7 +63,8 @@ CAN: list[tuple[str, Model, str]] = [
 @pytest.mark.parametrize(("kind", "what", "can"), CAN, ids=[kind for kind, _, _ in CAN])
 def test_a_model_does_what_fits_it(kind: str, what: Model, can: str, task: Task) -> None:
     if task in can.split():
-        expected = "vllm" if task in (Task.GENERATE, Task.CHAT) else "onnx"
+        decodes = "made for embedding" in kind and task is Task.EMBED
+        expected = "vllm" if task in (Task.GENERATE, Task.CHAT) or decodes else "onnx"
         assert routing.choose(task, "auto", what) == expected
         assert routing.choose(task, expected, what) == expected
         return
@@ -81,7 +84,11 @@ def test_a_model_does_what_fits_it(kind: str, what: Model, can: str, task: Task)
             BERT,
             "task 'generate' needs an autoregressive model with its weights; m is a BertModel: it can embed",
         ),
-        (Task.EMBED, LLAMA, "task 'embed' needs an encoder; m is a LlamaForCausalLM: it can generate and chat"),
+        (
+            Task.EMBED,
+            LLAMA,
+            f"{EMBED} m is a LlamaForCausalLM: it can generate and chat",
+        ),
         (Task.TENSOR, BERT, "task 'tensor' needs an ONNX graph; m is a BertModel: it can embed"),
         (
             Task.CHAT,
@@ -94,7 +101,7 @@ def test_a_model_does_what_fits_it(kind: str, what: Model, can: str, task: Task)
         (
             Task.EMBED,
             model("AlbertForQuestionAnswering"),
-            "task 'embed' needs an encoder; m is an AlbertForQuestionAnswering: none of the tasks fits it",
+            f"{EMBED} m is an AlbertForQuestionAnswering: none of the tasks fits it",
         ),
         (
             Task.GENERATE,
@@ -126,11 +133,30 @@ def test_the_fake_model_runs_nowhere_else(engine: str) -> None:
     assert caught.value.field == "engine"
 
 
-@pytest.mark.parametrize(("engine", "task"), [("vllm", Task.EMBED), ("onnx", Task.GENERATE), ("onnx", Task.CHAT)])
+@pytest.mark.parametrize(("engine", "task"), [("vllm", Task.TENSOR), ("onnx", Task.GENERATE), ("onnx", Task.CHAT)])
 def test_an_engine_that_does_not_do_the_task(engine: str, task: Task) -> None:
     with pytest.raises(InvalidJob, match=f"engine '{engine}' does .*, not {task}") as caught:
         routing.choose(task, engine, LLAMA)
     assert caught.value.field == "engine"
+
+
+@pytest.mark.parametrize(
+    ("what", "can"),
+    [
+        (LLAMA, "generate chat embed classify score"),
+        (BERT, "embed score"),
+        (CLASSIFIER, "classify score"),
+        (model("GPT2LMHeadModel", onnx_files=GRAPH), ""),
+        (model("BertForTokenClassification", weights=WEIGHTS), ""),
+    ],
+)
+def test_vllm_pools_where_it_is_asked_to(what: Model, can: str) -> None:
+    for task in routing.TASKS_OF["vllm"]:
+        if task in can.split():
+            assert routing.choose(task, "vllm", what) == "vllm"
+        elif task not in routing.tasks_of(what):
+            with pytest.raises(InvalidModel):
+                routing.choose(task, "vllm", what)
 
 
 def test_other_engines_judge_for_themselves() -> None:
