@@ -30,7 +30,9 @@ def graphs(folder: Path) -> Graphs:
     done = exported(minilm(), "encoder", "minilm", folder / "cache", lambda message: None)
     made = Graphs(folder / "float32", folder / "int8")
     for path in (made.float32, made.int8):
-        shutil.copytree(minilm(), path, ignore=shutil.ignore_patterns("*.safetensors"))
+        # The directory with the graph of float32 keeps the weights, for the peers that run PyTorch.
+        left_out = shutil.ignore_patterns("*.safetensors" if path == made.int8 else "")
+        shutil.copytree(minilm(), path, ignore=left_out)
     for file in done.graph.parent.iterdir():
         if file.is_file() and file.name not in ("tokenizer.json", "export.json"):
             shutil.copy(file, made.float32)
