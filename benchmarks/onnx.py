@@ -113,10 +113,8 @@ def plot(variants: list[Variant], rows: int, path: Path) -> None:
     """Median rows per second as horizontal bars, the fastest first."""
     rates = sorted(((rows / statistics.median(v.seconds), v.name) for v in variants), reverse=True)
     width, high, left = 460, 26, 130
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 80}" height="{high * len(rates) + 12}" '
-        'font-family="sans-serif" font-size="13">'
-    ]
+    size = f'width="{left + width + 80}" height="{high * len(rates) + 12}"'
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="13">']
     for number, (rate, name) in enumerate(rates):
         top, color = 6 + number * high, "#1f6feb" if name.startswith("rowmill") else "#8b949e"
         length = width * rate / rates[0][0]

@@ -1,7 +1,7 @@
 """Where the processor's time goes in a job of texts to embeddings: the graph, and everything around it.
 
-Processor seconds of the threads that run each part, so that a busy machine distorts little. What Rust does in threads of
-its own (tokenization), and what nobody claims, is the rest of the process.
+Processor seconds of the threads that run each part, so that a busy machine distorts little. What Rust does in threads
+of its own (tokenization), and what nobody claims, is the rest of the process.
 """
 
 from __future__ import annotations
