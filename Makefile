@@ -69,6 +69,8 @@ bench: install  ## measure what benchmarks/README.md promises
 	$(BIN)/python -m benchmarks.flush
 	$(BIN)/python -m benchmarks.kills
 	$(BIN)/python -m benchmarks.cancel
+	$(BIN)/python -m benchmarks.onnx
+	$(BIN)/python -m benchmarks.onnx_where
 	$(BIN)/python -m benchmarks.onnx_memory
 	$(BIN)/python -m benchmarks.control_plane
 	$(BIN)/python -m benchmarks.fairness
