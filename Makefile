@@ -74,6 +74,9 @@ bench: install  ## measure what benchmarks/README.md promises
 	$(BIN)/python -m benchmarks.onnx_memory
 	$(BIN)/python -m benchmarks.control_plane
 	$(BIN)/python -m benchmarks.fairness
+	$(BIN)/python -m benchmarks.llm
+	$(BIN)/python -m benchmarks.llm_kills
+	$(BIN)/python -m benchmarks.llm_memory
 
 docs: install  ## write the generated pages of docs/reference
 	$(BIN)/python docs/generate.py

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline import job as job_calls
-from pipeline import local, maintenance
+from pipeline import local, maintenance, measures
 from pipeline.engines.base import Cancellation
 from pipeline.leases import INTERRUPTED
 from pipeline.progress import shown
@@ -265,6 +265,10 @@ class JobHandle:
     def attempts(self) -> list[Attempt]:
         """Every attempt at every shard."""
         return reports.attempts(self._runtime.database, self.id)
+
+    def measured(self) -> dict[str, float]:
+        """What the attempts measured, added up; :func:`pipeline.measures.derived` makes rates and shares of it."""
+        return measures.summed(reports.measured(self._runtime.database, self.id))
 
     def shards(self, state: str | None = None) -> list[Shard]:
         """The job's shards in row order; ``state="failed"`` lists those that were given up, with their ``error``."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline import assembly, manifest
+from pipeline import assembly, manifest, measures
 from pipeline.flusher import patiently
 from pipeline.job_spec import JobSpec
 from pipeline.outputs import is_free, published
@@ -119,6 +119,7 @@ def _publish(runtime: Runtime, job: Job) -> Job:
         sources=finalizing.all_sources(runtime.database, job.id),
         attempts=finalizing.engine_facts(runtime.database, job.id),
         published_at=runtime.database.clock(),
+        measured=measures.summed(reports.measured(runtime.database, job.id)),
         versions={"python": platform.python_version()} | {name: metadata.version(name) for name in _LIBRARIES},
     )
     _renew(runtime, job)

@@ -46,7 +46,7 @@ def duration_seconds(text: str) -> float:
 
 
 NOT_PART_OF_THE_WORK = frozenset(
-    {"priority", "metadata", "completion_window", "overwrite", "idempotency_key", "profile"}
+    {"priority", "metadata", "completion_window", "overwrite", "idempotency_key", "profile", "order"}
 )
 """Fields that do not change what is computed: a job may be resumed under other values of them."""
 
@@ -108,6 +108,10 @@ class JobSpec(BaseModel):
     """Text past the model's limit: ``auto`` is an error for generate and chat, truncation (counted) elsewhere;
     ``split`` (``embed``) averages the vectors of its pieces, each with the weight of its tokens."""
 
+    order: Literal["auto", "input", "prefix"] = "auto"
+    """``generate`` and ``chat``: which rows of a shard run first. ``auto``: those whose prompts begin alike together,
+    and among them the longest expected answers first, as far as rows have been read; ``prefix``: the same, but as many
+    are read first as settings allow; ``input``: as they come. The output is in input order whatever this says."""
     keep_columns: tuple[str, ...] | None = None
     """Input columns copied to the output; ``None`` keeps all."""
     output_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*$")] = ""

@@ -24,6 +24,9 @@ from storage.states import TERMINAL_JOB, JobState
 HEARTBEAT_SECONDS = 5.0
 """Short enough that ``rowmill job cancel`` from another terminal is felt at once; a third of the lease at most."""
 PROGRESS_SECONDS = 0.25
+SLOTS = {"vllm": 2}
+"""Shards at a time, by engine, where no setting says so. vLLM's batch drains at the end of a shard, and chunks that
+drain took 1.3 to 1.7 times as long: the next shard's rows have to be there by then."""
 IDLE_SECONDS = 0.5
 """How long a slot without a shard waits before it asks again (a shard in backoff, or held by another process)."""
 
@@ -60,7 +63,7 @@ def run_job(
             heartbeat_seconds=min(HEARTBEAT_SECONDS, settings.lease_seconds / 3),
             tick=lambda: tick(runtime),
         ) as keeper:
-            return _work(runtime, job.id, keeper, interrupt, on_progress)
+            return _work(runtime, job, keeper, interrupt, on_progress)
     finally:
         with suppress(TransientError):
             workers.unregister(runtime.database, runtime.worker.id)
@@ -68,12 +71,16 @@ def run_job(
 
 def _work(
     runtime: Runtime,
-    job_id: str,
+    job: Job,
     keeper: LeaseKeeper,
     interrupt: Cancellation,
     on_progress: Callable[[JobStatus], None],
 ) -> JobStatus:
-    slots = [_Slot(runtime, job_id, keeper, interrupt) for _ in range(runtime.settings.slots)]
+    job_id = job.id
+    settings = runtime.settings
+    count = settings.slots if "slots" in settings.model_fields_set else SLOTS.get(job.engine, settings.slots)
+    ended = threading.Condition()
+    slots = [_Slot(runtime, job_id, keeper, interrupt, ended) for _ in range(count)]
     for slot in slots:
         slot.start()
     for slot in slots:
@@ -111,16 +118,33 @@ def _with_unflushed(runtime: Runtime, status: JobStatus) -> JobStatus:
 class _Slot(threading.Thread):
     """Claims and runs one shard after the other until the job has none left."""
 
-    def __init__(self, runtime: Runtime, job_id: str, keeper: LeaseKeeper, interrupt: Cancellation) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        job_id: str,
+        keeper: LeaseKeeper,
+        interrupt: Cancellation,
+        ended: threading.Condition,
+    ) -> None:
         super().__init__(name="rowmill-slot", daemon=True)
         self._runtime, self._job_id, self._keeper, self._interrupt = runtime, job_id, keeper, interrupt
+        # Notified when an attempt has ended: those that found nothing to do look again, or are done as well.
+        self._ended = ended
         self.error: BaseException | None = None
 
     def run(self) -> None:
+        forget = self._interrupt.on_cancel(self._wake)
         try:
             self._loop()
         except BaseException as error:
             self.error = error
+        finally:
+            forget()
+            self._wake()
+
+    def _wake(self) -> None:
+        with self._ended:
+            self._ended.notify_all()
 
     def _loop(self) -> None:
         runtime = self._runtime
@@ -133,10 +157,13 @@ class _Slot(threading.Thread):
             )
             if claim is not None:
                 execute(runtime, claim, self._keeper, self._interrupt)
+                self._wake()
                 continue
             if jobs.get(runtime.database, self._job_id).n_open == 0:
                 return
-            self._interrupt.wait(IDLE_SECONDS)
+            with self._ended:
+                if not self._interrupt.cancelled:
+                    self._ended.wait(IDLE_SECONDS)
             if jobs.get(runtime.database, self._job_id).state is JobState.CANCELLING:
                 while jobs.cancel_ready(runtime.database, self._job_id, actor=runtime.actor):
                     pass

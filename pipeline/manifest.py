@@ -46,11 +46,13 @@ def build(
     attempts: Iterable[Mapping[str, Any]],
     published_at: float,
     versions: Mapping[str, str] | None = None,
+    measured: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The manifest of a job as it is published. ``parts`` are made by :func:`part`, in row order.
 
     ``attempts`` are the engines' statements about themselves, ``published_at`` Unix seconds, ``versions`` those of the
-    libraries that published. Row ranges are half-open and count from the start of the input.
+    libraries that published, ``measured`` the sums of what all attempts measured. Row ranges are half-open and count
+    from the start of the input.
     """
     missing = _missing(parts, job.rows_total)
     rows = sum(entry["rows"] for entry in parts)
@@ -75,6 +77,7 @@ def build(
         },
         "missing": [[low, high] for low, high in missing],
         "tokens": dict(job.tokens),
+        "measured": dict(measured or {}),
         "spec": dict(job.spec),
         "spec_hash": job.spec_hash,
         "model": {

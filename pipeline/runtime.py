@@ -81,7 +81,14 @@ def start(
         database=database,
         store=store,
         engines=EnginePool(
-            EngineContext(settings.cache_dir, notify, fetch, settings.custom_op_paths),
+            EngineContext(
+                settings.cache_dir,
+                notify,
+                fetch,
+                settings.custom_op_paths,
+                settings.order_rows,
+                settings.order_bytes,
+            ),
             settings.max_engines,
             settings.engine_memory_bytes,
         ),

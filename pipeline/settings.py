@@ -63,7 +63,8 @@ class Settings(BaseSettings):
     flush_bytes: Annotated[int, Field(ge=1)] = 64 * 2**20
     """Finished rows are flushed when their results take this much memory. Up to two such buffers exist per shard."""
     slots: Annotated[int, Field(ge=1, le=64)] = 1
-    """Shards that run at the same time in one process, on the same engine."""
+    """Shards that run at the same time in one process, on the same engine. Where it is not set, an embedded job on vLLM
+    runs two, so that the engine's batch does not drain between them, and so does a worker."""
     max_engines: Annotated[int, Field(ge=1)] = 1
     """Engines that a process keeps loaded; the one used longest ago goes first."""
     engine_memory_bytes: Annotated[int, Field(ge=1)] | None = None
@@ -76,6 +77,10 @@ class Settings(BaseSettings):
     """Most uncompressed bytes read at a time, estimated from the footers."""
     read_ahead_bytes: Annotated[int, Field(ge=0)] = 32 * 2**20
     """Uncompressed bytes that are read ahead of the engine, per shard; one batch in any case."""
+    order_rows: Annotated[int, Field(ge=1)] = 16_384
+    """Most rows of a shard whose prompts are held to be put in order (vLLM)."""
+    order_bytes: Annotated[int, Field(ge=1)] = 256 * 2**20
+    """Most memory for these prompts."""
     attempt_retention_hours: Annotated[float, Field(ge=0)] = 24.0
     """How long the files of ended attempts are kept outside the embedded mode."""
     max_failures: Annotated[int, Field(ge=1)] = 4

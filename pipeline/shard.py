@@ -23,6 +23,7 @@ from pipeline.flusher import Flusher, patiently
 from pipeline.job_spec import JobSpec
 from pipeline.leases import JOB_STOPPING, LEASE_LOST, LeaseKeeper
 from pipeline.ledger import Ledger
+from pipeline.measures import Measures
 from pipeline.models.resolve import resolve
 from pipeline.outputs import published
 from pipeline.plan_record import PlanRecord
@@ -102,23 +103,32 @@ def _attempt(runtime: Runtime, claim: Claim, cancel: Cancellation) -> None:
     model = resolve(spec.model, runtime.settings.cache_dir)
     if model.digest != plan.model_digest:
         raise InvalidModel(f"{spec.model} changed after the job was planned; submit a new job", field="model")
+    began = time.monotonic()
     with runtime.engines.lease(claim.job.engine, model, spec.task, spec.engine_options) as engine:
+        loading = time.monotonic() - began
         try:
-            run_shard(runtime, claim, engine, spec, plan, cancel)
+            run_shard(runtime, claim, engine, spec, plan, cancel, loading)
         except EngineDead as error:
             runtime.engines.discard(engine)
             raise _DiedRunning(str(error)) from error
 
 
 def run_shard(
-    runtime: Runtime, claim: Claim, engine: Engine, spec: JobSpec, plan: PlanRecord, cancel: Cancellation
+    runtime: Runtime,
+    claim: Claim,
+    engine: Engine,
+    spec: JobSpec,
+    plan: PlanRecord,
+    cancel: Cancellation,
+    load_seconds: float = 0.0,
 ) -> None:
     """Read the rows that no earlier attempt has flushed, infer, flush as results come, assemble and commit.
 
     When ``cancel`` fires, what is finished is flushed and the shard is handed back (interrupted) or ended (its job is
-    being wound down). Raises :class:`LeaseLost` when fenced; nothing has been written then.
+    being wound down). Raises :class:`LeaseLost` when fenced; nothing has been written then. ``load_seconds`` is how
+    long the attempt waited for the engine to be ready.
     """
-    began = time.monotonic()
+    measures = Measures(load_seconds)
     job, shard = claim.job, claim.shard
     directory = locations.attempt_dir(
         job.output_uri, job.id, shard.idx, shard.gen, claim.attempt_no, secrets.token_hex(4)
@@ -139,9 +149,12 @@ def run_shard(
             results = (
                 _poisoned(turn.rows)
                 if turn.kind is Kind.POISON
-                else _infer(runtime, claim, profile.engine, spec, plan, turn.rows, cancel)
+                else _infer(runtime, claim, profile.engine, spec, plan, turn.rows, cancel, measures)
             )
-            for batch in results:
+            for batch in measures.waiting(results):
+                measures.add(batch.measured)
+                if not len(batch.rows) and not batch.failures:
+                    continue
                 rows, failed = ledger.settle(batch)
                 flusher.add(batch, rows, failed)
             if searching:
@@ -150,7 +163,7 @@ def run_shard(
             raise LeaseLost(f"attempt {claim.attempt_no} no longer holds shard {shard.id}")
         flusher.drain()
         profiled = profile.finish()
-        stats = {**_stats(profile.engine, began, flusher), **profiled}
+        stats = {**_stats(profile.engine, measures, flusher), **profiled}
         if ledger.pending and cancel.cancelled:
             end = shards.cancel if cancel.reason == JOB_STOPPING else shards.release
             patiently(lambda: end(runtime.database, claim, stats=stats))
@@ -158,14 +171,15 @@ def run_shard(
         ledger.close()
         parts = (*claim.parts, *flusher.parts)
         try:
-            output = _assemble(runtime, claim, plan, spec, schema, directory, parts)
+            with measures.spent("write_seconds"):
+                output = _assemble(runtime, claim, plan, spec, schema, directory, parts)
         except CorruptFile as error:
             lost = forget_damaged(runtime, claim, parts)
             if not lost:
                 raise
             raise CorruptFile(f"{error}; {lost} flushed rows have to be computed again") from error
         failpoints.hit("commit.assembled")
-        stats = {**_stats(profile.engine, began, flusher), **profiled}
+        stats = {**_stats(profile.engine, measures, flusher), **profiled}
         patiently(lambda: shards.commit(runtime.database, claim, output, stats=stats))
         failpoints.hit("commit.done")
 
@@ -178,12 +192,13 @@ def _infer(
     plan: PlanRecord,
     rows: BitMap,
     cancel: Cancellation,
+    measures: Measures,
 ) -> Iterator[ResultBatch]:
     if not rows:
         return
     with (
         closing(_rows(runtime, claim, plan, rows)) as batches,
-        closing(engine.infer(spec, batches, cancel)) as results,  # type: ignore[type-var]
+        closing(engine.infer(spec, measures.reading(batches), cancel)) as results,  # type: ignore[type-var]
     ):
         yield from results
 
@@ -248,11 +263,12 @@ def _assemble(
     )
 
 
-def _stats(engine: Engine, began: float, flusher: Flusher) -> Mapping[str, Any]:
-    seconds = time.monotonic() - began
+def _stats(engine: Engine, measures: Measures, flusher: Flusher) -> Mapping[str, Any]:
+    seconds = measures.seconds
     return {
         "seconds": round(seconds, 3),
         "flush_seconds": round(flusher.seconds, 3),
         "rows_per_second": round(flusher.rows_flushed / seconds, 2) if seconds > 0 else 0.0,
+        "measured": measures.total(flusher.rows_flushed, flusher.seconds),
         "engine": engine.stats(),
     }

@@ -70,6 +70,19 @@ def progress(database: Database, job: Job) -> Progress:
     )
 
 
+def measured(database: Database, job_id: str) -> list[dict[str, float]]:
+    """What each attempt at the job's shards measured, where it came to say so."""
+    attempt, shard = tables.attempt, tables.shard
+    with database.read() as connection:
+        found = connection.execute(
+            sa.select(attempt.c.stats)
+            .join(shard, shard.c.id == attempt.c.shard_id)
+            .where(shard.c.job_id == job_id)
+            .order_by(attempt.c.shard_id, attempt.c.attempt_no)
+        ).scalars()
+        return [stats["measured"] for stats in found if "measured" in stats]
+
+
 def attempts(database: Database, job_id: str) -> list[Attempt]:
     """Every attempt at the job's shards, by shard and number."""
     attempt, shard = tables.attempt, tables.shard

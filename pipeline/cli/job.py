@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -13,6 +14,7 @@ from pipeline.cli import errors, output
 from pipeline.cli.command import Invocation, command
 from pipeline.cli.foreground import Hooks, foreground
 from pipeline.cli.progress import progress
+from pipeline.measures import derived
 from pipeline.status import JobStatus
 from storage.errors import JobCancelled, JobFailed
 
@@ -72,16 +74,16 @@ def show(
         return
     with invocation.client() as client:
         handle = client.job(job)
-        status = handle.status()
+        status, measured = handle.status(), handle.measured()
         tried = [_attempt(item) for item in handle.attempts()] if attempts else []
         happened = [_event(item) for item in handle.events()] if events else []
     pieces = [_shard(item) for item in handle.shards()] if shards else []
     if invocation.as_json:
         more: dict[str, Any] = {"shards": pieces} if shards else {}
         more |= ({"attempts": tried} if attempts else {}) | ({"events": happened} if events else {})
-        output.emit_json({"job": status.to_json(), **more})
+        output.emit_json({"job": status.to_json(), "measured": {**measured, **derived(measured)}, **more})
         return
-    output.emit(describe(status))
+    output.emit(output.pairs([*describe(status), *describe_measured(measured)]))
     if shards:
         shown = ("shard", "state", "first_row", "rows", "done", "failed", "attempts", "failures", "losses", "error")
         output.emit("\n" + output.table(shown, [[item[name] for name in shown] for item in pieces]))
@@ -103,41 +105,71 @@ def _show_row(invocation: Invocation, job: str, row: int) -> None:
         output.emit(output.pairs(request.to_json().items()))
 
 
-def describe(status: JobStatus) -> str:
-    """A job as lines of names and values."""
+def describe(status: JobStatus) -> list[tuple[str, object]]:
+    """A job as names and values."""
     share = f" ({100 * status.rows_done // status.rows_total}%)" if status.rows_total else ""
     took = None
     if status.started_at is not None and status.ended_at is not None:
         took = output.duration(status.ended_at - status.started_at)
-    return output.pairs(
-        [
-            ("id", status.id),
-            ("state", status.state + (" (partial output)" if status.partial and status.rows_done else "")),
-            ("reason", status.stop_reason),
-            ("error", status.error),
-            ("message", status.message),
-            ("task", status.task),
-            ("model", status.model),
-            ("engine", status.engine),
-            ("input", ", ".join(status.input)),
-            ("output", status.output),
-            ("rows", f"{status.rows_done:,} of {status.rows_total:,} done{share}"),
-            ("failed rows", f"{status.rows_failed:,}" if status.rows_failed else None),
-            ("resumed rows", f"{status.rows_resumed:,}" if status.rows_resumed else None),
-            ("shards", _counts(status.shards)),
-            ("tokens", _counts({name.removesuffix("_tokens"): n for name, n in status.tokens.items()})),
-            ("attempts", f"{status.attempts} ({status.failures} failed, {status.losses} lost)"),
-            ("generation", status.gen or None),
-            ("tenant", status.tenant if status.tenant != "default" else None),
-            ("metadata", ", ".join(f"{k}={v}" for k, v in status.metadata.items())),
-            ("idempotency key", status.idempotency_key),
-            ("created", output.moment(status.created_at)),
-            ("started", output.moment(status.started_at)),
-            ("ended", output.moment(status.ended_at)),
-            ("expires", None if status.terminal else output.moment(status.expires_at)),
-            ("took", took),
-        ]
-    )
+    return [
+        ("id", status.id),
+        ("state", status.state + (" (partial output)" if status.partial and status.rows_done else "")),
+        ("reason", status.stop_reason),
+        ("error", status.error),
+        ("message", status.message),
+        ("task", status.task),
+        ("model", status.model),
+        ("engine", status.engine),
+        ("input", ", ".join(status.input)),
+        ("output", status.output),
+        ("rows", f"{status.rows_done:,} of {status.rows_total:,} done{share}"),
+        ("failed rows", f"{status.rows_failed:,}" if status.rows_failed else None),
+        ("resumed rows", f"{status.rows_resumed:,}" if status.rows_resumed else None),
+        ("shards", _counts(status.shards)),
+        ("tokens", _counts({name.removesuffix("_tokens"): n for name, n in status.tokens.items()})),
+        ("attempts", f"{status.attempts} ({status.failures} failed, {status.losses} lost)"),
+        ("generation", status.gen or None),
+        ("tenant", status.tenant if status.tenant != "default" else None),
+        ("metadata", ", ".join(f"{k}={v}" for k, v in status.metadata.items())),
+        ("idempotency key", status.idempotency_key),
+        ("created", output.moment(status.created_at)),
+        ("started", output.moment(status.started_at)),
+        ("ended", output.moment(status.ended_at)),
+        ("expires", None if status.terminal else output.moment(status.expires_at)),
+        ("took", took),
+    ]
+
+
+def describe_measured(measured: Mapping[str, float]) -> list[tuple[str, object]]:
+    """What the attempts of a job measured, as names and values."""
+    found = derived(measured)
+
+    def share(name: str) -> str | None:
+        return None if name not in found else f"{100 * found[name]:.1f}%"
+
+    times = {name: share(f"{name}_share") for name in ("read", "render", "engine", "write")}
+    batch = [
+        f"{found[f'{name}_requests']:.1f} {name}" for name in ("running", "waiting") if f"{name}_requests" in found
+    ]
+    copied = int(measured.get("copied_rows", 0))
+    loading = measured.get("load_seconds", 0)
+    return [
+        (
+            "engine tokens",
+            _counts({n: int(measured.get(f"{n}_tokens", 0)) for n in ("prompt", "cached", "completion")}),
+        ),
+        ("prefix hits", share("prefix_hit_rate")),
+        ("copied rows", f"{copied:,} had the prompt of another row" if copied else None),
+        (
+            "speed",
+            f"{output.count(found['tokens_per_second'])} tokens/s" if found.get("tokens_per_second") else None,
+        ),
+        ("batch", ", ".join(batch)),
+        ("KV cache", None if "kv_cache_use" not in found else f"{100 * found['kv_cache_use']:.1f}% in use"),
+        ("preemptions", f"{int(measured['preemptions']):,}" if measured.get("preemptions") else None),
+        ("time", ", ".join(f"{name} {part}" for name, part in times.items() if part)),
+        ("engine start-up", output.duration(loading) if loading >= 0.5 else None),
+    ]
 
 
 def _counts(counts: Any) -> str:
@@ -340,5 +372,5 @@ def _end(invocation: Invocation, status: JobStatus) -> int:
     if invocation.as_json:
         output.emit_json({"job": status.to_json()})
     else:
-        output.emit(describe(status))
+        output.emit(output.pairs(describe(status)))
     return errors.exit_code(status.state, status.rows_failed)

@@ -170,6 +170,12 @@ def _fields(
     shard_rows: Annotated[
         int | None, typer.Option(metavar="N", help="Most rows in a shard.", rich_help_panel=_ROWS)
     ] = None,
+    order: Annotated[
+        Literal["auto", "input", "prefix"] | None,
+        typer.Option(
+            metavar="HOW", help="generate, chat: which rows run first: auto, input or prefix.", rich_help_panel=_ROWS
+        ),
+    ] = None,
     max_failed_rows: Annotated[
         int | None, typer.Option(metavar="N", help="Stop when more rows than this have failed.", rich_help_panel=_ROWS)
     ] = None,
@@ -235,6 +241,7 @@ def _fields(
         "overwrite": overwrite or None,
         "profile": profile or None,
         "shard_rows": shard_rows,
+        "order": order,
         "max_failed_rows": max_failed_rows,
         "completion_window": window,
         "metadata": values.key_values(metadata, "--metadata", literal=True) if metadata else None,

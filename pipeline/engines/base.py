@@ -41,11 +41,16 @@ class RowFailure:
 
 @dataclass(frozen=True, slots=True)
 class ResultBatch:
-    """``rows``: int64 [n]; ``values``: n rows of the engine's ``result_schema``; ``failures``: rows that failed."""
+    """``rows``: int64 [n]; ``values``: n rows of the engine's ``result_schema``; ``failures``: rows that failed.
+
+    ``measured``: numbers that add up, over the batches of a call and over calls: what this one took since its last
+    batch (``render_seconds``, ``copied_rows``, …). They become part of the attempt's statistics, and of the job's.
+    """
 
     rows: RowIds
     values: pa.RecordBatch | None
     failures: tuple[RowFailure, ...] = ()
+    measured: Mapping[str, float] = field(default_factory=dict)
 
 
 class Cancellation:
@@ -100,13 +105,16 @@ class Cancellation:
 @dataclass(frozen=True, slots=True)
 class EngineContext:
     """What an engine gets from its host: where to cache exported and compiled models, how to tell the user, how to read
-    a file that a row names (raises :class:`~storage.errors.InvalidInput` for one that the operator does not allow), and
-    which libraries of custom operators may be loaded."""
+    a file that a row names (raises :class:`~storage.errors.InvalidInput` for one that the operator does not allow),
+    which libraries of custom operators may be loaded, and how many rows, in how many bytes of memory, it may gather to
+    put them in order."""
 
     cache_dir: Path
     notify: Callable[[str], None] = field(default=lambda message: None)
     fetch: Callable[[str], bytes] | None = None
     custom_op_paths: tuple[Path, ...] = ()
+    order_rows: int = 16_384
+    order_bytes: int = 256 * 2**20
 
 
 class Engine(Protocol):
@@ -117,9 +125,10 @@ class Engine(Protocol):
     rebuilt, :class:`~storage.errors.TransientError` when a retry may help, :class:`~storage.errors.InvalidJob` (from
     ``check`` and ``load``) when no retry can help.
 
-    Two parts may be left out. ``shared_tasks: ClassVar[frozenset[Task]]``: tasks that one instance does, whichever of
+    Three parts may be left out. ``shared_tasks: ClassVar[frozenset[Task]]``: tasks that one instance does, whichever of
     them it was made for, so that they share it. ``memory_bytes() -> int | None``: resident memory of the processes
-    that it has started, now; what this process grew by while it loaded is measured by its host.
+    that it has started, now; what this process grew by while it loaded is measured by its host. ``worn: bool``, a
+    property: when true after a lease, the engine is closed once nobody uses it, and made anew for whoever asks next.
     """
 
     name: ClassVar[str]

@@ -189,8 +189,12 @@ class EnginePool:
         self._end(doomed)
 
     def _leave(self, entry: _Entry) -> None:
+        worn = bool(getattr(entry.engine, "worn", False))
         with self._lock:
             entry.users -= 1
+            if worn and self._entries.get(entry.key) is entry:
+                log.warning("engine %s is started again: its memory has grown too much", entry.engine.name)
+                self._condemn(entry)
             doomed = self._surplus()
         self._end(doomed)
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import threading
+import time
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
+import psutil
 import pyarrow as pa
 
 from pipeline.engines import vllm_adapters, vllm_pooling
@@ -16,19 +19,32 @@ from pipeline.engines.base import Cancellation, EngineContext, ResultBatch, RowB
 from pipeline.engines.sampling import check_sampling
 from pipeline.engines.vllm_adapters import Adapters, LoadedAdapters
 from pipeline.engines.vllm_answers import Answer, Answers
+from pipeline.engines.vllm_fit import check_fit
+from pipeline.engines.vllm_gauges import Gauges
 from pipeline.engines.vllm_images import Images
+from pipeline.engines.vllm_once import Once, settled
 from pipeline.engines.vllm_options import OWN_OPTIONS, check_engine_options
 from pipeline.engines.vllm_params import JobParams
 from pipeline.engines.vllm_pooling import PooledRows, Pooling
-from pipeline.engines.vllm_process import RunningVllm, prepare_environment
-from pipeline.engines.vllm_prompts import Prompts, check_columns
-from pipeline.engines.vllm_requests import Outcome, Requests
+from pipeline.engines.vllm_process import STALL_SECONDS, RunningVllm, memory_bytes, prepare_environment
+from pipeline.engines.vllm_prompts import Prompt, Prompts, check_columns
+from pipeline.engines.vllm_requests import TOKEN_BYTES, Outcome, Requests, Waiting
+from pipeline.engines.vllm_window import Window
 from pipeline.job_spec import JobSpec, Task
 from pipeline.models.model import Model
+from pipeline.ordering import Backlog, Lengths
 from storage.errors import EngineDead, EngineMissing, InvalidJob, InvalidModel
 
 CHUNK = 64
 """Most rows that are rendered and tokenized at a time."""
+RESULTS = 4096
+"""Most rows of a batch of results."""
+WINDOW_TOKENS = 2**22
+"""Most prompt tokens inside vLLM where its cache does not hold half as many: some 150 MiB in its processes."""
+MEMORY_SHARE, GROWTH_SHARE = 0.8, 0.1
+"""Of the machine's memory: an engine that has grown beyond both, and by the second since its first call, is worn."""
+LEARNT = 16
+"""Most jobs whose lengths of answers are remembered."""
 
 BESIDE = ("torch", "transformers")
 """Packages whose versions are reported with vLLM's."""
@@ -52,8 +68,12 @@ class VllmEngine:
         self._adapters = LoadedAdapters(context.cache_dir)
         self._versions: dict[str, str] = {}
         self._lock = threading.Lock()
+        self._window = Window(1, 1)
+        self._lengths: OrderedDict[str, Lengths] = OrderedDict()
         self._rows = {"succeeded": 0, "failed": 0}
-        self._tokens = {"prompt": 0, "cached": 0, "completion": 0}
+        self._counts: Counter[str] = Counter()
+        self._first_memory = 0
+        self._worn = False
 
     @classmethod
     def check(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:
@@ -65,6 +85,7 @@ class VllmEngine:
         _check_model(model, spec.engine_options, pools=pools)
         check_sampling(spec.sampling)
         check_engine_options(spec.engine_options)
+        check_fit(model, spec.engine_options)
         if pools:
             return vllm_pooling.check(spec, schema)
         if "pooler_config" in spec.engine_options:
@@ -91,7 +112,9 @@ class VllmEngine:
         options = {name: value for name, value in self._options.items() if name not in OWN_OPTIONS}
         if self._task in vllm_pooling.TASKS:
             options |= vllm_pooling.ARGUMENTS
-        self._running = RunningVllm(str(self._model.path), options)
+        stall = float(self._options.get("stall_seconds", STALL_SECONDS))
+        self._running = RunningVllm(str(self._model.path), options, stall)
+        self._window = self._sized(self._running)
         try:
             self._check_loaded(self._running)
         except BaseException:
@@ -114,32 +137,52 @@ class VllmEngine:
         reader: PooledRows | Answers
         if spec.task in vllm_pooling.TASKS:
             rows = reader = PooledRows(running, Pooling(running, spec.task), spec)
-            params = rows.params
+            params, most = rows.params, 1
         else:
             own = JobParams(running, spec)
             params, reader = own.job.sampling, Answers(spec, own.job.form)
+            most = params.max_tokens or running.config.model_config.max_model_len
             rows = self._prompts(running, spec, own)
             if spec.task is not self._task and spec.task is Task.CHAT:
                 rows.check_chat_template()  # loaded for generate, which needs none
         schema = self.result_schema(spec)
-        window = self._window(running)
-        requests = Requests(running, params, window)
-        feeder = threading.Thread(
-            target=_feed,
-            args=(requests, rows, batches, max(1, min(CHUNK, window // 4))),
-            name="vllm-feed",
-            daemon=True,
+        work = spec.work_hash()
+        lengths = self._learnt(work, most)
+        rows_waiting, bytes_waiting = self._context.order_rows, self._context.order_bytes
+        if spec.image_column is not None:
+            # Their bytes are not counted, and they are sorted by nothing: no more wait than run.
+            rows_waiting = min(rows_waiting, self._window.requests)
+        requests = Requests(
+            running,
+            params,
+            self._window,
+            work,
+            backlog=self._backlog(spec, lengths),
+            waiting=Waiting(rows_waiting, bytes_waiting, whole=spec.order == "prefix"),
+            lengths=lengths,
+            once=Once() if settled(spec.sampling) and spec.task not in vllm_pooling.TASKS else None,
         )
+        measures = Measures(running.gauges)
+        threads = [
+            threading.Thread(target=_read, args=(requests, rows, batches, measures), name="vllm-read", daemon=True),
+            threading.Thread(target=requests.feed, name="vllm-feed", daemon=True),
+        ]
         forget = cancel.on_cancel(requests.stop)
-        feeder.start()
+        for thread in threads:
+            thread.start()
         try:
             for outcomes in requests.results():
-                yield self._batch(outcomes, reader, schema)
+                for at in range(0, len(outcomes), RESULTS):
+                    yield self._batch(outcomes[at : at + RESULTS], reader, schema, measures)
+            if not cancel.cancelled:
+                yield ResultBatch(np.array([], dtype=np.int64), None, measured=measures.rest())
         finally:
             forget()
             requests.stop()
             requests.wait_until_aborted()
-            feeder.join()
+            for thread in threads:
+                thread.join()
+            self._look_at_memory(running)
 
     def _prompts(self, running: RunningVllm, spec: JobSpec, params: JobParams) -> Prompts:
         context: int = running.config.model_config.max_model_len
@@ -149,11 +192,13 @@ class VllmEngine:
         return Prompts(running.llm, spec, room, params, Adapters(running, spec, self._adapters), images)
 
     def stats(self) -> dict[str, Any]:
-        """See :meth:`Engine.stats`. Counts since ``load``; tokens of rows that were aborted are not in them."""
+        """See :meth:`Engine.stats`. Counts since ``load``: ``tokens`` went through the engine, ``copied`` did not,
+        since another row had the same prompt. Tokens of rows that were aborted are in neither."""
         running = self._loaded()
         config = running.config
         with self._lock:
-            rows, tokens = dict(self._rows), dict(self._tokens)
+            rows, counts = dict(self._rows), Counter(self._counts)
+        tokens = {name: counts[f"{name}_tokens"] for name in ("prompt", "cached", "completion")}
         return {
             "engine": self.name,
             "versions": dict(self._versions),
@@ -163,7 +208,8 @@ class VllmEngine:
                 "max_model_len": config.model_config.max_model_len,
                 "max_num_seqs": config.scheduler_config.max_num_seqs,
                 "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
-                "window": self._window(running),
+                "window": self._window.requests,
+                "window_tokens": self._window.tokens,
                 "dtype": str(config.model_config.dtype).removeprefix("torch."),
                 "enforce_eager": bool(config.model_config.enforce_eager),
                 "enable_prefix_caching": bool(config.cache_config.enable_prefix_caching),
@@ -174,6 +220,11 @@ class VllmEngine:
             },
             "rows": rows,
             "tokens": tokens,
+            "copied": {
+                "rows": counts["copied_rows"],
+                "prompt": counts["copied_prompt_tokens"],
+                "completion": counts["copied_completion_tokens"],
+            },
             "prefix_hit_rate": round(tokens["cached"] / tokens["prompt"], 4) if tokens["prompt"] else 0.0,
         }
 
@@ -193,8 +244,29 @@ class VllmEngine:
             raise EngineDead("the vLLM engine is not loaded")
         return self._running
 
-    def _window(self, running: RunningVllm) -> int:
-        return int(self._options.get("window", 2 * running.config.scheduler_config.max_num_seqs))
+    def _sized(self, running: RunningVllm) -> Window:
+        config = running.config
+        cached = (config.cache_config.num_gpu_blocks or 0) * (config.cache_config.block_size or 0)
+        return Window(
+            int(self._options.get("window", 2 * config.scheduler_config.max_num_seqs)),
+            int(self._options.get("window_tokens", max(WINDOW_TOKENS, 2 * cached))),
+        )
+
+    def _backlog(self, spec: JobSpec, lengths: Lengths) -> Backlog[Prompt]:
+        if spec.order == "input":
+            return Backlog()
+        cache = self._loaded().config.cache_config
+        cached = cache.enable_prefix_caching and not spec.sampling.get("skip_reading_prefix_cache")
+        block = cache.block_size * TOKEN_BYTES if cached else 0
+        return Backlog(block, lambda key: lengths.grade(len(key) // TOKEN_BYTES))
+
+    def _learnt(self, work: str, limit: int) -> Lengths:
+        with self._lock:
+            found = self._lengths.setdefault(work, Lengths(limit))
+            self._lengths.move_to_end(work)
+            while len(self._lengths) > LEARNT:
+                self._lengths.popitem(last=False)
+            return found
 
     def _check_loaded(self, running: RunningVllm) -> None:
         if self._task in vllm_pooling.TASKS:
@@ -206,17 +278,43 @@ class VllmEngine:
             spec = JobSpec(input=("-",), output="-", model="-", task=Task.CHAT, prompt="{text}")
             Prompts(running.llm, spec, room=1).check_chat_template()
 
-    def _batch(self, outcomes: list[Outcome], reader: PooledRows | Answers, schema: pa.Schema) -> ResultBatch:
+    @property
+    def worn(self) -> bool:
+        """The memory of the engine's processes has grown past its limit (vllm#52089): it is to be started again."""
+        return self._worn
+
+    def _look_at_memory(self, running: RunningVllm) -> None:
+        if running.dead:
+            return
+        now = running.memory_bytes() + psutil.Process().memory_info().rss
+        machine = memory_bytes()
+        self._first_memory = self._first_memory or now
+        limit = self._options.get("recycle_bytes")
+        if limit is None:
+            limit = max(MEMORY_SHARE * machine, self._first_memory + GROWTH_SHARE * machine)
+        self._worn = self._worn or now > limit
+
+    def _batch(
+        self, outcomes: list[Outcome], reader: PooledRows | Answers, schema: pa.Schema, measures: Measures
+    ) -> ResultBatch:
         read = reader.answers(outcomes)
         answers = [outcome for outcome in read if isinstance(outcome, Answer)]
         failures = tuple(outcome for outcome in read if isinstance(outcome, RowFailure))
+        ran = [answer for answer in answers if not answer.copied]
+        copied = [answer for answer in answers if answer.copied]
+        counts = {
+            "prompt_tokens": sum(answer.prompt_tokens for answer in ran),
+            "cached_tokens": sum(answer.cached_tokens for answer in ran),
+            "completion_tokens": sum(answer.completion_tokens for answer in ran),
+            "copied_rows": len(copied),
+            "copied_prompt_tokens": sum(answer.prompt_tokens for answer in copied),
+            "copied_completion_tokens": sum(answer.completion_tokens for answer in copied),
+        }
         with self._lock:
             self._rows["succeeded"] += len(answers)
             self._rows["failed"] += len(failures)
-            for answer in answers:
-                self._tokens["prompt"] += answer.prompt_tokens
-                self._tokens["cached"] += answer.cached_tokens
-                self._tokens["completion"] += answer.completion_tokens
+            for name, number in counts.items():
+                self._counts[name] += number
         values: pa.RecordBatch | None = None
         if answers:
             columns = reader.columns(answers)
@@ -224,7 +322,7 @@ class VllmEngine:
                 [_array(columns[field.name], field.type) for field in schema], schema=schema
             )
         rows = np.fromiter((answer.row for answer in answers), dtype=np.int64, count=len(answers))
-        return ResultBatch(rows, values, failures)
+        return ResultBatch(rows, values, failures, {**counts, **measures.rest()})
 
 
 def _check_model(model: Model, options: Mapping[str, Any], *, pools: bool) -> None:
@@ -251,17 +349,44 @@ def _check_model(model: Model, options: Mapping[str, Any], *, pools: bool) -> No
             raise refuse(f"has pickled weights only ({pickles[0]}), which can run code; convert them to safetensors")
 
 
-def _feed(requests: Requests, prompts: Prompts | PooledRows, batches: Iterable[RowBatch], chunk: int) -> None:
-    """The feeding thread: draws batches, makes prompts, hands them over as there is room."""
+class Measures:
+    """What one call has measured and not handed on yet: its seconds of rendering, and the engine's gauges meanwhile.
+
+    Two calls at the same time measure the same engine: each of them its mean state while the call lasted.
+    """
+
+    def __init__(self, gauges: Gauges) -> None:
+        self._gauges = gauges
+        self._sums = gauges.sums()
+        self._given = 0.0
+        self.render_seconds = 0.0
+
+    def rest(self) -> dict[str, float]:
+        """What has been added since this was asked last."""
+        now, rendered = self._gauges.sums(), self.render_seconds
+        found = {name: value - self._sums[name] for name, value in now.items()}
+        found["render_seconds"] = rendered - self._given
+        self._sums, self._given = now, rendered
+        return found
+
+
+def _read(requests: Requests, prompts: Prompts | PooledRows, batches: Iterable[RowBatch], measures: Measures) -> None:
+    """The reading thread: draws batches, makes prompts, hands them over as they may wait."""
     try:
         for batch in batches:
-            for ready, failures in prompts.read(batch, chunk):
-                if not requests.feed(ready, failures):
+            made = prompts.read(batch, CHUNK)
+            while True:
+                began = time.monotonic()
+                chunk = next(made, None)
+                measures.render_seconds += time.monotonic() - began
+                if chunk is None:
+                    break
+                if not requests.offer(*chunk):
                     return
     except BaseException as error:  # it is raised in the thread that reads the results
-        requests.end_feeding(error)
+        requests.end_offering(error)
     else:
-        requests.end_feeding()
+        requests.end_offering()
 
 
 def _array(values: Any, kind: pa.DataType) -> Any:

@@ -23,7 +23,8 @@ class Answer:
     """One row's finished request. ``texts`` has ``n`` items; ``completion_tokens`` counts all of them.
 
     ``logprobs`` (for each text) and ``prompt_logprobs``: vLLM's own, as tokens and what was probable in their places;
-    ``data``: what was pooled, as vLLM returned it.
+    ``data``: what was pooled, as vLLM returned it. ``copied``: it was computed for another row, and
+    nothing for this one.
     """
 
     row: int
@@ -35,6 +36,7 @@ class Answer:
     logprobs: tuple[tuple[Any, Any], ...] = ()
     prompt_logprobs: tuple[Any, Any] | None = None
     data: Any = None
+    copied: bool = False
 
 
 class Answers:
@@ -71,10 +73,11 @@ class Answers:
             # Of several answers: whether any of them was cut off.
             finish_reason="length" if "length" in reasons else str(reasons[0]),
             prompt_tokens=len(output.prompt_token_ids),
-            cached_tokens=max(output.num_cached_tokens or 0, 0),
+            cached_tokens=len(output.prompt_token_ids) if finished.copied else max(output.num_cached_tokens or 0, 0),
             completion_tokens=sum(len(completion.token_ids) for completion in done),
             logprobs=tuple((c.token_ids, c.logprobs) for c in done if c.logprobs is not None),
             prompt_logprobs=None if before is None else (output.prompt_token_ids, before),
+            copied=finished.copied,
         )
 
     def columns(self, answers: Sequence[Answer]) -> Mapping[str, Any]:

@@ -13,8 +13,22 @@ from typing import Any
 from pipeline.engines.value_checks import FLAG, INT, TEXT, Check, at_least, or_none, refuse_wrong, unknown_name, within
 from storage.errors import InvalidJob
 
-OWN_OPTIONS: Mapping[str, Check] = MappingProxyType({"window": at_least(1)})
-"""Engine options of our own. ``window``: most requests of one shard inside vLLM at a time (twice ``max_num_seqs``)."""
+OWN_OPTIONS: Mapping[str, Check] = MappingProxyType(
+    {
+        "window": at_least(1),
+        "window_tokens": at_least(1),
+        "stall_seconds": within("above 0", lambda value: value > 0),
+        "recycle_bytes": at_least(1),
+    }
+)
+"""Engine options of our own.
+
+``window``: most requests inside vLLM at a time (twice ``max_num_seqs``). ``window_tokens``: most tokens of their
+prompts (four million, or twice what the cache holds where that is more). ``stall_seconds``: an engine that has requests
+and takes no step for so long is ended and started again. ``recycle_bytes``: host memory of the worker and its engine
+above which the engine is started again after a shard (four fifths of the machine's memory, if it was a tenth of that
+less after the first shard).
+"""
 
 COUNT = at_least(1)
 ENGINE_CHECKS: Mapping[str, Check] = MappingProxyType(

@@ -23,12 +23,15 @@ import psutil
 
 from pipeline.engines import vllm_child
 from pipeline.engines.guardian import Guardian
+from pipeline.engines.vllm_gauges import Gauges
 from storage.errors import EngineDead, EngineMissing, InvalidJob, InvalidModel, RowmillError, TransientError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 GIB = 2**30
+STALL_SECONDS = 900.0
+"""How long the engine may have requests and not take a step, before it counts as stuck. Far longer than any step."""
 STOP_SECONDS = 10.0
 """How long the engine's processes may take to end when asked, before they are killed."""
 
@@ -183,8 +186,12 @@ class RunningVllm:
     load, :class:`TransientError` when memory or time ran out, :class:`EngineDead` when the engine's process was killed.
     """
 
-    def __init__(self, model: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, model: str, options: Mapping[str, Any], stall_seconds: float = STALL_SECONDS) -> None:
         begun = time.monotonic()
+        self.gauges = Gauges()
+        self._stall_seconds = stall_seconds
+        self._stuck = False
+        self._ended = threading.Event()
         self._lock = threading.Lock()
         self._processes: dict[int, psutil.Process] = {}
         self._reported = threading.Event()
@@ -206,6 +213,8 @@ class RunningVllm:
             self.stop()
             raise
         self.startup_seconds = time.monotonic() - begun
+        self._watchdog = threading.Thread(target=self._watch_for_stall, name="vllm-watchdog", daemon=True)
+        self._watchdog.start()
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -242,6 +251,8 @@ class RunningVllm:
 
     def death(self) -> EngineDead:
         """The error to raise when the engine has died: with its reason, as far as it left one."""
+        if self._stuck:
+            return EngineDead(f"vLLM's engine took no step for {self._stall_seconds:g} s, and was ended")
         self._output.wait_for_end(1.0)
         reason = self._output.reason()
         detail = f"{reason[0]}: {reason[1]}" if reason else "killed, perhaps for want of memory"
@@ -254,6 +265,7 @@ class RunningVllm:
                 return
             self._stopped = True
             callbacks = list(self._when_stopped)
+        self._ended.set()
         for callback in callbacks:
             callback()
         if self.llm is None:
@@ -282,11 +294,25 @@ class RunningVllm:
         if self._stopped:
             self._kill()
 
-    def _kill(self) -> None:
+    def _watch_for_stall(self) -> None:
+        while not self._ended.wait(min(10.0, self._stall_seconds / 4)):
+            if self.llm.get_num_unfinished_requests() == 0:
+                self.gauges.touch()
+            elif time.monotonic() - self.gauges.progress_at > self._stall_seconds:
+                self._stuck = True
+                log.error("vLLM's engine took no step for %g s: it is ended", self._stall_seconds)
+                self._kill()  # vLLM sees that it is gone, and every request raises
+                return
+
+    def _family(self) -> list[psutil.Process]:
         family: list[psutil.Process] = []
         for process in list(self._processes.values()):
             with contextlib.suppress(psutil.NoSuchProcess):
                 family += [*process.children(recursive=True), process]
+        return family
+
+    def _kill(self) -> None:
+        family = self._family()
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
@@ -327,6 +353,7 @@ class RunningVllm:
                     usage_context=UsageContext.LLM_CLASS,
                     disable_log_stats=args.disable_log_stats,
                     enable_log_requests=args.enable_log_requests,
+                    stat_loggers=[self.gauges.factory()],
                 )
         except Exception as error:
             raise self._failed_start(error) from error

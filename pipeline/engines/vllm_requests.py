@@ -1,4 +1,4 @@
-"""The requests of one ``infer`` call inside vLLM: a bounded window of them, fed from one thread, read from another.
+"""The requests of one ``infer`` call: prompts taken in by one thread, put into vLLM by a second, read by a third.
 
 One task per request in the engine's loop, woken once, when the request has finished. What finishes in one step of the
 engine crosses to the reading thread together.
@@ -9,106 +9,240 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import threading
+import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError as FutureCancelled
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from pipeline.engines.base import RowFailure
+from pipeline.engines.vllm_once import Once
 from pipeline.engines.vllm_process import STOP_SECONDS, RunningVllm, first_lines
 from pipeline.engines.vllm_prompts import Prompt
+from pipeline.engines.vllm_window import Window
+from pipeline.ordering import Backlog, Lengths
 from pipeline.row_errors import MESSAGE_LIMIT, RowErrorCode
 from storage.errors import EngineDead, RowError, TransientError
 
+TOKEN_BYTES = array("i").itemsize
+BYTES_PER_TOKEN = 16
+"""Of a prompt that waits: its tokens in a list of Python integers, and once more as four bytes each, to sort by."""
+SHARE_TO_ORDER = 4
+"""Windows full of prompts that are gathered before the first is run, so that there is something to put in order."""
+GATHER_SECONDS = 2.0
+"""How long that may take while the engine stands idle."""
+
+_OWN = tuple(field.name for field in fields(Prompt) if field.name not in ("row", "tokens"))
+"""What a row may have of its own beside its tokens: where it has, the tokens do not settle the answer."""
 _calls = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A request that vLLM has finished. ``output``: its ``RequestOutput`` or ``PoolingRequestOutput``."""
+    """A request that vLLM has finished. ``output``: its ``RequestOutput`` or ``PoolingRequestOutput``.
+
+    ``copied``: it was run for another row, with the same prompt.
+    """
 
     prompt: Prompt
     output: Any
+    copied: bool = False
+
+    def for_row(self, prompt: Prompt) -> Finished:
+        """The same for another row with the same prompt."""
+        return replace(self, prompt=prompt, copied=True)
+
+    @property
+    def _completions(self) -> list[Any]:
+        return self.output.outputs if isinstance(self.output.outputs, list) else []
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of all answers; none where the model pools."""
+        return sum(len(completion.token_ids) for completion in self._completions)
+
+    @property
+    def given_up(self) -> bool:
+        """vLLM ended it by itself, and not because it was complete."""
+        return any(completion.finish_reason in ("error", "abort") for completion in self._completions)
+
+    @property
+    def n_bytes(self) -> int:
+        """Of its texts and tokens, about."""
+        texts = sum(len(completion.text) for completion in self._completions)
+        return int(texts) + 8 * (len(self.prompt.tokens) + self.completion_tokens)
 
 
 Outcome = Finished | RowFailure
 
 
-class Requests:
-    """One call's requests. ``window`` bounds those inside the engine; ``params``: vLLM's, for rows without own ones."""
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What may wait to be put into the engine: ``rows`` prompts, of ``n_bytes`` bytes in memory.
 
-    def __init__(self, engine: RunningVllm, params: Any, window: int) -> None:
+    ``whole``: as many are gathered before the first is run, however long that takes.
+    """
+
+    rows: int
+    n_bytes: int
+    whole: bool = False
+
+
+class Requests:
+    """One call's requests. ``params``: vLLM's, for rows without own ones; ``work`` names what calls in turn share.
+
+    ``backlog`` orders what waits, up to the limits of ``waiting``; ``lengths`` learns from what finishes; with
+    ``once``, a prompt that occurs again is not run again.
+    """
+
+    def __init__(
+        self,
+        engine: RunningVllm,
+        params: Any,
+        window: Window,
+        work: str,
+        *,
+        backlog: Backlog[Prompt],
+        waiting: Waiting,
+        lengths: Lengths,
+        once: Once[Finished, Prompt] | None,
+    ) -> None:
         self._engine, self._params, self._window = engine, params, window
         self._name = f"c{next(_calls)}"
-        self._changed = threading.Condition()
+        self._changed = window.changed
+        self._place = window.join(work)
+        self._waiting, self._gather = waiting, 0
+        if backlog.orders:
+            self._gather = waiting.rows if waiting.whole else SHARE_TO_ORDER * window.requests
         # Under the condition:
+        self._backlog, self._lengths, self._once = backlog, lengths, once
         self._finished: list[Outcome] = []
-        self._inside = 0
         self._fed = False
         self._stopped = False
         self._error: BaseException | None = None
+        self._first_at: float | None = None
         # In the engine's loop only:
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._fresh: list[Outcome] = []
+        self._fresh: list[tuple[Prompt, Outcome]] = []
         self._aborting: asyncio.Task[None] | None = None
         engine.when_stopped(self._abandon)
 
-    # ---- the feeding thread ----
+    # ---- the thread that makes prompts ----
 
-    def feed(self, prompts: Sequence[Prompt], failures: Sequence[RowFailure]) -> bool:
-        """Hand over prompts, waiting for room in the window. False when the call has been stopped."""
-        if failures:
-            with self._changed:
-                self._finished += failures
-                self._changed.notify_all()
-        # Not one by one as requests finish: an eighth of the window at a time keeps the engine just as busy.
-        least = max(1, self._window // 8)
-        at = 0
-        while at < len(prompts):
-            with self._changed:
-                self._changed.wait_for(lambda: self._stopped or self._room() >= min(least, len(prompts) - at))  # noqa: B023
-                if self._stopped:
-                    return False
-                some = prompts[at : at + self._room()]
-                self._inside += len(some)
-            at += len(some)
-            self._in_loop(self._start, some)
-        return not self._stopped
+    def offer(self, prompts: Sequence[Prompt], failures: Sequence[RowFailure]) -> bool:
+        """Take prompts in, waiting while too much waits already. False when the call has been stopped."""
+        keys = [array("i", prompt.tokens).tobytes() for prompt in prompts]
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or not (self._full() or self._piled_up()))
+            if self._stopped:
+                return False
+            self._finished += failures
+            for prompt, key in zip(prompts, keys, strict=True):
+                if self._must_run(prompt, key):
+                    self._backlog.push(key, prompt)
+            if self._first_at is None and len(self._backlog):
+                self._first_at = time.monotonic()
+            self._tell()
+        return True
 
-    def _room(self) -> int:
-        # A reader that is busy elsewhere (flushing a file) must not stop the engine, nor let results pile up for ever.
-        return self._window - self._inside if len(self._finished) < 8 * self._window else 0
-
-    def end_feeding(self, error: BaseException | None = None) -> None:
+    def end_offering(self, error: BaseException | None = None) -> None:
         """No more prompts will come; ``error`` if that is because reading them failed."""
         with self._changed:
             self._fed = True
             self._error = self._error or error
-            self._changed.notify_all()
+            self._tell()
 
-    # ---- the reading thread ----
+    def _must_run(self, prompt: Prompt, key: bytes) -> bool:
+        if self._once is None or any(getattr(prompt, name) is not None for name in _OWN):
+            return True
+        must, finished = self._once.admit(prompt.row, key, prompt)
+        if finished is not None:
+            self._finished.append(finished.for_row(prompt))
+        return must
+
+    def _full(self) -> bool:
+        n_bytes = BYTES_PER_TOKEN * self._backlog.n_bytes // TOKEN_BYTES
+        return len(self._backlog) >= self._waiting.rows or n_bytes >= self._waiting.n_bytes
+
+    def _piled_up(self) -> bool:
+        # A reader that is busy elsewhere (flushing a file) must not stop the engine, nor let results pile up for ever.
+        return len(self._finished) >= 8 * self._window.requests
+
+    def _tell(self) -> None:
+        """Something changed: whether this call has more to give, too."""
+        self._place.ready = self._ready()
+        self._changed.notify_all()
+
+    def _ready(self) -> bool:
+        """Whether this call has something to give now; if not, others need not wait for it."""
+        ended = self._stopped or self._error is not None
+        return bool(len(self._backlog)) and not ended and not self._piled_up() and self._patience() is None
+
+    # ---- the feeding thread ----
+
+    def feed(self) -> None:
+        """Put what waits into the engine, as there is room, until no more comes or the call is stopped."""
+        while True:
+            with self._changed:
+                while not (self._stopped or self._error or (self._fed and not len(self._backlog)) or self._startable()):
+                    self._changed.wait(self._patience())
+                count = self._startable()
+                if self._stopped or self._error or not count:
+                    return
+                some = self._backlog.pop(count)
+                self._place.inside += len(some)
+                self._place.tokens += sum(len(prompt.tokens) for prompt in some)
+                self._tell()
+            self._in_loop(self._start, some)
+
+    def _startable(self) -> int:
+        """How many requests to start now."""
+        self._place.ready = self._ready()
+        if not self._place.ready:
+            return 0
+        room = min(self._window.room(self._place), len(self._backlog))
+        # Not one by one as requests finish: an eighth of the window at a time keeps the engine just as busy.
+        least = min(max(1, self._window.requests // 8), len(self._backlog))
+        return room if room >= least else 0
+
+    def _patience(self) -> float | None:
+        """Seconds to go on gathering prompts before the first is run; ``None``: no longer."""
+        if self._fed or self._full() or len(self._backlog) >= self._gather:
+            self._gather = 0
+        if not self._gather or self._first_at is None:
+            return None
+        if self._waiting.whole:
+            return GATHER_SECONDS  # then look again
+        left = self._first_at + GATHER_SECONDS - time.monotonic()
+        if left <= 0:
+            self._gather = 0
+            return None
+        return left
+
+    # ---- the thread that reads answers ----
 
     def results(self) -> Iterator[list[Outcome]]:
         """What has finished, all there is at a time, until every request has or the call is stopped.
 
-        Raises what the feeding thread or the engine raised.
+        Raises what the other threads or the engine raised.
         """
         while True:
             with self._changed:
-                self._changed.wait_for(
-                    lambda: self._finished or self._stopped or self._error or (self._fed and not self._inside)
-                )
+                self._changed.wait_for(lambda: self._finished or self._stopped or self._error or self._over())
                 if self._stopped:
                     return
                 # What has finished is done, even if the engine died right after it.
                 if self._error is not None and not self._finished:
                     raise self._error
                 some, self._finished = self._finished, []
-                self._changed.notify_all()
+                self._tell()
             if not some:
                 return
             yield some
+
+    def _over(self) -> bool:
+        return self._fed and not len(self._backlog) and not self._place.inside
 
     # ---- any thread ----
 
@@ -118,7 +252,7 @@ class Requests:
             if self._stopped:
                 return
             self._stopped = True
-            self._changed.notify_all()
+            self._tell()
         self._in_loop(self._cancel)
 
     def wait_until_aborted(self) -> None:
@@ -127,12 +261,13 @@ class Requests:
         if not self._engine.dead:
             with contextlib.suppress(TimeoutError, FutureCancelled):
                 self._engine.call(self._drained()).result(STOP_SECONDS)
+        self._window.leave(self._place)
 
     def _abandon(self) -> None:
         """The engine is being closed under this call."""
         with self._changed:
             self._error = self._error or EngineDead("the vLLM engine was closed while rows were in it")
-            self._changed.notify_all()
+            self._tell()
 
     def _in_loop(self, callback: Callable[..., None], *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: its end has been told to this call
@@ -159,9 +294,9 @@ class Requests:
             queue = await self._engine.llm.add_request(name, prepared, params, lora_request=prompt.adapter)
             output = await queue.get()
         except RowError as error:
-            self._finish(RowFailure(prompt.row, error.code, error.message))
+            self._finish(prompt, RowFailure(prompt.row, error.code, error.message))
         except (VLLMClientError, ValueError, TypeError) as error:
-            self._finish(RowFailure(prompt.row, RowErrorCode.ENGINE_REFUSED, first_lines(error, MESSAGE_LIMIT)))
+            self._finish(prompt, RowFailure(prompt.row, RowErrorCode.ENGINE_REFUSED, first_lines(error, MESSAGE_LIMIT)))
         except EngineDeadError:
             self._fail(self._engine.death)
         except GracefulHTTPError as error:
@@ -172,12 +307,12 @@ class Requests:
             unknown = error
             self._fail(self._engine.death if self._engine.dead else lambda: unknown)
         else:
-            self._finish(Finished(prompt, output))
+            self._finish(prompt, Finished(prompt, output))
         finally:
             self._tasks.pop(name, None)
 
-    def _finish(self, outcome: Outcome) -> None:
-        self._fresh.append(outcome)
+    def _finish(self, prompt: Prompt, outcome: Outcome) -> None:
+        self._fresh.append((prompt, outcome))
         if len(self._fresh) == 1:
             # After the other tasks that this step of the engine has woken.
             self._engine.loop.call_soon(self._hand_over)
@@ -185,16 +320,29 @@ class Requests:
     def _hand_over(self) -> None:
         fresh, self._fresh = self._fresh, []
         with self._changed:
-            self._finished += fresh
-            self._inside -= len(fresh)
-            self._changed.notify_all()
+            for prompt, outcome in fresh:
+                self._place.inside -= 1
+                self._place.tokens -= len(prompt.tokens)
+                self._finished.append(outcome)
+                if isinstance(outcome, Finished):
+                    self._lengths.observe(len(prompt.tokens), outcome.completion_tokens)
+                if self._once is not None:
+                    self._finished += self._copies(self._once, outcome)
+            self._tell()
+
+    def _copies(self, once: Once[Finished, Prompt], outcome: Outcome) -> list[Outcome]:
+        """What the rows get that have the same prompt as one that has just been run."""
+        if isinstance(outcome, RowFailure):
+            return [replace(outcome, row=other.row) for other in once.finish(outcome.row, None, 0)]
+        lasting = None if outcome.given_up else outcome
+        return [outcome.for_row(other) for other in once.finish(outcome.prompt.row, lasting, outcome.n_bytes)]
 
     def _fail(self, error: Callable[[], BaseException]) -> None:
         if self._error is None and not self._stopped:
             found = error()
             with self._changed:
                 self._error = self._error or found
-                self._changed.notify_all()
+                self._tell()
 
     def _cancel(self) -> None:
         names = list(self._tasks)

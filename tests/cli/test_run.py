@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -184,6 +185,10 @@ def test_looking_at_jobs(rowmill: Rowmill, texts: Callable[..., Path]) -> None:
     assert shown.code == 0
     assert "10 of 10 done (100%)" in shown.out
     assert "succeeded" in shown.out
+    assert re.search(r"^time +read \d+\.\d%, engine \d+\.\d%, write \d+\.\d%$", shown.out, re.MULTILINE)
+    measured = rowmill.inside("job", "show", job, "--json").document["measured"]
+    assert measured["rows"] == 10
+    assert 0 < measured["write_share"] <= 1
     assert rowmill.inside("job", "wait", job).code == 0
     assert rowmill.inside("job", "watch", job).code == 0
     assert rowmill.inside("job", "show", "ffffffff").code == 6

@@ -25,12 +25,13 @@ from examples.tiny_llama import build_llama
 from pipeline.engines.base import Cancellation, Engine, RowBatch, RowFailure
 from pipeline.engines.vllm import VllmEngine
 from pipeline.engines.vllm_prompts import Prompts
+from pipeline.engines.vllm_window import Window
 from pipeline.job_spec import JobSpec
 from pipeline.models.model import Model
 from pipeline.row_errors import RowErrorCode
 from storage.errors import EngineDead, InvalidJob, InvalidModel
 from tests.engines import vllm_support as support
-from tests.engines.contract import EngineContract, MakeBatch, results, run, stream
+from tests.engines.contract import EngineContract, MakeBatch, collect, results, run, stream
 
 pytestmark = pytest.mark.vllm
 STOP = 60
@@ -128,7 +129,7 @@ class TestVllm(EngineContract):
     @pytest.fixture
     def engine(self, engine: VllmEngine, case: str, monkeypatch: pytest.MonkeyPatch) -> Engine:  # type: ignore[override]
         if case == "small window":
-            monkeypatch.setitem(engine._options, "window", 3)
+            monkeypatch.setattr(engine, "_window", Window(3, 10**6))
         return engine
 
     @pytest.fixture
@@ -258,6 +259,91 @@ def test_stats_count_tokens_and_cached_prefixes(engine: VllmEngine) -> None:
     assert after["settings"]["window"] == 512
     assert after["settings"]["enable_prefix_caching"] is True
     assert after["settings"]["kv_blocks"] > 0
+
+
+# ---- what runs, and in which order -------------------------------------------------------------------------------
+
+
+def measured(engine: VllmEngine, spec: JobSpec, batches: list[RowBatch]) -> tuple[dict[int, Any], dict[str, float]]:
+    """Answers by row, and the sums of what the call measured."""
+    found = list(engine.infer(spec, batches, Cancellation()))
+    sums = {name: sum(batch.measured.get(name, 0) for batch in found) for batch in found for name in batch.measured}
+    return collect(found), sums
+
+
+def test_the_same_prompt_is_run_once(engine: VllmEngine) -> None:
+    words = ["one", "two", "one", "three", "one", "two"]
+    answers, sums = measured(
+        engine, support.make_spec(), [support.texts(*words[:4]), support.texts(*words[4:], first=4)]
+    )
+    assert sorted(answers) == list(range(6))
+    for row, word in enumerate(words):
+        first = words.index(word)
+        assert answers[row]["output"] == answers[first]["output"]
+        assert answers[row]["completion_tokens"] == answers[first]["completion_tokens"] == 12
+        if row != first:
+            # Nothing of it was computed for this row.
+            assert answers[row]["cached_tokens"] == answers[row]["prompt_tokens"]
+    assert sums["copied_rows"] == 3
+    assert sums["copied_completion_tokens"] == sums["completion_tokens"] == 36
+    # What is drawn at random is drawn for each row.
+    drawn = support.make_spec(sampling={"temperature": 1.0, "max_tokens": 12, "ignore_eos": True})
+    answers, sums = measured(engine, drawn, [support.texts(*["one"] * 8)])
+    assert sums["copied_rows"] == 0
+    assert len({answer["output"] for answer in answers.values()}) > 1
+    # A seed settles it.
+    seeded = support.make_spec(sampling={"temperature": 1.0, "max_tokens": 12, "ignore_eos": True, "seed": 7})
+    answers, sums = measured(engine, seeded, [support.texts(*["one"] * 8)])
+    assert sums["copied_rows"] == 7
+    assert len({answer["output"] for answer in answers.values()}) == 1
+
+
+@pytest.mark.parametrize("order", ["auto", "input"])
+def test_prompts_that_begin_alike_run_together(engine: VllmEngine, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are put into vLLM in that order; the answers are the same, whatever the order."""
+    llm = engine._running.llm  # type: ignore[union-attr]
+    added: list[int] = []
+    original = llm.add_request
+
+    def recorded(name: str, *args: Any, **more: Any) -> Any:
+        added.append(int(name.rpartition("-")[2]))
+        return original(name, *args, **more)
+
+    monkeypatch.setattr(llm, "add_request", recorded)
+    # Blocks of the cache are 128 tokens long.
+    prefixes = [f"{number}: " + "The parcel arrived, and its number is the following. " * 12 for number in range(4)]
+    rows = [f"{prefixes[row % 4]} {row}" for row in range(16)]
+    spec = support.make_spec(order=order, sampling={**support.GREEDY, "max_tokens": 4})
+    answers, sums = measured(engine, spec, [support.texts(*rows)])
+    assert not failures(answers)
+    assert sorted(answers) == sorted(added) == list(range(16))
+    if order == "input":
+        assert added == list(range(16))
+    else:
+        assert [row % 4 for row in added] == sorted(row % 4 for row in added)
+    alone = run(engine, spec, [support.texts(rows[5], first=5)])
+    assert alone[5]["output"] == answers[5]["output"]
+    assert sums["engine_steps"] > 0
+    assert 0 < sums["running_requests"] <= 16 * sums["engine_steps"]
+    assert 0 < sums["kv_cache_use"] < sums["engine_steps"]
+    assert sums["render_seconds"] > 0
+
+
+def test_a_source_that_is_slow_does_not_keep_rows_back(engine: VllmEngine) -> None:
+    """What is there runs, although more could come that would be worth waiting for."""
+    answered = threading.Event()
+
+    def batches() -> Iterator[RowBatch]:
+        yield support.texts("one", "two")
+        assert answered.wait(STOP)
+        yield support.texts("three", first=2)
+
+    rows = []
+    for result in engine.infer(support.make_spec(), batches(), Cancellation()):
+        rows += result.rows.tolist()
+        if len(rows) == 2:
+            answered.set()
+    assert sorted(rows) == [0, 1, 2]
 
 
 # ---- rows that fail ----------------------------------------------------------------------------------------------
@@ -463,10 +549,11 @@ def test_a_dead_engine_process(loaded: VllmEngine) -> None:
         *psutil.Process(core).children(recursive=True),
         psutil.Process(running._guardian.pid),
     ]
-    spec = support.make_spec(sampling={"max_tokens": 200, "ignore_eos": True})
+    # Of two jobs: the second shard of one would wait for the end of the first.
+    specs = [support.make_spec(sampling={"max_tokens": n, "ignore_eos": True}) for n in (200, 199)]
     begun = threading.Barrier(3)
 
-    def call() -> str:
+    def call(spec: JobSpec) -> str:
         found = loaded.infer(spec, support.endless(), Cancellation())
         next(found)
         begun.wait()
@@ -476,16 +563,16 @@ def test_a_dead_engine_process(loaded: VllmEngine) -> None:
         return str(caught.value)
 
     with ThreadPoolExecutor(2) as pool:
-        calls = [pool.submit(call) for _ in range(2)]
+        calls = [pool.submit(call, spec) for spec in specs]
         begun.wait()
         os.kill(core, signal.SIGKILL)
         assert all("vLLM's engine process has ended" in waiting.result() for waiting in calls)
     with pytest.raises(EngineDead):
-        run(loaded, spec, [support.texts("a")])
+        run(loaded, specs[0], [support.texts("a")])
     loaded.close()
     loaded.close()
     _, alive = psutil.wait_procs(family, timeout=STOP)
     assert not alive
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("vllm-")]
     with pytest.raises(EngineDead, match="not loaded"):
-        run(loaded, spec, [support.texts("a")])
+        run(loaded, specs[0], [support.texts("a")])

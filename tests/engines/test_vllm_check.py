@@ -6,13 +6,14 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pytest
 
 from pipeline.engines.sampling import SAMPLING, SAMPLING_REFUSED
 from pipeline.engines.vllm import VllmEngine
+from pipeline.engines.vllm_fit import CHOICES, MAPPINGS
 from pipeline.engines.vllm_options import ENGINE_CHECKS, ENGINE_FIELDS, ENGINE_REFUSED, OWN_OPTIONS
 from pipeline.job_spec import JobSpec, parse
 from pipeline.models.model import Model
@@ -274,6 +275,57 @@ def test_pooling_is_looked_at() -> None:
         assert words in error.message
 
 
+SMALL = Model(
+    "small",
+    Path("small"),
+    "0" * 64,
+    ("LlamaForCausalLM",),
+    {"max_position_embeddings": 1024, "num_attention_heads": 12, "num_hidden_layers": 4},
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "words"),
+    [
+        ({"dtype": "float8"}, "dtype", "one of auto, half"),
+        ({"kv_cache_dtype": "fp7"}, "kv_cache_dtype", "one of auto"),
+        ({"performance_mode": "fast"}, "performance_mode", "throughput"),
+        ({"speculative_config": "ngram"}, "speculative_config", "a mapping"),
+        ({"max_model_len": 4096}, "max_model_len", "made for 1024 tokens"),
+        ({"tensor_parallel_size": 8}, "tensor_parallel_size", "12 attention heads"),
+        ({"pipeline_parallel_size": 8}, "pipeline_parallel_size", "4 layers"),
+        ({"max_num_batched_tokens": 64, "max_num_seqs": 128}, "max_num_batched_tokens", "less than max_num_seqs"),
+        (
+            {"max_num_batched_tokens": 512, "max_model_len": 1024, "enable_chunked_prefill": False},
+            "max_num_batched_tokens",
+            "without chunked prefill",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_anything_loads(
+    options: dict[str, Any], field: str, words: str
+) -> None:
+    caught = refusal(make_spec(engine_options=options), SMALL)
+    assert caught.field == f"engine_options.{field}"
+    assert words in caught.message
+
+
+@pytest.mark.parametrize(
+    ("options", "config"),
+    [
+        ({"max_model_len": 4096}, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+        ({"max_model_len": 1024, "tensor_parallel_size": 4, "pipeline_parallel_size": 4}, {}),
+        ({"max_model_len": "auto"}, {}),
+        ({"max_model_len": 4096, "hf_overrides": {"max_position_embeddings": 4096}}, {}),
+        ({"max_model_len": 4096}, {"text_config": {"max_position_embeddings": 8192}}),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}, "kv_cache_dtype": "fp8"}, {}),
+    ],
+)
+def test_options_that_may_fit_pass(options: dict[str, Any], config: dict[str, Any]) -> None:
+    model = dataclasses.replace(SMALL, config={**SMALL.config, **config})
+    assert VllmEngine.check(make_spec(engine_options=options), model, SCHEMA) == ("text",)
+
+
 def test_without_vllm_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.engines.base import EngineContext
 
@@ -297,9 +349,18 @@ def test_check_loads_neither_vllm_nor_torch() -> None:
 
 @pytest.mark.vllm
 def test_the_tables_are_those_of_the_installed_vllm() -> None:
+    from vllm.config.cache import CacheDType
+    from vllm.config.model import ModelDType
+    from vllm.config.scheduler import SchedulerPolicy
+    from vllm.config.vllm import PerformanceMode
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.sampling_params import SamplingParams
 
+    assert CHOICES.keys() | set(MAPPINGS) <= ENGINE_FIELDS - ENGINE_REFUSED.keys()
+    assert CHOICES["dtype"] == get_args(ModelDType)
+    assert CHOICES["kv_cache_dtype"] == get_args(CacheDType)
+    assert CHOICES["performance_mode"] == get_args(PerformanceMode)
+    assert CHOICES["scheduling_policy"] == get_args(SchedulerPolicy)
     fields = {field.name for field in dataclasses.fields(AsyncEngineArgs) if not field.name.startswith("_")}
     assert fields == ENGINE_FIELDS
     assert ENGINE_REFUSED.keys() <= fields

@@ -1,0 +1,203 @@
+"""Rowmill against ``LLM.generate`` and ``vllm run-batch``: same model, same prompts, same settings, Parquet to Parquet.
+
+Each contender is a process with an engine of its own, started and warmed before anything is timed, so engine start-up
+is left out of all of them alike. Within a round every contender runs the same prompts, one after the other, in an order
+that turns by one each round; what is reported are ratios within a round, their median and their range.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.llm_workloads import Workload, workloads
+from examples.tiny_llama import build_llama
+from pipeline.measures import derived, summed
+
+CONTEXT = 1024
+
+
+class Contender:
+    """A process of :mod:`benchmarks.llm_contenders`."""
+
+    def __init__(self, kind: str, model: Path, options: dict[str, Any], folder: Path) -> None:
+        self.kind = kind
+        folder.mkdir(parents=True, exist_ok=True)
+        self._log = (folder / "log").open("w")
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.llm_contenders",
+            kind,
+            str(model),
+            json.dumps(options),
+            str(folder),
+        ]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
+        )
+        self._folder = folder
+
+    def wait_until_ready(self) -> None:
+        self._answer()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            sys.exit(f"{self.kind} ended by itself:\n{(self._folder / 'log').read_text()[-3000:]}")
+        return line
+
+    def run(self, source: Path, sampling: dict[str, Any]) -> dict[str, Any]:
+        """Seconds, answers and completion tokens of one run over ``source``."""
+        target = self._folder / f"{source.stem}-out"
+        assert self._process.stdin is not None
+        print(
+            json.dumps({"input": str(source), "output": str(target), "sampling": sampling}),
+            file=self._process.stdin,
+            flush=True,
+        )
+        found: dict[str, Any] = json.loads(self._answer())
+        table = pq.read_table(target / "data" if target.is_dir() else target, columns=["output", "completion_tokens"])
+        found["outputs"] = table.column("output").to_pylist()
+        found["tokens"] = sum(table.column("completion_tokens").to_pylist())
+        return found
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        self._log.close()
+
+
+def compare(
+    workload: Workload, kinds: Sequence[str], model: Path, options: dict[str, Any], rounds: int, folder: Path
+) -> list[dict[str, dict[str, Any]]]:
+    """Every contender's findings in every round."""
+    contenders: list[Contender] = []
+    found = []
+    try:
+        for kind in kinds:
+            # One after the other: vLLM sizes its memory by what is free.
+            contender = Contender(kind, model, {**options, **workload.options}, folder / workload.name / kind)
+            contenders.append(contender)
+            contender.wait_until_ready()
+        for round_ in range(-1, rounds):  # the first one only warms up
+            source = folder / f"{workload.name}{round_}.parquet"
+            texts = workload.texts(round_)
+            if round_ < 0:
+                texts = texts[: max(8, len(texts) // 8)]
+            pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), source)
+            turn = max(round_, 0) % len(contenders)
+            measured = {}
+            for contender in contenders[turn:] + contenders[:turn]:
+                measured[contender.kind] = contender.run(source, workload.sampling)
+                print(f"  {workload.name} {round_}: {contender.kind} {measured[contender.kind]['seconds']:.2f} s",
+                      file=sys.stderr, flush=True)  # fmt: skip
+            if round_ >= 0:
+                found.append(measured)
+    finally:
+        for contender in contenders:
+            contender.close()
+    return found
+
+
+def differing(left: Sequence[str], right: Sequence[str]) -> float:
+    """The share of answers that are not the same."""
+    return sum(a != b for a, b in zip(left, right, strict=True)) / max(1, len(left))
+
+
+def report(workload: Workload, found: list[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One line per contender: how many times as fast we are."""
+    lines, ours = [], workload.ours
+    for kind in found[0]:
+        if kind == ours:
+            continue
+        ratios = [measured[kind]["seconds"] / measured[ours]["seconds"] for measured in found]
+        lines.append(
+            {
+                "workload": workload.name,
+                "against": kind,
+                "ratio": statistics.median(ratios),
+                "low": min(ratios),
+                "high": max(ratios),
+                "target": dict(workload.against).get(kind),
+                "seconds": statistics.median(measured[ours]["seconds"] for measured in found),
+                "their_seconds": statistics.median(measured[kind]["seconds"] for measured in found),
+                "tokens": found[0][ours]["tokens"],
+                "differing": statistics.mean(differing(m[kind]["outputs"], m[ours]["outputs"]) for m in found),
+            }
+        )
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=32, help="generated per row of the uniform workload")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--size", default="small", help="of examples/tiny_llama.py: tiny or small")
+    parser.add_argument("--only", nargs="*", help="these workloads")
+    parser.add_argument("--against", nargs="*", help="these contenders: floor, chunks, run_batch")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--json", type=Path, help="write all that was measured to this file")
+    options = parser.parse_args()
+    engine = {
+        "dtype": options.dtype,
+        "max_model_len": CONTEXT,
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 2**30,
+    }
+    lines: list[dict[str, Any]] = []
+    everything: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="rowmill-llm-") as folder:
+        model = build_llama(Path(folder) / "model", options.size, CONTEXT)
+        for workload in workloads(options.rows, options.tokens).values():
+            if options.only and workload.name not in options.only:
+                continue
+            kinds = [kind for kind, _ in workload.against if not options.against or kind in options.against]
+            if not kinds:
+                continue
+            found = compare(workload, [*kinds, workload.ours], model, engine, options.rounds, Path(folder))
+            lines += report(workload, found)
+            everything[workload.name] = [
+                {kind: {k: v for k, v in one.items() if k != "outputs"} for kind, one in measured.items()}
+                for measured in found
+            ]
+    print(f"{'workload':<11} {'against':<10} {'times':>6} {'range':>13} {'target':>6} {'ours, s':>8} {'theirs':>7} "
+          f"{'tokens':>7} {'differ':>6}")  # fmt: skip
+    for line in lines:
+        target = "" if line["target"] is None else f"{line['target']:.2f}"
+        spread = f"{line['low']:.2f}-{line['high']:.2f}"
+        print(f"{line['workload']:<11} {line['against']:<10} {line['ratio']:>6.2f} {spread:>13}"
+              f" {target:>6} {line['seconds']:>8.2f} {line['their_seconds']:>7.2f} {line['tokens']:>7}"
+              f" {line['differing']:>6.1%}")  # fmt: skip
+    for name, rounds in everything.items():
+        spent = derived(
+            summed(a["measured"] for one in rounds for kind in one.values() for a in kind.get("attempts", ()))
+        )
+        print(f"{name}: ours spent {spent}")
+    if options.json:
+        options.json.write_text(json.dumps({"lines": lines, "rounds": everything}, indent=1))
+    missed = [line for line in lines if line["target"] is not None and line["ratio"] < line["target"]]
+    for line in missed:
+        print(f"{line['workload']}: {line['ratio']:.2f} times {line['against']}, and {line['target']:.2f} is the aim")
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""The prompts of ``benchmarks/llm.py``, and how the engine is set up for each workload.
+
+Texts are random words, so that nothing is shared but what the workload shares on purpose. Every round has prompts of
+its own (a number in front of each), so that no engine finds the last round's prompts in its cache.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from examples.tiny_llama import CORPUS
+
+WORDS = sorted({word for word in CORPUS.replace('"', " ").split() if word.isalpha() and len(word) > 2})
+BLOCK_TOKENS = 128
+"""Tokens in a block of vLLM's KV cache on a CPU."""
+STOPS = ["e", "a"]
+"""A greedy answer ends at the first of these letters: after a few tokens, or many, or never."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """``texts`` are the prompts of one round; ``options`` are vLLM's, the same for every contender."""
+
+    name: str
+    sampling: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    rows: int = 256
+    prefix_words: int = 0
+    rows_per_prefix: int = 1
+    duplicates: float = 0.0
+    ours: str = "rowmill"
+    against: tuple[tuple[str, float | None], ...] = (("floor", 0.97), ("chunks", None))
+    """Whom we are compared with, and how many times as fast we are meant to be."""
+
+    def texts(self, round_: int) -> list[str]:
+        """The prompts of round ``round_``, shuffled where they share something."""
+        chance = random.Random(f"{self.name} {round_}")
+
+        def words(n: int) -> str:
+            return " ".join(chance.choices(WORDS, k=n))
+
+        if self.prefix_words:
+            prefixes = [f"{round_} {n}: {words(self.prefix_words)}" for n in range(self.rows // self.rows_per_prefix)]
+            found = [f"{prefix} {words(8)}" for prefix in prefixes for _ in range(self.rows_per_prefix)]
+            chance.shuffle(found)
+            return found
+        found = [f"{round_} {n}: {words(chance.randint(10, 40))}" for n in range(self.rows)]
+        copies = int(self.rows * self.duplicates)
+        for at in range(self.rows - copies, self.rows):
+            found[at] = found[chance.randrange(self.rows - copies)]
+        if copies:
+            chance.shuffle(found)
+        return found
+
+
+def workloads(rows: int, tokens: int) -> dict[str, Workload]:
+    """All of them, at about ``rows`` rows of about ``tokens`` generated tokens; the cache of the last holds 60% of its
+    prefixes."""
+    greedy = {"temperature": 0, "max_tokens": tokens, "ignore_eos": True}
+    # 370 words are some 550 tokens: four whole blocks, and a part of one that is never shared.
+    prefixes = max(4, rows // 12)
+    blocks = max(24, round(0.6 * prefixes * (512 / BLOCK_TOKENS)))
+    found = [
+        Workload("uniform", greedy, rows=rows),
+        Workload("skewed", {**greedy, "max_tokens": 6 * tokens, "stop": STOPS}, rows=rows),
+        Workload("duplicates", greedy, rows=rows, duplicates=0.2, against=(("floor", 1.15), ("chunks", None))),
+        # vllm run-batch knows chats only.
+        Workload("chat", greedy, rows=rows, ours="rowmill_chat", against=(("run_batch", 1.1),)),
+        Workload(
+            "prefixes",
+            {**greedy, "max_tokens": max(2, tokens // 4)},
+            options={"num_gpu_blocks_override": blocks},
+            rows=8 * prefixes,
+            prefix_words=370,
+            rows_per_prefix=8,
+            against=(("floor", 2.5), ("chunks", None)),
+        ),
+    ]
+    return {workload.name: workload for workload in found}

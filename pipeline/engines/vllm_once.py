@@ -1,0 +1,64 @@
+"""Prompts that occur again within a call, and whose answer is settled by the prompt alone, are run once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
+
+A = TypeVar("A")
+P = TypeVar("P")
+
+MEMORY_BYTES = 32 * 2**20
+"""Most memory for the answers that are kept for prompts to come."""
+ENTRY_BYTES = 300
+"""Of each of them beside the text, roughly: key, tuple, dictionary entry."""
+
+
+def settled(sampling: Mapping[str, Any]) -> bool:
+    """Whether the prompt and these sampling parameters settle the answer: greedy decoding, or a seed."""
+    return sampling.get("temperature") == 0 or sampling.get("seed") is not None
+
+
+class Once(Generic[A, P]):
+    """What one call has run, is running and has waiting. Not for several threads at once: its lock is the caller's.
+
+    The first row with a prompt leads; those that come while it waits or runs follow it and get what it gets. Those that
+    come later get its answer from memory, as long as it is there: up to ``memory`` bytes, the oldest going first.
+    """
+
+    def __init__(self, memory: int = MEMORY_BYTES) -> None:
+        self._memory = memory
+        self._bytes = 0
+        self._leaders: dict[int, bytes] = {}
+        self._followers: dict[bytes, list[P]] = {}
+        self._answers: OrderedDict[bytes, tuple[A, int]] = OrderedDict()
+
+    def admit(self, row: int, key: bytes, prompt: P) -> tuple[bool, A | None]:
+        """Whether ``row`` must be run, and its answer if that is known. Neither: ``prompt`` follows another."""
+        digest = hashlib.blake2b(key, digest_size=16).digest()
+        if digest in self._followers:
+            self._followers[digest].append(prompt)
+            return False, None
+        if digest in self._answers:
+            return False, self._answers[digest][0]
+        self._leaders[row] = digest
+        self._followers[digest] = []
+        return True, None
+
+    def finish(self, row: int, answer: A | None, n_bytes: int) -> list[P]:
+        """A row that was run has its ``answer``, of ``n_bytes`` (``None``: it failed). Returns what followed it:
+        nothing, for a row that was run without having been admitted."""
+        digest = self._leaders.pop(row, None)
+        if digest is None:
+            return []
+        followers = self._followers.pop(digest)
+        if answer is not None:
+            size = n_bytes + ENTRY_BYTES
+            self._answers[digest] = answer, size
+            self._bytes += size
+            while self._bytes > self._memory:
+                _, (_, freed) = self._answers.popitem(last=False)
+                self._bytes -= freed
+        return followers

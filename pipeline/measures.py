@@ -1,0 +1,105 @@
+"""Where the time of an attempt goes, and what its engine measured: numbers that add up over attempts.
+
+``attempt_seconds`` is from the first row to the end; ``read_seconds``, ``render_seconds`` (where the engine makes
+prompts) and ``write_seconds`` (flushing and assembling) are spent by threads of their own, while the engine computes;
+``engine_seconds`` are spent waiting for it; ``load_seconds`` waiting until it was loaded, before all that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Measures:
+    """One attempt's. Each name is counted by one thread at a time."""
+
+    def __init__(self, load_seconds: float) -> None:
+        self._began = time.monotonic()
+        self._sums: Counter[str] = Counter()
+        self._seconds: dict[str, float] = {"load_seconds": load_seconds}
+
+    @property
+    def seconds(self) -> float:
+        """Since the attempt began."""
+        return time.monotonic() - self._began
+
+    @contextmanager
+    def spent(self, name: str) -> Iterator[None]:
+        """Count the seconds of a block."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - began
+
+    def reading(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches; the seconds it takes to get them are counted."""
+        return self._timed("read_seconds", batches)
+
+    def waiting(self, results: Iterable[T]) -> Iterator[T]:
+        """The same results; the seconds until they come are counted."""
+        return self._timed("engine_seconds", results)
+
+    def _timed(self, name: str, items: Iterable[T]) -> Iterator[T]:
+        source = iter(items)
+        while True:
+            with self.spent(name):
+                try:
+                    item = next(source)
+                except StopIteration:
+                    return
+            yield item
+
+    def add(self, measured: Mapping[str, float]) -> None:
+        """What the engine measured with a batch of results."""
+        for name, number in measured.items():
+            self._sums[name] += number  # type: ignore[assignment]
+
+    def total(self, rows: int, flush_seconds: float) -> dict[str, float]:
+        """All of it, rounded, for an attempt that flushed ``rows`` rows in ``flush_seconds``."""
+        found: dict[str, float] = {**self._sums, **self._seconds, "rows": rows, "attempt_seconds": self.seconds}
+        found["write_seconds"] = found.get("write_seconds", 0.0) + flush_seconds
+        return {name: round(number, 4) for name, number in found.items() if number}
+
+
+def summed(attempts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Of a job: the sums over its attempts."""
+    found: dict[str, float] = {}
+    for measured in attempts:
+        for name, number in measured.items():
+            found[name] = round(found.get(name, 0) + number, 4)
+    return found
+
+
+def derived(measured: Mapping[str, float]) -> dict[str, float]:
+    """What the sums say: rates per second of attempts, hit rates, means, and shares of time, where they can be said.
+
+    ``prefix_hit_rate``: of the prompt tokens that entered the engine, those found in its cache. ``kv_cache_use``,
+    ``running_requests`` and ``waiting_requests``: means over the engine's steps. ``…_share``: of the attempts' time.
+    """
+
+    def ratio(above: float, below: str) -> float | None:
+        return round(above / measured[below], 4) if measured.get(below) else None
+
+    tokens = measured.get("prompt_tokens", 0) + measured.get("completion_tokens", 0)
+    found = {
+        "rows_per_second": ratio(measured.get("rows", 0), "attempt_seconds"),
+        "tokens_per_second": ratio(tokens, "attempt_seconds"),
+        "prefix_hit_rate": ratio(measured.get("cached_tokens", 0), "prompt_tokens"),
+        **{
+            name: ratio(measured.get(name, 0), "engine_steps")
+            for name in ("kv_cache_use", "running_requests", "waiting_requests")
+        },
+        **{
+            f"{name}_share": ratio(measured.get(f"{name}_seconds", 0), "attempt_seconds")
+            for name in ("read", "render", "engine", "write")
+            if f"{name}_seconds" in measured
+        },
+    }
+    return {name: number for name, number in found.items() if number is not None}
