@@ -24,6 +24,7 @@ EXPECTED = {
     "Interrupted": 5,
     "NotFound": 6,
     "Unreachable": 7,
+    "QuotaExceeded": 8,
     "WaitTimeout": 124,
 }
 
@@ -33,6 +34,8 @@ def _raised(kind: type[errors.RowmillError]) -> errors.RowmillError:
         return errors.IllegalTransition("job", "failed", "completed")
     if kind is errors.RowError:
         return errors.RowError("missing_value", "column 'text' is null")
+    if kind is errors.QuotaExceeded:
+        return errors.QuotaExceeded("a", "max_jobs", used=3, limit=3)
     return kind("something is wrong")
 
 
