@@ -6,8 +6,12 @@ Every step converges when it is run again, so a finalizer that dies is simply fo
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import secrets
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
 from typing import Any
@@ -22,11 +26,13 @@ from pipeline.plan_record import PlanRecord
 from pipeline.result_columns import known_fields
 from pipeline.runtime import Runtime
 from storage import failpoints, finalizing, garbage, locations, parquet, reports
-from storage.errors import CorruptFile, InputChanged, InvalidInput, LeaseLost
+from storage.errors import CorruptFile, InputChanged, InvalidInput, LeaseLost, RowmillError
 from storage.finalizing import Closed
 from storage.objects import ObjectStore
 from storage.records import Job, PartFile, Shard
 from storage.states import JobState
+
+log = logging.getLogger(__name__)
 
 _RENEW_EVERY = 50
 _LIBRARIES = ("rowmill", "pyarrow", "fsspec", "sqlalchemy")
@@ -43,10 +49,14 @@ def finalize_job(runtime: Runtime, job_id: str | None = None) -> Job | None:
         return None
     failpoints.hit("finalize.claimed")
     try:
-        return _finalize(runtime, job)
-    except LeaseLost:
-        # Too late. But since this finalizer last looked, something that it did may have reached the output.
-        patiently(lambda: finalizing.report_touched(runtime.database, job.output_uri, actor=runtime.actor))
+        with _renewals(runtime, job):
+            return _finalize(runtime, job)
+    except Exception:
+        # Too late? Then something that it did since it last looked may have reached the output.
+        try:
+            patiently(lambda: _renew(runtime, job))
+        except LeaseLost:
+            patiently(lambda: finalizing.report_touched(runtime.database, job.output_uri, actor=runtime.actor))
         raise
 
 
@@ -106,11 +116,13 @@ def _publish(runtime: Runtime, job: Job) -> Job:
     if lost:
         job = finalizing.lose_outputs(runtime.database, job, lost, actor=runtime.actor)
         target = finalizing.end_state(job)
-    if not entries and target is JobState.COMPLETED:
+    # A completed job that is published once more, and whose file is lost by now, is not whole any more.
+    whole = target is JobState.COMPLETED and not job.n_dead
+    if not entries and whole:
         names.add(_publish_empty(runtime, job))
     _renew(runtime, job)
     _remove_stale(runtime, output, names)
-    if not entries and target is not JobState.COMPLETED:
+    if not entries and not whole:
         return job
     failpoints.hit("finalize.manifest")
     document = manifest.build(
@@ -125,7 +137,7 @@ def _publish(runtime: Runtime, job: Job) -> Job:
     _renew(runtime, job)
     store.put_bytes(locations.manifest(output), json.dumps(document, indent=2).encode())
     failpoints.hit("finalize.success")
-    if target is JobState.COMPLETED:
+    if whole:
         store.put_bytes(locations.success(output), b"")
     return job
 
@@ -222,6 +234,29 @@ def _remove_stale(runtime: Runtime, output: str, names: set[str]) -> None:
     runtime.store.delete([item.uri for item in there if item.uri not in names])
 
 
+@contextmanager
+def _renewals(runtime: Runtime, job: Job) -> Iterator[None]:
+    """Keep the lease, however long one step takes. That it was lost is found at the next check of the steps' own."""
+    over = threading.Event()
+
+    def renew() -> None:
+        while not over.wait(runtime.settings.lease_seconds / 3):
+            try:
+                _renew(runtime, job)
+            except LeaseLost:
+                return
+            except RowmillError as error:
+                log.warning("the finalizer's lease could not be renewed, trying again: %s", error)
+
+    thread = threading.Thread(target=renew, name="rowmill-finalize-lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def _renew(runtime: Runtime, job: Job) -> None:
     finalizing.renew(runtime.database, job, lease_seconds=runtime.settings.lease_seconds)
 
@@ -237,7 +272,7 @@ def _useless(runtime: Runtime, job: Job, target: JobState) -> str | None:
     was made of stays for a retry, until the retention is over; where nothing was flushed, there is nothing to keep.
     """
     work = locations.work_dir(job.output_uri, job.id)
-    if target is not JobState.COMPLETED:
+    if target is not JobState.COMPLETED or job.n_dead:
         return None if reports.progress(runtime.database, job).rows_done else work
     if job.rows_failed and job.plan["converted"]:
         return locations.attempts_dir(job.output_uri, job.id)

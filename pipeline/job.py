@@ -133,7 +133,7 @@ def submit_job(
 
 def _done_before(runtime: Runtime, spec: JobSpec, model: Model) -> Job | None:
     store, job = runtime.store, jobs.newest_on_output(runtime.database, spec.output)
-    if job is None or job.state is not JobState.COMPLETED or job.spec_hash != spec.work_hash():
+    if job is None or job.state is not JobState.COMPLETED or job.n_dead or job.spec_hash != spec.work_hash():
         return None
     plan = PlanRecord.from_json(job.plan)
     if plan.model_digest != model.digest or not store.exists(locations.success(spec.output)):

@@ -74,6 +74,11 @@ def _reopen_shards(
     opened = rows_back = failed_back = 0
     for row in newest.values():
         if row.state in (ShardState.FAILED, ShardState.CANCELLED):
+            more: dict[str, Any] = {}
+            if not failed_only and row.select_bm is not None:
+                # All rows means these too, which an earlier generation had computed.
+                more["select_bm"] = None
+                rows_back += row.row_n - len(unpack(row.select_bm))
             move_shard(
                 connection,
                 row,
@@ -85,6 +90,7 @@ def _reopen_shards(
                 suspect_bm=None,
                 run_after=due,
                 error=None,
+                **more,
             )
             opened += 1
             continue
