@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import platform
-import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,15 +20,15 @@ import pyarrow as pa
 from pipeline import assembly, manifest, measures
 from pipeline.flusher import patiently
 from pipeline.job_spec import JobSpec
-from pipeline.outputs import is_free, published
+from pipeline.outputs import earlier_parts, is_free
 from pipeline.plan_record import PlanRecord
+from pipeline.publish_shard import publish_shard
 from pipeline.result_columns import known_fields
 from pipeline.runtime import Runtime
 from storage import failpoints, finalizing, garbage, locations, parquet, reports
-from storage.errors import CorruptFile, InputChanged, InvalidInput, LeaseLost, RowmillError
-from storage.finalizing import Closed
-from storage.objects import ObjectStore
-from storage.records import Job, PartFile, Shard
+from storage.errors import CorruptFile, LeaseLost, RowmillError
+from storage.finalizing import Lost
+from storage.records import Job
 from storage.states import JobState
 
 log = logging.getLogger(__name__)
@@ -96,19 +95,23 @@ def _publish(runtime: Runtime, job: Job) -> Job:
         return job
     finalizing.begin_publishing(runtime.database, job, actor=runtime.actor)
     failpoints.hit("finalize.publishing")
+    earlier = {} if target is JobState.COMPLETED else earlier_parts(store, job)
     # Readers trust the marks, so these go first and come back last.
     store.delete([locations.success(output), locations.manifest(output)])
     entries: list[dict[str, Any]] = []
     names: set[str] = set()
-    lost: dict[str, str] = {}
+    lost: dict[str, Lost] = {}
     for count, closed in enumerate(finalizing.closed_shards(runtime.database, job.id)):
         if count % _RENEW_EVERY == 0:
             _renew(runtime, job)
         try:
-            entry = _publish_shard(runtime, job, closed)
+            entry = publish_shard(runtime, job, closed, earlier)
         except CorruptFile as error:
-            lost[closed.shard.id] = str(error)
-            continue
+            # What an earlier generation computed of it is better than nothing.
+            older = replace(closed, output=None, parts=())
+            entry = publish_shard(runtime, job, older, {})
+            lost[closed.shard.id] = Lost(str(error), base_stands=entry is not None)
+            entry = entry or publish_shard(runtime, job, replace(older, base=None), earlier)
         if entry is not None:
             failpoints.hit("finalize.part")
             names.add(locations.part(output, closed.shard.idx))
@@ -140,82 +143,6 @@ def _publish(runtime: Runtime, job: Job) -> Job:
     if whole:
         store.put_bytes(locations.success(output), b"")
     return job
-
-
-def _publish_shard(runtime: Runtime, job: Job, closed: Closed) -> dict[str, Any] | None:
-    store, shard = runtime.store, closed.shard
-    target = locations.part(job.output_uri, shard.idx)
-    if closed.output is not None:
-        return _publish_whole(store, shard, target, closed.output)
-    if not closed.parts and closed.base is None:
-        return None
-    try:
-        assembled = _assemble_partial(runtime, job, closed)
-    except (InputChanged, CorruptFile, InvalidInput) as error:
-        # Its finished rows cannot be put beside columns of another version of the file, or one of them is gone; the
-        # job's error says so. What an earlier generation published stands: it may be the only copy.
-        if closed.base is not None:
-            try:
-                entry = _publish_whole(store, shard, target, closed.base)
-            except CorruptFile:
-                pass
-            else:
-                runtime.notify(f"shard {shard.idx} stays as it was published before: {error}")
-                return entry
-        runtime.notify(f"shard {shard.idx} is left out of the partial output: {error}")
-        return None
-    if assembled.n_rows == 0:
-        return None
-    store.publish(assembled.written.uri, target, sha256=assembled.written.sha256)
-    return manifest.part(
-        target,
-        n_bytes=assembled.written.n_bytes,
-        sha256=assembled.written.sha256,
-        row_start=shard.row_start,
-        rows=assembled.n_rows,
-        failed=assembled.n_failed,
-        missing=[(shard.row_start + low, shard.row_start + high) for low, high in assembled.missing],
-    )
-
-
-def _publish_whole(store: ObjectStore, shard: Shard, target: str, file: PartFile) -> dict[str, Any]:
-    """Publish the committed file of all the shard's rows, or leave it where it was published before."""
-    store.publish(file.uri, target, sha256=file.sha256)
-    return manifest.part(
-        target,
-        n_bytes=file.n_bytes,
-        sha256=file.sha256,
-        row_start=shard.row_start,
-        rows=shard.row_n,
-        failed=len(file.failed),
-        missing=(),
-    )
-
-
-def _assemble_partial(runtime: Runtime, job: Job, closed: Closed) -> assembly.Assembled:
-    shard, plan = closed.shard, PlanRecord.from_json(job.plan)
-    spec = JobSpec(**job.spec)
-    base = published(runtime.store, job.output_uri, shard.idx, closed.base)
-    directory = locations.attempt_dir(
-        job.output_uri, job.id, shard.idx, shard.gen, shard.attempt_no, f"partial-{secrets.token_hex(4)}"
-    )
-    schema = assembly.stored_result_schema(runtime.store, closed.parts, base, plan.keep, spec.output_prefix)
-    return assembly.assemble(
-        runtime.store,
-        f"{directory}/output.parquet",
-        job_schema=plan.schema,
-        keep=plan.keep,
-        result_schema=schema,
-        prefix=spec.output_prefix,
-        sources=finalizing.shard_sources(runtime.database, shard),
-        slices=shard.slices,
-        row_n=shard.row_n,
-        parts=closed.parts,
-        base=base,
-        partial=True,
-        batch_rows=runtime.settings.read_batch_rows,
-        batch_bytes=runtime.settings.read_batch_bytes,
-    )
 
 
 def _publish_empty(runtime: Runtime, job: Job) -> str:

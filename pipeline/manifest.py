@@ -13,6 +13,11 @@ MANIFEST_VERSION = 1
 """Raised when a field changes its meaning or goes; new fields may come without."""
 
 
+def path(uri: str) -> str:
+    """A published file's place below the output."""
+    return "/".join(uri.split("/")[-2:])
+
+
 def part(
     uri: str,
     *,
@@ -28,7 +33,7 @@ def part(
     ``missing`` are half-open ranges of the job's rows.
     """
     return {
-        "path": "/".join(uri.split("/")[-2:]),
+        "path": path(uri),
         "bytes": n_bytes,
         "sha256": sha256,
         "row_start": row_start,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 from storage import locations
 from storage.errors import Conflict
 from storage.objects import ObjectStore
-from storage.records import PartFile
+from storage.records import Job, PartFile
 
 
 def refuse_existing(store: ObjectStore, output: str) -> None:
@@ -44,3 +45,26 @@ def published(store: ObjectStore, output: str, idx: int, file: PartFile | None) 
     if file is None or store.exists(file.uri):
         return file
     return replace(file, uri=locations.part(output, idx))
+
+
+def earlier_parts(store: ObjectStore, job: Job) -> dict[str, dict[str, Any]]:
+    """The manifest's entries of what this very job had published before, by path; none for its first time.
+
+    To be read before the manifest goes: a copy is kept for a finalizer that has to begin again.
+    """
+    manifest, copy = locations.manifest(job.output_uri), locations.earlier_manifest(job.output_uri, job.id)
+    for uri in (manifest, copy):
+        if not store.exists(uri):
+            continue
+        content = store.read_bytes(uri)
+        try:
+            document = json.loads(content)
+            found = {str(entry["path"]): dict(entry) for entry in document["parts"]}
+            if document["job"]["id"] != job.id:
+                continue
+        except (ValueError, KeyError, TypeError):
+            continue
+        if uri == manifest:
+            store.put_bytes(copy, content)
+        return found
+    return {}

@@ -32,6 +32,14 @@ class Closed:
     base: PartFile | None
 
 
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Why a committed file is lost, and whether the output that it built on is published in its place."""
+
+    error: str
+    base_stands: bool = False
+
+
 def claim_finalize(database: Database, *, owner: str, lease_seconds: float, job_id: str | None = None) -> Job | None:
     """Take over the publishing of a job whose shards have all ended; ``None`` when there is none to take.
 
@@ -113,30 +121,40 @@ def _update(connection: sa.Connection, claimed: Job, **values: Any) -> None:
         raise LeaseLost(f"another finalizer has taken job {claimed.id}")
 
 
-def lose_outputs(database: Database, claimed: Job, lost: Mapping[str, str], *, actor: str) -> Job:
+def lose_outputs(database: Database, claimed: Job, lost: Mapping[str, Lost], *, actor: str) -> Job:
     """Give up committed shards whose files are gone or damaged: ``lost`` maps their ids to what was found.
 
-    Each is followed by a dead shard of the next generation over all its rows, which a retry of the job computes again.
-    Raises :class:`LeaseLost` when another finalizer has taken the job.
+    Each is followed by a dead shard of the next generation, which a retry of the job computes again: over all its rows,
+    or over those that the lost generation had computed, where the output of an earlier one stands. Raises
+    :class:`LeaseLost` when another finalizer has taken the job.
     """
-    job, shard = tables.job, tables.shard
+    job, shard, part = tables.job, tables.shard, tables.part_file
     with database.write() as connection:
         gen = claimed.gen + 1
         found = connection.execute(sa.select(shard).where(shard.c.id.in_(lost))).all()
+        again = {row.id: _afresh(row, gen, lost[row.id]) for row in found}
+        taken_back = sum(row.row_n if (bm := again[row.id]["select_bm"]) is None else len(unpack(bm)) for row in found)
         _update(
             connection,
             claimed,
             gen=gen,
             n_dead=job.c.n_dead + len(found),
-            rows_done=job.c.rows_done - sum(row.row_n for row in found),
+            rows_done=job.c.rows_done - taken_back,
             rows_failed=job.c.rows_failed - sum(len(unpack(row.failed_bm)) for row in found),
             **{name: job.c[name] - sum(getattr(row, name) for row in found) for name in tables.TOKENS},
         )
         for row in found:
-            again = next_generation(row, gen) | {"state": ShardState.FAILED, "error": lost[row.id]}
-            connection.execute(shard.insert().values(**again))
-            record(connection, claimed.id, "shard.lost", actor, shard_id=again["id"], data={"error": lost[row.id]})
+            connection.execute(shard.insert().values(**again[row.id]))
+            # No later generation is to build on it.
+            connection.execute(part.delete().where(part.c.shard_id == row.id, part.c.seq == OUTPUT_SEQ))
+            shard_id, error = again[row.id]["id"], lost[row.id].error
+            record(connection, claimed.id, "shard.lost", actor, shard_id=shard_id, data={"error": error})
         return rows.job(connection.execute(sa.select(job).where(job.c.id == claimed.id)).one())
+
+
+def _afresh(row: sa.Row[Any], gen: int, lost: Lost) -> dict[str, Any]:
+    select = row.select_bm if lost.base_stands else None
+    return next_generation(row, gen) | {"state": ShardState.FAILED, "error": lost.error, "select_bm": select}
 
 
 def closed_shards(database: Database, job_id: str, *, page: int = 200) -> Iterator[Closed]:

@@ -7,6 +7,7 @@
     <output>/_profile/…                       traces of a job that asked for them
     <output>/.rowmill/<job>/attempts/…         what attempts write
     <output>/.rowmill/<job>/input/…            input that was converted to Parquet
+    <output>/.rowmill/<job>/published.json     its manifest, while it is published once more
 """
 
 from __future__ import annotations
@@ -53,6 +54,11 @@ def part(output: str, idx: int) -> str:
 
 def manifest(output: str) -> str:
     return f"{_base(output)}/_manifest.json"
+
+
+def earlier_manifest(output: str, job_id: str) -> str:
+    """What the job's manifest was before it is published once more."""
+    return f"{work_dir(output, job_id)}published.json"
 
 
 def success(output: str) -> str:

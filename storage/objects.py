@@ -185,19 +185,27 @@ class ObjectStore:
         if (actual := self._sha256(uri)) != sha256:
             raise CorruptFile(f"{uri} is not what was written: its SHA-256 is {actual}, not {sha256}")
 
-    def publish(self, source: str, target: str, *, sha256: str | None = None) -> None:
+    def holds(self, uri: str, sha256: str) -> bool:
+        """Whether there is such an object, with this content. Reads all of it."""
+        return self.exists(uri) and self._sha256(uri) == sha256
+
+    def publish(self, source: str, target: str, *, sha256: str | None = None, n_bytes: int | None = None) -> None:
         """Make ``source``'s content appear as ``target`` in one step, without moving it through this process.
 
         Local: a hard link (a copy where links are unsupported); remote: a copy within the store. Converges: run again
         after ``source`` was collected, it is content with a target that has this ``sha256``; otherwise it raises
-        :class:`CorruptFile`.
+        :class:`CorruptFile`. So it does when ``source`` is not ``n_bytes`` long.
         """
         source, target = normalize(source), normalize(target)
         found = self.stat(source)
         if found is None:
-            if sha256 is not None and self.exists(target) and self._sha256(target) == sha256:
+            if sha256 is not None and self.holds(target, sha256):
                 return
             raise CorruptFile(f"{source} is gone, and {target} does not hold its content")
+        if n_bytes is not None and found.n_bytes != n_bytes:
+            if sha256 is not None and self.holds(target, sha256):
+                return
+            raise CorruptFile(f"{source} is {found.n_bytes:,} bytes long, and {n_bytes:,} were written")
         if protocol(source) == protocol(target) == "file":
             if not self._call(target, lambda: local_files.link(Path(source), Path(target)), writing=True):
                 self._copy(source, target)

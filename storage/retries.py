@@ -22,7 +22,8 @@ def reopen(database: Database, job_id: str, *, failed_only: bool, window_seconds
     Shards that were given up or cancelled become ready again and go on from what they had flushed. For committed ones a
     new shard computes just the failed rows, or all rows when ``failed_only`` is false; the output is republished whole.
     Raises :class:`Conflict` when there is nothing to retry, when the job has not ended, or when a newer job has taken
-    the output, and :class:`~storage.errors.QuotaExceeded` when the tenant may have no more jobs now.
+    the output, and :class:`~storage.errors.QuotaExceeded` when the tenant may have no more jobs now, or not that many
+    rows: those that were done and are computed once more count again.
     """
     job = tables.job
     try:
@@ -38,6 +39,7 @@ def reopen(database: Database, job_id: str, *, failed_only: bool, window_seconds
             ).scalar()
             if newer is not None:
                 raise Conflict(f"the output {found.output_uri} belongs to the newer job {newer}; submit a new job")
+            again = 0
             if not found.plan and state is not JobState.COMPLETED:
                 # It never got past planning.
                 move_job(
@@ -54,8 +56,9 @@ def reopen(database: Database, job_id: str, *, failed_only: bool, window_seconds
                     expires_at=now() + window_seconds,
                 )
             else:
-                _reopen_shards(connection, found, state, failed_only, window_seconds, actor)
+                again = _reopen_shards(connection, found, state, failed_only, window_seconds, actor)
             quotas.admit_job(database, connection, found.tenant, create=True)
+            quotas.admit_rows(database, connection, found.tenant, again)
             return rows.job(connection.execute(sa.select(job).where(job.c.id == job_id)).one())
     except IntegrityError:
         raise Conflict("another live job writes to the same output", field="output") from None
@@ -63,7 +66,8 @@ def reopen(database: Database, job_id: str, *, failed_only: bool, window_seconds
 
 def _reopen_shards(
     connection: sa.Connection, job: sa.Row[Any], state: JobState, failed_only: bool, window_seconds: float, actor: str
-) -> None:
+) -> int:
+    """Returns how many rows that were done are computed once more."""
     table = tables.shard
     connection.execute(tables.gc_queue.delete().where(tables.gc_queue.c.job_id == job.id))
     gen = job.gen + 1
@@ -128,3 +132,4 @@ def _reopen_shards(
         expires_at=now() + window_seconds,
         data={"gen": gen, "shards": opened, "rows": rows_back},
     )
+    return rows_back

@@ -349,12 +349,12 @@ class World:
                 client.run(**self.fields(output=str(target)))
         return pq.read_table(target / "data")
 
-    def check(self, job_id: str, *, recomputed: int = 0, forgotten: int = 0) -> None:
+    def check(self, job_id: str, *, recomputed: int = 0, forgotten: int = 0, completed: int = 1) -> None:
         """The job completed, its output is the expected one row by row, and its counters and audit trail add up.
 
         ``recomputed``: how many rows may have been computed and flushed more than once. It is 0 everywhere but where
         a test says why not: what was flushed is never computed again. ``forgotten``: part files that were flushed and
-        have been given up since.
+        have been given up since. ``completed``: how many times the job completed, with those before a retry.
         """
         job = self.job(job_id)
         assert job.state is JobState.COMPLETED, job
@@ -382,7 +382,7 @@ class World:
         assert sum(shard.attempt_no for shard in shards) == len(attempts)
         assert self.events(job_id, "shard.running") == len(attempts)
         assert self.events(job_id, "shard.committed") == len(shards)
-        assert self.events(job_id, "job.completed") == 1
+        assert self.events(job_id, "job.completed") == completed
         parts = [part for shard in shards for part in self.rows("part_file", shard_id=shard.id) if part.seq >= 0]
         assert self.events(job_id, "shard.flush") == len(parts) + forgotten
 

@@ -94,7 +94,7 @@ class JobModel:
     overdue: bool
     state: JobState = JobState.VALIDATING
     planned: bool = False
-    planned_rows: list[int] = field(default_factory=list)
+    counted_rows: list[int] = field(default_factory=list)
     gen: int = 0
     stop_reason: str | None = None
     shards: dict[str, ShardModel] = field(default_factory=dict)
@@ -339,7 +339,7 @@ class StorageMachine(RuleBasedStateMachine):
             return
         call()
         job.planned = True
-        job.planned_rows += sizes
+        job.counted_rows += sizes
         for item in plans:
             name = jobs.shard_id(job.id, 0, item.idx)
             job.shards[name] = ShardModel(name, item.idx, 0, item.row_n)
@@ -408,14 +408,20 @@ class StorageMachine(RuleBasedStateMachine):
             self.move_job(job, JobState.VALIDATING)
             return
         job.gen += 1
+        rows_again = 0
         for shard in again:
             if shard.state in ended:
                 shard.n_fail, shard.n_lost, shard.waiting = 0, 0, False
+                if not failed_only:
+                    rows_again += shard.row_n - len(shard.wanted)
+                    shard.select = None
                 self.move_shard(job, shard, ShardState.READY)
             else:
+                rows_again += len(shard.failed) if failed_only else shard.row_n
                 name = jobs.shard_id(job.id, job.gen, shard.idx)
                 select = frozenset(shard.failed) if failed_only else None
                 job.shards[name] = ShardModel(name, shard.idx, job.gen, shard.row_n, select)
+        job.counted_rows.append(rows_again)
         self.read_due(job)
         self.move_job(job, JobState.QUEUED)
 
@@ -825,7 +831,7 @@ class StorageMachine(RuleBasedStateMachine):
         }
         assert stored.parts == self.parts
         assert stored.used == (
-            sum(row_n for job in self.jobs.values() for row_n in job.planned_rows),
+            sum(row_n for job in self.jobs.values() for row_n in job.counted_rows),
             sum(shard.tokens for _, shard in self.shards() if shard.state is ShardState.COMMITTED),
         )
         assert stored.exceptions == self.exceptions

@@ -18,7 +18,7 @@ import s3fs
 from pipeline import Client, maintenance
 from pipeline.settings import Settings
 from pipeline.worker import Worker
-from storage import failpoints, jobs, local_files
+from storage import failpoints, finalizing, jobs, local_files
 from storage.new_file import NewLocalFile, Written
 from storage.objects import ObjectStore
 from storage.states import AttemptState, JobState
@@ -345,6 +345,58 @@ def test_22_a_committed_file_is_lost_before_it_is_published(world: World) -> Non
     work(world, job)
     assert world.job(job).rows_done == 200
     world.check(job, recomputed=101)  # the lost shard, and the row that had failed
+
+
+@pytest.mark.parametrize("harm", ["unlink", "truncate"])
+def test_22_the_file_of_a_later_generation_is_lost(world: World, tmp_path: Path, harm: str) -> None:
+    """What the generation before had published stays, and only the rows computed since are computed again."""
+    counts = tmp_path / "counts"
+    counts.mkdir()
+    options = {"die_on": "number 00003", "die_times": 1000, "counts_dir": str(counts)}
+    job = world.submit(shard_rows=100, engine_options=options)
+    work(world, job)
+    assert world.job(job).rows_failed == 2
+    (counts / "die").write_bytes(bytes(1000))  # from now on that row is fine
+    world.client.job(job).retry()
+    assert world.worker(arm={"finalize.claimed": "exit"}).join() == KILLED
+    [again] = [shard for shard in world.shards(job) if shard.gen == 1]
+    [output] = [
+        Path(row.uri) for row in world.rows("part_file", shard_id=again.id) if row.uri.endswith("output.parquet")
+    ]
+    if harm == "unlink":
+        output.unlink()
+    else:
+        os.truncate(output, 1000)
+    world.wait(job, JobState.FINALIZING)
+    work(world, job)
+    ended = world.job(job)
+    assert (ended.state, ended.n_dead, ended.rows_done) == (JobState.FAILED, 1, 198)
+    assert world.published().column("id").to_pylist() == list(range(200))
+    assert not (world.output / "_SUCCESS").exists()
+    world.client.job(job).retry()
+    work(world, job)
+    world.check(job, recomputed=4, completed=2)  # the two rows that had failed, twice
+
+
+def test_22_a_lost_file_and_a_late_finalizer(world: World) -> None:
+    """A completed output is disturbed, and a file of it is gone: it is not called whole any more, and a retry heals."""
+    job = world.submit(shard_rows=100)
+    work(world, job)
+    [first, _] = sorted((world.output / "data").iterdir())
+    first.unlink()
+    finalizing.report_touched(world.database, str(world.output), actor="test")
+    other = Worker(world.settings)
+    try:
+        other.finalize()
+    finally:
+        other.close()
+    ended = world.job(job)
+    assert (ended.n_dead, ended.rows_done) == (1, 100)
+    assert not (world.output / "_SUCCESS").exists()
+    assert world.published().column("id").to_pylist() == list(range(100, 200))
+    world.client.job(job).retry()
+    work(world, job)
+    world.check(job, recomputed=101, completed=2)
 
 
 def test_garbage_is_collected_while_a_retry_begins(world: World) -> None:

@@ -19,6 +19,7 @@ from pipeline.settings import Settings
 from storage import failpoints, jobs
 from storage.errors import Conflict, Interrupted, InvalidInput, InvalidJob, JobCancelled
 from storage.states import AttemptState, JobState, RequestState
+from tests.faults.driver import wait_until
 
 ERROR = pa.struct([("code", pa.string()), ("message", pa.string())])
 
@@ -359,6 +360,44 @@ def test_garbage_of_a_cancelled_job_goes_after_its_retention(settings: Settings,
         assert handle.wait(timeout=60).rows_done == 1000
         assert sum(attempt.rows_computed for attempt in handle.attempts()) == 1000 + kept
     assert published(out).column("id").to_pylist() == list(range(1000))
+
+
+def test_what_was_published_stays_when_a_retry_has_less(settings: Settings, texts: Path, tmp_path: Path) -> None:
+    """Its part files are collected, it is retried and cancelled again: the published file is the only copy now."""
+    out = tmp_path / "out"
+    small = settings.model_copy(update={"flush_rows": 50, "read_batch_rows": 25, "attempt_retention_hours": 0.0})
+    small = small.model_copy(update={"lease_seconds": 0.5})
+    with Client(settings=small) as client:
+        interrupted_run(client, fields(texts, out, engine_options={"delay_ms_per_batch": 20}), until=200)
+        [status] = client.jobs()
+        handle = client.job(status.id)
+        kept = handle.cancel().rows_done
+        before = json.loads((out / "_manifest.json").read_text())
+        assert maintenance.collect_garbage(client._runtime) == 1
+        handle.retry()
+        failpoints.arm("finalize.manifest", _die)
+        try:
+            with pytest.raises(_Died):
+                handle.cancel()
+        finally:
+            failpoints.disarm()
+        assert not (out / "_manifest.json").exists()
+        wait_until(lambda: handle.cancel().state is JobState.CANCELLED, "the end of the lease of the one that died")
+        after = json.loads((out / "_manifest.json").read_text())
+        assert published(out).num_rows == kept
+        assert after["parts"] == before["parts"]
+        assert after["missing"] == before["missing"] == [[kept, 1000]]
+        handle.retry()
+        assert handle.wait(timeout=60).rows_done == 1000
+    assert published(out).column("id").to_pylist() == list(range(1000))
+
+
+class _Died(Exception):
+    pass
+
+
+def _die() -> None:
+    raise _Died
 
 
 def test_an_idempotency_key_is_one_job(client: Client, texts: Path, tmp_path: Path) -> None:

@@ -202,6 +202,11 @@ def test_publish_converges(place: Place) -> None:
     place.store.publish(place("work/out"), place("data/part"), sha256=sha256)
     place.store.publish(place("work/out"), place("data/part"), sha256=sha256)
     assert place.store.read_bytes(place("data/part")) == b"result"
+    place.put("work/out", b"torn")
+    place.store.publish(place("work/out"), place("data/part"), sha256=sha256, n_bytes=6)
+    assert place.store.read_bytes(place("data/part")) == b"result"
+    with pytest.raises(CorruptFile, match="4 bytes long, and 6 were written"):
+        place.store.publish(place("work/out"), place("data/other"), sha256=sha256, n_bytes=6)
     place.store.delete_tree(place("work"))
     place.store.publish(place("work/out"), place("data/part"), sha256=sha256)
     assert place.names("**") == ["data/part"]

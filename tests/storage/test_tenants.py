@@ -151,6 +151,20 @@ def test_rows_are_counted_when_they_are_known(database: Database) -> None:
     assert tenants.usage(database, "t").rows_today == 30
 
 
+def test_rows_that_a_retry_computes_again_count_again(database: Database) -> None:
+    tenants.add(database, "t", rows_per_day=25)
+    job = finish(database, "t")
+    end(database, job)
+    retries.reopen(database, job, failed_only=False, window_seconds=60.0, actor="test")
+    assert tenants.usage(database, "t").rows_today == 20
+    with database.write() as connection:
+        connection.execute(tables.shard.update().where(tables.shard.c.gen == 1).values(state="committed"))
+    end(database, job)
+    with pytest.raises(QuotaExceeded, match="20 rows today of the 25 it may and the job would add 10"):
+        retries.reopen(database, job, failed_only=False, window_seconds=60.0, actor="test")
+    assert jobs.get(database, job).gen == 1
+
+
 def test_tokens_are_counted_once_with_the_jobs_own(database: Database) -> None:
     tenants.add(database, "t", tokens_per_day=100)
     finish(database, "t", tokens=60)
