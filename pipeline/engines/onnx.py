@@ -16,11 +16,11 @@ import pyarrow as pa
 from pipeline.engines import onnx_autotune, onnx_custom_ops, onnx_graph, onnx_layout, onnx_options
 from pipeline.engines import onnx_checks as checks
 from pipeline.engines.base import Cancellation, EngineContext, ResultBatch, RowBatch
+from pipeline.engines.image_folder import read as read_image_folder
 from pipeline.engines.onnx_autotune import Bench, Tuned
 from pipeline.engines.onnx_feeds import Feed, feeds
 from pipeline.engines.onnx_folder import TextFolder
 from pipeline.engines.onnx_image import ImageModel
-from pipeline.engines.onnx_image_folder import read as read_image_folder
 from pipeline.engines.onnx_lane import Call, Stopped
 from pipeline.engines.onnx_layout import Layout
 from pipeline.engines.onnx_session import SessionPool, import_runtime, installed

@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.engines import onnx_pooling as pooling
-from pipeline.engines import onnx_results as results
+from pipeline.engines import pooled_results as results
+from pipeline.engines import pooling
 from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
+from pipeline.engines.image_folder import ImageFolder
+from pipeline.engines.images import ImageReader
 from pipeline.engines.onnx_folder import class_activation, label
 from pipeline.engines.onnx_graph import GraphValue, Signature
-from pipeline.engines.onnx_image_folder import ImageFolder
-from pipeline.engines.onnx_images import ImageReader
 from pipeline.engines.onnx_options import OnnxOptions
 from pipeline.engines.onnx_session import Array, Call, Run, RunFailed, SessionPool, available_cores
 from pipeline.engines.onnx_stream import Indices, Pack, Window, bisect, record_batch, windows

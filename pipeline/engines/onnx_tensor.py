@@ -12,20 +12,14 @@ import pyarrow as pa
 
 from pipeline.engines import onnx_narrow
 from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
-from pipeline.engines.onnx_columns import (
-    UNKNOWN,
-    Failure,
-    RowTensors,
-    column_type,
-    lossless,
-    read,
-    tensor_kind,
-    to_arrow,
-)
 from pipeline.engines.onnx_graph import Dim, GraphValue, RowMode, Signature
 from pipeline.engines.onnx_options import OnnxOptions
 from pipeline.engines.onnx_session import Array, Run, RunFailed, SessionPool
 from pipeline.engines.onnx_stream import Indices, Pack, Window, bisect, record_batch
+from pipeline.engines.tensors.kinds import lossless, tensor_kind
+from pipeline.engines.tensors.reading import read
+from pipeline.engines.tensors.rows import UNKNOWN, Failure, RowTensors
+from pipeline.engines.tensors.writing import column_type, to_arrow
 from pipeline.job_spec import JobSpec
 from pipeline.row_errors import RowErrorCode
 from storage.errors import InvalidJob

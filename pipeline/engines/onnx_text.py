@@ -13,8 +13,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.batching import pack
-from pipeline.engines import onnx_pooling as pooling
-from pipeline.engines import onnx_results as results
+from pipeline.engines import pooled_results as results
+from pipeline.engines import pooling
 from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
 from pipeline.engines.onnx_folder import TextFolder
 from pipeline.engines.onnx_graph import GraphValue, Signature
@@ -198,7 +198,7 @@ class TextModel:
         return self.width * (len(self._modes(spec)) if self.head.rank == 3 else 1)
 
     def stored(self, spec: JobSpec, vectors: Floats) -> Array:
-        """Sentence embeddings as the job wants them (see :func:`.onnx_results.finished`)."""
+        """Sentence embeddings as the job wants them (see :func:`.pooled_results.finished`)."""
         normalize = self._folder.normalize if spec.normalize is None else spec.normalize
         return results.finished(spec, vectors, normalize=normalize)
 

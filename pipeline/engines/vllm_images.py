@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.engines import arrow_text
-from pipeline.engines.onnx_images import is_image
+from pipeline.engines.images import is_image
 from pipeline.engines.vllm_process import RunningVllm, first_lines
 from pipeline.job_spec import JobSpec
 from pipeline.row_errors import MESSAGE_LIMIT, RowErrorCode

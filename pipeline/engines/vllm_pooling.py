@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.engines import onnx_results as results
+from pipeline.engines import pooled_results as results
 from pipeline.engines.arrow_text import is_text, values
 from pipeline.engines.base import RowBatch, RowFailure
 from pipeline.engines.vllm_answers import Answer

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pipeline.engines import onnx_narrow
-from pipeline.engines.onnx_columns import column_type, lossless, read, tensor_kind, to_arrow
+from pipeline.engines.tensors.kinds import lossless, tensor_kind
+from pipeline.engines.tensors.reading import read
+from pipeline.engines.tensors.writing import column_type, to_arrow
 
 DTYPES = [np.float32, np.float64, np.float16, np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint64, np.bool_]
 

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from examples.tiny_vision import LABELS, build_resnet, build_vit
 from pipeline import Client
-from pipeline.engines import onnx_images
+from pipeline.engines import images
 from pipeline.engines.base import EngineContext
+from pipeline.engines.image_folder import recipe
+from pipeline.engines.images import lookup_table, opened, to_input
 from pipeline.engines.onnx import OnnxEngine
-from pipeline.engines.onnx_image_folder import recipe
-from pipeline.engines.onnx_images import lookup_table, opened, to_input
 from pipeline.models.resolve import resolve
 from pipeline.permissions import RowFiles
 from pipeline.settings import Settings
@@ -160,7 +160,7 @@ def test_an_image_is_the_same_in_every_kind_of_column(loaded: OnnxEngine) -> Non
 
 def test_a_broken_image_fails_its_row_only(loaded: OnnxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     good = encoded(picture(0))
-    monkeypatch.setattr(onnx_images, "MAX_PIXELS", 40 * 30)
+    monkeypatch.setattr(images, "MAX_PIXELS", 40 * 30)
     large = encoded(picture(1, 41, 30))
     rows = [good, good[: len(good) // 2], b"", None, b"no image", good[:8] + b"\0" * 50, large, good]
     table, failures = run(loaded, SPEC, pa.record_batch({"image": pa.array(rows, pa.binary())}))
@@ -176,7 +176,7 @@ def test_large_images_are_the_same_as_small_ones(loaded: OnnxEngine, monkeypatch
     """They are decoded one at a time."""
     rows = pa.record_batch({"image": [encoded(picture(n)) for n in range(9)]})
     small, _ = run(loaded, SPEC, rows)
-    monkeypatch.setattr(onnx_images, "LARGE_PIXELS", 0)
+    monkeypatch.setattr(images, "LARGE_PIXELS", 0)
     large, failures = run(loaded, SPEC, rows)
     assert not failures and large.equals(small)
 

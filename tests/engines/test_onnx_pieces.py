@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.engines import onnx_folder, onnx_options
-from pipeline.engines import onnx_pooling as pooling
+from pipeline.engines import onnx_folder, onnx_options, pooling
 from pipeline.engines.base import RowBatch
 from pipeline.engines.onnx_session import RunFailed
 from pipeline.engines.onnx_stream import bisect, windows

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.engines.onnx_pooling import unit_length
+from pipeline.engines.pooling import unit_length
 from pipeline.job_spec import JobSpec
 from storage.errors import InvalidJob
 

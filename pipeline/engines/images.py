@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.engines.onnx_image_folder import ImageRecipe
+from pipeline.engines.image_folder import ImageRecipe
 from pipeline.row_errors import MESSAGE_LIMIT, RowErrorCode
 from storage.errors import EngineMissing, InvalidInput
 
