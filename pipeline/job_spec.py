@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import textwrap
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
@@ -249,6 +250,9 @@ _SHAPING = frozenset().union(*_READS.values())
 """Fields that only some tasks read."""
 
 
+_SAY_ENOUGH = ("extra_forbidden", "missing", "value_error")
+
+
 def parse(fields: dict[str, Any]) -> JobSpec:
     """A spec from keyword arguments, or :class:`InvalidJob` naming every field at fault and why."""
     try:
@@ -263,6 +267,8 @@ def invalid(error: ValidationError) -> InvalidJob:
     for item in error.errors(include_url=False):
         where = ".".join(str(part) for part in item["loc"])
         what = item["msg"].removeprefix("Value error, ")
+        if item["type"] not in _SAY_ENOUGH and isinstance(item["input"], (str, int, float)):
+            what += f", not {textwrap.shorten(repr(item['input']), 100)}"
         problems.append((where, "unknown field" if item["type"] == "extra_forbidden" else what))
     first = problems[0][0] or None
     if len(problems) == 1:

@@ -22,6 +22,7 @@ POINTS = {
     "finalize.publishing": "the database knows that the job publishes; nothing was deleted or published",
     "finalize.part": "one more part file is published",
     "finalize.manifest": "every part is published, the manifest is not",
+    "finalize.put": "the finalizer has looked at its lease for the last time before it puts the manifest",
     "finalize.success": "the manifest is published, _SUCCESS is not",
     "finalize.complete": "everything is published; the job is not completed yet",
     "garbage.given_up": "the part files of an ended job are forgotten; none is deleted",

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.worker import Worker
-from storage import jobs
+from storage import failpoints, jobs
 from storage.states import JobState
 from tests.faults.driver import KILLED, World, wait_stopped, wait_until
 from tests.faults.sabotage import work
@@ -89,6 +89,35 @@ def test_25_a_finalizer_wakes_up_after_another_has_completed(world: World, point
     finally:
         other.close()
     assert visible(world) == (200, True, True)
+    world.check(job)
+
+
+def test_25_a_late_manifest_does_not_replace_its_successors(world: World) -> None:
+    """Fault 25 with a stop between the last look at the lease and the put: that is a conditional one."""
+    world.replace_settings(lease_seconds=1.0)
+    job = world.submit(shard_rows=111)
+    late = world.worker(arm={"finalize.put": "stop"})
+    wait_stopped(late)
+    work(world, job)
+    manifest = world.output / "_manifest.json"
+    before = manifest.stat()
+    late.signal(signal.SIGCONT)
+    wait_until(lambda: world.events(job, "finalize.touched"), "the report of the late finalizer")
+    late.kill()
+    assert (manifest.stat().st_ino, manifest.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    work(world, job)
+    assert visible(world) == (200, True, True)
+
+
+def test_25_a_manifest_that_a_late_finalizer_put_is_replaced(world: World) -> None:
+    """Fault 25 the other way round: the late one was faster, and what it put is not what this one publishes."""
+    job = world.submit(shard_rows=111)
+    assert world.worker(arm={"finalize.claimed": "exit"}).join() == KILLED
+    failpoints.arm("finalize.put", lambda: (world.output / "_manifest.json").write_text("{}"))
+    try:
+        work(world, job)
+    finally:
+        failpoints.disarm()
     world.check(job)
 
 
