@@ -20,10 +20,12 @@ from pipeline.engines.image_folder import read as read_image_folder
 from pipeline.engines.onnx_autotune import Bench, Tuned
 from pipeline.engines.onnx_feeds import Feed, feeds
 from pipeline.engines.onnx_folder import TextFolder
+from pipeline.engines.onnx_graphs import Graphs
 from pipeline.engines.onnx_image import ImageModel
 from pipeline.engines.onnx_lane import Call, Stopped
 from pipeline.engines.onnx_layout import Layout
-from pipeline.engines.onnx_session import SessionPool, import_runtime, installed
+from pipeline.engines.onnx_runtime import import_runtime, installed
+from pipeline.engines.onnx_session import SessionPool
 from pipeline.engines.onnx_stream import Window, sample, stream
 from pipeline.engines.onnx_tensor import TensorModel
 from pipeline.engines.onnx_text import TextModel
@@ -57,6 +59,7 @@ class OnnxEngine:
         self._exported: Exported | None = None
         self._libraries: tuple[Path, ...] = ()
         self._graph: Path | None = None
+        self._graphs: Graphs | None = None
         self._version = ""
         self._key = ""
         self._layout_from = "default"
@@ -108,8 +111,12 @@ class OnnxEngine:
                 )
             graph, folder = self._export(folder)
         self._graph = graph
+        config = None if folder is None else folder.config
+        self._graphs = graphs = Graphs(runtime, graph, self._model, options, self._context.cache_dir, config)
         cached = self._remembered(runtime, graph, folder is not None)
-        self._pool = pool = SessionPool.open(graph, options, notify, cached, self._profile)
+        if cached is not None and cached.fused and not graphs.can_fuse(patient=True):
+            cached = replace(cached, fused=False)
+        self._pool = pool = SessionPool.open(graphs, options, notify, cached, self._profile)
         if pool.layout != cached and self._layout_from == "cache":
             self._layout_from = "default"  # measured on a device that is gone
         try:
@@ -210,18 +217,18 @@ class OnnxEngine:
 
     def _measure(self, windows: list[Window], cancel: Cancellation, *, patient: bool = False) -> Tuned | None:
         """Find the fastest layout for the windows' rows, change to it, and remember it."""
-        pool, graph, model = self._pool, self._graph, self._text or self._image or self._tensor
-        assert pool is not None and graph is not None and model is not None
+        pool, graphs, model = self._pool, self._graphs, self._text or self._image or self._tensor
+        assert pool is not None and graphs is not None and model is not None
         call = Call()
         forget = cancel.on_cancel(call.stop)
         counts = Counter(model.counts)
         try:
-            bench = Bench(graph, self._options, pool, partial(sample, windows), call, patient=patient)
+            bench = Bench(graphs, self._options, pool, partial(sample, windows), call, patient=patient)
             tuned = bench.tune(text=self._text is not None)
             if tuned is None:
                 return None
             if tuned.layout != pool.layout:
-                pool.become(SessionPool.open(graph, self._options, self._context.notify, tuned.layout))
+                pool.become(SessionPool.open(graphs, self._options, self._context.notify, tuned.layout))
         except Stopped:
             self._layout_from = "default"
             return None
@@ -277,7 +284,7 @@ class OnnxEngine:
         }
         if pool is not None:
             facts |= {"providers": list(pool.providers), "nodes": pool.placement, "layout_from": self._layout_from}
-            facts |= {**pool.layout.to_json(), "kept_runs": pool.kept_runs}
+            facts |= {**pool.layout.to_json(), "kept_runs": pool.kept_runs, "kept_graph": pool.file.optimized}
         if self._libraries:
             facts["custom_ops"] = onnx_custom_ops.digests(self._libraries)
         if text is not None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.engines import onnx_layout
+from pipeline.engines.onnx_graphs import Graphs
 from pipeline.engines.onnx_lane import Call
 from pipeline.engines.onnx_layout import Layout
 from pipeline.engines.onnx_options import OnnxOptions
-from pipeline.engines.onnx_session import SessionPool, available_cores, memory_for_copies
+from pipeline.engines.onnx_runtime import available_cores, processor
+from pipeline.engines.onnx_session import SessionPool, memory_for_copies
 from pipeline.engines.onnx_stream import Pack
 
 MARGIN = 1.05
@@ -83,9 +83,16 @@ class Bench:
     """
 
     def __init__(
-        self, graph: Path, options: OnnxOptions, pool: SessionPool, sample: Sample, call: Call, *, patient: bool = False
+        self,
+        graphs: Graphs,
+        options: OnnxOptions,
+        pool: SessionPool,
+        sample: Sample,
+        call: Call,
+        *,
+        patient: bool = False,
     ) -> None:
-        self._graph, self._options, self._pool = graph, options, pool
+        self._graphs, self._options, self._pool = graphs, options, pool
         self._sample, self._call, self._patient = sample, call, patient
         self._every = 1
         self._n_rows = 0
@@ -97,7 +104,7 @@ class Bench:
         best = self._pool.layout
         if not self._choose_sample(best):
             return None
-        copies, began = memory_for_copies(self._graph), time.monotonic()
+        copies, began = memory_for_copies(self._pool.file), time.monotonic()
         questions: list[Callable[[Layout], Iterable[Layout]]] = [
             lambda best: onnx_layout.rivals(best, options, cores, copies, on_cpu=on_cpu)
         ]
@@ -105,6 +112,7 @@ class Bench:
             questions += [
                 lambda best: onnx_layout.budgets(best, options, on_cpu=on_cpu),
                 lambda best: onnx_layout.bindings(best, options),
+                self._fusions,
             ]
         for rivals in questions:
             if self._patient or time.monotonic() - began < LIMIT_SECONDS:
@@ -112,6 +120,13 @@ class Bench:
         if not self.trials:
             return None
         return Tuned(best, tuple(self.trials))
+
+    def _fusions(self, best: Layout) -> Iterable[Layout]:
+        """Making the other form takes seconds, so it is made when everything else is known."""
+        rivals = list(onnx_layout.fusions(best, self._options))
+        if rivals and not self._graphs.can_fuse(patient=self._patient, stopped=lambda: self._call.stopped):
+            return []
+        return rivals
 
     def _choose_sample(self, layout: Layout) -> bool:
         whole = self._sample(layout.token_budget, 1)
@@ -158,7 +173,7 @@ class Bench:
                 if layout == self._pool.layout:
                     opened[layout] = self._pool
                 else:
-                    opened[layout] = SessionPool.open(self._graph, self._options, lambda message: None, layout)
+                    opened[layout] = SessionPool.open(self._graphs, self._options, lambda message: None, layout)
             yield opened
         finally:
             for pool in opened.values():
@@ -179,16 +194,6 @@ def key(digest: str, graph: Path, task: str, version: str, providers: Sequence[s
     chosen = options.model_dump(mode="json", exclude={"window_rows", "autotune", "allow_fallback"})
     parts = [digest, graph.name, task, version, *providers, processor(), available_cores(), chosen]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def processor() -> str:
-    """The processor's model and instruction sets."""
-    with suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        lines = re.findall(r"^(model name|flags|Features|CPU part)\s*:\s*(.*)$", text, re.MULTILINE)
-        if lines:
-            return json.dumps(dict(lines), sort_keys=True)
-    return platform.processor() or platform.machine()
 
 
 def read(cache_dir: Path, name: str) -> Layout | None:

@@ -170,12 +170,22 @@ def check_tensor_columns(spec: JobSpec, signature: Signature, mode: RowMode, sch
     for value in signature.inputs:
         name = column_of(spec, value.name)
         kind = _column_type(schema, name, f"inputs.{value.name}")
-        _fitting_type(value, mode, name, kind)
+        _fitting_type(value, mode, name, kind, _advice(signature, mode, value, kind))
         columns.append(name)
     return tuple(dict.fromkeys(columns))
 
 
-def _fitting_type(value: GraphValue, mode: RowMode, name: str, kind: pa.DataType) -> None:
+def _advice(signature: Signature, mode: RowMode, value: GraphValue, kind: pa.DataType) -> str:
+    """What to do about rows that are items of the graph's batches of a fixed size."""
+    size, found = onnx_graph.fixed_batch(signature), tensor_kind(kind)
+    if mode != "whole" or size is None or found is None or found.dims is None or value.dims is None:
+        return ""
+    if len(found.dims) != len(value.dims) - 1:
+        return ""
+    return f"; with engine_options.row_mode 'stack', rows run in the graph's batches of {size}"
+
+
+def _fitting_type(value: GraphValue, mode: RowMode, name: str, kind: pa.DataType, advice: str) -> None:
     where = f"inputs.{value.name}"
     found = tensor_kind(kind)
     if found is None:
@@ -193,7 +203,9 @@ def _fitting_type(value: GraphValue, mode: RowMode, name: str, kind: pa.DataType
     )
     if not fits:
         shape = ", ".join("?" if dim is None else str(dim) for dim in dims)
-        raise InvalidInput(f"column {name!r} holds {found} per row; the graph's {value} wants [{shape}]", field=where)
+        raise InvalidInput(
+            f"column {name!r} holds {found} per row; the graph's {value} wants [{shape}]{advice}", field=where
+        )
 
 
 def _column_type(schema: pa.Schema, name: str, field: str) -> pa.DataType:

@@ -55,6 +55,12 @@ class GraphValue:
         """True when the first axis has the fixed size one."""
         return bool(self.dims) and self.dims[0] == 1  # type: ignore[index]
 
+    @property
+    def fixed_batch(self) -> int | None:
+        """The size of the first axis, where it is fixed."""
+        first = self.dims[0] if self.dims else None
+        return first if isinstance(first, int) else None
+
     def __str__(self) -> str:
         kind = "string" if self.dtype == np.object_ else self.dtype.name
         shape = "…" if self.dims is None else ", ".join("?" if dim is None else str(dim) for dim in self.dims)
@@ -184,10 +190,19 @@ RowMode = Literal["stack", "unit", "whole"]
 the axis has the fixed size one; or the whole input."""
 
 
+def fixed_batch(signature: Signature) -> int | None:
+    """The one size above one that the first axis of every input and output has; ``None`` for any other graph."""
+    sizes = {value.fixed_batch for value in [*signature.inputs, *signature.outputs]}
+    size = sizes.pop() if len(sizes) == 1 and signature.inputs else None
+    return size if size is not None and size > 1 else None
+
+
 def row_mode(signature: Signature, wanted: Literal["auto", "stack", "whole"]) -> RowMode:
     """How rows map onto the graph.
 
-    Stacked, when every input and output has a dynamic first axis, under one name where the inputs name it. Raises
+    Stacked, when every input and output has a dynamic first axis, under one name where the inputs name it; on demand
+    also where it has one fixed size for all of them, which is then the size of every batch: such a graph may as well
+    mean one input of several lines. Raises
     :class:`~storage.errors.InvalidModel` when stacking was asked for and the graph cannot do it.
     """
     values: Sequence[GraphValue] = [*signature.inputs, *signature.outputs]
@@ -197,8 +212,11 @@ def row_mode(signature: Signature, wanted: Literal["auto", "stack", "whole"]) ->
     if all(value.stackable for value in values) and len(names) == 1:
         return "stack"
     if wanted == "stack":
+        if fixed_batch(signature) is not None:
+            return "stack"
         raise InvalidModel(
-            f"row_mode 'stack' needs one dynamic first axis for every input and output; it has {signature}"
+            f"row_mode 'stack' needs one first axis for every input and output, dynamic or of one size; it has "
+            f"{signature}"
         )
     if all(value.unit_batch for value in signature.inputs) and all(
         v.unit_batch or v.stackable for v in signature.outputs

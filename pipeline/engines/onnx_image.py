@@ -19,7 +19,8 @@ from pipeline.engines.images import ImageReader
 from pipeline.engines.onnx_folder import class_activation, label
 from pipeline.engines.onnx_graph import GraphValue, Signature
 from pipeline.engines.onnx_options import OnnxOptions
-from pipeline.engines.onnx_session import Array, Call, Run, RunFailed, SessionPool, available_cores
+from pipeline.engines.onnx_runtime import available_cores
+from pipeline.engines.onnx_session import Array, Call, Run, RunFailed, SessionPool
 from pipeline.engines.onnx_stream import Indices, Pack, Window, bisect, record_batch, windows
 from pipeline.job_spec import JobSpec, Task
 from storage.errors import InvalidModel

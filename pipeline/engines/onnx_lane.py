@@ -121,11 +121,13 @@ class Lane:
         self._refusals = refusals
         self.session = session
         self._outputs = {value.name: value.type for value in session.get_outputs()}
-        # ONNX Runtime binds no strings.
-        self._bindable = all("string" not in v.type for v in [*session.get_inputs(), *session.get_outputs()])
+        kinds = {value.type for value in [*session.get_inputs(), *session.get_outputs()]}
+        strings = "tensor(string)" in kinds
+        # ONNX Runtime binds no strings of numpy's. The detour is for graphs that can be fed in no other way.
+        self._bindable = not strings or any(map(onnx_narrow.is_narrow_type, kinds))
         self._device = device
         self._slots: OrderedDict[Any, _Slot] = OrderedDict()
-        self.binding = binding and self._bindable
+        self.binding = binding and not strings
         self.kept_runs = 0
 
     def run(self, feed: Mapping[str, Array], call: Call) -> list[Array]:

@@ -19,17 +19,19 @@ _GPU_BUDGETS = (4096, 16_384, 65_536)
 @dataclass(frozen=True, slots=True)
 class Layout:
     """``sessions`` copies of the model, ``lanes`` batches side by side on each, ``threads`` on each batch;
-    ``token_budget`` padded tokens in a batch of texts; ``io_binding``: into kept buffers."""
+    ``token_budget`` padded tokens in a batch of texts; ``io_binding``: into kept buffers; ``fused``: the graph is."""
 
     sessions: int
     lanes: int
     threads: int
     token_budget: int
     io_binding: bool
+    fused: bool = False
 
     def __str__(self) -> str:
         spread = f"{self.sessions} sessions × {self.lanes} lanes × {self.threads} threads"
-        return f"{spread}, {self.token_budget} tokens, {'kept' if self.io_binding else 'new'} buffers"
+        buffers = "kept" if self.io_binding else "new"
+        return f"{spread}, {self.token_budget} tokens, {buffers} buffers, {'fused' if self.fused else 'raw'} graph"
 
     @classmethod
     def default(cls, options: OnnxOptions, cores: int, *, on_cpu: bool) -> Layout:
@@ -39,7 +41,7 @@ class Layout:
         lanes = max(1, cores // (threads * sessions)) if on_cpu else 1
         budget = options.token_budget or (CPU_TOKENS if on_cpu else GPU_TOKENS)
         binding = options.io_binding if options.io_binding is not None else not on_cpu
-        return cls(sessions, options.lanes or lanes, threads, budget, binding)
+        return cls(sessions, options.lanes or lanes, threads, budget, binding, bool(options.fused))
 
     @classmethod
     def from_json(cls, value: Any) -> Layout:
@@ -47,14 +49,14 @@ class Layout:
         numbers = {name: int(value[name]) for name in ("sessions", "lanes", "threads", "token_budget")}
         if min(numbers.values()) < 1:
             raise ValueError(f"not a layout: {value!r}")
-        return cls(**numbers, io_binding=bool(value["io_binding"]))
+        return cls(**numbers, io_binding=bool(value["io_binding"]), fused=bool(value["fused"]))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def obeying(self, options: OnnxOptions) -> Layout:
         """The same with what the options fix."""
-        names = ("sessions", "lanes", "threads", "token_budget", "io_binding")
+        names = ("sessions", "lanes", "threads", "token_budget", "io_binding", "fused")
         return replace(self, **{n: v for n in names if (v := getattr(options, n)) is not None})
 
 
@@ -95,3 +97,9 @@ def bindings(base: Layout, options: OnnxOptions) -> Iterator[Layout]:
     """The same layout with the buffers handled the other way."""
     if options.io_binding is None:
         yield replace(base, io_binding=not base.io_binding)
+
+
+def fusions(base: Layout, options: OnnxOptions) -> Iterator[Layout]:
+    """The same layout of the other form of the graph."""
+    if options.fused is None:
+        yield replace(base, fused=not base.fused)

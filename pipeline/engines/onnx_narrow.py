@@ -2,7 +2,7 @@
 
 A column carries them in the next wider type that holds each of their values exactly (``CARRIERS``). Their numpy types
 come from the package ``ml_dtypes``, which ``onnx`` brings. ONNX Runtime's binding takes and gives them by address only;
-it keeps types below eight bits packed, the first element in the lowest bits.
+it keeps types below eight bits packed, the first element in the lowest bits, and strings need a detour.
 """
 
 from __future__ import annotations
@@ -90,8 +90,34 @@ def is_float(dtype: np.dtype[Any]) -> bool:
     return carrier(dtype).kind == "f"
 
 
+def is_narrow_type(name: str) -> bool:
+    """Whether ONNX Runtime's name of a value's type, such as ``tensor(bfloat16)``, is one of this module's."""
+    return name.removeprefix("tensor(").removesuffix(")") in CARRIERS
+
+
+def strings(array: Array) -> Any:
+    """An ``OrtValue`` of strings. The binding makes none from numpy: this one is the constant of a small graph."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    constant = helper.make_tensor("s", TensorProto.STRING, array.shape, [text.encode() for text in array.reshape(-1)])
+    output = helper.make_tensor_value_info("t", TensorProto.STRING, array.shape)
+    graph = helper.make_graph([helper.make_node("Identity", ["s"], ["t"])], "strings", [], [output], [constant])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    binding.bind_output("t", "cpu")
+    session.run_with_iobinding(binding)
+    return binding.get_outputs()[0]
+
+
 def bind(binding: Any, name: str, array: Array) -> None:
     """Bind a host array as the input ``name`` of an ``IOBinding``; the binding keeps the memory alive."""
+    if array.dtype == np.object_:
+        binding.bind_ortvalue_input(name, strings(array))
+        return
     if not is_narrow(array.dtype):
         binding.bind_cpu_input(name, array)
         return

@@ -32,6 +32,12 @@ class OnnxOptions(BaseModel):
     """Threads that share the work of each batch (``intra_op_num_threads`` is another name for it)."""
     io_binding: StrictBool | None = None
     """Texts: run into kept input and output buffers instead of new ones."""
+    fused: StrictBool | None = None
+    """Texts: run the graph with attention and normalizations as single operators, if ONNX Runtime's optimizer can make
+    it so and its results stay the same; ``None``: where it is measured to be faster."""
+    keep_optimized: StrictBool = True
+    """On CPU, keep the graph as ONNX Runtime optimized it, and its packed weights, in the cache (up to twice the
+    model's size): it loads in less than half of the time, and all sessions on a machine share the memory."""
     autotune: StrictBool = True
     """Measure the first large window of rows in several layouts, and keep the fastest for what is ``None`` here."""
     token_budget: Annotated[StrictInt, Field(ge=1)] | None = None

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline.engines import onnx_narrow
 from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
-from pipeline.engines.onnx_graph import Dim, GraphValue, RowMode, Signature
+from pipeline.engines.onnx_graph import Dim, GraphValue, RowMode, Signature, fixed_batch
 from pipeline.engines.onnx_options import OnnxOptions
 from pipeline.engines.onnx_session import Array, Run, RunFailed, SessionPool
 from pipeline.engines.onnx_stream import Indices, Pack, Window, bisect, record_batch
@@ -57,7 +57,8 @@ class TensorModel:
         self._pool = pool
         self._notify = notify
         self._lock = threading.Lock()
-        self._max_batch = options.max_batch
+        self._fixed = fixed_batch(signature) if mode == "stack" else None
+        self._max_batch = min(options.max_batch, self._fixed or options.max_batch)
         self._sample: dict[str, Array] | None = None
         self.counts: Counter[str] = Counter()
         self.mode = mode
@@ -201,8 +202,12 @@ class TensorModel:
             stacked = tensors[value.name].gather(items).astype(value.dtype, copy=False)
             if self.mode == "whole" or (self.mode == "unit" and stacked.ndim == len(value.dims or ()) + 1):
                 stacked = stacked.reshape(stacked.shape[1:])  # of the one row
+            if self._fixed is not None and len(stacked) < self._fixed:
+                stacked = np.concatenate([stacked, np.repeat(stacked[-1:], self._fixed - len(stacked), axis=0)])
             feed[value.name] = stacked
         outputs = run(feed)
+        if self._fixed is not None:
+            outputs = [output[: len(items)] for output in outputs]  # what filled the batch up is no row
         self._count(runs=1)
         if self._sample is None and len(items) == 1:
             self._sample = {name: array.copy() for name, array in feed.items()}
@@ -233,6 +238,12 @@ class TensorModel:
             for at in (0, len(items) - 1):
                 alone = self._alone(run, tensors, items[at : at + 1])
                 fits = fits and all(_same(out[at : at + 1], one) for out, one in zip(outputs, alone, strict=True))
+        if not fits and self._fixed is not None:
+            raise InvalidJob(
+                f"rows change each other's result in the graph's batches of {self._fixed}; set it to 'whole', and let "
+                "each row hold a whole input",
+                field="engine_options.row_mode",
+            )
         with self._lock:
             told = self.stacks is False
             self.stacks = fits and self.stacks is not False

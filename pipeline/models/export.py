@@ -8,7 +8,6 @@ used.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.metadata
 import importlib.util
 import inspect
@@ -16,8 +15,6 @@ import json
 import logging
 import os
 import re
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -26,6 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pipeline.models import cache_entry
 from storage.errors import EngineMissing, InvalidModel
 
 Kind = Literal["encoder", "classifier"]
@@ -108,29 +106,13 @@ def exported(
         + f"-v{LAYOUT}"
     )
     final = home / key
-    if (final / REPORT).is_file():
-        return _read(final)
-    home.mkdir(parents=True, exist_ok=True)
-    with _only_one(home / f".{key}.lock") as alone:
-        if (final / REPORT).is_file():
-            return _read(final)
-        if alone:  # so these belong to a process that died
-            for left in home.glob(f".{key}.*.tmp"):
-                shutil.rmtree(left, ignore_errors=True)
+
+    def make(work: Path) -> None:
         notify(f"exporting {name or folder.name} to ONNX (once; cached at {final})")
-        work = Path(tempfile.mkdtemp(prefix=f".{key}.", suffix=".tmp", dir=home))
-        try:
-            _export(folder, kind, work, versions, convert_tokenizer=tokenizer)
-            if final.exists() and not (final / REPORT).is_file():
-                shutil.rmtree(final)  # half deleted
-            try:
-                work.rename(final)
-            except OSError:
-                if not (final / REPORT).is_file():  # otherwise another process was faster
-                    raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    return _read(final, from_cache=False)
+        _export(folder, kind, work, versions, convert_tokenizer=tokenizer)
+
+    made = cache_entry.made_once(final, REPORT, make)
+    return _read(final, from_cache=not made)
 
 
 def _read(entry: Path, *, from_cache: bool = True) -> Exported:
@@ -144,18 +126,6 @@ def _read(entry: Path, *, from_cache: bool = True) -> Exported:
         versions=report["versions"],
         from_cache=from_cache,
     )
-
-
-@contextlib.contextmanager
-def _only_one(path: Path) -> Iterator[bool]:
-    """Hold a lock between processes; yields false where the filesystem has none (then work may be done twice)."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-            return
-        yield True
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import pytest
 from onnx import helper
 
 from examples.tiny_encoder import build_classifier, build_encoder
-from pipeline.engines import onnx_session
+from pipeline.engines import onnx_runtime
 from pipeline.engines.base import EngineContext
 from pipeline.engines.onnx import OnnxEngine
 from pipeline.models import export
@@ -162,19 +162,19 @@ def test_without_torch_the_user_is_told_what_to_install(
 
 
 def test_onnxruntime_missing_or_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_session, "installed", tuple)
+    monkeypatch.setattr(onnx_runtime, "installed", tuple)
     with pytest.raises(EngineMissing, match=r"not installed; install rowmill\[onnx\]"):
-        onnx_session.import_runtime()
-    monkeypatch.setattr(onnx_session, "installed", lambda: ("onnxruntime 1.31.0", "onnxruntime-gpu 1.31.0"))
+        onnx_runtime.import_runtime()
+    monkeypatch.setattr(onnx_runtime, "installed", lambda: ("onnxruntime 1.31.0", "onnxruntime-gpu 1.31.0"))
     with pytest.raises(EngineMissing, match="are both installed"):
-        onnx_session.import_runtime()
+        onnx_runtime.import_runtime()
 
 
 def test_telemetry_is_off_in_a_fresh_process() -> None:
     code = """
 import os
 os.environ.pop("ORT_DISABLE_TELEMETRY", None)
-from pipeline.engines.onnx_session import import_runtime
+from pipeline.engines.onnx_runtime import import_runtime
 import_runtime()
 print(os.environ["ORT_DISABLE_TELEMETRY"])
 del os.environ["ORT_DISABLE_TELEMETRY"]
