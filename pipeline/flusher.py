@@ -105,7 +105,10 @@ class Flusher:
     def _settle(self) -> None:
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            part = pending.result()
+            try:
+                part = pending.result()
+            finally:
+                del pending  # its error holds this frame: a ring that would keep the caller's engine call open
             self.parts.append(part)
             self.rows_flushed += len(part.rows)
 

@@ -13,6 +13,7 @@ import uuid_utils
 
 from pipeline.engines.base import EngineContext
 from pipeline.engines.pool import EnginePool
+from pipeline.isolation import Isolation
 from pipeline.permissions import RowFiles
 from pipeline.settings import Settings
 from storage import workers
@@ -27,6 +28,7 @@ class Runtime:
     """Made by :func:`start`, ended by :meth:`close`. ``notify`` tells the user something worth a line.
 
     ``unflushed`` counts, by shard id, the rows that this process has finished and not yet flushed: for progress only.
+    ``isolation`` lets one of the shards in flight run alone.
     """
 
     settings: Settings
@@ -36,6 +38,7 @@ class Runtime:
     worker: Worker
     notify: Callable[[str], None] = field(default=lambda message: None)
     unflushed: dict[str, int] = field(default_factory=dict)
+    isolation: Isolation = field(default_factory=Isolation)
 
     @property
     def actor(self) -> str:

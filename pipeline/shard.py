@@ -33,6 +33,7 @@ from pipeline.row_errors import RowErrorCode
 from pipeline.runtime import Runtime
 from storage import failpoints, locations, parquet, shards
 from storage.errors import (
+    Blame,
     CommitUnknown,
     CorruptFile,
     EngineDead,
@@ -52,6 +53,10 @@ class _DiedRunning(EngineDead):
     """The engine died under rows (not while it was loaded): one of them may be the cause."""
 
 
+class _DiedUnderOthers(EngineDead):
+    """The engine died while no row of this shard was in it, or was closed on purpose."""
+
+
 def execute(runtime: Runtime, claim: Claim, keeper: LeaseKeeper, interrupt: Cancellation) -> None:
     """Take a claimed shard to the end of its attempt, whatever happens: committed, failed, released or cancelled.
 
@@ -66,6 +71,10 @@ def execute(runtime: Runtime, claim: Claim, keeper: LeaseKeeper, interrupt: Canc
         log.warning("%s", lost)
         with suppress(TransientError, CommitUnknown):
             shards.supersede(runtime.database, claim)
+    except _DiedUnderOthers as error:
+        lost = str(error)
+        log.warning("shard %s goes back, and is not counted as failed: %s", claim.shard.id, lost)
+        _report(lambda: shards.release(runtime.database, claim, error=lost))
     except (InputChanged, InvalidJob) as error:
         reason = str(error)
         _report(lambda: shards.fail_job(runtime.database, claim, reason))
@@ -110,7 +119,12 @@ def _attempt(runtime: Runtime, claim: Claim, cancel: Cancellation) -> None:
             run_shard(runtime, claim, engine, spec, plan, cancel, loading)
         except EngineDead as error:
             runtime.engines.discard(engine)
-            raise _DiedRunning(str(error)) from error
+            match error.blame:
+                case Blame.OWN:
+                    raise _DiedRunning(str(error)) from error
+                case Blame.OTHERS:
+                    raise _DiedUnderOthers(str(error)) from error
+            raise
 
 
 def run_shard(
@@ -139,24 +153,41 @@ def run_shard(
     with (
         Flusher(runtime, claim, directory, schema) as flusher,
         profiling.recording(runtime.store, claim, engine, wanted=spec.profile) as profile,
+        closing(runtime.isolation.turn(cancel)) as place,
     ):
+
+        def take(results: Iterator[ResultBatch]) -> None:
+            # Closed here and now when a flush fails: what it has inside the engine must not go on.
+            with closing(results):  # type: ignore[type-var]
+                for batch in measures.waiting(results):
+                    measures.add(batch.measured)
+                    if not len(batch.rows) and not batch.failures:
+                        continue
+                    rows, failed = ledger.settle(batch)
+                    flusher.add(batch, rows, failed)
+
+        def infer(rows: BitMap, stop: Cancellation) -> None:
+            take(_infer(runtime, claim, profile.engine, spec, plan, rows, stop, measures))
+
         for turn in rounds(claim.todo, searching=searching, suspect=shard.suspect):
-            if cancel.cancelled:
+            # Before anything is noted: the rows that are, were alone.
+            if cancel.cancelled or (turn.kind is Kind.ALONE and not place.alone()):
                 break
             if searching:
                 alone = turn.rows if turn.kind is Kind.ALONE else None
                 patiently(lambda rows=alone: shards.isolate(runtime.database, claim, rows))  # type: ignore[misc]
-            results = (
-                _poisoned(turn.rows)
-                if turn.kind is Kind.POISON
-                else _infer(runtime, claim, profile.engine, spec, plan, turn.rows, cancel, measures)
-            )
-            for batch in measures.waiting(results):
-                measures.add(batch.measured)
-                if not len(batch.rows) and not batch.failures:
-                    continue
-                rows, failed = ledger.settle(batch)
-                flusher.add(batch, rows, failed)
+            if turn.kind is Kind.POISON:
+                take(_poisoned(turn.rows))
+            elif turn.kind is Kind.ALONE:
+                infer(turn.rows, cancel)
+            else:
+                place.close()
+                while (left := turn.rows & ledger.pending) and not cancel.cancelled:
+                    with place.together() as stop:
+                        infer(left, stop)
+                        if not stop.cancelled:
+                            break
+                        flusher.drain()
             if searching:
                 flusher.drain()
         if cancel.reason == LEASE_LOST:

@@ -29,6 +29,8 @@
 
 from __future__ import annotations
 
+from enum import Enum
+
 
 class RowmillError(Exception):
     """Base of the tree. ``exit_code`` is what the command line ends with."""
@@ -141,8 +143,26 @@ class StorageFull(TransientError):
     """There is no space left where a file was to be written (or the quota is used up). Nothing was left behind."""
 
 
+class Blame(Enum):
+    """Whose rows may be the cause of an engine's death, as far as one call of it can say."""
+
+    OWN = "own"
+    """Rows of this call were inside the engine when it died."""
+    OTHERS = "others"
+    """Only rows of other calls were; or the engine was closed on purpose."""
+    NOBODY = "nobody"
+    """No row was inside."""
+
+
 class EngineDead(TransientError):
-    """The engine's process is gone. It has to be rebuilt before the retry."""
+    """The engine's process is gone. It has to be rebuilt before the retry.
+
+    ``blame`` says whether a row of the call that it is raised in may have killed it.
+    """
+
+    def __init__(self, message: str, *, blame: Blame = Blame.OWN) -> None:
+        super().__init__(message)
+        self.blame = blame
 
 
 class InputChanged(RowmillError):

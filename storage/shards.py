@@ -180,7 +180,7 @@ def fail(
 ) -> ShardState:
     """End the attempt as failed: ready again after ``delay`` seconds, or given up once ``max_failures`` are spent.
 
-    ``crash`` says that the engine died under it. While a poison row is searched for, that costs nothing.
+    ``crash`` says that the engine died under its rows. While a poison row is searched for, that costs nothing.
     """
     with database.write() as connection:
         job = locked_job(database, connection, claim.job.id)
@@ -200,6 +200,7 @@ def fail(
             error=error,
             run_after=now() + delay,
             data={"error": error, "failures": spent, "crashes": crashes},
+            **({} if crash else _as_found(claim, held)),
         )
         _end_attempt(connection, claim, AttemptState.FAILED, error=error, stats=dict(stats or {}))
         if target is ShardState.FAILED:
@@ -229,12 +230,22 @@ def fail_job(database: Database, claim: Claim, error: str) -> None:
         close_shard(connection, locked_job(database, connection, claim.job.id), claim.owner, dead=True)
 
 
-def release(database: Database, claim: Claim, *, stats: Mapping[str, Any] | None = None) -> None:
-    """Hand the shard back, flushed, at no cost to its budgets: the worker drains, or was interrupted."""
+def release(
+    database: Database, claim: Claim, *, stats: Mapping[str, Any] | None = None, error: str | None = None
+) -> None:
+    """Hand the shard back, flushed, at no cost to its budgets: the worker drains, was interrupted, or lost its engine
+    to the rows of another shard (``error``)."""
     with database.write() as connection:
         held = held_row(database, connection, claim)
-        move_shard(connection, held, ShardState.READY, claim.owner, data={"released": True})
-        _end_attempt(connection, claim, AttemptState.RELEASED, stats=dict(stats or {}))
+        values = _as_found(claim, held)
+        move_shard(connection, held, ShardState.READY, claim.owner, data={"released": True}, **values)
+        _end_attempt(connection, claim, AttemptState.RELEASED, stats=dict(stats or {}), error=error)
+
+
+def _as_found(claim: Claim, held: sa.Row[Any]) -> dict[str, Any]:
+    """Rows that were noted as running alone, and did not kill the engine, are no more suspect than before."""
+    before = claim.shard.suspect
+    return {} if held.suspect_bm is None else {"suspect_bm": None if before is None else pack(before)}
 
 
 def cancel(database: Database, claim: Claim, *, stats: Mapping[str, Any] | None = None) -> None:

@@ -24,7 +24,7 @@ from pipeline.job_spec import JobSpec, Task
 from pipeline.models.model import Model
 from pipeline.row_errors import RowErrorCode
 from pipeline.template import Template
-from storage.errors import InvalidInput, InvalidJob
+from storage.errors import Blame, EngineDead, InvalidInput, InvalidJob
 
 SHUFFLE_WINDOW = 4
 """Batches that may overtake each other under ``shuffle``."""
@@ -41,6 +41,7 @@ class FakeEngine:
         self._faults = fake_faults.Faults(self._options)
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
+        self._died: EngineDead | None = None
 
     @classmethod
     def check(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:
@@ -101,9 +102,16 @@ class FakeEngine:
     def _computed(self, spec: JobSpec, batches: Iterable[RowBatch], cancel: Cancellation) -> Iterator[ResultBatch]:
         compute = _Tensor(spec) if spec.task is Task.TENSOR else _Text(spec, self._options, self.result_schema(spec))
         for batch in batches:
+            self._check_alive(Blame.OTHERS)
             if not self._faults.before_batch(cancel):
                 return
-            texts, result = compute(batch, self._faults)
+            # It was inside while it waited.
+            self._check_alive(Blame.OWN)
+            try:
+                texts, result = compute(batch, self._faults)
+            except EngineDead as error:
+                self._died = error
+                raise
             self._faults.computed(len(batch.rows))
             with self._lock:
                 self._counts["rows"] += len(batch.rows)
@@ -120,6 +128,10 @@ class FakeEngine:
         doubled = _matching(batch, texts, self._options.double_row)
         if doubled:
             yield _without(result, set(batch.rows.tolist()) - doubled)
+
+    def _check_alive(self, blame: Blame) -> None:
+        if self._died is not None:
+            raise EngineDead(f"died under another call too: {self._died}", blame=blame)
 
     def stats(self) -> dict[str, Any]:
         """Rows and tokens since load."""

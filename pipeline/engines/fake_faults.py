@@ -40,7 +40,7 @@ class FakeOptions(BaseModel):
     fail_rows_matching: Text | None = None
     """Rows whose text contains this fail with ``engine_refused``."""
     die_on: Text | None = None
-    """The engine dies (``EngineDead``) on a batch with a row whose text contains this …"""
+    """The engine dies (``EngineDead``), for all its calls, on a batch with a row whose text contains this …"""
     die_times: Count = 1
     """… this many times."""
     transient_on: Text | None = None

@@ -32,7 +32,7 @@ from pipeline.engines.onnx_text import TextModel
 from pipeline.job_spec import JobSpec, Task
 from pipeline.models.export import Exported, exported
 from pipeline.models.model import Model
-from storage.errors import EngineDead, InvalidModel
+from storage.errors import Blame, EngineDead, InvalidModel
 
 
 class OnnxEngine:
@@ -170,7 +170,7 @@ class OnnxEngine:
     def infer(self, spec: JobSpec, batches: Iterable[RowBatch], cancel: Cancellation) -> Iterator[ResultBatch]:
         """See :meth:`pipeline.engines.base.Engine.infer`. Rows come out by batch, longest texts of a window first."""
         if self._pool is None or self._closed:
-            raise EngineDead("the ONNX Runtime engine is not loaded, or was closed")
+            raise EngineDead("the ONNX Runtime engine is not loaded, or was closed", blame=Blame.OTHERS)
         self._pool.check_process()
         return self._infer(self._prepared(spec, batches), cancel)
 
@@ -248,7 +248,7 @@ class OnnxEngine:
         ``None`` when there is nothing to measure: no row can be run, or the options fix everything.
         """
         if self._pool is None or self._closed:
-            raise EngineDead("the ONNX Runtime engine is not loaded, or was closed")
+            raise EngineDead("the ONNX Runtime engine is not loaded, or was closed", blame=Blame.OTHERS)
         # Of texts, the first window; of tensors, what was given.
         windows = list(islice(self._prepared(spec, batches), 1 if self._text is not None else None))
         if not windows or self._layout_from == "options":
@@ -260,7 +260,7 @@ class OnnxEngine:
     def feeds(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[Feed]:
         """What the graph is fed for these rows, batch by batch: graph input → array. For calibration."""
         if self._pool is None or self._closed:
-            raise EngineDead("the ONNX Runtime engine is not loaded, or was closed")
+            raise EngineDead("the ONNX Runtime engine is not loaded, or was closed", blame=Blame.OTHERS)
         return feeds(self._prepared(spec, batches), self._pool)
 
     def profiled(self, folder: Path) -> OnnxEngine:

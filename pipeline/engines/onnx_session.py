@@ -35,7 +35,7 @@ from pipeline.engines.onnx_runtime import (
     refused_with,
     wanted_providers,
 )
-from storage.errors import EngineDead, EngineMissing
+from storage.errors import Blame, EngineDead, EngineMissing
 
 T = TypeVar("T")
 
@@ -172,7 +172,7 @@ class SessionPool:
         try:
             return self._threads.submit(job)
         except RuntimeError as error:
-            raise EngineDead("the ONNX Runtime engine was closed") from error
+            raise EngineDead("the ONNX Runtime engine was closed", blame=Blame.OTHERS) from error
 
     def _end_profile(self, most: int) -> None:
         """Have the traces written after ``most`` pieces of work: a trace takes some 100 kB for each."""

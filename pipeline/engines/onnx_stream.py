@@ -23,7 +23,7 @@ from pipeline.engines.base import Cancellation, ResultBatch, RowBatch, RowFailur
 from pipeline.engines.onnx_lane import Call, Run, RunFailed, RunTimedOut, Stopped
 from pipeline.engines.onnx_session import SessionPool
 from pipeline.row_errors import MESSAGE_LIMIT, RowErrorCode
-from storage.errors import EngineDead
+from storage.errors import Blame, EngineDead
 
 Indices = npt.NDArray[np.int64]
 T = TypeVar("T")
@@ -150,7 +150,7 @@ def _result(future: Future[ResultBatch]) -> ResultBatch:
     try:
         return future.result()
     except concurrent.futures.CancelledError:
-        raise EngineDead("the ONNX Runtime engine was closed while it computed") from None
+        raise EngineDead("the ONNX Runtime engine was closed while it computed", blame=Blame.OTHERS) from None
     except Stopped:  # by a cancellation whose wake-up is still in the queue
         return ResultBatch(np.empty(0, np.int64), None)
 

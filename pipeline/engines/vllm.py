@@ -33,7 +33,7 @@ from pipeline.engines.vllm_window import Window
 from pipeline.job_spec import JobSpec, Task
 from pipeline.models.model import Model
 from pipeline.ordering import Backlog, Lengths
-from storage.errors import EngineDead, EngineMissing, InvalidJob, InvalidModel
+from storage.errors import Blame, EngineDead, EngineMissing, InvalidJob, InvalidModel
 
 CHUNK = 64
 """Most rows that are rendered and tokenized at a time."""
@@ -241,7 +241,7 @@ class VllmEngine:
 
     def _loaded(self) -> RunningVllm:
         if self._running is None:
-            raise EngineDead("the vLLM engine is not loaded")
+            raise EngineDead("the vLLM engine is not loaded", blame=Blame.OTHERS)
         return self._running
 
     def _sized(self, running: RunningVllm) -> Window:

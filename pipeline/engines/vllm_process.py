@@ -24,7 +24,7 @@ import psutil
 from pipeline.engines import vllm_child
 from pipeline.engines.guardian import Guardian
 from pipeline.engines.vllm_gauges import Gauges
-from storage.errors import EngineDead, EngineMissing, InvalidJob, InvalidModel, RowmillError, TransientError
+from storage.errors import Blame, EngineDead, EngineMissing, InvalidJob, InvalidModel, RowmillError, TransientError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -197,6 +197,9 @@ class RunningVllm:
         self._reported = threading.Event()
         self._stopped = False
         self._when_stopped: set[Callable[[], None]] = set()
+        self.inside = 0
+        """Requests of all calls that are inside. Counted by the calls, in the loop's thread."""
+        self._died_with_rows = False
         self.llm: Any = None
         self.config: Any = None
         self.supported_tasks: tuple[str, ...] = ()
@@ -249,14 +252,19 @@ class RunningVllm:
         if stopped:
             callback()
 
-    def death(self) -> EngineDead:
-        """The error to raise when the engine has died: with its reason, as far as it left one."""
+    def death(self, *, own: bool = False) -> EngineDead:
+        """The error to raise when the engine has died: with its reason, as far as it left one.
+
+        ``own``: requests of the call that raises it are inside.
+        """
+        self._died_with_rows = self._died_with_rows or own or self.inside > 0
+        blame = Blame.OWN if own else Blame.OTHERS if self._died_with_rows else Blame.NOBODY
         if self._stuck:
-            return EngineDead(f"vLLM's engine took no step for {self._stall_seconds:g} s, and was ended")
+            return EngineDead(f"vLLM's engine took no step for {self._stall_seconds:g} s, and was ended", blame=blame)
         self._output.wait_for_end(1.0)
         reason = self._output.reason()
         detail = f"{reason[0]}: {reason[1]}" if reason else "killed, perhaps for want of memory"
-        return EngineDead(f"vLLM's engine process has ended ({detail})")
+        return EngineDead(f"vLLM's engine process has ended ({detail})", blame=blame)
 
     def stop(self) -> None:
         """End the processes and the loop. Safe to call twice, and after a failed start."""

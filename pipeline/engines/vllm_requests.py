@@ -23,7 +23,7 @@ from pipeline.engines.vllm_prompts import Prompt
 from pipeline.engines.vllm_window import Window
 from pipeline.ordering import Backlog, Lengths
 from pipeline.row_errors import MESSAGE_LIMIT, RowErrorCode
-from storage.errors import EngineDead, RowError, TransientError
+from storage.errors import Blame, EngineDead, RowError, TransientError
 
 TOKEN_BYTES = array("i").itemsize
 BYTES_PER_TOKEN = 16
@@ -124,6 +124,7 @@ class Requests:
         self._first_at: float | None = None
         # In the engine's loop only:
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._inside = 0
         self._fresh: list[tuple[Prompt, Outcome]] = []
         self._aborting: asyncio.Task[None] | None = None
         engine.when_stopped(self._abandon)
@@ -266,7 +267,8 @@ class Requests:
     def _abandon(self) -> None:
         """The engine is being closed under this call."""
         with self._changed:
-            self._error = self._error or EngineDead("the vLLM engine was closed while rows were in it")
+            closed = EngineDead("the vLLM engine was closed while rows were in it", blame=Blame.OTHERS)
+            self._error = self._error or closed
             self._tell()
 
     def _in_loop(self, callback: Callable[..., None], *args: Any) -> None:
@@ -286,11 +288,15 @@ class Requests:
         from vllm.exceptions import GracefulHTTPError, VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        entered = 0
         try:
             prepared: Any = {"type": "token", "prompt_token_ids": prompt.tokens}
             if prompt.make is not None:
                 prepared = await self._engine.loop.run_in_executor(None, prompt.make)
             params = self._params if prompt.params is None else prompt.params.sampling
+            # Into an engine that is known to be dead nothing goes: this row has not killed it.
+            entered = int(not self._engine.dead)
+            self._count(entered)
             queue = await self._engine.llm.add_request(name, prepared, params, lora_request=prompt.adapter)
             output = await queue.get()
         except RowError as error:
@@ -298,18 +304,26 @@ class Requests:
         except (VLLMClientError, ValueError, TypeError) as error:
             self._finish(prompt, RowFailure(prompt.row, RowErrorCode.ENGINE_REFUSED, first_lines(error, MESSAGE_LIMIT)))
         except EngineDeadError:
-            self._fail(self._engine.death)
+            self._fail(self._death)
         except GracefulHTTPError as error:
             refusal = TransientError(f"vLLM takes no more requests: {first_lines(error)}")
             self._fail(lambda: refusal)
         except Exception as error:
             # Not a row's fault, and not one that is known: it ends the call, as itself.
             unknown = error
-            self._fail(self._engine.death if self._engine.dead else lambda: unknown)
+            self._fail(self._death if self._engine.dead else lambda: unknown)
         else:
             self._finish(prompt, Finished(prompt, output))
         finally:
+            self._count(-entered)
             self._tasks.pop(name, None)
+
+    def _count(self, entered: int) -> None:
+        self._inside += entered
+        self._engine.inside += entered
+
+    def _death(self) -> EngineDead:
+        return self._engine.death(own=self._inside > 0)
 
     def _finish(self, prompt: Prompt, outcome: Outcome) -> None:
         self._fresh.append((prompt, outcome))

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from storage.states import AttemptState, JobState
+from pipeline.engines.base import ResultBatch
+from pipeline.engines.fake import FakeEngine
+from pipeline.worker import Worker
+from storage import failpoints
+from storage.states import TERMINAL_JOB, AttemptState, JobState
 from tests.faults.conftest import make_settings
-from tests.faults.driver import KILLED, World
+from tests.faults.driver import DEADLINE, KILLED, World, arm_all, wait_until
 from tests.faults.sabotage import work
 
 
@@ -58,3 +66,95 @@ def test_24_a_row_that_kills_the_process(small_world: World) -> None:
     check(world, job.id, {3})
     states = world.attempt_states(job.id)
     assert states == [AttemptState.LOST] * deaths + [AttemptState.SUCCEEDED]
+
+
+def test_24_the_rows_of_another_shard_on_the_same_engine_are_innocent(world: World) -> None:
+    """Fault 24: two shards share the engine, and each death ends both attempts. Only the row that kills it is failed."""
+    options = {"die_on": "number 00003", "die_times": 10_000, "delay_ms_per_batch": 2}
+    job = world.submit(shard_rows=100, engine_options=options)
+    with_two_slots(world, job)
+    check(world, job, {3})
+    deaths: Counter[str] = Counter()
+    for attempt in world.attempts(job):
+        deaths[attempt.shard_id] += attempt.state is AttemptState.FAILED
+    # Its own rows were inside as well, until one of the two was searched: three times at most, and never again.
+    guilty, innocent = sorted(deaths.values(), reverse=True)
+    assert innocent <= 3 < guilty
+
+
+def test_24_a_search_that_is_interrupted_accuses_nobody(small_world: World) -> None:
+    """Fault 24: rows that run alone while the worker drains have not killed anything."""
+    world = small_world
+    gate = world.home / "gate"
+    # The third death begins the search; its first row alone waits at the gate.
+    options = {"die_on": "text", "die_times": 3, "gate_file": str(gate)}
+    job = world.submit(shard_rows=8, engine_options=options)
+    gate.touch()
+    worker = Worker(world.settings)
+
+    def crashes() -> int:
+        worker.run("fake")  # nothing, while the shard waits after a failure
+        [shard] = world.rows("shard", job_id=job)
+        return int(shard.n_crash)
+
+    wait_until(lambda: crashes() == 3, "three deaths")
+    gate.unlink()
+    attempt = threading.Thread(target=worker.run, args=("fake",))
+    attempt.start()
+    wait_until(lambda: [s for s in world.rows("shard", job_id=job) if s.suspect_bm], "a row alone")
+    worker.flush()
+    attempt.join()
+    worker.close()
+    [shard] = world.rows("shard", job_id=job)
+    assert (shard.n_crash, shard.suspect_bm) == (3, None)
+    gate.touch()
+    work(world, job)
+    check(world, job, set())
+
+
+def with_two_slots(world: World, job_id: str) -> None:
+    """Be a worker with two slots until the job has ended."""
+    worker = Worker(world.settings)
+
+    def slot() -> None:
+        while world.job(job_id).state not in TERMINAL_JOB:
+            worker.run("fake")
+            worker.finalize()
+
+    slots = [threading.Thread(target=slot) for _ in range(2)]
+    try:
+        for each in slots:
+            each.start()
+        for each in slots:
+            each.join(DEADLINE)
+            assert not each.is_alive()
+    finally:
+        worker.close()
+
+
+def test_24_what_a_failed_flush_leaves_in_the_engine_ends_with_the_attempt(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 24: the call of the engine is closed there and then, and not when the garbage is collected."""
+    job = world.submit(engine_options={"delay_ms_per_batch": 1})
+    closed: list[str] = []
+    infer = FakeEngine.infer
+
+    def watched(*args: Any) -> Iterator[ResultBatch]:
+        try:
+            yield from infer(*args)
+        finally:
+            closed.append(threading.current_thread().name)
+
+    monkeypatch.setattr(FakeEngine, "infer", watched)
+    worker = Worker(world.settings)
+    gc.disable()
+    try:
+        arm_all({"flush.stored": "transient@2"})
+        worker.run("fake")
+        assert closed == [threading.current_thread().name]
+        assert world.attempt_states(job) == [AttemptState.FAILED]
+    finally:
+        gc.enable()
+        failpoints.disarm()
+        worker.close()
