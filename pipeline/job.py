@@ -146,7 +146,7 @@ def _done_before(runtime: Runtime, spec: JobSpec, model: Model) -> Job | None:
 
 def model_and_engine(runtime: Runtime, spec: JobSpec) -> tuple[Model, str]:
     """The model, and the name of the engine that will run it; loads neither. Raises :class:`InvalidJob` and its kin."""
-    permissions.check(spec, runtime.settings.custom_op_paths)
+    permissions.check(spec, runtime.settings)
     model = resolve(spec.model, runtime.settings.cache_dir)
     engine = routing.choose(spec.task, spec.engine, model)
     kind = registry.engine_class(engine)

@@ -1,12 +1,15 @@
-"""What the operator allows beyond a job's own input and model: files that rows name, libraries that graphs need."""
+"""What the operator allows beyond a job's own input and model: files that rows name, libraries that graphs need, engine
+options that run code."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.engines import vllm_permissions
 from pipeline.engines.onnx_custom_ops import libraries
 from pipeline.job_spec import JobSpec
+from pipeline.settings import Settings
 from storage.errors import InvalidInput, RowmillError, TransientError
 from storage.locations import normalize, protocol
 from storage.objects import ObjectStore
@@ -62,9 +65,20 @@ class RowFiles:
         return path
 
 
-def check(spec: JobSpec, custom_op_paths: Sequence[Path]) -> None:
-    """Refuse a job that asks for libraries which the operator has not allowed, before anything is stored.
+def engine_options(settings: Settings) -> frozenset[str]:
+    """The engine options that need to be allowed, and are. On one's own machine, without a broker, jobs may name its
+    directories."""
+    own = () if settings.broker_url is not None else vllm_permissions.PLACES
+    return frozenset(settings.allowed_engine_options).union(own)
+
+
+def check(spec: JobSpec, settings: Settings) -> None:
+    """Refuse a job that asks for what the operator has not allowed, before anything is stored.
 
     Raises :class:`~storage.errors.InvalidJob`.
     """
-    libraries(spec.engine_options.get("custom_ops"), custom_op_paths)
+    allowed = engine_options(settings)
+    libraries(spec.engine_options.get("custom_ops"), settings.custom_op_paths)
+    vllm_permissions.check(spec.engine_options, allowed)
+    if spec.adapters and "adapters" not in allowed:
+        raise vllm_permissions.refusal("adapters", vllm_permissions.PLACES["adapters"], "adapters")

@@ -14,7 +14,7 @@ import uuid_utils
 from pipeline.engines.base import EngineContext
 from pipeline.engines.pool import EnginePool
 from pipeline.isolation import Isolation
-from pipeline.permissions import RowFiles
+from pipeline.permissions import RowFiles, engine_options
 from pipeline.settings import Settings
 from storage import workers
 from storage.database import Database
@@ -91,6 +91,7 @@ def start(
                 settings.custom_op_paths,
                 settings.order_rows,
                 settings.order_bytes,
+                engine_options(settings),
             ),
             settings.max_engines,
             settings.engine_memory_bytes,

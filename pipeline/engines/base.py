@@ -7,7 +7,7 @@ indices its rows have within the shard; results come back in any order, keyed by
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -106,8 +106,8 @@ class Cancellation:
 class EngineContext:
     """What an engine gets from its host: where to cache exported and compiled models, how to tell the user, how to read
     a file that a row names (raises :class:`~storage.errors.InvalidInput` for one that the operator does not allow),
-    which libraries of custom operators may be loaded, and how many rows, in how many bytes of memory, it may gather to
-    put them in order."""
+    which libraries of custom operators may be loaded, how many rows, in how many bytes of memory, it may gather to put
+    them in order, and which of the engine options that the operator has to allow are allowed."""
 
     cache_dir: Path
     notify: Callable[[str], None] = field(default=lambda message: None)
@@ -115,6 +115,7 @@ class EngineContext:
     custom_op_paths: tuple[Path, ...] = ()
     order_rows: int = 16_384
     order_bytes: int = 256 * 2**20
+    allowed_engine_options: Collection[str] = ()
 
 
 class Engine(Protocol):

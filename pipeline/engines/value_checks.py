@@ -9,12 +9,16 @@ from typing import Any
 
 from storage.errors import InvalidJob
 
+MOST = 2**63 - 1
+"""The largest whole number that crosses to an engine: they are 64 bits wide there."""
+
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and -MOST <= value <= MOST
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """A finite number, whole ones of 64 bits at most."""
     return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
@@ -30,7 +34,7 @@ Check = tuple[str, Callable[[Any], bool]]
 """What the value must be, in words, and the test."""
 
 INT: Check = ("a whole number", _is_int)
-NUMBER: Check = ("a number", _is_number)
+NUMBER: Check = ("a number", is_number)
 FLAG: Check = ("true or false", lambda value: isinstance(value, bool))
 TEXT: Check = ("text", _is_text)
 TEXTS: Check = ("a list of non-empty texts", _list_of(lambda item: isinstance(item, str) and item != ""))
@@ -44,7 +48,7 @@ TOKEN_BIAS: Check = (
     "a mapping of token ids to numbers",
     lambda value: (
         isinstance(value, Mapping)
-        and all((_is_int(k) or (isinstance(k, str) and k.isdecimal())) and _is_number(v) for k, v in value.items())
+        and all((_is_int(k) or (isinstance(k, str) and k.isdecimal())) and is_number(v) for k, v in value.items())
     ),
 )
 
@@ -54,7 +58,7 @@ def at_least(least: int, kind: Check = INT) -> Check:
 
 
 def within(words: str, test: Callable[[float], bool]) -> Check:
-    return f"a number {words}", lambda value: _is_number(value) and test(value)
+    return f"a number {words}", lambda value: is_number(value) and test(value)
 
 
 def or_none(check: Check) -> Check:
@@ -70,5 +74,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
 
 def refuse_wrong(field: str, check: Check, value: Any) -> None:
     words, test = check
+    if isinstance(value, int) and not -MOST <= value <= MOST:
+        raise InvalidJob(f"must be {words}, of at most 64 bits", field=field)
     if not test(value):
         raise InvalidJob(f"must be {words}, not {value!r}", field=field)

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from pipeline.engines import vllm_adapters, vllm_pooling
+from pipeline.engines import vllm_adapters, vllm_chat_template, vllm_permissions, vllm_pooling
 from pipeline.engines.answer_fields import fields_of
 from pipeline.engines.base import Cancellation, EngineContext, ResultBatch, RowBatch, RowFailure
 from pipeline.engines.sampling import check_sampling
@@ -91,6 +91,7 @@ class VllmEngine:
         if "pooler_config" in spec.engine_options:
             raise InvalidJob(f"not a job's to set: {spec.task} does not pool", field="engine_options.pooler_config")
         vllm_adapters.check(spec)
+        vllm_chat_template.check(spec.chat_template_kwargs)
         return check_columns(spec, schema)
 
     def load(self) -> None:
@@ -106,6 +107,8 @@ class VllmEngine:
                 ) from None
             raise EngineMissing(f"vLLM is installed but cannot be imported: {error}", field="engine") from error
         check_engine_options(self._options)
+        # Again, because this may be another host than the one that took the job.
+        vllm_permissions.check(self._options, self._context.allowed_engine_options)
         # The build for CPUs goes by another name in the package index, but by the same one here.
         self._versions = {"vllm": vllm.__version__, **{name: importlib.metadata.version(name) for name in BESIDE}}
         self._context.notify(f"loading {self._model.name} into vLLM {vllm.__version__}")
@@ -343,7 +346,8 @@ def _check_model(model: Model, options: Mapping[str, Any], *, pools: bool) -> No
         )
     if model.config.get("is_encoder_decoder"):
         raise refuse(f"is a {kind} with an encoder and a decoder; engine 'vllm' runs decoder-only language models")
-    if "load_format" not in options and model.path.is_dir() and not any(model.path.glob("*.safetensors")):
+    chosen = options.get("load_format", "auto") != "auto"
+    if not chosen and model.path.is_dir() and not any(model.path.glob("*.safetensors")):
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in model.path.glob(pattern))
         if pickles:
             raise refuse(f"has pickled weights only ({pickles[0]}), which can run code; convert them to safetensors")

@@ -145,13 +145,21 @@ def _message(index: int, message: Any) -> dict[str, Any]:
     if role not in ROLES:
         raise refuse(f"role must be one of {', '.join(ROLES)}, not {role!r}")
     if isinstance(content, list):
-        # Parts other than text name images and sounds to fetch, which a row must not make this machine do.
-        for part in content:
-            if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-                raise refuse("content parts other than text are not supported")
+        # Anything else in a part may name a file or an address to fetch, which a row must not make this machine do:
+        # vLLM looks for its kind by every key that it has, whatever ``type`` says.
+        found["content"] = [_text_part(part, refuse) for part in content]
     elif not isinstance(content, str) and not (content is None and found.get("tool_calls")):
         raise refuse("content must be text")
     return found
+
+
+def _text_part(part: Any, refuse: Callable[[str], RowError]) -> dict[str, str]:
+    if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise refuse("content parts other than text are not supported")
+    more = sorted(str(name) for name, item in part.items() if item is not None and name not in ("type", "text"))
+    if more:
+        raise refuse(f"a content part of text has type and text, and nothing else; this one has {', '.join(more)}")
+    return {"type": "text", "text": part["text"]}
 
 
 # ---- tokens --------------------------------------------------------------------------------------------------------

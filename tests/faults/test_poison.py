@@ -69,7 +69,7 @@ def test_24_a_row_that_kills_the_process(small_world: World) -> None:
 
 
 def test_24_the_rows_of_another_shard_on_the_same_engine_are_innocent(world: World) -> None:
-    """Fault 24: two shards share the engine, and each death ends both attempts. Only the row that kills it is failed."""
+    """Fault 24: two shards share the engine, each death ends both attempts. Only the row that kills it is failed."""
     options = {"die_on": "number 00003", "die_times": 10_000, "delay_ms_per_batch": 2}
     job = world.submit(shard_rows=100, engine_options=options)
     with_two_slots(world, job)
