@@ -9,23 +9,16 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NoReturn, Protocol
 
-from jsonschema import SchemaError, ValidationError
-from jsonschema.validators import Draft202012Validator, validator_for
-from referencing import Registry, Resource
-from referencing.exceptions import Unresolvable
-from referencing.jsonschema import DRAFT202012
-
+from pipeline.engines import json_schema
+from pipeline.engines.json_schema import LONGEST_REASON
 from pipeline.engines.value_checks import FLAG, TEXT, TEXTS, Check, refuse_wrong, unknown_name
 from storage.errors import InvalidJob
 
 FIELD = "sampling.structured_outputs"
-LONGEST_REASON = 300
-"""Characters of a validator's message that are passed on; it repeats the value."""
-
 _SCHEMA: Check = ("a JSON Schema", lambda value: isinstance(value, (str, dict)))
 KINDS: Mapping[str, Check] = MappingProxyType(
     {
@@ -59,50 +52,7 @@ def check(given: Mapping[str, Any], field: str = FIELD) -> None:
     if given.get("choice") == []:
         raise InvalidJob("must name at least one choice", field=f"{field}.choice")
     if kinds == ["json"]:
-        schema_of(given["json"], f"{field}.json")
-
-
-def schema_of(given: Any, field: str) -> dict[str, Any]:
-    """The JSON Schema, which may be given as text. Raises :class:`InvalidJob` when it is none."""
-    if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except (ValueError, RecursionError) as error:
-            raise InvalidJob(f"is not JSON: {error}", field=field) from None
-    if not isinstance(given, dict):
-        raise InvalidJob(f"must be a JSON object, not {given!r}", field=field)
-    try:
-        validator_for(given, Draft202012Validator).check_schema(given)
-    except SchemaError as error:
-        where = "".join(f"[{part!r}]" for part in error.absolute_path)
-        reason = error.message[:LONGEST_REASON]
-        raise InvalidJob(f"is no JSON Schema: {where and where + ': '}{reason}", field=field) from None
-    except RecursionError:
-        raise InvalidJob("is nested too deeply", field=field) from None
-    _refuse_references_to_elsewhere(given, field)
-    return given
-
-
-def _refuse_references_to_elsewhere(schema: dict[str, Any], field: str) -> None:
-    # Nothing is fetched, here or by vLLM, which would let the model write anything in its place.
-    resolver = Registry().resolver_with_root(Resource.from_contents(schema, default_specification=DRAFT202012))
-    for reference in _references(schema):
-        try:
-            resolver.lookup(reference)
-        except Unresolvable:
-            raise InvalidJob(f"refers to {reference!r}, which it does not hold itself", field=field) from None
-
-
-def _references(part: Any) -> Iterator[str]:
-    if isinstance(part, dict):
-        if isinstance(part.get("$ref"), str):
-            yield part["$ref"]
-        for name, below in part.items():
-            if name not in ("const", "default", "enum", "examples"):
-                yield from _references(below)
-    elif isinstance(part, list):
-        for below in part:
-            yield from _references(below)
+        json_schema.parsed(given["json"], f"{field}.json")
 
 
 class Form(Protocol):
@@ -118,7 +68,7 @@ def form(given: Mapping[str, Any] | None) -> Form | None:
     if not given:
         return None
     if given.get("json") is not None:
-        return _Json(schema_of(given["json"], FIELD))
+        return _Json(json_schema.parsed(given["json"], FIELD))
     if given.get("json_object") is not None:
         return _Json({"type": "object"})
     if given.get("choice") is not None:
@@ -129,19 +79,15 @@ def form(given: Mapping[str, Any] | None) -> Form | None:
 
 class _Json:
     def __init__(self, schema: dict[str, Any]) -> None:
-        # With a registry of its own, no reference is fetched from anywhere.
-        self._validator = validator_for(schema, Draft202012Validator)(schema, registry=Registry())
+        self._schema = json_schema.Schema(schema)
 
     def broken(self, text: str, *, ended: bool) -> str | None:
         cut = "" if ended else "it was cut off: "
         try:
             value = json.loads(text, parse_constant=_no_constant)
-            self._validator.validate(value)
-        except ValidationError as error:
-            return f"the output breaks the schema at {error.json_path}: {error.message[:LONGEST_REASON]}"
         except (ValueError, RecursionError) as error:
             return f"the output is not JSON: {cut}{error}"
-        return None
+        return self._schema.broken(value)
 
 
 def _no_constant(name: str) -> NoReturn:

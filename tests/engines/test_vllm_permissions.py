@@ -1,4 +1,4 @@
-"""What a job may not make the worker do: run code, fetch an address, read other files. Without vLLM, but for its names."""
+"""What a job may not make the worker do: run code, fetch an address, read other files."""
 
 from __future__ import annotations
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
+import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.engines.structured_output import check, form
+from storage.errors import InvalidJob
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 JSON = st.recursive(LEAVES, lambda below: st.lists(below) | st.dictionaries(st.text(), below))
@@ -58,6 +61,76 @@ def test_a_schema(text: str, words: str | None) -> None:
     for schema in (SCHEMA, json.dumps(SCHEMA)):
         why = broken({"json": schema}, text)
         assert why is None if words is None else words in (why or "")
+
+
+EXPLOSIVE = "^(a+)+$"
+"""Python's matcher takes twice as long for every letter more: years for the texts below."""
+LONG = "a" * 200 + "b"
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({"enum": [LONG], "pattern": EXPLOSIVE}, LONG),
+        ({"patternProperties": {EXPLOSIVE: False}, "minProperties": 2}, {LONG: 1}),
+        ({"patternProperties": {EXPLOSIVE: True}, "additionalProperties": False}, {LONG: 1}),
+        ({"propertyNames": {"pattern": EXPLOSIVE}}, {LONG: 1}),
+        ({"$schema": "http://json-schema.org/draft-04/schema#", "pattern": EXPLOSIVE}, LONG),
+    ],
+)
+def test_patterns_are_matched_in_linear_time(schema: dict[str, Any], value: Any) -> None:
+    assert "breaks the schema" in (broken({"json": schema}, json.dumps(value)) or "")
+
+
+PATTERNS = st.sampled_from(["^a", "b$", "[0-9]+", "^(x|é)*$", "\\u00e9", "a.b", "\\\\u00e9"])
+NAMES = st.text(alphabet="abx01é.\\\n")
+
+
+@given(PATTERNS, NAMES)
+def test_a_pattern_is_found_where_python_finds_it(pattern: str, text: str) -> None:
+    hypothesis.assume(not text.endswith("\n"))  # in Python, $ matches before it as well; in JSON Schema it does not
+    expected = re.search(pattern, text) is not None
+    assert (broken({"json": {"pattern": pattern}}, json.dumps(text)) is None) == expected
+    named = {"json": {"patternProperties": {pattern: {"type": "null"}}, "additionalProperties": {"type": "string"}}}
+    assert (broken(named, json.dumps({text: None})) is None) == expected
+    assert (broken(named, json.dumps({text: "x"})) is None) == (not expected)
+    closed = {"json": {"patternProperties": {pattern: True}, "properties": {"b": True}, "additionalProperties": False}}
+    assert (broken(closed, json.dumps({text: 1})) is None) == (expected or text == "b")
+
+
+def test_half_a_surrogate_pair_matches_no_worse_than_other_text() -> None:
+    assert broken({"json": {"pattern": "^.$"}}, '"\\ud800"') is None
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"pattern": "^(?=.*[0-9]).*$"}, "linear time"),
+        ({"properties": {"a": {"patternProperties": {"(a)\\1": {}}}}}, "linear time"),
+        ({"patternProperties": {"a": {}}, "allOf": [{"unevaluatedProperties": False}]}, "not supported"),
+        ({"enum": ["a"], "$ref": "#/enum/x"}, "does not hold itself"),
+        ({"enum": ["a"], "$ref": "#/enum/0"}, "no schema"),
+        ({"$dynamicRef": "#nope"}, "does not hold itself"),
+        ({"$recursiveRef": "http://169.254.169.254/"}, "does not hold itself"),
+        ({"$schema": 5}, "must be text"),
+        ({"$schema": "x", "$id": 5}, "no JSON Schema"),
+    ],
+)
+def test_schemas_that_cannot_be_held_to_are_refused(schema: dict[str, Any], words: str) -> None:
+    for asked in (schema, json.dumps(schema)):
+        with pytest.raises(InvalidJob, match=words):
+            check({"json": asked})
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({"multipleOf": 0.01}, "9" * 310),
+        ({"$ref": "#"}, "1"),
+    ],
+)
+def test_what_the_validator_trips_over_is_the_rows_error(schema: dict[str, Any], text: str) -> None:
+    assert "cannot be held against the schema" in (broken({"json": schema}, text) or "")
 
 
 def test_what_was_cut_off_says_so() -> None:
