@@ -18,7 +18,8 @@ ENTRY_BYTES = 300
 
 def settled(sampling: Mapping[str, Any]) -> bool:
     """Whether the prompt and these sampling parameters settle the answer: greedy decoding, or a seed."""
-    return sampling.get("temperature") == 0 or sampling.get("seed") is not None
+    # To vLLM, -1 is no seed.
+    return sampling.get("temperature") == 0 or sampling.get("seed") not in (None, -1)
 
 
 class Once(Generic[A, P]):
@@ -30,6 +31,8 @@ class Once(Generic[A, P]):
 
     def __init__(self, memory: int = MEMORY_BYTES) -> None:
         self._memory = memory
+        self.waiting = 0
+        """Prompts that follow another."""
         self._bytes = 0
         self._leaders: dict[int, bytes] = {}
         self._followers: dict[bytes, list[P]] = {}
@@ -40,6 +43,7 @@ class Once(Generic[A, P]):
         digest = hashlib.blake2b(key, digest_size=16).digest()
         if digest in self._followers:
             self._followers[digest].append(prompt)
+            self.waiting += 1
             return False, None
         if digest in self._answers:
             return False, self._answers[digest][0]
@@ -54,6 +58,7 @@ class Once(Generic[A, P]):
         if digest is None:
             return []
         followers = self._followers.pop(digest)
+        self.waiting -= len(followers)
         if answer is not None:
             size = n_bytes + ENTRY_BYTES
             self._answers[digest] = answer, size

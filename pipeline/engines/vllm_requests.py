@@ -28,6 +28,10 @@ from storage.errors import Blame, EngineDead, RowError, TransientError
 TOKEN_BYTES = array("i").itemsize
 BYTES_PER_TOKEN = 16
 """Of a prompt that waits: its tokens in a list of Python integers, and once more as four bytes each, to sort by."""
+FOLLOWER_BYTES = 300
+"""Of a row that waits for the answer to another one with the same prompt."""
+LOGPROB_BYTES = 260
+"""Of one of vLLM's ``Logprob`` objects, with its place in a dictionary and its text."""
 SHARE_TO_ORDER = 4
 """Windows full of prompts that are gathered before the first is run, so that there is something to put in order."""
 GATHER_SECONDS = 2.0
@@ -69,9 +73,12 @@ class Finished:
 
     @property
     def n_bytes(self) -> int:
-        """Of its texts and tokens, about."""
+        """Of its texts, tokens and probabilities, about."""
         texts = sum(len(completion.text) for completion in self._completions)
-        return int(texts) + 8 * (len(self.prompt.tokens) + self.completion_tokens)
+        places = [at for completion in self._completions for at in completion.logprobs or ()]
+        probable = sum(len(at) for at in (*places, *(getattr(self.output, "prompt_logprobs", None) or ())) if at)
+        tokens = len(self.prompt.tokens) + self.completion_tokens
+        return int(texts) + 8 * tokens + LOGPROB_BYTES * probable
 
 
 Outcome = Finished | RowFailure
@@ -157,14 +164,16 @@ class Requests:
     def _must_run(self, prompt: Prompt, key: bytes) -> bool:
         if self._once is None or any(getattr(prompt, name) is not None for name in _OWN):
             return True
-        must, finished = self._once.admit(prompt.row, key, prompt)
+        # What follows another row is not run: it needs no tokens.
+        must, finished = self._once.admit(prompt.row, key, replace(prompt, tokens=[]))
         if finished is not None:
             self._finished.append(finished.for_row(prompt))
         return must
 
     def _full(self) -> bool:
-        n_bytes = BYTES_PER_TOKEN * self._backlog.n_bytes // TOKEN_BYTES
-        return len(self._backlog) >= self._waiting.rows or n_bytes >= self._waiting.n_bytes
+        following = 0 if self._once is None else self._once.waiting
+        n_bytes = BYTES_PER_TOKEN * self._backlog.n_bytes // TOKEN_BYTES + FOLLOWER_BYTES * following
+        return len(self._backlog) + following >= self._waiting.rows or n_bytes >= self._waiting.n_bytes
 
     def _piled_up(self) -> bool:
         # A reader that is busy elsewhere (flushing a file) must not stop the engine, nor let results pile up for ever.
@@ -191,11 +200,20 @@ class Requests:
                 count = self._startable()
                 if self._stopped or self._error or not count:
                     return
-                some = self._backlog.pop(count)
+                some = self._pop(count)
                 self._place.inside += len(some)
                 self._place.tokens += sum(len(prompt.tokens) for prompt in some)
                 self._tell()
             self._in_loop(self._start, some)
+
+    def _pop(self, most: int) -> list[Prompt]:
+        """The next prompts, until the window's tokens are reached; one in any case."""
+        some: list[Prompt] = []
+        left = self._window.tokens_left()
+        while len(some) < most and (left > 0 or not some):
+            some += self._backlog.pop(1)
+            left -= len(some[-1].tokens)
+        return some
 
     def _startable(self) -> int:
         """How many requests to start now."""
@@ -231,9 +249,9 @@ class Requests:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._finished or self._stopped or self._error or self._over())
-                if self._stopped:
+                # What has finished is done, even if the call was stopped or the engine died right after it.
+                if self._stopped and not self._finished:
                     return
-                # What has finished is done, even if the engine died right after it.
                 if self._error is not None and not self._finished:
                     raise self._error
                 some, self._finished = self._finished, []
@@ -292,16 +310,21 @@ class Requests:
         try:
             prepared: Any = {"type": "token", "prompt_token_ids": prompt.tokens}
             if prompt.make is not None:
-                prepared = await self._engine.loop.run_in_executor(None, prompt.make)
+                prepared = await self._engine.loop.run_in_executor(self._engine.making, prompt.make)
             params = self._params if prompt.params is None else prompt.params.sampling
             # Into an engine that is known to be dead nothing goes: this row has not killed it.
             entered = int(not self._engine.dead)
             self._count(entered)
             queue = await self._engine.llm.add_request(name, prepared, params, lora_request=prompt.adapter)
+            # Inside, it is vLLM's: what it was made of would be kept here until it has finished.
+            del prepared
+            prompt = replace(prompt, make=None)
             output = await queue.get()
         except RowError as error:
             self._finish(prompt, RowFailure(prompt.row, error.code, error.message))
-        except (VLLMClientError, ValueError, TypeError) as error:
+        # OverflowError: a number that does not fit into a message to vLLM's process.
+        except (VLLMClientError, ValueError, TypeError, OverflowError) as error:
+            await self._forget(name)
             self._finish(prompt, RowFailure(prompt.row, RowErrorCode.ENGINE_REFUSED, first_lines(error, MESSAGE_LIMIT)))
         except EngineDeadError:
             self._fail(self._death)
@@ -309,6 +332,7 @@ class Requests:
             refusal = TransientError(f"vLLM takes no more requests: {first_lines(error)}")
             self._fail(lambda: refusal)
         except Exception as error:
+            await self._forget(name)
             # Not a row's fault, and not one that is known: it ends the call, as itself.
             unknown = error
             self._fail(self._death if self._engine.dead else lambda: unknown)
@@ -317,6 +341,11 @@ class Requests:
         finally:
             self._count(-entered)
             self._tasks.pop(name, None)
+
+    async def _forget(self, name: str) -> None:
+        """vLLM may have noted a request before it failed; it would wait for its answer for ever."""
+        with contextlib.suppress(Exception):
+            await self._engine.llm.abort(name)
 
     def _count(self, entered: int) -> None:
         self._inside += entered

@@ -6,7 +6,8 @@ import threading
 
 
 class Window:
-    """At most ``requests`` requests with ``tokens`` prompt tokens in all are inside the engine (one always may be).
+    """At most ``requests`` requests with ``tokens`` prompt tokens in all are inside the engine: the last to enter may
+    go beyond these, and one may always be inside.
 
     Each call has a :class:`Place`. Of calls that do the same work (shards of one job), the one that came first is fed
     first, and the next one only once the first has nothing more to give: so the batch stays full from shard to shard,
@@ -43,9 +44,13 @@ class Window:
         mine = self._inside_of(place.work)
         if any(self._inside_of(other.work) < mine for other in ready):
             return 0
-        if sum(other.tokens for other in self._places) >= self.tokens:
+        if self.tokens_left() <= 0:
             return 0
         return self.requests - sum(other.inside for other in self._places)
+
+    def tokens_left(self) -> int:
+        """Prompt tokens that may still enter (hold ``changed``); none, or less, where they are reached."""
+        return self.tokens - sum(place.tokens for place in self._places)
 
     def _inside_of(self, work: str) -> int:
         return sum(place.inside for place in self._places if place.work == work)

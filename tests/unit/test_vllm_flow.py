@@ -52,6 +52,7 @@ def test_tokens_are_bounded_but_one_request_may_always_be_inside() -> None:
 
 def test_only_what_the_prompt_settles_is_run_once() -> None:
     assert settled({"temperature": 0}) and settled({"temperature": 0.0, "n": 1}) and settled({"seed": 0})
+    assert not settled({"seed": -1}), "no seed, to vLLM"
     assert not settled({}) and not settled({"temperature": 0.7}) and not settled({"seed": None})
 
 
@@ -59,7 +60,9 @@ def test_followers_of_a_row_that_failed_are_told_and_nothing_is_remembered() -> 
     once = Once[str, int]()
     assert once.admit(0, b"a", 0) == (True, None)
     assert once.admit(1, b"a", 1) == (False, None)
+    assert once.waiting == 1
     assert once.finish(0, None, 0) == [1]
+    assert once.waiting == 0
     assert once.admit(2, b"a", 2) == (True, None)
 
 
