@@ -11,7 +11,7 @@ from typing import Any
 import uuid_utils
 
 from pipeline import inputs, permissions, planning, routing
-from pipeline.engines import registry
+from pipeline.engines import registry, vllm_adapters
 from pipeline.job_spec import NOT_PART_OF_THE_WORK, JobSpec, parse
 from pipeline.models.model import Model
 from pipeline.models.resolve import resolve
@@ -165,7 +165,7 @@ def absolute(spec: JobSpec) -> JobSpec:
             "input": tuple(locations.normalize(uri) for uri in spec.input),
             "output": locations.normalize(spec.output),
             "model": model,
-            "adapters": {name: str(Path(folder).expanduser().resolve()) for name, folder in spec.adapters.items()},
+            "adapters": {name: str(vllm_adapters.directory(name, folder)) for name, folder in spec.adapters.items()},
         }
     )
 

@@ -64,7 +64,7 @@ class AttemptState(StrEnum):
     LOST = "lost"
     """Its lease ran out and was reaped, or its process died. Should it come back after all, it is superseded."""
     RELEASED = "released"
-    """Its worker drained or was interrupted: flushed and handed back, no budget spent."""
+    """Its worker drained, was interrupted, or lost its engine to rows of others: handed back, no budget spent."""
     CANCELLED = "cancelled"
     """Ended because the job was wound down."""
     SUPERSEDED = "superseded"

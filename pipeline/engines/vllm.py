@@ -28,7 +28,7 @@ from pipeline.engines.vllm_params import JobParams
 from pipeline.engines.vllm_pooling import PooledRows, Pooling
 from pipeline.engines.vllm_process import STALL_SECONDS, RunningVllm, memory_bytes, prepare_environment
 from pipeline.engines.vllm_prompts import Prompt, Prompts, check_columns
-from pipeline.engines.vllm_requests import TOKEN_BYTES, Outcome, Requests, Waiting
+from pipeline.engines.vllm_requests import TOKEN_BYTES, Finished, Outcome, Requests, Waiting
 from pipeline.engines.vllm_window import Window
 from pipeline.job_spec import JobSpec, Task
 from pipeline.models.model import Model
@@ -303,15 +303,16 @@ class VllmEngine:
         read = reader.answers(outcomes)
         answers = [outcome for outcome in read if isinstance(outcome, Answer)]
         failures = tuple(outcome for outcome in read if isinstance(outcome, RowFailure))
-        ran = [answer for answer in answers if not answer.copied]
-        copied = [answer for answer in answers if answer.copied]
+        # All that went through the engine, whatever became of it: what breaks its form was computed too.
+        done = [outcome for outcome in outcomes if isinstance(outcome, Finished)]
+        ran, copied = [one for one in done if not one.copied], [one for one in done if one.copied]
         counts = {
-            "prompt_tokens": sum(answer.prompt_tokens for answer in ran),
-            "cached_tokens": sum(answer.cached_tokens for answer in ran),
-            "completion_tokens": sum(answer.completion_tokens for answer in ran),
+            "prompt_tokens": sum(one.prompt_tokens for one in ran),
+            "cached_tokens": sum(one.cached_tokens for one in ran),
+            "completion_tokens": sum(one.completion_tokens for one in ran),
             "copied_rows": len(copied),
-            "copied_prompt_tokens": sum(answer.prompt_tokens for answer in copied),
-            "copied_completion_tokens": sum(answer.completion_tokens for answer in copied),
+            "copied_prompt_tokens": sum(one.prompt_tokens for one in copied),
+            "copied_completion_tokens": sum(one.completion_tokens for one in copied),
         }
         with self._lock:
             self._rows["succeeded"] += len(answers)
@@ -356,7 +357,8 @@ def _check_model(model: Model, options: Mapping[str, Any], *, pools: bool) -> No
 class Measures:
     """What one call has measured and not handed on yet: its seconds of rendering, and the engine's gauges meanwhile.
 
-    Two calls at the same time measure the same engine: each of them its mean state while the call lasted.
+    Two calls at the same time measure the same engine: each of them its mean state while the call lasted. What happens
+    once (``preemptions``) is told to one of them.
     """
 
     def __init__(self, gauges: Gauges) -> None:
@@ -369,6 +371,7 @@ class Measures:
         """What has been added since this was asked last."""
         now, rendered = self._gauges.sums(), self.render_seconds
         found = {name: value - self._sums[name] for name, value in now.items()}
+        found["preemptions"] = self._gauges.new_preemptions()
         found["render_seconds"] = rendered - self._given
         self._sums, self._given = now, rendered
         return found

@@ -28,7 +28,7 @@ def check(spec: JobSpec) -> None:
     """Raise :class:`InvalidJob` for adapters that are not there, or that the engine is not started for."""
     if not spec.adapters:
         return
-    highest = max(_rank(name, Path(folder).expanduser()) for name, folder in spec.adapters.items())
+    highest = max(_rank(name, directory(name, folder)) for name, folder in spec.adapters.items())
     most = spec.engine_options.get("max_lora_rank", RANK)
     if not spec.engine_options.get("enable_lora") or (isinstance(most, int) and highest > most):
         rank = f", max_lora_rank={highest}" if highest > RANK else ""
@@ -37,6 +37,14 @@ def check(spec: JobSpec) -> None:
             f"an engine takes adapters only when it was started for them: set enable_lora=true{rank} ({options})",
             field="engine_options",
         )
+
+
+def directory(name: str, folder: str) -> Path:
+    """The directory of an adapter, made absolute. Raises :class:`InvalidJob` for the home of nobody."""
+    try:
+        return Path(folder).expanduser().resolve()
+    except RuntimeError:
+        raise InvalidJob(f"{folder}: there is no such user, or no such home", field=f"adapters.{name}") from None
 
 
 def _rank(name: str, folder: Path) -> int:
@@ -75,11 +83,13 @@ class LoadedAdapters:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            content = digest({file: folder / file for file in _FILES}, self._cache_dir)
+            content = self._content(folder)
         except OSError as error:
             raise InvalidJob(f"{error.filename} cannot be read: {error.strerror}", field=f"adapters.{name}") from error
         with self._lock:
-            if content not in self._known:
+            # vLLM drops adapters for others, and reads them again from where they were: it must be this content still.
+            known = self._known.get(content)
+            if known is None or (known.lora_path != str(folder) and not self._holds(Path(known.lora_path), content)):
                 request = LoRARequest(content, next(self._numbers), str(folder))
                 try:
                     running.call(running.llm.add_lora(request)).result()
@@ -91,6 +101,15 @@ class LoadedAdapters:
                     raise InvalidJob(f"vLLM cannot load it: {first_lines(error)}", field=f"adapters.{name}") from error
                 self._known[content] = request
             return self._known[content]
+
+    def _content(self, folder: Path) -> str:
+        return digest({file: folder / file for file in _FILES}, self._cache_dir)
+
+    def _holds(self, folder: Path, content: str) -> bool:
+        try:
+            return self._content(folder) == content
+        except OSError:
+            return False
 
     def none(self, running: RunningVllm) -> Any:
         """What requests without an adapter must have: ``None``, or the ``LoRARequest`` of an adapter of zeros.

@@ -20,6 +20,7 @@ class Gauges:
         self._sums: dict[str, float] = dict.fromkeys(
             ("engine_steps", "running_requests", "waiting_requests", "kv_cache_use", "preemptions"), 0.0
         )
+        self._told_preemptions = 0.0
         self.progress_at = time.monotonic()
         """When the engine last did something, or had nothing to do (``time.monotonic``)."""
 
@@ -27,6 +28,13 @@ class Gauges:
         """All of them, since the engine started."""
         with self._lock:
             return dict(self._sums)
+
+    def new_preemptions(self) -> float:
+        """Those that this has told nobody yet: two calls at the same time must not both count one."""
+        with self._lock:
+            new = self._sums["preemptions"] - self._told_preemptions
+            self._told_preemptions = self._sums["preemptions"]
+            return new
 
     def touch(self) -> None:
         """The engine has nothing to do."""

@@ -62,6 +62,15 @@ class Finished:
         return self.output.outputs if isinstance(self.output.outputs, list) else []
 
     @property
+    def prompt_tokens(self) -> int:
+        return len(self.output.prompt_token_ids)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of these, the ones that the engine's cache had."""
+        return max(self.output.num_cached_tokens or 0, 0)
+
+    @property
     def completion_tokens(self) -> int:
         """Tokens of all answers; none where the model pools."""
         return sum(len(completion.token_ids) for completion in self._completions)

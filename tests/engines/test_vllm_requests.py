@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from pipeline.engines.base import RowFailure
+from pipeline.engines.vllm import Measures
+from pipeline.engines.vllm_gauges import Gauges
 from pipeline.engines.vllm_once import Once
 from pipeline.engines.vllm_prompts import Prompt
 from pipeline.engines.vllm_requests import LOGPROB_BYTES, Finished, Requests, Waiting
@@ -253,6 +255,17 @@ def test_media_are_let_go_when_vllm_has_them(engine: Scripted) -> None:
         engine.put(answer())
         [[finished]] = requests.results()
         assert isinstance(finished, Finished) and finished.prompt.make is None
+
+
+def test_a_preemption_is_told_to_one_of_two_calls() -> None:
+    gauges = Gauges()
+    one, two = Measures(gauges), Measures(gauges)
+    cache = SimpleNamespace(preempted_requests=3)
+    counts = {"num_running_reqs": 4, "num_waiting_reqs": 0, "num_skipped_waiting_reqs": 0, "kv_cache_usage": 0.5}
+    gauges.step(SimpleNamespace(prefix_cache_stats=cache, **counts))
+    found = [one.rest(), two.rest(), one.rest()]
+    assert sum(rest["preemptions"] for rest in found) == 3
+    assert [rest["running_requests"] for rest in found] == [4, 4, 0], "its mean state, to each of them"
 
 
 def test_probabilities_are_counted_in_the_memory_of_answers() -> None:
