@@ -72,9 +72,9 @@ def execute(runtime: Runtime, claim: Claim, keeper: LeaseKeeper, interrupt: Canc
         with suppress(TransientError, CommitUnknown):
             shards.supersede(runtime.database, claim)
     except _DiedUnderOthers as error:
-        lost = str(error)
-        log.warning("shard %s goes back, and is not counted as failed: %s", claim.shard.id, lost)
-        _report(lambda: shards.release(runtime.database, claim, error=lost))
+        why = str(error)
+        log.warning("shard %s goes back, and is not counted as failed: %s", claim.shard.id, why)
+        _report(lambda: shards.release(runtime.database, claim, error=why))
     except (InputChanged, InvalidJob) as error:
         reason = str(error)
         _report(lambda: shards.fail_job(runtime.database, claim, reason))

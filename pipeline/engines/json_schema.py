@@ -150,7 +150,8 @@ _KEYWORDS = {
 @functools.cache
 def _linear(kind: Any) -> Any:
     """The validator of a draft, with the keywords that match patterns in linear time."""
-    return extend(kind, {name: ours for name, ours in _KEYWORDS.items() if name in kind.VALIDATORS})
+    known = {name: ours for name, ours in _KEYWORDS.items() if name in kind.VALIDATORS}
+    return extend(kind, known)  # type: ignore[no-untyped-call]
 
 
 # ---- references ----------------------------------------------------------------------------------------------------

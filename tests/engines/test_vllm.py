@@ -29,7 +29,7 @@ from pipeline.engines.vllm_window import Window
 from pipeline.job_spec import JobSpec
 from pipeline.models.model import Model
 from pipeline.row_errors import RowErrorCode
-from storage.errors import EngineDead, InvalidJob, InvalidModel
+from storage.errors import Blame, EngineDead, InvalidJob, InvalidModel
 from tests.engines import vllm_support as support
 from tests.engines.contract import EngineContract, MakeBatch, collect, results, run, stream
 
@@ -553,22 +553,25 @@ def test_a_dead_engine_process(loaded: VllmEngine) -> None:
     specs = [support.make_spec(sampling={"max_tokens": n, "ignore_eos": True}) for n in (200, 199)]
     begun = threading.Barrier(3)
 
-    def call(spec: JobSpec) -> str:
+    def call(spec: JobSpec) -> EngineDead:
         found = loaded.infer(spec, support.endless(), Cancellation())
         next(found)
         begun.wait()
         with pytest.raises(EngineDead) as caught:
             for _ in found:
                 pass
-        return str(caught.value)
+        return caught.value
 
     with ThreadPoolExecutor(2) as pool:
         calls = [pool.submit(call, spec) for spec in specs]
         begun.wait()
         os.kill(core, signal.SIGKILL)
-        assert all("vLLM's engine process has ended" in waiting.result() for waiting in calls)
-    with pytest.raises(EngineDead):
+        for waiting in calls:
+            assert "vLLM's engine process has ended" in str(waiting.result())
+            assert waiting.result().blame is Blame.OWN
+    with pytest.raises(EngineDead) as caught:
         run(loaded, specs[0], [support.texts("a")])
+    assert caught.value.blame is Blame.OTHERS
     loaded.close()
     loaded.close()
     _, alive = psutil.wait_procs(family, timeout=STOP)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from examples.tiny_llama import build_llama
-from pipeline.engines.base import EngineContext, RowBatch, RowFailure
+from pipeline.engines.base import Cancellation, EngineContext, RowBatch, RowFailure
 from pipeline.engines.vllm import VllmEngine
 from pipeline.job_spec import JobSpec, Task
 from pipeline.models.model import Model
@@ -284,6 +284,13 @@ def test_an_answer_that_is_cut_off_is_a_row_error(engine: VllmEngine) -> None:
                 assert any(word in found[0].message for word in ("cut off", "none of the choices"))
 
 
+def test_the_tokens_of_invalid_answers_are_counted(engine: VllmEngine) -> None:
+    spec = make_spec(sampling={**RANDOM, "max_tokens": 2, "structured_outputs": {"regex": "[0-9]{20}"}})
+    found = list(engine.infer(spec, [columns(text=["a", "b", "c"])], Cancellation()))
+    assert sum(len(batch.failures) for batch in found) == 3
+    assert sum(batch.measured.get("completion_tokens", 0) for batch in found) == 6
+
+
 def test_a_stop_string_breaks_the_form(engine: VllmEngine) -> None:
     sampling = {**RANDOM, "max_tokens": 40, "stop": ":", "structured_outputs": {"json": SCHEMA}}
     found = answers(engine, make_spec(sampling=sampling))
@@ -324,6 +331,19 @@ def test_bad_values_fail_alone(engine: VllmEngine) -> None:
     assert [answer.code for answer in found[1:4]] == [RowErrorCode.INVALID_VALUE] * 3
     assert "column 't'" in found[1].message and "temperature" in found[2].message and "column 'm'" in found[3].message
     assert found[4]["completion_tokens"] == 12
+
+
+def test_numbers_that_fit_into_no_message_fail_alone(engine: VllmEngine) -> None:
+    """And leave nothing in vLLM, which notes a request before it packs it."""
+    spec = make_spec(sampling_columns={"max_tokens": "m"})
+    found = answers(engine, spec, columns(text=["a"] * 2, m=[2.0, 1e20]))
+    assert found[0]["completion_tokens"] == 2
+    assert found[1].code == RowErrorCode.INVALID_VALUE and "64 bits" in found[1].message
+    spec = make_spec(sampling={"extra_args": {"huge": 10**30}})
+    found = answers(engine, spec)
+    assert {answer.code for answer in found} == {RowErrorCode.ENGINE_REFUSED}
+    assert engine._running is not None
+    assert engine._running.llm.get_num_unfinished_requests() == 0
 
 
 def test_bad_tokens_fail_alone(engine: VllmEngine) -> None:
