@@ -339,9 +339,6 @@ def test_numbers_that_fit_into_no_message_fail_alone(engine: VllmEngine) -> None
     found = answers(engine, spec, columns(text=["a"] * 2, m=[2.0, 1e20]))
     assert found[0]["completion_tokens"] == 2
     assert found[1].code == RowErrorCode.INVALID_VALUE and "64 bits" in found[1].message
-    spec = make_spec(sampling={"extra_args": {"huge": 10**30}})
-    found = answers(engine, spec)
-    assert {answer.code for answer in found} == {RowErrorCode.ENGINE_REFUSED}
     assert engine._running is not None
     assert engine._running.llm.get_num_unfinished_requests() == 0
 
