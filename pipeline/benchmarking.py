@@ -31,18 +31,20 @@ one two three four five six seven eight nine ten first last more less very too a
 
 @runtime_checkable
 class Benchmarked(Protocol):
-    """An engine that measures itself."""
+    """An engine that measures itself. Where it has a class attribute ``makes_up``, it measures the tasks named there and
+    no others, on prompts of its own making."""
 
     def benchmark(self, spec: JobSpec, batches: Iterator[RowBatch]) -> Mapping[str, Any] | None:
         """Measure on ``batches``, keep the fastest way for later jobs, and tell: ``chosen``, how it will run, and
-        ``trials``, each with ``layout``, ``rows_per_second``, ``ratio`` and ``chosen``. ``None``: nothing to measure.
+        ``trials``, each with ``layout``, ``rows_per_second``, ``ratio`` and ``chosen``; or, for what is not chosen
+        among but told, ``speeds`` (see :mod:`pipeline.engines.vllm_benchmark`). ``None``: nothing to measure.
         """
         ...
 
 
 def benchmark(
     model: str,
-    task: Task,
+    task: Task | None,
     context: EngineContext,
     store: ObjectStore,
     *,
@@ -54,17 +56,27 @@ def benchmark(
     pair_column: str | None = None,
 ) -> Mapping[str, Any]:
     """Load the model and have its engine measure it, on the first ``rows`` rows of ``input_uri`` or on made-up texts.
+    ``task``, where it is left out, is ``generate`` for a language model that is not made to embed, else ``embed``.
 
     Raises :class:`~storage.errors.InvalidJob` naming the field: an engine without a measurement, a task that needs an
     input, and whatever the engine refuses.
     """
     found = resolve(model, context.cache_dir)
+    if task is None:
+        decodes = found.autoregressive and not (found.sentence_transformer or found.onnx_files) and engine != "onnx"
+        task = Task.GENERATE if decodes else Task.EMBED
     name = choose(task, engine, found)
     kind = registry.engine_class(name)
     text = task in (Task.EMBED, Task.CLASSIFY, Task.SCORE)
     if not issubclass(kind, Benchmarked):
         raise InvalidJob(f"engine {name!r} has no measurement of its own", field="engine")
-    if input_uri is None and not text:
+    own: frozenset[Task] | None = getattr(kind, "makes_up", None)
+    if own is not None and task not in own:
+        can = ", ".join(sorted(own))
+        raise InvalidJob(f"engine {name!r} is measured with task {can}, not {task}", field="task")
+    if own is not None and input_uri is not None:
+        raise InvalidJob(f"engine {name!r} is measured on prompts that it makes up; leave INPUT out", field="input")
+    if input_uri is None and own is None and not text:
         raise InvalidJob(f"task '{task}' is measured on rows of yours: name a Parquet file", field="input")
     spec = JobSpec(
         input=(input_uri or "made-up.parquet",),
@@ -74,6 +86,7 @@ def benchmark(
         engine=name,
         engine_options=dict(options),
         column=(column or "text") if text else None,
+        prompt="{text}" if task is Task.GENERATE else None,
         pair_column=pair_column,
     )
     schema, batches = _texts(rows, pair_column) if input_uri is None else _first_rows(store, input_uri, rows)
@@ -87,7 +100,7 @@ def benchmark(
         made.close()
     if measured is None:
         raise InvalidJob("the options leave nothing to measure, or no row can be run", field="engine_options")
-    return {"engine": name, **measured}
+    return {"engine": name, "task": str(task), **measured}
 
 
 def _numbered(batches: Iterator[pa.RecordBatch], columns: tuple[str, ...]) -> Iterator[RowBatch]:

@@ -60,7 +60,7 @@ def estimate(runtime: Runtime, fields: dict[str, Any]) -> Estimate:
     work = locations.work_dir(spec.output, f"estimate-{secrets.token_hex(8)}")
     try:
         found = inputs.discover(runtime.store, spec, work)
-        columns = registry.engine_class(engine).check(spec, model, found.schema)
+        columns = registry.check(engine, spec, model, found.schema)
     finally:
         runtime.store.delete_tree(work)
     return Estimate(
@@ -201,7 +201,7 @@ def _prepare(
     # Another worker may plan the same job, or run it already: nothing here is deleted but what was made here.
     work = locations.work_dir(spec.output, job_id)
     found = inputs.discover(runtime.store, spec, work, runtime.notify, done)
-    columns = registry.engine_class(engine).check(spec, model, found.schema)
+    columns = registry.check(engine, spec, model, found.schema)
     keep = _kept(spec, tuple(found.schema.names))
     # An output that cannot be written is refused now, not after the engine was loaded and rows were computed.
     probe = f"{work}writable-{secrets.token_hex(4)}"

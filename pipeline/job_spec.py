@@ -47,7 +47,7 @@ def duration_seconds(text: str) -> float:
 
 
 NOT_PART_OF_THE_WORK = frozenset(
-    {"priority", "metadata", "completion_window", "overwrite", "idempotency_key", "profile", "order"}
+    {"priority", "metadata", "completion_window", "overwrite", "idempotency_key", "profile", "order", "cache"}
 )
 """Fields that do not change what is computed: a job may be resumed under other values of them."""
 
@@ -113,6 +113,10 @@ class JobSpec(BaseModel):
     """``generate`` and ``chat``: which rows of a shard run first. ``auto``: those whose prompts begin alike together,
     and among them the longest expected answers first, as far as rows have been read; ``prefix``: the same, but as many
     are read first as settings allow; ``input``: as they come. The output is in input order whatever this says."""
+    cache: Literal["off", "on", "sampled"] = "off"
+    """Keep the answers, for this tenant's later jobs with the same model, parameters and prompts, and take those that
+    are there (engine ``vllm``). ``on`` (or ``true``): where the prompt settles the answer, by temperature 0 or a seed;
+    ``sampled``: answers that are drawn at random too, so that the same ones come again."""
     keep_columns: tuple[str, ...] | None = None
     """Input columns copied to the output; ``None`` keeps all."""
     output_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*$")] = ""
@@ -138,6 +142,11 @@ class JobSpec(BaseModel):
     @classmethod
     def _one_input_is_a_list_of_one(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _true_is_on(cls, value: Any) -> Any:
+        return ("on" if value else "off") if isinstance(value, bool) else value
 
     @field_validator("tenant", mode="before")
     @classmethod

@@ -3,6 +3,9 @@ fire schedules."""
 
 from __future__ import annotations
 
+import time
+
+from pipeline import result_cache
 from pipeline.runtime import Runtime, is_alive
 from pipeline.schedule_firing import fire_schedules
 from storage import failpoints, garbage, jobs, reaping, workers
@@ -61,6 +64,18 @@ def collect_garbage(runtime: Runtime) -> int:
             garbage.forget(runtime.database, item)
             deleted += 1
     return deleted
+
+
+def collect_results(runtime: Runtime) -> tuple[int, int]:
+    """Delete kept answers that are past their limits; returns how many files, and their bytes. All of them are listed:
+    this is for now and then, and not for every tick."""
+    settings = runtime.settings
+    return result_cache.collect(
+        runtime.store,
+        settings.effective_result_cache,
+        older_than=time.time() - 86_400 * settings.result_cache_days,
+        most_bytes=settings.result_cache_bytes,
+    )
 
 
 def tend(runtime: Runtime) -> None:

@@ -80,17 +80,20 @@ def summed(attempts: Iterable[Mapping[str, float]]) -> dict[str, float]:
 def derived(measured: Mapping[str, float]) -> dict[str, float]:
     """What the sums say: rates per second of attempts, hit rates, means, and shares of time, where they can be said.
 
+    ``cache_hit_rate``: of the rows whose answers may be kept across jobs, those that were answered before.
     ``prefix_hit_rate``: of the prompt tokens that entered the engine, those found in its cache. ``kv_cache_use``,
     ``running_requests`` and ``waiting_requests``: means over the engine's steps. ``…_share``: of the attempts' time.
     """
 
-    def ratio(above: float, below: str) -> float | None:
-        return round(above / measured[below], 4) if measured.get(below) else None
+    def ratio(above: float, below: str, of: Mapping[str, float] = measured) -> float | None:
+        return round(above / of[below], 4) if of.get(below) else None
 
+    asked = {"rows": measured.get("cache_hits", 0) + measured.get("cache_misses", 0)}
     tokens = measured.get("prompt_tokens", 0) + measured.get("completion_tokens", 0)
     found = {
         "rows_per_second": ratio(measured.get("rows", 0), "attempt_seconds"),
         "tokens_per_second": ratio(tokens, "attempt_seconds"),
+        "cache_hit_rate": ratio(measured.get("cache_hits", 0), "rows", asked),
         "prefix_hit_rate": ratio(measured.get("cached_tokens", 0), "prompt_tokens"),
         **{
             name: ratio(measured.get(name, 0), "engine_steps")

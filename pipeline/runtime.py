@@ -15,12 +15,16 @@ from pipeline.engines.base import EngineContext
 from pipeline.engines.pool import EnginePool
 from pipeline.isolation import Isolation
 from pipeline.permissions import RowFiles, engine_options
+from pipeline.result_cache import ResultCaches
 from pipeline.settings import Settings
 from storage import workers
 from storage.database import Database
 from storage.errors import InvalidSettings
 from storage.objects import ObjectStore
 from storage.workers import Worker
+
+CACHE_PATIENCE_SECONDS = 10.0
+"""How long one operation on kept answers is tried again before they are done without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,9 @@ def start(
     database.ensure_schema()
     store = ObjectStore(settings.storage_options)
     fetch = RowFiles(store, settings.uri_prefixes)
+    # Kept answers are worth less than waiting for a store that does not answer.
+    keeping = ObjectStore(settings.storage_options, retry_seconds=CACHE_PATIENCE_SECONDS)
+    results = ResultCaches(keeping, settings.effective_result_cache, settings.result_index_bytes, notify)
     return Runtime(
         settings=settings,
         database=database,
@@ -92,6 +99,7 @@ def start(
                 settings.order_rows,
                 settings.order_bytes,
                 engine_options(settings),
+                results,
             ),
             settings.max_engines,
             settings.engine_memory_bytes,

@@ -84,6 +84,15 @@ class Settings(BaseSettings):
     """Most rows of a shard whose prompts are held to be put in order (vLLM)."""
     order_bytes: Annotated[int, Field(ge=1)] = 256 * 2**20
     """Most memory for these prompts."""
+    result_cache: str | None = None
+    """Where answers are kept for later jobs (``cache`` of a job): a folder, or a URL that all workers reach. ``None``
+    is ``results`` below ``cache_dir``, where each machine has its own."""
+    result_cache_days: Annotated[float, Field(gt=0)] = 30.0
+    """``rowmill admin gc`` deletes answers that are older."""
+    result_cache_bytes: Annotated[int, Field(ge=0)] | None = None
+    """``rowmill admin gc`` deletes the oldest answers beyond so many bytes. ``None``: however many there are."""
+    result_index_bytes: Annotated[int, Field(ge=16)] = 256 * 2**20
+    """Most memory to know by heart which answers there are, at 16 bytes an answer: the newest are known."""
     attempt_retention_hours: Annotated[float, Field(ge=0)] = 24.0
     """How long the files of ended attempts are kept outside the embedded mode."""
     max_failures: Annotated[int, Field(ge=1)] = 4
@@ -99,6 +108,10 @@ class Settings(BaseSettings):
     @property
     def effective_database_url(self) -> str:
         return self.database_url or f"sqlite:///{self.data_dir / 'rowmill.db'}"
+
+    @property
+    def effective_result_cache(self) -> str:
+        return self.result_cache or str(self.cache_dir / "results")
 
     @classmethod
     def settings_customise_sources(

@@ -16,6 +16,7 @@ POINTS = {
     "claim.taken": "the claim is committed; no row was read yet",
     "flush.stored": "a part file is stored and verified; the database does not know of it",
     "flush.recorded": "the flush is committed",
+    "cache.stored": "answers are kept for later jobs; their shard is not committed",
     "commit.assembled": "the shard's output is stored and verified; the commit has not begun",
     "commit.done": "the commit is committed; the worker does not know what comes next",
     "finalize.claimed": "the finalizer has its epoch; nothing was published",

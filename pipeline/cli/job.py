@@ -153,6 +153,8 @@ def describe_measured(measured: Mapping[str, float]) -> list[tuple[str, object]]
     ]
     copied = int(measured.get("copied_rows", 0))
     loading = measured.get("load_seconds", 0)
+    hits, kept = int(measured.get("cache_hits", 0)), int(measured.get("cache_writes", 0))
+    reused = f"{hits:,} rows were answered before ({share('cache_hit_rate')})" if "cache_hit_rate" in found else None
     return [
         (
             "engine tokens",
@@ -160,6 +162,7 @@ def describe_measured(measured: Mapping[str, float]) -> list[tuple[str, object]]
         ),
         ("prefix hits", share("prefix_hit_rate")),
         ("copied rows", f"{copied:,} had the prompt of another row" if copied else None),
+        ("kept answers", ", ".join(part for part in (reused, f"{kept:,} added" if kept else None) if part)),
         (
             "speed",
             f"{output.count(found['tokens_per_second'])} tokens/s" if found.get("tokens_per_second") else None,

@@ -176,6 +176,18 @@ def _fields(
             metavar="HOW", help="generate, chat: which rows run first: auto, input or prefix.", rich_help_panel=_ROWS
         ),
     ] = None,
+    cache: Annotated[
+        bool | None,
+        typer.Option(
+            "--cache/--no-cache",
+            help="vllm: take answers kept by earlier jobs, and keep these.",
+            rich_help_panel=_ROWS,
+        ),
+    ] = None,
+    cache_sampled: Annotated[
+        bool,
+        typer.Option("--cache-sampled", help="The same, for answers drawn at random too.", rich_help_panel=_ROWS),
+    ] = False,
     max_failed_rows: Annotated[
         int | None, typer.Option(metavar="N", help="Stop when more rows than this have failed.", rich_help_panel=_ROWS)
     ] = None,
@@ -242,6 +254,7 @@ def _fields(
         "profile": profile or None,
         "shard_rows": shard_rows,
         "order": order,
+        "cache": "sampled" if cache_sampled else cache,
         "max_failed_rows": max_failed_rows,
         "completion_window": window,
         "metadata": values.key_values(metadata, "--metadata", literal=True) if metadata else None,

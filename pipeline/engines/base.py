@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from pipeline.job_spec import JobSpec, Task
 from pipeline.models.model import Model
+from pipeline.result_cache import ResultCaches
 
 RowIds = npt.NDArray[np.int64]
 
@@ -107,7 +108,8 @@ class EngineContext:
     """What an engine gets from its host: where to cache exported and compiled models, how to tell the user, how to read
     a file that a row names (raises :class:`~storage.errors.InvalidInput` for one that the operator does not allow),
     which libraries of custom operators may be loaded, how many rows, in how many bytes of memory, it may gather to put
-    them in order, and which of the engine options that the operator has to allow are allowed."""
+    them in order, which of the engine options that the operator has to allow are allowed, and where answers are kept
+    across jobs (``None``: nowhere)."""
 
     cache_dir: Path
     notify: Callable[[str], None] = field(default=lambda message: None)
@@ -116,6 +118,7 @@ class EngineContext:
     order_rows: int = 16_384
     order_bytes: int = 256 * 2**20
     allowed_engine_options: Collection[str] = ()
+    results: ResultCaches | None = None
 
 
 class Engine(Protocol):
@@ -126,10 +129,12 @@ class Engine(Protocol):
     rebuilt, :class:`~storage.errors.TransientError` when a retry may help, :class:`~storage.errors.InvalidJob` (from
     ``check`` and ``load``) when no retry can help.
 
-    Three parts may be left out. ``shared_tasks: ClassVar[frozenset[Task]]``: tasks that one instance does, whichever of
-    them it was made for, so that they share it. ``memory_bytes() -> int | None``: resident memory of the processes
-    that it has started, now; what this process grew by while it loaded is measured by its host. ``worn: bool``, a
-    property: when true after a lease, the engine is closed once nobody uses it, and made anew for whoever asks next.
+    Four parts may be left out. ``shared_tasks: ClassVar[frozenset[Task]]``: tasks that one instance does, whichever of
+    them it was made for, so that they share it. ``cached_tasks``, likewise: tasks whose answers it keeps across jobs
+    in the context's ``results``, where a job asks for it (``JobSpec.cache``). ``memory_bytes() -> int | None``:
+    resident memory of the processes that it has started, now; what this process grew by while it loaded is measured by
+    its host. ``worn: bool``, a property: when true after a lease, the engine is closed once nobody uses it, and made
+    anew for whoever asks next.
     """
 
     name: ClassVar[str]

@@ -10,8 +10,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import pyarrow as pa
+
 from pipeline.engines.base import Engine
-from pipeline.job_spec import Task
+from pipeline.job_spec import JobSpec, Task
 from pipeline.models.model import Model
 from storage.errors import EngineMissing, InvalidJob
 
@@ -69,6 +71,14 @@ def engine_class(name: str) -> type[Engine]:
     if not isinstance(found, type) or lacking:
         raise EngineMissing(f"{where} is no engine: it lacks {', '.join(lacking) or 'a class'}", field="engine")
     return found
+
+
+def check(name: str, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:
+    """What :meth:`Engine.check` says, after what holds for every engine: see there."""
+    kind = engine_class(name)
+    if spec.cache != "off" and spec.task not in getattr(kind, "cached_tasks", frozenset()):
+        raise InvalidJob(f"engine {name!r} keeps no answers of task '{spec.task}'; leave it off", field="cache")
+    return kind.check(spec, model, schema)
 
 
 def engine_key(name: str, model: Model, task: Task, options: Mapping[str, Any]) -> str:

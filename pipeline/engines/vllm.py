@@ -13,7 +13,14 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from pipeline.engines import vllm_adapters, vllm_chat_template, vllm_permissions, vllm_pooling
+from pipeline.engines import (
+    vllm_adapters,
+    vllm_benchmark,
+    vllm_chat_template,
+    vllm_permissions,
+    vllm_pooling,
+    vllm_reuse,
+)
 from pipeline.engines.answer_fields import fields_of
 from pipeline.engines.base import Cancellation, EngineContext, ResultBatch, RowBatch, RowFailure
 from pipeline.engines.sampling import check_sampling
@@ -29,6 +36,7 @@ from pipeline.engines.vllm_pooling import PooledRows, Pooling
 from pipeline.engines.vllm_process import STALL_SECONDS, RunningVllm, memory_bytes, prepare_environment
 from pipeline.engines.vllm_prompts import Prompt, Prompts, check_columns
 from pipeline.engines.vllm_requests import TOKEN_BYTES, Finished, Outcome, Requests, Waiting
+from pipeline.engines.vllm_reuse import Reuse
 from pipeline.engines.vllm_window import Window
 from pipeline.job_spec import JobSpec, Task
 from pipeline.models.model import Model
@@ -61,6 +69,8 @@ class VllmEngine:
     name: ClassVar[str] = "vllm"
     tasks: ClassVar[frozenset[Task]] = frozenset({Task.GENERATE, Task.CHAT}) | vllm_pooling.TASKS
     shared_tasks: ClassVar[frozenset[Task]] = frozenset({Task.GENERATE, Task.CHAT})
+    cached_tasks: ClassVar[frozenset[Task]] = tasks
+    makes_up: ClassVar[frozenset[Task]] = frozenset({Task.GENERATE})
 
     def __init__(self, model: Model, task: Task, options: Mapping[str, Any], context: EngineContext) -> None:
         self._model, self._task, self._options, self._context = model, task, dict(options), context
@@ -86,6 +96,7 @@ class VllmEngine:
         check_sampling(spec.sampling)
         check_engine_options(spec.engine_options)
         check_fit(model, spec.engine_options)
+        vllm_reuse.check(spec)
         if pools:
             return vllm_pooling.check(spec, schema)
         if "pooler_config" in spec.engine_options:
@@ -166,8 +177,10 @@ class VllmEngine:
             once=Once() if settled(spec.sampling) and spec.task not in vllm_pooling.TASKS else None,
         )
         measures = Measures(running.gauges)
+        reuse = self._reuse(running, spec, schema)
+        reading = (requests, rows, batches, measures, reuse)
         threads = [
-            threading.Thread(target=_read, args=(requests, rows, batches, measures), name="vllm-read", daemon=True),
+            threading.Thread(target=_read, args=reading, name="vllm-read", daemon=True),
             threading.Thread(target=requests.feed, name="vllm-feed", daemon=True),
         ]
         forget = cancel.on_cancel(requests.stop)
@@ -175,17 +188,38 @@ class VllmEngine:
             thread.start()
         try:
             for outcomes in requests.results():
+                if isinstance(outcomes, ResultBatch):
+                    yield self._counted(outcomes)
+                    continue
                 for at in range(0, len(outcomes), RESULTS):
-                    yield self._batch(outcomes[at : at + RESULTS], reader, schema, measures)
+                    yield self._batch(outcomes[at : at + RESULTS], reader, schema, measures, reuse)
+            if reuse is not None:
+                reuse.finish()
             if not cancel.cancelled:
-                yield ResultBatch(np.array([], dtype=np.int64), None, measured=measures.rest())
+                kept = {} if reuse is None else reuse.measured()
+                yield ResultBatch(np.array([], dtype=np.int64), None, measured=measures.rest() | kept)
         finally:
             forget()
             requests.stop()
             requests.wait_until_aborted()
             for thread in threads:
                 thread.join()
+            if reuse is not None:
+                reuse.finish()
             self._look_at_memory(running)
+
+    def _reuse(self, running: RunningVllm, spec: JobSpec, schema: pa.Schema) -> Reuse | None:
+        if spec.cache == "off" or self._context.results is None:
+            return None
+        pairs = spec.task is Task.SCORE and Pooling(running, spec.task).pairs
+        return Reuse(self._context, running, self._model, self._versions, spec, schema, pairs=pairs)
+
+    def _counted(self, kept: ResultBatch) -> ResultBatch:
+        """Answers from earlier jobs, counted in :meth:`stats`."""
+        with self._lock:
+            self._rows["succeeded"] += len(kept.rows)
+            self._counts["kept_rows"] += len(kept.rows)
+        return kept
 
     def _prompts(self, running: RunningVllm, spec: JobSpec, params: JobParams) -> Prompts:
         context: int = running.config.model_config.max_model_len
@@ -230,6 +264,12 @@ class VllmEngine:
             },
             "prefix_hit_rate": round(tokens["cached"] / tokens["prompt"], 4) if tokens["prompt"] else 0.0,
         }
+
+    def benchmark(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Mapping[str, Any] | None:
+        """See :class:`pipeline.benchmarking.Benchmarked`: the speed of prefill and decode, on prompts made up here."""
+        return vllm_benchmark.benchmark(
+            self.infer, self._loaded(), self._model, self.stats(), spec, self._context.notify
+        )
 
     def memory_bytes(self) -> int | None:
         """Resident memory of the engine's processes, and of the processes that they started."""
@@ -298,7 +338,12 @@ class VllmEngine:
         self._worn = self._worn or now > limit
 
     def _batch(
-        self, outcomes: list[Outcome], reader: PooledRows | Answers, schema: pa.Schema, measures: Measures
+        self,
+        outcomes: list[Outcome],
+        reader: PooledRows | Answers,
+        schema: pa.Schema,
+        measures: Measures,
+        reuse: Reuse | None,
     ) -> ResultBatch:
         read = reader.answers(outcomes)
         answers = [outcome for outcome in read if isinstance(outcome, Answer)]
@@ -325,6 +370,8 @@ class VllmEngine:
             values = pa.RecordBatch.from_arrays(
                 [_array(columns[field.name], field.type) for field in schema], schema=schema
             )
+        if reuse is not None:
+            reuse.keep(read, answers, values)
         rows = np.fromiter((answer.row for answer in answers), dtype=np.int64, count=len(answers))
         return ResultBatch(rows, values, failures, {**counts, **measures.rest()})
 
@@ -377,8 +424,26 @@ class Measures:
         return found
 
 
-def _read(requests: Requests, prompts: Prompts | PooledRows, batches: Iterable[RowBatch], measures: Measures) -> None:
+def _read(
+    requests: Requests,
+    prompts: Prompts | PooledRows,
+    batches: Iterable[RowBatch],
+    measures: Measures,
+    reuse: Reuse | None,
+) -> None:
     """The reading thread: draws batches, makes prompts, hands them over as they may wait."""
+
+    def hand_over(made: list[Prompt], failures: list[RowFailure]) -> bool:
+        if reuse is None:
+            return requests.offer(made, failures)
+        return requests.offer(reuse.sorted_out(made), failures) and give_found()
+
+    def give_found(*, last: bool = False) -> bool:
+        for found in reuse.found(last=last) if reuse is not None else ():
+            if not (requests.give(found) if isinstance(found, ResultBatch) else requests.offer(found, [])):
+                return False
+        return True
+
     try:
         for batch in batches:
             made = prompts.read(batch, CHUNK)
@@ -388,8 +453,10 @@ def _read(requests: Requests, prompts: Prompts | PooledRows, batches: Iterable[R
                 measures.render_seconds += time.monotonic() - began
                 if chunk is None:
                     break
-                if not requests.offer(*chunk):
+                if not hand_over(*chunk):
                     return
+        if not give_found(last=True):
+            return
     except BaseException as error:  # it is raised in the thread that reads the results
         requests.end_offering(error)
     else:

@@ -7,6 +7,8 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
+from pipeline.engines.vllm_prompts import Prompt
+
 A = TypeVar("A")
 P = TypeVar("P")
 
@@ -20,6 +22,19 @@ def settled(sampling: Mapping[str, Any]) -> bool:
     """Whether the prompt and these sampling parameters settle the answer: greedy decoding, or a seed."""
     # To vLLM, -1 is no seed.
     return sampling.get("temperature") == 0 or sampling.get("seed") not in (None, -1)
+
+
+def identity(prompt: Prompt, tokens: bytes, *, sampled: bool = False) -> bytes | None:
+    """What settles a row's answer beside the parameters of its job, which settle theirs: ``tokens``, parameters of its
+    own, its adapter. ``None`` where nothing does, or (but for ``sampled``) where the row's own parameters do not."""
+    own = prompt.params
+    if prompt.make is not None:
+        return None
+    if own is not None and not (sampled or own.sampling.temperature == 0 or own.sampling.seed is not None):
+        return None
+    adapter = "" if prompt.adapter is None else str(prompt.adapter.lora_name)
+    # Digests and JSON: neither holds a zero byte.
+    return b"\0".join((adapter.encode(), b"" if own is None else own.key.encode(), tokens))
 
 
 class Once(Generic[A, P]):

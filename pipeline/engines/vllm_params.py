@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.engines import structured_output
@@ -22,10 +22,12 @@ REMEMBERED = 1024
 
 @dataclass(frozen=True, slots=True)
 class Params:
-    """``sampling``: vLLM's ``SamplingParams``; ``form``: what the answer has to be, if that was asked for."""
+    """``sampling``: vLLM's ``SamplingParams``; ``form``: what the answer has to be, if that was asked for; ``key``: the
+    same text for the same parameters of a row."""
 
     sampling: Any
     form: Form | None = None
+    key: str = ""
 
 
 class JobParams:
@@ -48,7 +50,7 @@ class JobParams:
         key = key_of(own)
         if key not in self._known:
             try:
-                self._known[key] = self._made(own)
+                self._known[key] = replace(self._made(own), key=key)
             except InvalidJob as error:
                 raise RowError(RowErrorCode.INVALID_VALUE, str(error)) from None
             if len(self._known) > REMEMBERED:

@@ -13,11 +13,11 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError as FutureCancelled
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.engines.base import RowFailure
-from pipeline.engines.vllm_once import Once
+from pipeline.engines.base import ResultBatch, RowFailure
+from pipeline.engines.vllm_once import Once, identity
 from pipeline.engines.vllm_process import STOP_SECONDS, RunningVllm, first_lines
 from pipeline.engines.vllm_prompts import Prompt
 from pipeline.engines.vllm_window import Window
@@ -34,11 +34,11 @@ LOGPROB_BYTES = 260
 """Of one of vLLM's ``Logprob`` objects, with its place in a dictionary and its text."""
 SHARE_TO_ORDER = 4
 """Windows full of prompts that are gathered before the first is run, so that there is something to put in order."""
+MOST_GIVEN = 2
+"""Batches of results from elsewhere that wait for the reading thread."""
 GATHER_SECONDS = 2.0
 """How long that may take while the engine stands idle."""
 
-_OWN = tuple(field.name for field in fields(Prompt) if field.name not in ("row", "tokens"))
-"""What a row may have of its own beside its tokens: where it has, the tokens do not settle the answer."""
 _calls = itertools.count()
 
 
@@ -134,6 +134,7 @@ class Requests:
         # Under the condition:
         self._backlog, self._lengths, self._once = backlog, lengths, once
         self._finished: list[Outcome] = []
+        self._given: list[ResultBatch] = []
         self._fed = False
         self._stopped = False
         self._error: BaseException | None = None
@@ -163,6 +164,15 @@ class Requests:
             self._tell()
         return True
 
+    def give(self, batch: ResultBatch) -> bool:
+        """Results that need not be computed, to be read with the others. Waits and returns as :meth:`offer` does."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or len(self._given) < MOST_GIVEN)
+            if not self._stopped:
+                self._given.append(batch)
+                self._tell()
+            return not self._stopped
+
     def end_offering(self, error: BaseException | None = None) -> None:
         """No more prompts will come; ``error`` if that is because reading them failed."""
         with self._changed:
@@ -171,10 +181,11 @@ class Requests:
             self._tell()
 
     def _must_run(self, prompt: Prompt, key: bytes) -> bool:
-        if self._once is None or any(getattr(prompt, name) is not None for name in _OWN):
+        settles = None if self._once is None else identity(prompt, key)
+        if self._once is None or settles is None:
             return True
         # What follows another row is not run: it needs no tokens.
-        must, finished = self._once.admit(prompt.row, key, replace(prompt, tokens=[]))
+        must, finished = self._once.admit(prompt.row, settles, replace(prompt, tokens=[]))
         if finished is not None:
             self._finished.append(finished.for_row(prompt))
         return must
@@ -250,24 +261,32 @@ class Requests:
 
     # ---- the thread that reads answers ----
 
-    def results(self) -> Iterator[list[Outcome]]:
-        """What has finished, all there is at a time, until every request has or the call is stopped.
+    def results(self) -> Iterator[list[Outcome] | ResultBatch]:
+        """What has finished, all there is at a time, and what was given, until every request has finished or the call
+        is stopped.
 
         Raises what the other threads or the engine raised.
         """
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._finished or self._stopped or self._error or self._over())
+                self._changed.wait_for(self._anything)
                 # What has finished is done, even if the call was stopped or the engine died right after it.
-                if self._stopped and not self._finished:
+                done = self._finished or self._given
+                if self._stopped and not done:
                     return
-                if self._error is not None and not self._finished:
+                if self._error is not None and not done:
                     raise self._error
                 some, self._finished = self._finished, []
+                given, self._given = self._given, []
                 self._tell()
-            if not some:
+            if not some and not given:
                 return
-            yield some
+            yield from given
+            if some:
+                yield some
+
+    def _anything(self) -> bool:
+        return bool(self._finished or self._given or self._stopped or self._error or self._over())
 
     def _over(self) -> bool:
         return self._fed and not len(self._backlog) and not self._place.inside

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ import pyarrow as pa
 import pytest
 
 from examples.tiny_llama import CORPUS, SIZES, build_llama
-from pipeline.engines.base import EngineContext, RowBatch, RowFailure
+from pipeline.engines.base import Cancellation, EngineContext, RowBatch, RowFailure
 from pipeline.engines.vllm import VllmEngine
 from pipeline.job_spec import JobSpec, Task, parse
+from pipeline.result_cache import ResultCaches
 from pipeline.row_errors import RowErrorCode
 from storage.errors import InvalidJob, InvalidModel
+from storage.objects import ObjectStore
 from tests.engines import vllm_support as support
 from tests.engines.contract import EngineContract, MakeBatch, run
 from tests.engines.vllm_reference import Question, Reference
@@ -276,3 +280,40 @@ def test_models_that_do_not_do_the_task(
         assert engine._running is not None
         with pytest.raises(InvalidModel, match=words):
             Pooling(engine._running, task)
+
+
+@pytest.mark.parametrize("kind", ["embed", "pairs", "classify", "score"])
+def test_what_was_pooled_before_comes_back_to_the_bit(
+    embedder: VllmEngine, classifier: VllmEngine, cross_encoder: VllmEngine, kind: str, tmp_path: Path
+) -> None:
+    engine = {"embed": embedder, "pairs": embedder, "classify": classifier, "score": cross_encoder}[kind]
+    others = [*OTHERS, "x"] if kind in ("pairs", "score") else None
+    more = {"pair_column": "other"} if others else {}
+    task = "score" if kind == "pairs" else kind
+    plain = engine._context
+    try:
+        engine._context = replace(plain, results=ResultCaches(ObjectStore(), str(tmp_path), 2**20))
+
+        def counted(spec: JobSpec, batch: RowBatch) -> tuple[list[Any], int, int]:
+            found: dict[int, Any] = {}
+            sums = Counter[str]()
+            for result in engine.infer(spec, iter([batch]), Cancellation()):
+                sums.update({name: int(number) for name, number in result.measured.items()})
+                if result.values is not None:
+                    found |= dict(zip(result.rows.tolist(), result.values.to_pylist(), strict=True))
+            return [found.get(row) for row in range(batch.columns.num_rows)], sums["cache_hits"], sums["cache_misses"]
+
+        spec, batch = make_spec(task, cache=True, **more), rows([*TEXTS, "one"], others)
+        one, *first = counted(spec, batch)
+        two, *second = counted(spec, batch)
+        n = len(TEXTS) + 1
+        assert one == two and None not in one
+        assert (first, second) == ([0, n], [n, 0])
+        if kind == "embed":
+            assert counted(make_spec(task, cache=True, normalize=False), batch)[1:] == (0, n)
+            assert counted(make_spec(task, cache=True, embedding_type="binary"), batch)[1:] == (0, n)
+        if others is not None:
+            turned = rows(others, [*TEXTS, "one"])
+            assert counted(spec, turned)[1] < n, "the order of a pair matters"
+    finally:
+        engine._context = plain
