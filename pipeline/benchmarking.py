@@ -31,8 +31,8 @@ one two three four five six seven eight nine ten first last more less very too a
 
 @runtime_checkable
 class Benchmarked(Protocol):
-    """An engine that measures itself. Where it has a class attribute ``makes_up``, it measures the tasks named there and
-    no others, on prompts of its own making."""
+    """An engine that measures itself. Where it has a class attribute ``makes_up``, it measures the tasks named there
+    and no others, on prompts of its own making."""
 
     def benchmark(self, spec: JobSpec, batches: Iterator[RowBatch]) -> Mapping[str, Any] | None:
         """Measure on ``batches``, keep the fastest way for later jobs, and tell: ``chosen``, how it will run, and

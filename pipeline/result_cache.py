@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,6 +37,9 @@ SEGMENT_ROWS, SEGMENT_BYTES = 65_536, 16 * 2**20
 SMALL_ROWS, MOST_SMALL = 8192, 32
 """Segments with fewer rows are merged when there are as many: a folder has few, however many shards wrote."""
 _READERS = 8
+_ABANDONED_SECONDS = 86_400.0
+_MOST_KNOWN = 64
+"""Namespaces that a process remembers, however small they are."""
 
 
 @dataclass
@@ -66,8 +70,6 @@ class ResultCaches:
         with self._lock:
             known = self._known.setdefault(folder, _Known())
             self._known.move_to_end(folder)
-            while len(self._known) > 1 and sum(len(each.index) for each in self._known.values()) > self._most:
-                self._known.popitem(last=False)
         cache = ResultCache(self._store, folder, schema, self._failed)
         try:
             with known.lock:
@@ -75,6 +77,11 @@ class ResultCaches:
                 cache.index, cache.segments = known.index, dict(known.segments)
         except Exception as error:  # whatever it is, it is no reason to fail a job
             cache.fail(f"looked up below {folder}", error)
+        with self._lock:
+            while len(self._known) > 1 and (
+                len(self._known) > _MOST_KNOWN or sum(len(each.index) for each in self._known.values()) > self._most
+            ):
+                self._known.popitem(last=False)
         return cache
 
     def _refresh(self, known: _Known, folder: str) -> None:
@@ -122,8 +129,8 @@ class ResultCaches:
 class ResultCache:
     """What one call of an engine uses. ``find``, ``read`` are for one thread, ``add`` and ``finish`` for another.
 
-    ``written``: answers that were added to the store; ``failures``: times that the store failed. The first ends its use
-    for looking up, or for writing.
+    ``written``: answers that were added to the store; ``failures``: times that the store failed. A failure to read ends
+    all use of it, a failure to write ends writing.
     """
 
     def __init__(self, store: ObjectStore, folder: str, schema: pa.Schema, failed: Any) -> None:
@@ -139,9 +146,9 @@ class ResultCache:
         self._pending: Future[Segment] | None = None
 
     def fail(self, what: str, error: BaseException) -> None:
-        """The store failed: count it, say it, and look nothing up any more."""
+        """The store failed to read: count it, say it, and wait for it no more."""
         self.failures += 1
-        self.index = Index()
+        self.index, self._writes = Index(), False
         self._failed(what, error)
 
     def find(self, keys: Sequence[bytes]) -> Places:
@@ -242,6 +249,7 @@ def collect(store: ObjectStore, root: str, *, older_than: float, most_bytes: int
         if segment.made_at < older_than or (most_bytes is not None and left > most_bytes):
             gone.append(segment)
     store.delete([segment.uri for segment in gone])
+    segments.delete_abandoned(root, time.time() - _ABANDONED_SECONDS)
     return len(gone), sum(segment.n_bytes for segment in gone)
 
 

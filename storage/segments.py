@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
@@ -20,6 +22,7 @@ import pyarrow.parquet as pq
 import uuid_utils
 
 from storage.errors import CorruptFile
+from storage.locations import normalize, protocol
 from storage.objects import ObjectStore
 from storage.parquet_batches import readable
 
@@ -88,6 +91,16 @@ def merge(store: ObjectStore, folder: str, merged: Sequence[Segment], schema: pa
     made = _write(store, folder, rows) if rows is not None and rows.num_rows else None
     store.delete([segment.uri for segment in merged])
     return made
+
+
+def delete_abandoned(folder: str, older_than: float) -> None:
+    """Delete what writers that were killed have left below a local folder (a store has nothing of it)."""
+    if protocol(folder) != "file":
+        return
+    for path in Path(normalize(folder)).rglob(".*.parquet.*.tmp"):
+        with suppress(OSError):
+            if path.stat().st_mtime < older_than:
+                path.unlink()
 
 
 def hashes(keys: Sequence[bytes]) -> Hashes:

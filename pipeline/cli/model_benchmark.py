@@ -102,14 +102,6 @@ _SHOWN = (
 def _speeds(found: Mapping[str, Any]) -> None:
     """vLLM's table, and beside it what Rowmill has set and what the machine could do."""
     settings, machine, weights = found["settings"], found["machine"], found["weights"]
-    chosen = (
-        "max_num_seqs",
-        "max_num_batched_tokens",
-        "max_model_len",
-        "window",
-        "enable_prefix_caching",
-        "enforce_eager",
-    )
     limits = "not known for quantized weights, mixtures of experts and several devices"
     if machine is not None:
         limits = (

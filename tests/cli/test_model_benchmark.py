@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from examples.tiny_encoder import build_encoder
+from pipeline.cli.model_benchmark import _SHOWN, _speeds
 from tests.cli.conftest import Rowmill
 
 
@@ -31,7 +32,8 @@ def test_benchmark_shows_what_jobs_will_do(rowmill: Rowmill, encoder: Path) -> N
     [
         (["nothing.parquet"], "nothing.parquet"),
         (["-t", "tensor"], "task 'tensor'"),
-        (["-e", "vllm"], "does generate"),
+        (["-e", "vllm"], "measured with task generate"),
+        (["-t", "generate"], "needs an autoregressive model"),
         (["--set", "autotune=false"], "nothing to measure"),
         (["--set", "lanes=0"], "lanes"),
     ],
@@ -40,3 +42,35 @@ def test_benchmark_refuses(rowmill: Rowmill, encoder: Path, arguments: list[str]
     done = rowmill.inside("model", "benchmark", str(encoder), *arguments)
     assert done.code == 2
     assert said in done.err and "Traceback" not in done.err
+
+
+def test_the_table_of_a_language_model(capsys: pytest.CaptureFixture[str]) -> None:
+    speeds = [
+        {
+            "what": "prefill",
+            "requests": 8,
+            "prompt_tokens": 512,
+            "tokens_per_second": 910.5,
+            "limit": 1500.0,
+            "share": 0.607,
+        },
+        {"what": "decode", "requests": 1, "prompt_tokens": 32, "tokens_per_second": 12.3, "limit": None, "share": None},
+    ]
+    settings = dict.fromkeys(_SHOWN, 1) | {"dtype": "float32"}
+    found = {"speeds": speeds, "settings": settings, "startup_seconds": 11.0, "kv_cache_tokens": 4096, "device": "cpu"}
+    _speeds({**found, "machine": None, "weights": None})
+    known = {"machine": {"bandwidth": 2.0**34, "flops": 1e11}, "weights": {"n_bytes": 2**29}}
+    _speeds({**found, **known})
+    unknown, shown = capsys.readouterr().out.split("start-up")[1:]
+    assert "not known for quantized weights" in unknown
+    assert "512.0 MiB of weights at 16.0 GiB/s, 100 GFLOP/s" in shown and "4,096 tokens" in shown
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["prefill", "8", "512", "910", "1,500", "61%"] in lines or [
+        "prefill",
+        "8",
+        "512",
+        "911",
+        "1,500",
+        "61%",
+    ] in lines
+    assert ["decode", "1", "32", "12"] in lines

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from examples.tiny_llama import build_llama
-from pipeline.engines import vllm_reuse
+from pipeline.engines import vllm_benchmark, vllm_reuse
 from pipeline.engines.base import Cancellation, EngineContext, RowBatch, RowFailure
 from pipeline.engines.vllm import VllmEngine
 from pipeline.engines.vllm_options import ENGINE_FIELDS
@@ -302,6 +302,20 @@ def test_answers_that_vanish_while_they_are_looked_up_are_computed(engine: VllmE
     assert {row: value["output"] for row, value in found.items()} == {
         row: value["output"] for row, value in one.values.items()
     }
+
+
+@pytest.mark.vllm
+def test_the_engine_measures_itself(loaded: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_benchmark, "SECONDS", 0.05)
+    found = loaded.benchmark(support.make_spec(engine_options=LORA), iter(()))
+    assert found is not None and json.dumps(found)
+    rows = found["speeds"]
+    assert {row["what"] for row in rows} == {"prefill", "decode"}
+    assert all(row["tokens_per_second"] > 0 and row["limit"] > 0 for row in rows)
+    assert all(row["prompt_tokens"] < support.CONTEXT for row in rows)
+    assert found["kv_cache_tokens"] > support.CONTEXT and found["startup_seconds"] > 0
+    assert found["weights"]["n_bytes"] == 4 * found["weights"]["parameters"]
+    assert found["machine"]["bandwidth"] > 0 and found["settings"]["max_num_seqs"] > 0
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,12 @@ def test_a_writer_that_is_killed_leaves_all_or_nothing(tmp_path: Path, when: str
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), when], env=environment, check=False)
     assert done.returncode == 137
+    left = list(tmp_path.rglob(".*.tmp"))
+    assert len(left) == (0 if there else 1)
+    for path in left:
+        os.utime(path, (0, 0))
+    result_cache.collect(ObjectStore(), str(tmp_path), older_than=0, most_bytes=None)
+    assert not list(tmp_path.rglob(".*.tmp"))
     assert kept(caches_at(tmp_path), ["a", "b", "c"]).keys() == there
 
 
