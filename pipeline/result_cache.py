@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -70,7 +70,7 @@ class ResultCaches:
         with self._lock:
             known = self._known.setdefault(folder, _Known())
             self._known.move_to_end(folder)
-        cache = ResultCache(self._store, folder, schema, self._failed)
+        cache = ResultCache(self._store, folder, schema, self._failed, known.damaged.add)
         try:
             with known.lock:
                 self._refresh(known, folder)
@@ -133,8 +133,16 @@ class ResultCache:
     all use of it, a failure to write ends writing.
     """
 
-    def __init__(self, store: ObjectStore, folder: str, schema: pa.Schema, failed: Any) -> None:
-        self._store, self.folder, self._schema, self._failed = store, folder, schema, failed
+    def __init__(
+        self,
+        store: ObjectStore,
+        folder: str,
+        schema: pa.Schema,
+        failed: Callable[[str, BaseException], None],
+        damaged: Callable[[str], None],
+    ) -> None:
+        self._store, self.folder, self._schema = store, folder, schema
+        self._failed, self._damaged = failed, damaged
         self.index = Index()
         self.segments: dict[int, Segment] = {}
         self.written = self.failures = 0
@@ -174,6 +182,8 @@ class ResultCache:
                         (batch,) = values.combine_chunks().to_batches()
                         yield [int(at[which[i]]) for i in right], batch
             except (CorruptFile, InvalidInput) as error:
+                # It must not stand before the answers that are computed and kept in its place now.
+                self._damaged(self.segments[int(number)].uri)
                 log.warning("kept answers are left aside: %s", error)
             except Exception as error:
                 self.fail(f"read below {self.folder}", error)

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,9 @@ import pyarrow as pa
 
 from pipeline.job_spec import JobSpec, Task
 from pipeline.models.model import Model
-from pipeline.result_cache import ResultCaches
+
+if TYPE_CHECKING:
+    from pipeline.result_cache import ResultCaches
 
 RowIds = npt.NDArray[np.int64]
 

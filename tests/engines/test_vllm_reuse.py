@@ -306,7 +306,9 @@ def test_answers_that_vanish_while_they_are_looked_up_are_computed(engine: VllmE
 
 @pytest.mark.vllm
 def test_the_engine_measures_itself(loaded: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_benchmark, "SECONDS", 0.05)
+    small = {"SECONDS": 0.01, "REPEATS": 1, "CONCURRENCIES": (1, 4), "_MATRIX": 64, "_BLOCK": (2**16, 2**20)}
+    for name, value in small.items():
+        monkeypatch.setattr(vllm_benchmark, name, value)
     found = loaded.benchmark(support.make_spec(engine_options=LORA), iter(()))
     assert found is not None and json.dumps(found)
     rows = found["speeds"]
