@@ -41,7 +41,10 @@ SHORT = 4
 """Tokens of the short answers: the first comes from prefill, the others let all requests get under way."""
 SECONDS = 2.0
 """That one measurement takes, about."""
-REPEATS = 3
+REPEATS = 2
+"""The fastest counts: whatever else the machine does only adds to it."""
+MOST_SECONDS = 8.0
+"""Concurrencies at which one answer of ``8 * SHORT`` tokens to all would take longer are left out."""
 _BLOCK = (64 * 2**20, 2**30)
 """Least and most bytes of the block whose sum says the bandwidth."""
 _MATRIX = 2048
@@ -132,22 +135,29 @@ def measure(
     """The rows of the table, as they are measured. ``context``: of the model; ``cache_tokens``: of the KV cache."""
     ask(min(8, most_requests), CONTEXT, SHORT)  # warm
     known = weights is not None and machine is not None
+    per_token = 0.0
     for tokens in PREFILL_TOKENS:
         if tokens + 1 > context or tokens > cache_tokens:
             break
         once = ask(1, tokens, 1)
         count = max(1, min(int(SECONDS / once), cache_tokens // tokens))
-        seconds = _median([ask(count, tokens, 1) for _ in range(REPEATS)])
+        seconds = min(ask(count, tokens, 1) for _ in range(REPEATS))
+        per_token = seconds / (count * tokens)
         limit = machine.prefill(weights) if known and machine and weights else None
         yield _row("prefill", count, tokens, count * tokens / seconds, limit)
+    per_answer = 0.0
     for requests in CONCURRENCIES:
         room = min(context - CONTEXT, cache_tokens // requests - CONTEXT) - 1
         if requests > most_requests or room < 2 * SHORT:
             break
         longer = min(room, 8 * SHORT)
+        if requests * (CONTEXT * per_token + longer * per_answer) > MOST_SECONDS:
+            break
         step = max(1e-6, (ask(requests, CONTEXT, longer) - ask(requests, CONTEXT, SHORT)) / (longer - SHORT))
         longer = max(2 * SHORT, min(room, SHORT + int(SECONDS / step)))
-        more = _median([ask(requests, CONTEXT, longer) - ask(requests, CONTEXT, SHORT) for _ in range(REPEATS)])
+        fastest = [min(ask(requests, CONTEXT, answer) for _ in range(REPEATS)) for answer in (SHORT, longer)]
+        more = fastest[1] - fastest[0]
+        per_answer = max(more, 1e-6) / (requests * (longer - SHORT))
         held = CONTEXT + (SHORT + longer) / 2
         limit = machine.decode(weights, requests, held) if known and machine and weights else None
         yield _row("decode", requests, CONTEXT, requests * (longer - SHORT) / max(more, 1e-6), limit)
@@ -162,10 +172,6 @@ def _row(what: str, requests: int, prompt: int, speed: float, limit: float | Non
         "limit": None if limit is None else round(limit, 1),
         "share": None if not limit else round(speed / limit, 3),
     }
-
-
-def _median(numbers: Sequence[float]) -> float:
-    return sorted(numbers)[len(numbers) // 2]
 
 
 def weights_of(folder: Path, config: Any) -> Weights | None:

@@ -12,7 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.engines.vllm_benchmark import CONCURRENCIES, CONTEXT, Machine, Weights, measure, summary, weights_of
+from pipeline.engines.vllm_benchmark import (
+    CONCURRENCIES,
+    CONTEXT,
+    MOST_SECONDS,
+    Machine,
+    Weights,
+    measure,
+    summary,
+    weights_of,
+)
 
 SPEEDS = st.floats(10, 1e6)
 
@@ -34,6 +43,8 @@ def test_prefill_and_decode_are_told_apart(
     asked = [row["requests"] for row in rows if row["what"] == "decode"]
     assert asked == list(CONCURRENCIES[: len(asked)])
     assert all(row["limit"] is None and row["share"] is None for row in rows)
+    if asked and asked[-1] < CONCURRENCIES[-1] and min(context, cache // 256) > 100 and most >= 256:
+        assert CONCURRENCIES[len(asked)] * 8 * 4 / decode > MOST_SECONDS / 2 or prefill < 2000
     assert (", decode " in summary(rows)) == (0 < len(asked) < len(rows))
 
 
