@@ -20,7 +20,6 @@ from pipeline.engines.onnx_options import OnnxOptions
 from pipeline.engines.onnx_runtime import (
     CPU,
     KEPT_GRAPH,
-    KEPT_WEIGHTS,
     GraphFile,
     open_session,
     processor,
@@ -115,7 +114,7 @@ class Graphs:
 
         def make(work: Path) -> None:
             open_session(self._runtime, raw, options, providers, 1, keep_in=work)
-            sizes = {name: (work / name).stat().st_size for name in (KEPT_GRAPH, KEPT_WEIGHTS)}
+            sizes = {file.name: file.stat().st_size for file in work.iterdir()}
             (work / _REPORT).write_text(json.dumps({"sizes": sizes}), encoding="utf-8")
 
         try:
