@@ -171,7 +171,7 @@ def assemble(
     held = BitMap().union(*(file.rows for file in files)) if files else BitMap()
     if held and held.max() >= row_n:
         raise CorruptFile(f"a part file of a shard of {row_n} rows claims to hold row {held.max()}")
-    missing = _ranges(BitMap(range(row_n)) - held)
+    missing = ranges(BitMap(range(row_n)) - held)
     if missing and not partial:
         low, high = missing[0]
         raise CorruptFile(f"no part file holds rows {low} to {high - 1} of a shard of {row_n} rows")
@@ -217,7 +217,8 @@ def assemble(
     return Assembled(file_out.written, n_rows, len(failed), failed, missing)
 
 
-def _ranges(rows: BitMap) -> tuple[tuple[int, int], ...]:
+def ranges(rows: BitMap) -> tuple[tuple[int, int], ...]:
+    """The numbers as half-open ranges, in order."""
     numbers = np.array(rows.to_array(), dtype=np.int64)
     if not len(numbers):
         return ()

@@ -270,6 +270,11 @@ class JobHandle:
         """What the attempts measured, added up; :func:`pipeline.measures.derived` makes rates and shares of it."""
         return measures.summed(reports.measured(self._runtime.database, self.id))
 
+    @property
+    def regrouped(self) -> bool:
+        """Whether the shards hold rows in another order than the input's (``order="prefix"``)."""
+        return bool(jobs.get(self._runtime.database, self.id).plan.get("part_rows"))
+
     def shards(self, state: str | None = None) -> list[Shard]:
         """The job's shards in row order; ``state="failed"`` lists those that were given up, with their ``error``."""
         wanted = None if state is None else _state(ShardState, state)

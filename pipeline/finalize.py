@@ -9,7 +9,7 @@ import json
 import logging
 import platform
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
@@ -17,19 +17,19 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline import assembly, manifest, measures
+from pipeline import assembly, manifest, measures, restoring
 from pipeline.flusher import patiently
 from pipeline.job_spec import JobSpec
 from pipeline.outputs import earlier_parts, is_free
 from pipeline.plan_record import PlanRecord
-from pipeline.publish_shard import publish_shard
+from pipeline.publish_shard import assemble_partial, publish_shard
 from pipeline.result_columns import known_fields
 from pipeline.runtime import Runtime
-from storage import failpoints, finalizing, garbage, locations, parquet, reports
+from storage import failpoints, finalizing, garbage, input_rows, locations, parquet, reports
 from storage.errors import CorruptFile, LeaseLost, RowmillError
 from storage.finalizing import Lost
 from storage.records import Job
-from storage.states import JobState
+from storage.states import TERMINAL_JOB, JobState
 
 log = logging.getLogger(__name__)
 
@@ -95,27 +95,13 @@ def _publish(runtime: Runtime, job: Job) -> Job:
         return job
     finalizing.begin_publishing(runtime.database, job, actor=runtime.actor)
     failpoints.hit("finalize.publishing")
+    if job.state in TERMINAL_JOB and _is_collected(runtime, job):
+        runtime.notify(f"{output} cannot be published once more: what it was made of has been deleted")
+        return job
     earlier = {} if target is JobState.COMPLETED else earlier_parts(store, job)
     # Readers trust the marks, so these go first and come back last.
     store.delete([locations.success(output), locations.manifest(output)])
-    entries: list[dict[str, Any]] = []
-    names: set[str] = set()
-    lost: dict[str, Lost] = {}
-    for count, closed in enumerate(finalizing.closed_shards(runtime.database, job.id)):
-        if count % _RENEW_EVERY == 0:
-            _renew(runtime, job)
-        try:
-            entry = publish_shard(runtime, job, closed, earlier)
-        except CorruptFile as error:
-            # What an earlier generation computed of it is better than nothing.
-            older = replace(closed, output=None, parts=())
-            entry = publish_shard(runtime, job, older, {})
-            lost[closed.shard.id] = Lost(str(error), base_stands=entry is not None)
-            entry = entry or publish_shard(runtime, job, replace(older, base=None), earlier)
-        if entry is not None:
-            failpoints.hit("finalize.part")
-            names.add(locations.part(output, closed.shard.idx))
-            entries.append(entry)
+    entries, names, lost = _publish_shards(runtime, job, earlier)
     if lost:
         job = finalizing.lose_outputs(runtime.database, job, lost, actor=runtime.actor)
         target = finalizing.end_state(job)
@@ -144,6 +130,52 @@ def _publish(runtime: Runtime, job: Job) -> Job:
     if whole:
         store.put_bytes(locations.success(output), b"")
     return job
+
+
+def _is_collected(runtime: Runtime, job: Job) -> bool:
+    """Whether a regrouped job's files are gone; those of others can be published from where they were published."""
+    chunk = input_rows.a_chunk(runtime.database, job.id)
+    return chunk is not None and not runtime.store.exists(chunk)
+
+
+def _publish_shards(
+    runtime: Runtime, job: Job, earlier: Mapping[str, Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], set[str], dict[str, Lost]]:
+    """The manifest's entries of what was published, the files' names, and shards whose committed files are lost."""
+    closed_shards = finalizing.closed_shards(runtime.database, job.id)
+    part_rows = PlanRecord.from_json(job.plan).part_rows if job.plan else None
+    if part_rows is not None:
+        made = restoring.publish(
+            runtime.store,
+            job,
+            closed_shards,
+            part_rows=part_rows,
+            limits=restoring.Limits(runtime.settings.read_batch_rows, runtime.settings.read_batch_bytes),
+            sources_of=lambda shard: finalizing.shard_sources(runtime.database, shard),
+            partial=lambda closed: assemble_partial(runtime, job, closed),
+            notify=runtime.notify,
+            renew=lambda: _renew(runtime, job),
+        )
+        return made.entries, made.names, made.lost
+    entries: list[dict[str, Any]] = []
+    names: set[str] = set()
+    lost: dict[str, Lost] = {}
+    for count, closed in enumerate(closed_shards):
+        if count % _RENEW_EVERY == 0:
+            _renew(runtime, job)
+        try:
+            entry = publish_shard(runtime, job, closed, earlier)
+        except CorruptFile as error:
+            # What an earlier generation computed of it is better than nothing.
+            older = replace(closed, output=None, parts=())
+            entry = publish_shard(runtime, job, older, {})
+            lost[closed.shard.id] = Lost(str(error), base_stands=entry is not None)
+            entry = entry or publish_shard(runtime, job, replace(older, base=None), earlier)
+        if entry is not None:
+            failpoints.hit("finalize.part")
+            names.add(locations.part(job.output_uri, closed.shard.idx))
+            entries.append(entry)
+    return entries, names, lost
 
 
 def _put_manifest(runtime: Runtime, job: Job, content: bytes) -> None:
@@ -215,6 +247,8 @@ def _useless(runtime: Runtime, job: Job, target: JobState) -> str | None:
     work = locations.work_dir(job.output_uri, job.id)
     if target is not JobState.COMPLETED or job.n_dead:
         return None if reports.progress(runtime.database, job).rows_done else work
+    if job.rows_failed and job.plan.get("part_rows"):
+        return None
     if job.rows_failed and job.plan["converted"]:
         return locations.attempts_dir(job.output_uri, job.id)
     return work

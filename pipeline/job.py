@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import uuid_utils
 
-from pipeline import inputs, permissions, planning, routing
+from pipeline import inputs, permissions, planning, regrouping, routing
 from pipeline.engines import registry, vllm_adapters
+from pipeline.engines.base import Cancellation
+from pipeline.flusher import patiently
 from pipeline.job_spec import NOT_PART_OF_THE_WORK, JobSpec, parse
 from pipeline.models.model import Model
 from pipeline.models.resolve import resolve
@@ -20,11 +26,20 @@ from pipeline.plan_record import PlanRecord
 from pipeline.profiling import Profiled
 from pipeline.result_columns import known_names
 from pipeline.runtime import Runtime
-from storage import failpoints, finalizing, jobs, locations, retries, schedules
-from storage.errors import Conflict, InvalidInput, InvalidJob, QuotaExceeded
+from storage import failpoints, finalizing, input_rows, jobs, locations, planners, retries, schedules
+from storage.errors import (
+    CommitUnknown,
+    Conflict,
+    InputChanged,
+    Interrupted,
+    InvalidInput,
+    InvalidJob,
+    QuotaExceeded,
+    TransientError,
+)
 from storage.fires import Taken
-from storage.records import FireKey, Job
-from storage.states import JobState
+from storage.records import FireKey, Job, ShardPlan
+from storage.states import TERMINAL_JOB, JobState
 
 ERROR_COLUMN = "error"
 
@@ -35,6 +50,7 @@ class _Prepared:
 
     record: PlanRecord
     found: inputs.Inputs
+    regrouped: regrouping.Regrouped | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +144,10 @@ def submit_job(
     if job.id != job_id:
         runtime.store.delete_tree(locations.work_dir(spec.output, job_id))
         return job
-    return _store_plan(runtime, job, spec, prepared) if prepared is not None else job
+    # Regrouping reads all of the input: that is for whoever runs the job, who begins again after a crash.
+    if prepared is None or _limits_if_regrouped(runtime, spec, prepared.found) is not None:
+        return job
+    return _store_plan(runtime, job, spec, prepared)
 
 
 def _done_before(runtime: Runtime, spec: JobSpec, model: Model) -> Job | None:
@@ -176,11 +195,13 @@ def _differences(live: Job, spec: JobSpec) -> str:
     return ", ".join(names) or "an older version"
 
 
-def plan_job(runtime: Runtime, job: Job) -> Job:
+def plan_job(runtime: Runtime, job: Job, interrupt: Cancellation | None = None) -> Job:
     """Read the input's footers, check that the work can be done, and store the shards.
 
     The job of an incremental schedule takes only the files that no completed fire has taken as they are now; which
-    these are is fixed here. Raises :class:`InvalidJob` after recording the job as failed with that reason.
+    these are is fixed here. Raises :class:`InvalidJob` after recording the job as failed with that reason. Where rows
+    are to be regrouped, raises :class:`LeaseLost` when another planner is at it, and :class:`Interrupted` when
+    ``interrupt`` fires: the job can then be planned again.
     """
     spec = JobSpec(**job.spec)
     schedule_id = schedules.incremental_of(runtime.database, job.id)
@@ -188,6 +209,8 @@ def plan_job(runtime: Runtime, job: Job) -> Job:
     try:
         model = resolve(spec.model, runtime.settings.cache_dir)
         prepared = _prepare(runtime, job.id, spec, job.engine, model, done)
+        if (limits := _limits_if_regrouped(runtime, spec, prepared.found)) is not None:
+            prepared = _regrouped(runtime, job, spec, prepared, limits, interrupt)
     except InvalidJob as error:
         _refuse(runtime, job.id, spec, error)
         raise
@@ -212,14 +235,67 @@ def _prepare(
     return _Prepared(record, found)
 
 
+def _limits_if_regrouped(runtime: Runtime, spec: JobSpec, found: inputs.Inputs) -> regrouping.Limits | None:
+    """The limits for copying the job's rows into another order, where that is wanted."""
+    settings = runtime.settings
+    limits = regrouping.Limits(
+        cluster_rows=settings.order_rows,
+        n_bytes=settings.order_bytes // 4,
+        batch_rows=settings.read_batch_rows,
+        batch_bytes=settings.read_batch_bytes,
+    )
+    return limits if regrouping.wanted(spec, sum(source.n_rows for source in found.sources), limits) else None
+
+
+def _regrouped(
+    runtime: Runtime,
+    job: Job,
+    spec: JobSpec,
+    prepared: _Prepared,
+    limits: regrouping.Limits,
+    interrupt: Cancellation | None,
+) -> _Prepared:
+    record, found, settings = prepared.record, prepared.found, runtime.settings
+    # Of its own, not the worker's: two threads of one worker may plan.
+    owner = f"{runtime.worker.id}#{secrets.token_hex(4)}"
+    lease, renew_at = settings.lease_seconds, 0.0
+
+    def going_on() -> None:
+        nonlocal renew_at
+        if interrupt is not None and interrupt.cancelled:
+            raise Interrupted(f"job {job.id} was interrupted while its rows were put in order; nothing was run yet")
+        if time.monotonic() >= renew_at:
+            patiently(lambda: planners.hold(runtime.database, job.id, owner=owner, lease_seconds=lease))
+            renew_at = time.monotonic() + lease / 3
+
+    going_on()
+    runtime.notify("putting rows whose prompts begin alike into the same shards")
+    columns = [name for name in record.schema.names if name in {*record.columns, *record.keep}]
+    work = locations.work_dir(spec.output, job.id)
+    try:
+        made = regrouping.regroup(runtime.store, spec, found, columns, work, limits, going_on)
+    except BaseException as error:
+        with suppress(TransientError, CommitUnknown):
+            planners.let_go(runtime.database, [owner])
+        if isinstance(error, InputChanged):
+            raise InvalidInput(str(error), field="input") from error
+        raise
+    return replace(prepared, record=replace(record, part_rows=made.part_rows), regrouped=made)
+
+
 def _store_plan(runtime: Runtime, job: Job, spec: JobSpec, prepared: _Prepared, taken: Taken | None = None) -> Job:
-    shards = planning.plan(prepared.found.files, shard_rows=spec.shard_rows, shard_bytes=spec.shard_bytes)
+    made = prepared.regrouped
+    shards: Iterable[ShardPlan] = (
+        planning.plan(prepared.found.files, shard_rows=spec.shard_rows, shard_bytes=spec.shard_bytes)
+        if made is None
+        else made.shards
+    )
     try:
         return jobs.set_planned(
             runtime.database,
             job.id,
             plan=prepared.record.to_json(),
-            sources=prepared.found.sources,
+            sources=chain(prepared.found.sources, () if made is None else made.chunks),
             shards=shards,
             actor=runtime.actor,
             taken=taken,
@@ -261,5 +337,11 @@ def cancel_job(runtime: Runtime, job_id: str) -> Job:
 def retry_job(runtime: Runtime, job_id: str, *, failed_only: bool = True) -> Job:
     """Queue an ended job again: its unfinished shards, and its failed rows (or all rows)."""
     job = jobs.get(runtime.database, job_id)
+    chunk = input_rows.a_chunk(runtime.database, job_id)
+    if job.state in TERMINAL_JOB and chunk is not None and not runtime.store.exists(chunk):
+        raise Conflict(
+            f"what job {job_id} was made of has been deleted (its rows lay in another order, in files of its own); "
+            "submit it again with --overwrite (overwrite=True)"
+        )
     window = JobSpec(**job.spec).window_seconds
     return retries.reopen(runtime.database, job_id, failed_only=failed_only, window_seconds=window, actor=runtime.actor)

@@ -53,8 +53,8 @@ def run_job(
     runtime.register()
     settings = runtime.settings
     try:
-        if job.state is JobState.VALIDATING:
-            job = plan_job(runtime, job)
+        while job.state is JobState.VALIDATING:
+            job = _planned(runtime, job, interrupt)
         on_progress(job_status(runtime.database, job))
         with LeaseKeeper(
             runtime.database,
@@ -67,6 +67,18 @@ def run_job(
     finally:
         with suppress(TransientError):
             workers.unregister(runtime.database, runtime.worker.id)
+
+
+def _planned(runtime: Runtime, job: Job, interrupt: Cancellation) -> Job:
+    """The job as it is once somebody has tried to plan it; perhaps still not planned, when that is another process."""
+    try:
+        return plan_job(runtime, job, interrupt)
+    except LeaseLost:
+        if interrupt.wait(IDLE_SECONDS):
+            raise Interrupted(f"job {job.id} was interrupted while another process planned it") from None
+    except IllegalTransition:
+        pass  # somebody was faster, or it was cancelled meanwhile
+    return jobs.get(runtime.database, job.id)
 
 
 def _work(

@@ -8,7 +8,7 @@ import time
 from pipeline import result_cache
 from pipeline.runtime import Runtime, is_alive
 from pipeline.schedule_firing import fire_schedules
-from storage import failpoints, garbage, jobs, reaping, workers
+from storage import failpoints, garbage, jobs, planners, reaping, workers
 from storage.errors import IllegalTransition
 from storage.reaping import Reaped
 from storage.states import JobState
@@ -29,6 +29,8 @@ def recover_local(runtime: Runtime) -> Reaped:
     """Take back at once what dead processes of this host held: nobody needs to wait for their leases."""
     dead = [w.id for w in workers.on_host(runtime.database, runtime.worker.host) if not is_alive(w)]
     found = reaping.reap_owners(runtime.database, dead, max_losses=runtime.settings.max_losses, actor=runtime.actor)
+    if dead:
+        planners.let_go(runtime.database, dead)
     for worker_id in dead:
         workers.unregister(runtime.database, worker_id)
     return found

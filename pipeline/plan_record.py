@@ -14,7 +14,8 @@ import pyarrow as pa
 class PlanRecord:
     """``schema`` is the unified schema of the input, ``columns`` what the engine reads, ``keep`` what is copied out.
 
-    ``converted``: the sources are Parquet chunks in the job's work folder, made from other formats.
+    ``converted``: the sources are Parquet chunks in the job's work folder, made from other formats. ``part_rows``: the
+    shards hold rows that begin alike, and the output has so many rows in a file; ``None``: each shard becomes one file.
     """
 
     schema: pa.Schema
@@ -23,6 +24,7 @@ class PlanRecord:
     model_digest: str
     architectures: tuple[str, ...]
     converted: bool = False
+    part_rows: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -32,6 +34,7 @@ class PlanRecord:
             "model_digest": self.model_digest,
             "architectures": list(self.architectures),
             "converted": self.converted,
+            "part_rows": self.part_rows,
         }
 
     @classmethod
@@ -43,4 +46,5 @@ class PlanRecord:
             model_digest=data["model_digest"],
             architectures=tuple(data["architectures"]),
             converted=data["converted"],
+            part_rows=data.get("part_rows"),
         )

@@ -35,7 +35,7 @@ def publish_shard(
     if not closed.parts and closed.base is None:
         return before
     try:
-        assembled = _assemble_partial(runtime, job, closed)
+        assembled = assemble_partial(runtime, job, closed)
     except (InputChanged, CorruptFile, InvalidInput) as error:
         # Its finished rows cannot be put beside columns of another version of the file, or one of them is gone; the
         # job's error says so. What an earlier generation published stands: it may be the only copy.
@@ -82,10 +82,11 @@ def _publish_whole(store: ObjectStore, shard: Shard, target: str, file: PartFile
     )
 
 
-def _assemble_partial(runtime: Runtime, job: Job, closed: Closed) -> assembly.Assembled:
+def assemble_partial(runtime: Runtime, job: Job, closed: Closed) -> assembly.Assembled:
+    """What an unfinished shard has flushed, on top of what it builds on, as one file; not published yet."""
     shard, plan = closed.shard, PlanRecord.from_json(job.plan)
     spec = JobSpec(**job.spec)
-    base = published(runtime.store, job.output_uri, shard.idx, closed.base)
+    base = closed.base if plan.part_rows else published(runtime.store, job.output_uri, shard.idx, closed.base)
     directory = locations.attempt_dir(
         job.output_uri, job.id, shard.idx, shard.gen, shard.attempt_no, f"partial-{secrets.token_hex(4)}"
     )

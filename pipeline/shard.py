@@ -264,7 +264,7 @@ def _assemble(
     directory: str,
     parts: tuple[PartFile, ...],
 ) -> PartFile:
-    shard = claim.shard
+    shard, job_output = claim.shard, claim.job.output_uri
     assembled = assembly.assemble(
         runtime.store,
         f"{directory}/output.parquet",
@@ -276,7 +276,7 @@ def _assemble(
         slices=shard.slices,
         row_n=shard.row_n,
         parts=parts,
-        base=published(runtime.store, claim.job.output_uri, shard.idx, claim.base),
+        base=claim.base if plan.part_rows else published(runtime.store, job_output, shard.idx, claim.base),
         partial=False,
         batch_rows=runtime.settings.read_batch_rows,
         batch_bytes=runtime.settings.read_batch_bytes,

@@ -83,7 +83,8 @@ def request_status(database: Database, job: Job, row: int) -> RequestStatus:
             code, message = "shard_failed", shard.error
     part = None if place.part is None else place.part.uri
     if shard.state is ShardState.COMMITTED and job.state is JobState.COMPLETED:
-        part = locations.part(job.output_uri, shard.idx)
+        part_rows = job.plan.get("part_rows")
+        part = locations.part(job.output_uri, row // part_rows if part_rows else shard.idx)
     return RequestStatus(
         job=job.id,
         row=row,

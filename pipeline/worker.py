@@ -20,7 +20,7 @@ from pipeline.runtime import Runtime, start
 from pipeline.settings import Settings
 from pipeline.shard import execute
 from storage import claims, jobs, reports, workers
-from storage.errors import CommitUnknown, IllegalTransition, InvalidJob, RowmillError, TransientError
+from storage.errors import CommitUnknown, IllegalTransition, InvalidJob, LeaseLost, RowmillError, TransientError
 from storage.states import JobState
 from storage.wakeups import CONTROL_QUEUE, Wakeups
 
@@ -72,8 +72,8 @@ class Worker:
             except InvalidJob as error:
                 log.warning("job %s was refused: %s", job.id, error)
                 continue
-            except IllegalTransition:
-                continue  # another worker planned it, or it was cancelled
+            except (IllegalTransition, LeaseLost):
+                continue  # another worker has planned it, or is at it, or it was cancelled
             if planned.n_open:
                 self.wakeups.run(planned.queue, min(planned.n_open, workers.free_slots(database, planned.queue)))
             else:

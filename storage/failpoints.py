@@ -10,6 +10,9 @@ from collections.abc import Callable
 
 POINTS = {
     "plan.prepared": "the input was read; neither the job nor its shards are stored yet",
+    "plan.sampled": "regrouping by prefix: it is decided where to cut; nothing was copied",
+    "plan.spilled": "regrouping by prefix: every row lies in the temporary file; no chunk is written",
+    "plan.chunk": "regrouping by prefix: one more chunk is written; the database does not know of it",
     "fire.decided": "the fire is recorded as pending; it has no job yet",
     "fire.inserted": "in one transaction: the job is inserted, the fire is not marked as submitted yet",
     "fire.submitted": "the job and its fire are committed; nobody knows of them yet",

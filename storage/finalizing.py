@@ -252,10 +252,11 @@ def first_dead(database: Database, job_id: str) -> Shard | None:
 
 
 def all_sources(database: Database, job_id: str) -> list[Source]:
-    """The job's input files, in row order."""
+    """The job's input files, in row order; not the copies that hold their rows in another order."""
     table = tables.source
+    query = sa.select(table).where(table.c.job_id == job_id, table.c.rows_bm.is_(None)).order_by(table.c.idx)
     with database.read() as connection:
-        found = connection.execute(sa.select(table).where(table.c.job_id == job_id).order_by(table.c.idx))
+        found = connection.execute(query)
         return [rows.source(row) for row in found]
 
 

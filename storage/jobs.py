@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from storage import fires, quotas, rows, tables
-from storage.database import Database, now
+from storage.database import Database, now, pack
 from storage.errors import Conflict, IllegalTransition, NotFound
 from storage.fires import Taken
 from storage.records import Event, FireKey, Job, ShardPlan, Source
@@ -170,6 +170,7 @@ def set_planned(
                         "n_bytes": item.n_bytes,
                         "n_rows": item.n_rows,
                         "partition": dict(item.partition),
+                        "rows_bm": None if item.rows is None else pack(item.rows),
                     }
                     for item in chunk
                 ],
@@ -194,6 +195,8 @@ def set_planned(
             n_shards=n_shards,
             n_open=n_shards,
             rows_total=rows_total,
+            finalize_owner=None,
+            finalize_until=None,
             data={"shards": n_shards, "rows": rows_total},
         )
         if n_shards == 0:

@@ -6,7 +6,7 @@
     <output>/_manifest.json, _SUCCESS
     <output>/_profile/…                       traces of a job that asked for them
     <output>/.rowmill/<job>/attempts/…         what attempts write
-    <output>/.rowmill/<job>/input/…            input that was converted to Parquet
+    <output>/.rowmill/<job>/input/…            input that was converted to Parquet, or put in another order
     <output>/.rowmill/<job>/published.json     its manifest, while it is published once more
 """
 
@@ -95,6 +95,11 @@ def chunk_in(work_dir_uri: str, n: int, key: str = "") -> str:
     """:func:`input_chunk`, from the work folder; ``key`` tells apart chunks made of different content."""
     suffix = f"-{key}" if key else ""
     return f"{work_dir_uri.rstrip('/')}/input/chunk-{n:05d}{suffix}.parquet"
+
+
+def prefix_chunk(work_dir_uri: str, n: int, key: str) -> str:
+    """Chunk ``n`` of rows whose prompts begin alike; ``key`` as in :func:`chunk_in`."""
+    return f"{work_dir_uri.rstrip('/')}/input/prefix-{n:05d}-{key}.parquet"
 
 
 def _base(output: str) -> str:

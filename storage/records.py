@@ -23,7 +23,8 @@ class Slice(NamedTuple):
 class Source:
     """One input file, as it was when the job was planned.
 
-    ``etag`` changes when the content does; ``partition`` holds the hive keys of its path as text, or null.
+    ``etag`` changes when the content does; ``partition`` holds the hive keys of its path as text, or null. ``rows`` is
+    set for a file of our own that holds some rows of the input, in rising order: it says which.
     """
 
     idx: int
@@ -32,6 +33,7 @@ class Source:
     n_bytes: int
     n_rows: int
     partition: Mapping[str, str | None] = field(default_factory=dict)
+    rows: BitMap | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from heapq import nsmallest
+from itertools import islice
 
 import sqlalchemy as sa
 
-from storage import rows, tables
+from storage import input_rows, rows, tables
 from storage.database import Database
 from storage.errors import NotFound
 from storage.records import Attempt, Job, PartFile, RowException, Shard
@@ -111,6 +113,19 @@ def row_exceptions(database: Database, job_id: str, *, limit: int | None = None)
 
     A row that a later generation computed is left out.
     """
+    found = _row_exceptions(database, job_id)
+    found = _row_exceptions(database, job_id)
+    if input_rows.a_chunk(database, job_id) is not None:
+        # Shards say nothing of where their rows come in the input.
+        found = iter(sorted(found, key=lambda item: item.row) if limit is None else nsmallest(limit, found, _by_row))
+    return islice(found, limit)
+
+
+def _by_row(item: RowException) -> int:
+    return item.row
+
+
+def _row_exceptions(database: Database, job_id: str) -> Iterator[RowException]:
     for shard in _newest_shards(database, job_id, failed_only=True):
         table = tables.row_exception
         ids = [item.id for item in shard]
@@ -119,15 +134,13 @@ def row_exceptions(database: Database, job_id: str, *, limit: int | None = None)
                 sa.select(table).where(table.c.shard_id.in_(ids)).order_by(table.c.row_idx, table.c.shard_id.desc())
             ).all()
         newest = shard[-1]
+        held = input_rows.of_shard(database, newest)
         seen: set[int] = set()
         for row in found:
             if row.row_idx in newest.failed and row.row_idx not in seen:
                 seen.add(row.row_idx)
-                yield RowException(newest.row_start + row.row_idx, row.code, row.message)
-                if limit is not None:
-                    limit -= 1
-                    if limit <= 0:
-                        return
+                number = newest.row_start + row.row_idx if held is None else held[row.row_idx]
+                yield RowException(number, row.code, row.message)
 
 
 def _newest_shards(database: Database, job_id: str, *, failed_only: bool, page: int = 200) -> Iterator[list[Shard]]:
@@ -169,14 +182,15 @@ def place(database: Database, job: Job, row: int) -> RowPlace:
     if not 0 <= row < job.rows_total:
         raise NotFound(f"job {job.id} has rows 0 to {job.rows_total - 1}, not {row}")
     table, part, exception = tables.shard, tables.part_file, tables.row_exception
+    at = input_rows.place(database, job.id, row)
     with database.read() as connection:
         generations = connection.execute(
             sa.select(table)
-            .where(table.c.job_id == job.id, table.c.row_start <= row, table.c.row_start + table.c.row_n > row)
+            .where(table.c.job_id == job.id, table.c.row_start <= at, table.c.row_start + table.c.row_n > at)
             .order_by(table.c.gen.desc())
         ).all()
         shards = [rows.shard(item) for item in generations]
-        index = row - shards[0].row_start
+        index = at - shards[0].row_start
         # The newest generation that has this row among its own.
         shard = next((s for s in shards if s.select is None or index in s.select), shards[-1])
         files: Sequence[PartFile] = [

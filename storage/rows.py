@@ -74,7 +74,8 @@ def shard(row: Row) -> Shard:
 
 
 def source(row: Row) -> Source:
-    return Source(row.idx, row.uri, row.etag, row.n_bytes, row.n_rows, row.partition)
+    held = None if row.rows_bm is None else unpack(row.rows_bm)
+    return Source(row.idx, row.uri, row.etag, row.n_bytes, row.n_rows, row.partition, held)
 
 
 def part_file(row: Row) -> PartFile:

@@ -127,6 +127,8 @@ source = sa.Table(
     sa.Column("n_bytes", Big, nullable=False),
     sa.Column("n_rows", Big, nullable=False),
     sa.Column("partition", Json, nullable=False),
+    # Of a file that holds rows of the input in another order than the input's: which rows.
+    sa.Column("rows_bm", sa.LargeBinary),
 )
 
 _READY = sa.text("state = 'ready'")

@@ -77,7 +77,7 @@ def show(
         status, measured = handle.status(), handle.measured()
         tried = [_attempt(item) for item in handle.attempts()] if attempts else []
         happened = [_event(item) for item in handle.events()] if events else []
-    pieces = [_shard(item) for item in handle.shards()] if shards else []
+        pieces = [_shard(item, handle.regrouped) for item in handle.shards()] if shards else []
     if invocation.as_json:
         more: dict[str, Any] = {"shards": pieces} if shards else {}
         more |= ({"attempts": tried} if attempts else {}) | ({"events": happened} if events else {})
@@ -179,11 +179,11 @@ def _counts(counts: Any) -> str:
     return ", ".join(f"{name} {n:,}" for name, n in counts.items() if n)
 
 
-def _shard(item: Any) -> dict[str, Any]:
+def _shard(item: Any, regrouped: bool) -> dict[str, Any]:
     return {
         "shard": item.id,
         "state": str(item.state),
-        "first_row": item.row_start,
+        "first_row": None if regrouped else item.row_start,
         "rows": item.row_n if item.select is None else len(item.select),
         "done": len(item.done),
         "failed": len(item.failed),

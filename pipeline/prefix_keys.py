@@ -1,0 +1,76 @@
+"""What a row's prompt begins with, as bytes to sort by, made from columns alone: no tokenizer, no model.
+
+What templates say between the columns is the same in every row, so it is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.job_spec import JobSpec, Task
+from pipeline.template import Template
+
+KEY_BYTES = 16 * 2**10
+"""Of a longer prompt only so much is looked at: about 4,000 tokens of English text."""
+
+
+def key_columns(spec: JobSpec) -> tuple[str, ...]:
+    """The columns whose values a prompt begins with, in their order in it; none where all prompts are the same."""
+    if spec.task not in (Task.GENERATE, Task.CHAT):
+        return ()
+    # Rows of different adapters have no cache in common.
+    names = [spec.adapter_column] if spec.adapter_column is not None else []
+    if spec.prompt_token_column is not None:
+        names.append(spec.prompt_token_column)
+    elif spec.column is not None:
+        names.append(spec.column)
+    else:
+        texts = [spec.prompt] if spec.prompt is not None else [message.content for message in spec.messages or ()]
+        names += [name for text in texts for name in Template(text).fields]
+    return tuple(dict.fromkeys(names))
+
+
+def keys(batch: pa.RecordBatch) -> list[bytes]:
+    """The key of each row of a batch of :func:`key_columns`: prompts that begin alike have keys that do."""
+    columns = [_bytes_of(column) for column in batch.columns]
+    if len(columns) == 1:
+        return [value[:KEY_BYTES] for value in columns[0]]
+    return [b"\0".join(row)[:KEY_BYTES] for row in zip(*columns, strict=True)]
+
+
+def _bytes_of(column: Any) -> list[bytes]:
+    if isinstance(column, pa.DictionaryArray):
+        column = column.dictionary_decode()
+    kind = column.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return [value or b"" for value in column.cast(pa.large_binary()).to_pylist()]
+    if _is_list(kind) and pa.types.is_integer(kind.value_type):
+        return [b"" if value is None else np.asarray(value, dtype=">i8").tobytes() for value in _lists(column)]
+    convert: Callable[[Any], bytes] = _messages if _is_list(kind) else _text
+    return [b"" if value is None else convert(value) for value in column.to_pylist()]
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _lists(column: Any) -> Sequence[Any]:
+    """Token ids of each row, no more of them than a key takes."""
+    return [None if not row.is_valid else row.values.slice(0, KEY_BYTES // 8).to_pylist() for row in column]
+
+
+def _messages(value: list[Any]) -> bytes:
+    parts: list[str] = []
+    for message in value:
+        parts += (
+            [str(message.get("role")), str(message.get("content"))] if isinstance(message, dict) else [str(message)]
+        )
+    return _text("\0".join(parts))
+
+
+def _text(value: Any) -> bytes:
+    return str(value).encode(errors="surrogatepass")
