@@ -1,0 +1,45 @@
+"""Rows in piles on disk: every row once, in its pile, in the order it came, whatever the memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.row_spill import RowSpill
+from storage.errors import StorageFull
+
+SCHEMA = pa.schema([("text", pa.string()), ("kind", pa.dictionary(pa.int32(), pa.string()))])
+
+
+@given(st.lists(st.lists(st.integers(0, 3), max_size=6), max_size=8), st.integers(0, 400))
+def test_every_row_once_in_its_pile_and_in_order(batches: list[list[int]], n_bytes: int) -> None:
+    first = 0
+    expected: dict[int, list[tuple[int, str]]] = {pile: [] for pile in range(4)}
+    with RowSpill(SCHEMA, 4, n_bytes) as spill:
+        for piles in batches:
+            rows = np.arange(first, first + len(piles))
+            texts = [f"row {row}" for row in rows]
+            columns = [pa.array(texts, pa.string()), pa.array([str(p) for p in piles], pa.string()).dictionary_encode()]
+            spill.put(rows, np.array(piles, dtype=np.int64), pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
+            for row, pile, text in zip(rows.tolist(), piles, texts, strict=True):
+                expected[pile].append((row, text))
+            first += len(piles)
+        for pile in range(4):
+            found = []
+            for rows, table in spill.take(pile):
+                assert table.schema == SCHEMA
+                assert set(table["kind"].to_pylist()) == {str(pile)}
+                found += list(zip(rows.tolist(), table["text"].to_pylist(), strict=True))
+            assert found == expected[pile]
+
+
+def test_a_full_disk_is_said_to_be_full() -> None:
+    schema = pa.schema([("text", pa.string())])
+    with RowSpill(schema, 1, 1) as spill, open("/dev/full", "wb") as full:  # noqa: PTH123 - a device
+        spill._file = full
+        batch = pa.RecordBatch.from_pydict({"text": ["x" * 100_000]}, schema=schema)
+        with pytest.raises(StorageFull, match="temporary file"):
+            spill.put(np.array([0]), np.array([0]), batch)
