@@ -50,12 +50,12 @@ def write_input(path: Path, rows: int, chunk: int = 50_000) -> None:
             writer.write_batch(pa.record_batch([pa.array(np.arange(start, start + n)), text], schema=schema))
 
 
-def measure(rows: int, folder: Path) -> Measured:
+def measure(rows: int, folder: Path, order: str) -> Measured:
     """Run the command on ``rows`` rows in a fresh process and check that it wrote them all."""
     source, output = folder / f"{rows}.parquet", folder / f"output-{rows}"
     write_input(source, rows)
     arguments = ["run", str(source), "-o", str(output), "-m", "fake", "-t", "generate", "-p", "{text}", "--quiet"]
-    arguments += ["--data-dir", str(folder / "data")]
+    arguments += ["--data-dir", str(folder / "data"), "--order", order]
     started = time.monotonic()
     process = subprocess.Popen([ROWMILL, *arguments], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -72,9 +72,11 @@ def measure(rows: int, folder: Path) -> Measured:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs=2, default=[10**5, 10**6], metavar=("FEW", "MANY"))
-    few_rows, many_rows = parser.parse_args().rows
+    parser.add_argument("--order", default="auto", help="prefix: all rows are regrouped first, and merged at the end")
+    options = parser.parse_args()
+    few_rows, many_rows = options.rows
     with tempfile.TemporaryDirectory(prefix="rowmill-memory-") as folder:
-        few, many = measure(few_rows, Path(folder)), measure(many_rows, Path(folder))
+        few, many = (measure(rows, Path(folder), options.order) for rows in (few_rows, many_rows))
     print(f"{'rows':>10}  {'seconds':>8}  {'rows/s':>8}  {'peak MiB':>8}")
     for run in (few, many):
         print(f"{run.rows:>10,}  {run.seconds:>8.1f}  {run.rows / run.seconds:>8,.0f}  {run.peak / 2**20:>8.0f}")

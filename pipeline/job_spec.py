@@ -112,7 +112,8 @@ class JobSpec(BaseModel):
     order: Literal["auto", "input", "prefix"] = "auto"
     """``generate`` and ``chat``: which rows of a shard run first. ``auto``: those whose prompts begin alike together,
     and among them the longest expected answers first, as far as rows have been read; ``prefix``: the same, but as many
-    are read first as settings allow; ``input``: as they come. The output is in input order whatever this says."""
+    are read first as settings allow, and rows are dealt out to shards by what their prompts begin with (they are copied
+    for that, on disk); ``input``: as they come. The output is in input order whatever this says."""
     cache: Literal["off", "on", "sampled"] = "off"
     """Keep the answers, for this tenant's later jobs with the same model, parameters and prompts, and take those that
     are there (engine ``vllm``). ``on`` (or ``true``): where the prompt settles the answer, by temperature 0 or a seed;

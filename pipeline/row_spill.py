@@ -44,6 +44,8 @@ class RowSpill:
 
     def put(self, rows: npt.NDArray[np.int64], piles: npt.NDArray[np.int64], columns: pa.RecordBatch) -> None:
         """Add rows: their numbers, the pile of each, and their columns."""
+        if not len(rows):
+            return
         self._batches.append(pa.RecordBatch.from_arrays([pa.array(rows), *columns.columns], schema=self._schema))
         self._piles.append(piles)
         self._bytes += columns.nbytes

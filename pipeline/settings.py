@@ -81,9 +81,10 @@ class Settings(BaseSettings):
     read_ahead_bytes: Annotated[int, Field(ge=0)] = 32 * 2**20
     """Uncompressed bytes that are read ahead of the engine, per shard; one batch in any case."""
     order_rows: Annotated[int, Field(ge=1)] = 16_384
-    """Most rows of a shard whose prompts are held to be put in order (vLLM)."""
+    """Most rows of a shard whose prompts are held to be put in order (vLLM), and most rows in a shard that was made by
+    ``order="prefix"``."""
     order_bytes: Annotated[int, Field(ge=1)] = 256 * 2**20
-    """Most memory for these prompts."""
+    """Most memory for these prompts, and for rows that are dealt out to shards."""
     result_cache: str | None = None
     """Where answers are kept for later jobs (``cache`` of a job): a folder, or a URL that all workers reach. ``None``
     is ``results`` below ``cache_dir``, where each machine has its own."""

@@ -38,8 +38,8 @@ def test_every_row_once_in_its_pile_and_in_order(batches: list[list[int]], n_byt
 
 def test_a_full_disk_is_said_to_be_full() -> None:
     schema = pa.schema([("text", pa.string())])
-    with RowSpill(schema, 1, 1) as spill, open("/dev/full", "wb") as full:  # noqa: PTH123 - a device
-        spill._file = full
+    with RowSpill(schema, 1, 1) as spill:
+        spill._file = open("/dev/full", "wb", buffering=0)  # noqa: PTH123, SIM115 - a device, closed by the spill
         batch = pa.RecordBatch.from_pydict({"text": ["x" * 100_000]}, schema=schema)
         with pytest.raises(StorageFull, match="temporary file"):
             spill.put(np.array([0]), np.array([0]), batch)
