@@ -14,9 +14,10 @@ import pytest
 import s3fs
 
 from pipeline import Client
+from pipeline.engines.base import Cancellation
 from pipeline.settings import Settings
 from storage import failpoints, input_rows
-from storage.errors import Conflict
+from storage.errors import Conflict, Interrupted
 from storage.states import JobState, RequestState
 from tests.conftest import S3
 
@@ -157,6 +158,19 @@ def test_the_input_may_change_once_it_was_copied(client: Client, texts: Path, tm
     done = client.run(**fields(texts, tmp_path / "out"))
     assert done.state is JobState.COMPLETED
     assert client.job(done.id).table().column("text").to_pylist() == [text(row) for row in range(N)]
+
+
+def test_interrupted_while_rows_are_copied(client: Client, texts: Path, tmp_path: Path) -> None:
+    """Nothing is left behind but the job: the same command plans it at once, and runs it."""
+    interrupt = Cancellation()
+    failpoints.arm("plan.sampled", lambda: interrupt.cancel("test"))
+    with pytest.raises(Interrupted, match="nothing was run yet"):
+        client.run(**fields(texts, tmp_path / "out"), interrupt=interrupt)
+    failpoints.disarm()
+    [before] = client.jobs()
+    assert before.state is JobState.VALIDATING
+    done = client.run(**fields(texts, tmp_path / "out"))
+    assert (done.id, done.state) == (before.id, JobState.COMPLETED)
 
 
 def test_what_was_deleted_cannot_be_retried(client: Client, texts: Path, tmp_path: Path) -> None:
