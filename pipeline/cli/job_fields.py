@@ -173,7 +173,9 @@ def _fields(
     order: Annotated[
         Literal["auto", "input", "prefix"] | None,
         typer.Option(
-            metavar="HOW", help="generate, chat: which rows run first: auto, input or prefix.", rich_help_panel=_ROWS
+            metavar="HOW",
+            help="generate, chat: which rows run first: auto, input, or prefix (alike together, across shards).",
+            rich_help_panel=_ROWS,
         ),
     ] = None,
     cache: Annotated[
