@@ -31,7 +31,7 @@ def _llm(model: str, options: dict[str, Any]) -> Any:
     return LLM(model, disable_log_stats=True, **options)
 
 
-def _generate(llm: Any, source: Path, target: Path, sampling: dict[str, Any], chunk: int | None) -> None:
+def _generate(llm: Any, source: Path, target: Path, sampling: dict[str, Any], chunk: int | None) -> dict[str, Any]:
     from vllm import SamplingParams
 
     params = SamplingParams(**sampling)
@@ -41,6 +41,10 @@ def _generate(llm: Any, source: Path, target: Path, sampling: dict[str, Any], ch
     for at in range(0, len(texts), chunk or len(texts)):
         answers += llm.generate(texts[at : at + (chunk or len(texts))], params, use_tqdm=False)
     _write(table, target, [(answer.outputs[0].text, len(answer.outputs[0].token_ids)) for answer in answers])
+    return {
+        "prompt_tokens": sum(len(answer.prompt_token_ids) for answer in answers),
+        "cached_tokens": sum(answer.num_cached_tokens or 0 for answer in answers),
+    }
 
 
 def _write(table: pa.Table, target: Path, answers: Sequence[tuple[str, int]]) -> None:
@@ -54,8 +58,7 @@ def floor(model: str, options: dict[str, Any], folder: Path) -> Run:
     llm = _llm(model, options)
 
     def run(source: Path, target: Path, sampling: dict[str, Any]) -> dict[str, Any]:
-        _generate(llm, source, target, sampling, None)
-        return {}
+        return _generate(llm, source, target, sampling, None)
 
     return run
 
@@ -65,8 +68,7 @@ def chunks(model: str, options: dict[str, Any], folder: Path) -> Run:
     llm = _llm(model, options)
 
     def run(source: Path, target: Path, sampling: dict[str, Any]) -> dict[str, Any]:
-        _generate(llm, source, target, sampling, CHUNK)
-        return {}
+        return _generate(llm, source, target, sampling, CHUNK)
 
     return run
 
@@ -74,6 +76,7 @@ def chunks(model: str, options: dict[str, Any], folder: Path) -> Run:
 def rowmill(model: str, options: dict[str, Any], folder: Path, task: str = "generate") -> Run:
     """A job submitted to the embedded client, up to ``_SUCCESS``: planning, claims, flushes and commits included."""
     from pipeline import Client
+    from pipeline.measures import summed
     from pipeline.settings import Settings
 
     client = Client(settings=Settings(data_dir=folder / "data", cache_dir=folder / "cache"))
@@ -89,11 +92,10 @@ def rowmill(model: str, options: dict[str, Any], folder: Path, task: str = "gene
             engine_options=options,
             sampling=sampling,
             overwrite=True,
-            shard_rows=int(os.environ.get("SHARD_ROWS", "50000")),
         )
         job.wait()
-        attempts = [dict(attempt.stats) for attempt in job.attempts()]
-        return {"attempts": attempts}
+        measured = summed(attempt.stats["measured"] for attempt in job.attempts())
+        return {"measured": measured, **{name: measured.get(name, 0) for name in ("prompt_tokens", "cached_tokens")}}
 
     return run
 

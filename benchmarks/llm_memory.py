@@ -10,6 +10,8 @@ import argparse
 import statistics
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -36,10 +38,34 @@ def resident() -> tuple[int, int]:
     return own.memory_info().rss, others
 
 
+def plot(samples: Sequence[tuple[int, int, int]], path: Path) -> None:
+    """Both curves, MiB over rows."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    mpl.rcParams["svg.hashsalt"] = "rowmill"  # the same numbers, the same file
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 2.8))
+    rows = [sample[0] for sample in samples]
+    for at, name, color in ((2, "the engine's processes", "#8b949e"), (1, "the worker", "#1f6feb")):
+        axes.plot(rows, [sample[at] / MIB for sample in samples], label=name, color=color)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("rows done")
+    axes.set_ylabel("resident memory, MiB")
+    axes.legend(frameon=False, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--plot", type=Path, help="draw the memory over the rows into this file (needs matplotlib)")
     options = parser.parse_args()
+    began = time.monotonic()
     samples: list[tuple[int, int, int]] = []
     with tempfile.TemporaryDirectory(prefix="rowmill-llm-memory-") as name:
         folder = Path(name)
@@ -62,6 +88,9 @@ def main() -> None:
                 job._client._running[job.id].join(1.0)
             if status.rows_done != options.rows:
                 sys.exit(f"{status.state}: {status.rows_done:,} rows of {options.rows:,}; {status.error}")
+    print(f"{options.rows:,} rows in {time.monotonic() - began:.0f} s, the engine's start included")
+    if options.plot is not None:
+        plot(samples, options.plot)
     failed = False
     for at, who in ((1, "worker"), (2, "engine")):
         early = [sample[at] for sample in samples if 0.25 <= sample[0] / options.rows < 0.5]

@@ -1,19 +1,19 @@
-"""Texts to embeddings, Parquet to Parquet, on ONNX Runtime: Rowmill, the loop it has to keep up with, and its peers.
+"""Texts to embeddings and pictures to labels, Parquet to Parquet, on ONNX Runtime: Rowmill, the loop it has to keep up
+with, and its peers.
 
 The variants sit loaded in processes of their own and take turns on the same file, round after round, so that a busy
-machine slows all of them. Each cell is the median over the rounds of the ratio to the same round's other turn.
+machine slows all of them. Ratios are taken within a round; what is shown is their median and range over the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks import onnx_peers
+from benchmarks.environments import Peer, working
 from benchmarks.onnx_models import graphs, minilm
+from benchmarks.onnx_pictures import LABELS, pictures
+from benchmarks.onnx_turns import Variant, measure, ratios, start
+from examples.tiny_vision import build_vit
 
 TARGETS = {
     ("rowmill", "best"): 0.95,
@@ -30,8 +33,24 @@ TARGETS = {
     ("rowmill", "st-torch"): 2.0,
     ("rowmill", "st-onnx"): 1.4,
     ("rowmill-int8", "rowmill"): 1.7,
+    ("rowmill-pictures", "best-pictures"): 0.95,
+    ("rowmill-pictures", "naive-pictures"): None,
+    ("rowmill-pictures", "torch-pictures"): None,
+    ("rowmill", "fastembed"): None,
+    ("rowmill", "infinity"): None,
+    ("rowmill", "ray"): None,
 }
-"""Least ratio of rows per second, wanted on a quiet machine."""
+"""Least ratio of rows per second, wanted on a quiet machine; ``None``: only shown."""
+
+ONNX = ("onnxruntime", "tokenizers", "pyarrow", "psutil", "numpy")
+TORCH = "torch==2.13.0"
+PEERS = {
+    "st-torch": Peer(("sentence-transformers", TORCH, "pyarrow", "psutil")),
+    "st-onnx": Peer(("sentence-transformers[onnx]", TORCH, *ONNX)),
+    "fastembed": Peer(("fastembed", *ONNX)),
+    "infinity": Peer(("infinity-emb[optimum,torch]", TORCH, "pyarrow", "psutil", "onnxruntime")),
+    "ray": Peer(("ray[data]==2.60.0", *ONNX)),
+}
 
 
 def corpus(rows: int, model: Path, seed: int = 0) -> list[str]:
@@ -46,157 +65,163 @@ def corpus(rows: int, model: Path, seed: int = 0) -> list[str]:
     return texts
 
 
-@dataclass
-class Variant:
-    """A process that answers turns; ``seconds`` and ``cpu`` (processor seconds) by round."""
-
-    name: str
-    process: subprocess.Popen[str]
-    log: Path
-    seconds: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def line(self) -> str:
-        assert self.process.stdout is not None
-        said = self.process.stdout.readline()
-        if not said:
-            last = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
-            raise SystemExit(f"{self.name} ended with {self.process.wait()}: {last}")
-        return said
-
-    def turn(self, source: Path, output: Path) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{source}\t{output}\n")
-        self.process.stdin.flush()
-        result: dict[str, Any] = json.loads(self.line())
-        return result
-
-
-def start(name: str, command: list[str], folder: Path) -> Variant:
-    log = folder / f"{name}.log"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "ORT_DISABLE_TELEMETRY": "1"}
-    with log.open("w") as errors:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-        )
-    return Variant(name, process, log)
-
-
 def ours(name: str, folder: Path, model: Path, graph: Path, options: dict[str, Any]) -> list[str]:
     command = [sys.executable, "-m", "benchmarks.onnx_variants", name, str(model), str(graph)]
     return [*command, "--folder", str(folder / "rowmill"), "--options", json.dumps(options)]
 
 
+def table(output: Path) -> pa.Table:
+    """What a turn wrote, in the order of its input."""
+    found = pq.read_table(sorted(output.glob("**/*.parquet")))
+    return found.sort_by("id") if "id" in found.column_names else found
+
+
 def embeddings(output: Path) -> Any:
-    table = pq.read_table(sorted(output.glob("**/*.parquet")))
-    column: Any = table.column("embedding").combine_chunks()
+    column: Any = table(output).column("embedding").combine_chunks()
     return np.asarray(column.flatten(), dtype=np.float32).reshape(len(column), -1)
 
 
-def measure(variants: list[Variant], source: Path, warm: Path, rounds: int, folder: Path) -> None:
+def drift(output: Path, reference: Path) -> dict[str, float]:
+    """Cosines of the embeddings to those of another variant."""
+    found, expected = embeddings(output), embeddings(reference)
+    cosine = (expected * found).sum(axis=1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
+    return {"cosine mean": float(cosine.mean()), "cosine min": float(cosine.min())}
+
+
+def label_drift(output: Path, reference: Path) -> dict[str, float]:
+    """How labels and their scores differ from those of another variant."""
+    found, expected = table(output), table(reference)
+    same = np.array(found.column("label").to_pylist()) == np.array(expected.column("label").to_pylist())
+    apart = np.abs(found.column("score").to_numpy() - expected.column("score").to_numpy())
+    return {"same labels": float(same.mean()), "scores apart": float(apart.max())}
+
+
+@dataclass
+class Workload:
+    """One input, and the commands of all that run over it; the first one's outputs are what others are held against."""
+
+    name: str
+    rows: pa.Table
+    commands: dict[str, list[str]]
+    drift: Callable[[Path, Path], dict[str, float]]
+
+
+def texts(given: argparse.Namespace, folder: Path) -> Workload:
+    models = graphs(folder)
+    commands = {
+        "naive": ours("naive", folder, minilm(), models.float32 / "model.onnx", {}),
+        "best": ours("best", folder, minilm(), models.float32 / "model.onnx", {}),
+        "best-int8": ours("best", folder, minilm(), models.int8 / "model.onnx", {}),
+        "rowmill": ours("rowmill", folder, models.float32, models.float32, given.set),
+        "rowmill-int8": ours("rowmill", folder, models.int8, models.int8, given.set),
+    }
+    if given.peers is not None:
+        asked = {name: peer for name, peer in PEERS.items() if given.only is None or name in given.only}
+        peers, missing = working(given.peers, asked, "embedding.py", [str(models.float32)])
+        commands |= peers
+        for name, reason in missing.items():
+            print(f"{name} does not work here: {reason}")
+    rows = pa.table({"id": range(given.rows), "text": corpus(given.rows, minilm())})
+    return Workload("texts", rows, commands, drift)
+
+
+def images(given: argparse.Namespace, folder: Path) -> Workload:
+    model = build_vit(folder / "vit", labels=LABELS, size="small")
+    names = ("naive-pictures", "torch-pictures", "best-pictures", "rowmill-pictures")
+    commands = {name: ours(name, folder, model, model, given.set) for name in names}
+    rows = pa.table({"id": range(given.pictures), "image": pictures(given.pictures)})
+    return Workload("pictures", rows, commands, label_drift)
+
+
+def run(workload: Workload, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Everything that was measured, as it goes into the JSON file."""
+    source, warm = folder / f"{workload.name}.parquet", folder / f"{workload.name}-warm.parquet"
+    pq.write_table(workload.rows, source)
+    pq.write_table(workload.rows.slice(0, 100), warm)
+    chosen = [name for name in workload.commands if given.only is None or name in given.only]
+    variants: list[Variant] = []
+    try:
+        for name in chosen:
+            variants.append(start(name, workload.commands[name], folder))
+            variants[-1].line()
+        measure(variants, source, warm, given.rounds, folder)
+    finally:
+        for variant in variants:
+            variant.end()
+    found: dict[str, Any] = {"rows": workload.rows.num_rows, "variants": {}, "lines": []}
     for variant in variants:
-        variant.turn(warm, folder / f"{variant.name}-warm")
-    for number in range(rounds):
-        # The other way round every second time: what the turn before leaves behind hits each of them.
-        for variant in variants if number % 2 == 0 else variants[::-1]:
-            result = variant.turn(source, folder / f"{variant.name}-{number}")
-            variant.seconds.append(result["seconds"])
-            variant.cpu.append(result["cpu"])
-            variant.facts = result["facts"]
-            print(
-                f"  {number} {variant.name:14} {result['seconds']:7.2f} s  {result['cpu']:7.2f} cpu s", file=sys.stderr
-            )
+        apart = workload.drift(folder / f"{variant.name}-0", folder / f"{variants[0].name}-0")
+        found["variants"][variant.name] = {
+            "seconds": variant.seconds, "cpu": variant.cpu, "facts": variant.facts, "drift": apart
+        }  # fmt: skip
+    found["lines"] = [asdict(line) for line in lines({variant.name: variant for variant in variants})]
+    return found
 
 
-def plot(variants: list[Variant], rows: int, path: Path) -> None:
-    """Median rows per second as horizontal bars, the fastest first."""
-    rates = sorted(((rows / statistics.median(v.seconds), v.name) for v in variants), reverse=True)
-    width, high, left = 460, 26, 130
-    size = f'width="{left + width + 80}" height="{high * len(rates) + 12}"'
-    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="13">']
-    for number, (rate, name) in enumerate(rates):
-        top, color = 6 + number * high, "#1f6feb" if name.startswith("rowmill") else "#8b949e"
-        length = width * rate / rates[0][0]
-        lines.append(f'<text x="{left - 8}" y="{top + 15}" text-anchor="end" fill="#57606a">{name}</text>')
-        lines.append(f'<rect x="{left}" y="{top}" width="{length:.1f}" height="{high - 6}" fill="{color}"/>')
-        lines.append(f'<text x="{left + length + 6:.1f}" y="{top + 15}" fill="#57606a">{rate:,.0f}</text>')
-    path.write_text("\n".join([*lines, "</svg>"]) + "\n", encoding="utf-8")
+@dataclass
+class Line:
+    """One variant against another: times as fast, by wall and by processor seconds; median, least and most."""
+
+    one: str
+    other: str
+    target: float | None
+    wall: tuple[float, float, float]
+    cpu: tuple[float, float, float]
+
+    @property
+    def reached(self) -> bool:
+        return self.target is None or self.wall[0] >= self.target
 
 
-def ratio(one: list[float], other: list[float]) -> float:
-    """How many times as fast the first is."""
-    return statistics.median(b / a for a, b in zip(one, other, strict=True))
+def lines(by_name: Mapping[str, Variant]) -> list[Line]:
+    return [
+        Line(one, other, target, ratios(by_name[one].seconds, by_name[other].seconds),
+             ratios(by_name[one].cpu, by_name[other].cpu))
+        for (one, other), target in TARGETS.items()
+        if one in by_name and other in by_name
+    ]  # fmt: skip
+
+
+def show(name: str, found: dict[str, Any]) -> None:
+    rows = found["rows"]
+    print(f"{name}, {rows} rows\n{'variant':17} {'rows/s':>7} {'least':>7} {'most':>7} {'cpu s':>7}  drift")
+    for variant, measured in found["variants"].items():
+        seconds = measured["seconds"]
+        apart = ", ".join(f"{what} {number:.6f}" for what, number in measured["drift"].items())
+        print(f"{variant:17} {rows / statistics.median(seconds):7.0f} {rows / max(seconds):7.0f} "
+              f"{rows / min(seconds):7.0f} {statistics.median(measured['cpu']):7.2f}  {apart}")  # fmt: skip
+    for line in found["lines"]:
+        made = Line(**line)
+        wanted = "" if made.target is None else f"; wanted {made.target}: {'reached' if made.reached else 'missed'}"
+        print(f"{made.one} against {made.other}: {made.wall[0]:.2f} times ({made.wall[1]:.2f} to {made.wall[2]:.2f}; "
+              f"by processor seconds {made.cpu[0]:.2f}){wanted}")  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=6000)
+    parser.add_argument("--rows", type=int, default=6000, help="texts")
+    parser.add_argument("--pictures", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workload", choices=["texts", "pictures"], help="this one only")
     parser.add_argument("--peers", type=Path, help="folder for the peers' virtual environments; without it, no peers")
     parser.add_argument("--only", nargs="+", help="variants by name")
     parser.add_argument("--strict", action="store_true", help="fail when a target is missed")
-    parser.add_argument("--plot", type=Path, help="write the rows per second as a bar chart to this SVG file")
+    parser.add_argument("--json", type=Path, help="write all that was measured to this file, for onnx_plot")
     parser.add_argument("--set", type=json.loads, default={}, help="engine_options of Rowmill, as JSON")
     given = parser.parse_args()
+    everything: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="rowmill-onnx-") as name:
-        folder = Path(name)
-        texts = corpus(given.rows, minilm())
-        pq.write_table(pa.table({"text": texts}), folder / "texts.parquet")
-        pq.write_table(pa.table({"text": texts[:100]}), folder / "warm.parquet")
-        models = graphs(folder)
-        commands = {
-            "naive": ours("naive", folder, minilm(), models.float32 / "model.onnx", {}),
-            "best": ours("best", folder, minilm(), models.float32 / "model.onnx", {}),
-            "best-int8": ours("best", folder, minilm(), models.int8 / "model.onnx", {}),
-            "rowmill": ours("rowmill", folder, models.float32, models.float32, given.set),
-            "rowmill-int8": ours("rowmill", folder, models.int8, models.int8, given.set),
-        }
-        if given.peers is not None:
-            peers, missing = onnx_peers.commands(given.peers, models.float32)
-            commands |= peers
-            for name, reason in missing.items():
-                print(f"{name} does not work here: {reason}")
-        chosen = [n for n in commands if given.only is None or n in given.only]
-        variants = [start(n, commands[n], folder) for n in chosen]
-        try:
-            for variant in variants:
-                variant.line()
-            measure(variants, folder / "texts.parquet", folder / "warm.parquet", given.rounds, folder)
-            reached = report(variants, given.rows, folder)
-            if given.plot is not None:
-                plot(variants, given.rows, given.plot)
-        finally:
-            for variant in variants:
-                variant.process.terminate()
-                variant.process.wait()
-    sys.exit(1 if given.strict and not reached else 0)
-
-
-def report(variants: list[Variant], rows: int, folder: Path) -> bool:
-    by_name = {variant.name: variant for variant in variants}
-    base = variants[0]
-    reference = embeddings(folder / f"{base.name}-0")
-    print(f"{'variant':14} {'rows/s':>8} {'x ' + base.name:>10} {'(cpu)':>7} {'cosine mean':>12} {'min':>9}")
-    for variant in variants:
-        found = embeddings(folder / f"{variant.name}-0")
-        cosine = (reference * found).sum(axis=1) / np.linalg.norm(found, axis=1) / np.linalg.norm(reference, axis=1)
-        print(
-            f"{variant.name:14} {rows / statistics.median(variant.seconds):8.0f} "
-            f"{ratio(variant.seconds, base.seconds):10.2f} {ratio(variant.cpu, base.cpu):7.2f} "
-            f"{cosine.mean():12.6f} {cosine.min():9.6f}"
-        )
-    all_reached = True
-    for (one, other), wanted in TARGETS.items():
-        if one in by_name and other in by_name:
-            found = ratio(by_name[one].seconds, by_name[other].seconds)
-            cpu = ratio(by_name[one].cpu, by_name[other].cpu)
-            verdict = "reached" if found >= wanted else "missed"
-            all_reached = all_reached and found >= wanted
-            print(
-                f"{one} against {other}: {found:.2f} times (by processor seconds {cpu:.2f}); wanted {wanted}: {verdict}"
-            )
-    return all_reached
+        for make in (texts, images):
+            if given.workload not in (None, {texts: "texts", images: "pictures"}[make]):
+                continue
+            workload = make(given, Path(name))
+            everything[workload.name] = run(workload, given, Path(name))
+            if given.json is not None:
+                given.json.write_text(json.dumps(everything, indent=1))
+    for name, found in everything.items():
+        show(name, found)
+    missed = any(not Line(**line).reached for found in everything.values() for line in found["lines"])
+    sys.exit(1 if given.strict and missed else 0)
 
 
 if __name__ == "__main__":

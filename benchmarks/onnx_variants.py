@@ -1,6 +1,7 @@
 """The loops that ``benchmarks.onnx`` compares, each in a process of its own that stays loaded between its turns.
 
-Every one reads a column ``text`` from Parquet and writes embeddings to Parquet. A turn begins when the model is loaded
+Every one reads a column ``text`` from Parquet and writes embeddings to Parquet; those over pictures are in
+``onnx_pictures.py``. A turn begins when the model is loaded
 and warm, and ends when the output file is closed, so that start-up counts for none of them.
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import sys
 import threading
 import time
@@ -21,8 +21,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks import onnx_pictures
+
 Turn = Callable[[Path, Path], dict[str, Any] | None]
 """Input file, output directory → facts worth showing."""
+
+PICTURES = {
+    "naive-pictures": onnx_pictures.naive,
+    "torch-pictures": onnx_pictures.torch,
+    "best-pictures": onnx_pictures.best,
+}
 
 MAX_TOKENS = 256
 BUDGET = 512
@@ -131,7 +139,7 @@ def best(model: Path, graph: Path) -> Turn:
     return turn
 
 
-def rowmill(model: Path, options: dict[str, Any], folder: Path) -> Turn:
+def rowmill(model: Path, options: dict[str, Any], folder: Path, task: str = "embed", column: str = "text") -> Turn:
     """A job, from its planning to its published output, in a process that has the engine loaded."""
     from pipeline import Client
     from pipeline.settings import Settings
@@ -143,8 +151,8 @@ def rowmill(model: Path, options: dict[str, Any], folder: Path) -> Turn:
             input=str(source),
             output=str(output / "job"),
             model=str(model),
-            task="embed",
-            column="text",
+            task=task,
+            column=column,
             keep_columns=[],
             engine="onnx",
             engine_options=options,
@@ -157,26 +165,20 @@ def rowmill(model: Path, options: dict[str, Any], folder: Path) -> Turn:
     return turn
 
 
-def _cpu() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
 def serve(turn: Turn) -> None:
     """Turns as they are asked for on stdin, ``SOURCE<TAB>OUTPUT`` a line; a line of JSON for each on stdout."""
     print("ready", flush=True)
     for line in sys.stdin:
         source, output = map(Path, line.rstrip("\n").split("\t"))
         output.mkdir(parents=True)
-        cpu, began = _cpu(), time.perf_counter()
+        began = time.perf_counter()
         facts = turn(source, output)
-        seconds = time.perf_counter() - began
-        print(json.dumps({"seconds": seconds, "cpu": _cpu() - cpu, "facts": facts or {}}), flush=True)
+        print(json.dumps({"seconds": time.perf_counter() - began, "facts": facts or {}}), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("name", choices=["naive", "best", "rowmill"])
+    parser.add_argument("name", choices=["naive", "best", "rowmill", *PICTURES, "rowmill-pictures"])
     parser.add_argument("model", type=Path)
     parser.add_argument("graph", type=Path)
     parser.add_argument("--folder", type=Path)
@@ -185,6 +187,10 @@ def main() -> None:
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     if given.name == "rowmill":
         serve(rowmill(given.model, given.options, given.folder))
+    elif given.name == "rowmill-pictures":
+        serve(rowmill(given.model, given.options, given.folder, "classify", "image"))
+    elif given.name in PICTURES:
+        serve(PICTURES[given.name](given.model))
     else:
         serve({"naive": naive, "best": best}[given.name](given.model, given.graph))
 

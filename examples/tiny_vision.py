@@ -1,4 +1,4 @@
-"""Small image models with random weights, exported to ONNX in seconds: for the tests.
+"""Small image models with random weights, exported to ONNX in seconds: for the tests and the benchmarks.
 
 They compute nothing of use; they have the files, the graph and the arithmetic of a real ViT or ResNet. Deterministic:
 the same call writes the same weights.
@@ -14,30 +14,46 @@ from pathlib import Path
 from typing import Any
 
 LABELS = ("cat", "dog", "boat", "tree")
-SIDE = 32
-"""Height and width of the ViT's input, in pixels."""
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    },
+    # DeiT-Ti (arXiv 2012.12877): 5.5 million parameters, 1.3 GFLOPs an image.
+    "small": {
+        "image_size": 224,
+        "patch_size": 16,
+        "hidden_size": 192,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 3,
+        "intermediate_size": 768,
+    },
+}
+"""``image_size`` is the height and width of the input, in pixels."""
 
 
-def build_vit(path: Path | str, *, head: bool = True, labels: Sequence[str] = LABELS, seed: int = 0) -> Path:
-    """Write a ViT of width 16, two layers, as an ONNX graph with its files, to the directory ``path``.
+def build_vit(
+    path: Path | str, *, head: bool = True, labels: Sequence[str] = LABELS, seed: int = 0, size: str = "tiny"
+) -> Path:
+    """Write a ViT as an ONNX graph with its files, and its weights for PyTorch, to the directory ``path``.
 
-    With a ``head`` it classifies; without, it gives token states and a pooled vector.
+    With a ``head`` it classifies; without, it gives token states and a pooled vector. ``size`` is one of ``SIZES``.
     """
     transformers = _transformers()
+    side = SIZES[size]["image_size"]
     config = transformers.ViTConfig(
-        image_size=SIDE,
-        patch_size=8,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
+        **SIZES[size],
         id2label=dict(enumerate(labels)),
         label2id={label: i for i, label in enumerate(labels)},
     )
     kind = transformers.ViTForImageClassification if head else transformers.ViTModel
     outputs = ["logits"] if head else ["last_hidden_state", "pooler_output"]
-    _export(kind, config, Path(path), outputs, SIDE, seed)
-    _recipe(Path(path), "ViTImageProcessor", size={"height": SIDE, "width": SIDE}, resample=2)
+    _export(kind, config, Path(path), outputs, side, seed)
+    _recipe(Path(path), "ViTImageProcessor", size={"height": side, "width": side}, resample=2)
     return Path(path)
 
 
@@ -64,7 +80,7 @@ def _export(kind: Any, config: Any, path: Path, outputs: list[str], side: int, s
     config.architectures = [kind.__name__]
     model = kind(config).eval()
     path.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(path)
+    model.save_pretrained(path)
 
     class Wrapped(torch.nn.Module):
         def __init__(self) -> None:
