@@ -48,7 +48,7 @@ PEERS = {
     "st-torch": Peer(("sentence-transformers", TORCH, "pyarrow", "psutil")),
     "st-onnx": Peer(("sentence-transformers[onnx]", TORCH, *ONNX)),
     "fastembed": Peer(("fastembed", *ONNX)),
-    "infinity": Peer(("infinity-emb[optimum,torch]", TORCH, "pyarrow", "psutil", "onnxruntime")),
+    "infinity": Peer(("infinity-emb[optimum,torch]", TORCH, "pyarrow<18", "psutil", "onnxruntime")),
     "ray": Peer(("ray[data]==2.60.0", *ONNX)),
 }
 
@@ -200,7 +200,7 @@ def show(name: str, found: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=6000, help="texts")
-    parser.add_argument("--pictures", type=int, default=400)
+    parser.add_argument("--pictures", type=int, default=600)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workload", choices=["texts", "pictures"], help="this one only")
     parser.add_argument("--peers", type=Path, help="folder for the peers' virtual environments; without it, no peers")

@@ -105,9 +105,10 @@ class Embed:
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(MAX_TOKENS)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, batch: pa.Table) -> pa.Table:
         began = time.time()
-        ids = [encoded.ids for encoded in self._tokenizer.encode_batch_fast(batch["text"].tolist())]
+        texts = batch.column("text").to_pylist()
+        ids = [encoded.ids for encoded in self._tokenizer.encode_batch_fast(texts)]
         lengths = np.array([len(row) for row in ids])
         order, start = np.argsort(-lengths, kind="stable"), 0
         found = np.empty((len(ids), 384), np.float32)
@@ -115,7 +116,8 @@ class Embed:
             rows = order[start : start + max(1, BUDGET // int(lengths[order[start]]))]
             found[rows] = self._vectors([ids[row] for row in rows])
             start += len(rows)
-        return {"id": batch["id"], "embedding": found, "began": np.full(len(ids), began)}
+        column = pa.FixedSizeListArray.from_arrays(pa.array(found.reshape(-1)), found.shape[1])
+        return pa.table({"id": batch.column("id"), "embedding": column, "began": np.full(len(ids), began)})
 
     def _vectors(self, ids: list[list[int]]) -> Any:
         feed = {name: np.zeros((len(ids), len(ids[0])), np.int64) for name in self._names}
@@ -134,14 +136,14 @@ def ray(model: str) -> Turn:
     import ray
 
     cores = len(os.sched_getaffinity(0))
-    # Its sockets have names of at most 107 letters. One processor more than there are: its reading is a task, too.
-    ray.init(num_cpus=cores + 1, include_dashboard=False, log_to_driver=False, _temp_dir=tempfile.mkdtemp(prefix="ray"))
+    # One processor more than there are: its reading is a task, too.
+    ray.init(num_cpus=cores + 1, include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
     def turn(source: Path, output: Path) -> float:
         pool = ray.data.ActorPoolStrategy(size=cores)
         dataset = ray.data.read_parquet(str(source)).map_batches(
-            Embed, fn_constructor_args=(model,), batch_size=RAY_BATCH, compute=pool, num_cpus=1
+            Embed, fn_constructor_args=(model,), batch_size=RAY_BATCH, batch_format="pyarrow", compute=pool, num_cpus=1
         )
         dataset.write_parquet(str(output))
         began = pq.read_table(output, columns=["began"]).column("began").to_numpy()

@@ -28,12 +28,10 @@ def ray(model: str, options: dict[str, Any], folder: Path) -> Run:
     import ray
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-    # Its sockets have names of at most 107 letters.
-    short = tempfile.mkdtemp(prefix="ray")
     # The dashboard and its metrics are left out. Two processors more than there are, for its other stages: the engine
     # computes on all of them anyway.
     cores = len(os.sched_getaffinity(0))
-    ray.init(num_cpus=cores + 2, include_dashboard=False, log_to_driver=False, _temp_dir=short)
+    ray.init(num_cpus=cores + 2, include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
     def run(source: Path, target: Path, sampling: dict[str, Any]) -> dict[str, Any]:
@@ -42,7 +40,10 @@ def ray(model: str, options: dict[str, Any], folder: Path) -> Run:
             engine_kwargs=dict(options),
             placement_group_config={"bundles": [{"CPU": 1}]},
             log_engine_metrics=False,
+            # vLLM does both; as stages they are two more processes that load Transformers.
             chat_template_stage=False,
+            tokenize_stage=False,
+            detokenize_stage=False,
             concurrency=1,
         )
         processor = build_processor(
@@ -73,14 +74,14 @@ def daft(model: str, options: dict[str, Any], folder: Path) -> Run:
     from daft.functions.ai import prompt
     from vllm import SamplingParams
 
-    started: list[float] = []
+    started: list[tuple[float, Any]] = []
     make = LocalVLLMExecutor.__init__
 
-    def timed(self: Any, *values: Any, **named: Any) -> None:
+    def noted(self: Any, *values: Any, **named: Any) -> None:
         make(self, *values, **named)
-        started.append(time.time())
+        started.append((time.time(), self.llm))
 
-    LocalVLLMExecutor.__init__ = timed
+    LocalVLLMExecutor.__init__ = noted
     daft.set_runner_native()
 
     def run(source: Path, target: Path, sampling: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +96,10 @@ def daft(model: str, options: dict[str, Any], folder: Path) -> Run:
             gpus_per_actor=0,
         )
         daft.read_parquet(str(source)).with_column("output", answer).write_parquet(str(target))
-        return {"began": started[-1]}
+        ((began, engine),) = started
+        started.clear()
+        engine.shutdown()  # it would stay beside the next one
+        return {"began": began}
 
     return run
 
@@ -135,7 +139,8 @@ def main() -> None:
         shutil.rmtree(target, ignore_errors=True)
         asked_at = time.time()
         found = run(Path(asked["input"]), target, asked["sampling"])
-        began, ended = found.pop("began"), time.time()
+        ended = time.time()
+        began = found.pop("began")
         found |= {"seconds": ended - began, "startup": began - asked_at, "cpu": clock.since(began)}
         print(json.dumps(found), file=lines, flush=True)
     end_tree()

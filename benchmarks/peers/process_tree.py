@@ -38,17 +38,33 @@ def end_tree() -> NoReturn:
 
 
 class Clock:
-    """Notes the processor seconds of this process tree, for whoever learns only later when the work began."""
+    """Notes the processor seconds of this process tree, for whoever learns only later when the work began.
+
+    Counted process by process, since Ray's workers take theirs with them when they end.
+    """
 
     def __init__(self) -> None:
+        self._used: dict[psutil.Process, float] = {}
         self._noted: list[tuple[float, float]] = []
-        threading.Thread(target=self._note, daemon=True).start()
+        self._lock = threading.Lock()
+        threading.Thread(target=self._go_on, daemon=True).start()
 
-    def _note(self) -> None:
+    def _go_on(self) -> None:
         while True:
-            self._noted.append((time.time(), tree_seconds(os.getpid())))
+            self._note()
             time.sleep(EVERY)
+
+    def _note(self) -> float:
+        with self._lock:
+            own = psutil.Process()
+            for process in (own, *own.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    used = process.cpu_times()
+                    self._used[process] = used.user + used.system
+            total = sum(self._used.values())
+            self._noted.append((time.time(), total))
+            return total
 
     def since(self, moment: float) -> float:
         """Processor seconds from ``moment``, by ``time.time``, until now."""
-        return tree_seconds(os.getpid()) - next(used for at, used in reversed(self._noted) if at <= moment)
+        return self._note() - next((used for at, used in reversed(self._noted) if at <= moment), 0.0)
