@@ -39,9 +39,10 @@ SIZES: dict[str, dict[str, int]] = {
 def build_vit(
     path: Path | str, *, head: bool = True, labels: Sequence[str] = LABELS, seed: int = 0, size: str = "tiny"
 ) -> Path:
-    """Write a ViT as an ONNX graph with its files, and its weights for PyTorch, to the directory ``path``.
+    """Write a ViT as an ONNX graph with its files to the directory ``path``.
 
-    With a ``head`` it classifies; without, it gives token states and a pooled vector. ``size`` is one of ``SIZES``.
+    With a ``head`` it classifies; without, it gives token states and a pooled vector. ``size`` is one of ``SIZES``;
+    "small" has its weights beside the graph, for PyTorch.
     """
     transformers = _transformers()
     side = SIZES[size]["image_size"]
@@ -52,7 +53,7 @@ def build_vit(
     )
     kind = transformers.ViTForImageClassification if head else transformers.ViTModel
     outputs = ["logits"] if head else ["last_hidden_state", "pooler_output"]
-    _export(kind, config, Path(path), outputs, side, seed)
+    _export(kind, config, Path(path), outputs, side, seed, weights=size == "small")
     _recipe(Path(path), "ViTImageProcessor", size={"height": side, "width": side}, resample=2)
     return Path(path)
 
@@ -73,14 +74,16 @@ def build_resnet(path: Path | str, *, labels: Sequence[str] = LABELS, seed: int 
     return Path(path)
 
 
-def _export(kind: Any, config: Any, path: Path, outputs: list[str], side: int, seed: int) -> None:
+def _export(
+    kind: Any, config: Any, path: Path, outputs: list[str], side: int, seed: int, *, weights: bool = False
+) -> None:
     import torch
 
     torch.manual_seed(seed)
     config.architectures = [kind.__name__]
     model = kind(config).eval()
     path.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(path)
+    (model if weights else config).save_pretrained(path)
 
     class Wrapped(torch.nn.Module):
         def __init__(self) -> None:
