@@ -1,8 +1,8 @@
 """Ray Data LLM and Daft as contenders of ``benchmarks.llm``, each in an environment of its own beside this vLLM.
 
 ``python generation.py KIND MODEL OPTIONS FOLDER``, with the protocol of ``llm_contenders.py``; nothing of Rowmill is
-imported. Both start an engine for every dataset, so their seconds begin with the first request that their engine takes,
-and what came before (engine start-up, but also reading and tokenizing, which they do meanwhile) is ``startup``.
+imported. Both start an engine for every dataset, so their seconds begin when it is ready, and what came before (reading
+too, which they do meanwhile) is ``startup``.
 """
 
 from __future__ import annotations
@@ -27,6 +27,16 @@ def ray(model: str, options: dict[str, Any], folder: Path) -> Run:
     """``build_processor`` with a vLLM engine on the CPU, in batches of 32, eight at a time: its defaults."""
     import ray
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+    from ray.llm._internal.batch.stages.vllm_engine_stage import vLLMEngineStageUDF
+
+    stamp = folder / "started"
+
+    class Noted(vLLMEngineStageUDF):
+        """Its stage, which says when its engine was ready."""
+
+        def __init__(self, *values: Any, **named: Any) -> None:
+            super().__init__(*values, **named)
+            stamp.write_text(repr(time.time()))
 
     # The dashboard and its metrics are left out. Two processors more than there are, for its other stages: the engine
     # computes on all of them anyway.
@@ -54,15 +64,11 @@ def ray(model: str, options: dict[str, Any], folder: Path) -> Run:
                 "text": row["prompt"],
                 "output": row["generated_text"],
                 "completion_tokens": row["num_generated_tokens"],
-                "began": time.time() - row["time_taken_llm"],
             },
         )
+        processor.get_stage_by_name("vLLMEngineStage").fn = Noted
         processor(ray.data.read_parquet(str(source))).write_parquet(str(target))
-        import pyarrow.compute as pc
-        import pyarrow.parquet as pq
-
-        # A row that took as long as its batch began with it: what was postprocessed first is the surest.
-        return {"began": pc.min(pq.read_table(target, columns=["began"]).column("began")).as_py()}
+        return {"began": float(stamp.read_text())}
 
     return run
 
