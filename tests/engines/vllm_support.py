@@ -110,7 +110,8 @@ def make_spec(task: str = "generate", **fields: Any) -> JobSpec:
 
 
 def make_engine(model: Model, spec: JobSpec) -> VllmEngine:
-    return VllmEngine(model, spec.task, spec.engine_options, EngineContext(Path("unused")))
+    assert model.path is not None
+    return VllmEngine(model, spec.task, spec.engine_options, EngineContext(model.path.parent / "cache"))
 
 
 def texts(*values: str | None, first: int = 0) -> RowBatch:
