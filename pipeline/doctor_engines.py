@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -105,6 +106,7 @@ def vllm(deep: bool) -> Iterator[Check]:
         yield Check(
             "engine vllm", "ok", f"{detail} (imported{'' if deep else '; --deep starts an engine'})", facts=result
         )
+    yield media()
     if deep:
         started = probe(["vllm-deep"], _VLLM_START_SECONDS)
         if started["ok"]:
@@ -114,6 +116,22 @@ def vllm(deep: bool) -> Iterator[Check]:
             yield Check(
                 "engine vllm, running", "fail", started.get("error", "no tokens came"), "see the error above", started
             )
+
+
+def media() -> Check:
+    """What vLLM needs beside itself for rows with sounds and videos."""
+    lacking, remedies = [], []
+    try:
+        import av  # noqa: F401
+    except ImportError as error:
+        lacking.append(f"no sounds: the package av cannot be imported ({error})")
+        remedies.append("pip install 'rowmill[audio]'")
+    if importlib.util.find_spec("torchvision") is None:
+        lacking.append("no videos for most models: their processors need torchvision")
+        remedies.append("for videos, the official vLLM ('rowmill[vllm]') brings torchvision along")
+    if lacking:
+        return Check("engine vllm, media", "skip", "; ".join(lacking), "; ".join(remedies))
+    return Check("engine vllm, media", "ok", f"sounds by av {metadata.version('av')}, videos")
 
 
 def probe(arguments: list[str], seconds: float) -> dict[str, Any]:

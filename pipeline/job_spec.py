@@ -91,6 +91,16 @@ class JobSpec(BaseModel):
     image_column: str | None = None
     """``generate`` and ``chat``, for multimodal models: a column of images, as bytes, URIs below the operator's
     ``uri_prefixes``, ``struct<bytes, path>``, or lists of these."""
+    audio_column: str | None = None
+    """``generate`` and ``chat``, for models that hear: a column of sounds, as bytes, URIs, ``struct<bytes, path>``,
+    lists of numbers (one channel, between -1 and 1), ``struct<array, sampling_rate>``, or lists of these."""
+    audio_sampling_rate: Annotated[int, Field(ge=1_000, le=768_000)] | None = None
+    """Of an ``audio_column`` of numbers, in Hz."""
+    video_column: str | None = None
+    """``generate`` and ``chat``, for models that see videos: a column of one video in each row, as bytes, URIs or
+    ``struct<bytes, path>``; or of lists of images, which are its frames."""
+    video_frame_rate: Annotated[float, Field(gt=0, le=1_000)] | None = None
+    """Of a ``video_column`` of frames, a second; ``None`` is 1."""
     adapters: dict[str, str] = {}
     """LoRA adapters: name → directory. A single one serves every row, unless ``adapter_column`` is given."""
     adapter_column: str | None = None
@@ -230,10 +240,14 @@ class JobSpec(BaseModel):
             raise ValueError("adapter_column needs adapters, the directory of each by its name")
         if len(self.adapters) > 1 and self.adapter_column is None:
             raise ValueError("of several adapters, adapter_column says which one a row gets")
-        if self.image_column is not None and self.prompt_token_column is not None:
-            raise ValueError("images go with a prompt or messages, not with prompt_token_column")
-        if self.image_column is not None and self.overlong == "truncate":
-            raise ValueError("a prompt with images cannot be truncated; leave overlong at 'auto'")
+        for name, words in _MEDIA.items():
+            if getattr(self, name) is not None and self.prompt_token_column is not None:
+                raise ValueError(f"{words} go with a prompt or messages, not with prompt_token_column")
+            if getattr(self, name) is not None and self.overlong == "truncate":
+                raise ValueError(f"a prompt with {words} cannot be truncated; leave overlong at 'auto'")
+        for rate, name in (("audio_sampling_rate", "audio_column"), ("video_frame_rate", "video_column")):
+            if getattr(self, rate) is not None and getattr(self, name) is None:
+                raise ValueError(f"{rate} is of {name}, which is not given")
         return self
 
     @property
@@ -247,7 +261,13 @@ class JobSpec(BaseModel):
         return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
 
 
-_ANSWERS = frozenset({"sampling", "sampling_columns", "image_column", "adapters", "adapter_column"})
+_MEDIA = {"image_column": "images", "audio_column": "sounds", "video_column": "videos"}
+_ANSWERS = frozenset(
+    {
+        *("sampling", "sampling_columns", "adapters", "adapter_column"),
+        *(*_MEDIA, "audio_sampling_rate", "video_frame_rate"),
+    }
+)
 _READS: dict[Task, frozenset[str]] = {
     Task.GENERATE: frozenset({"prompt", "prompt_token_column"}) | _ANSWERS,
     Task.CHAT: frozenset({"prompt", "messages", "column", "chat_template_kwargs", "tools"}) | _ANSWERS,

@@ -94,6 +94,22 @@ def _fields(
         str | None,
         typer.Option(metavar="COLUMN", help="generate, chat: images, as bytes or URIs.", rich_help_panel=_WORK),
     ] = None,
+    audio_column: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="generate, chat: sounds: bytes, URIs, numbers.", rich_help_panel=_WORK),
+    ] = None,
+    audio_sampling_rate: Annotated[
+        int | None,
+        typer.Option(metavar="HZ", help="Of sounds that are numbers.", rich_help_panel=_WORK),
+    ] = None,
+    video_column: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="generate, chat: videos: bytes, URIs, frames.", rich_help_panel=_WORK),
+    ] = None,
+    video_frame_rate: Annotated[
+        float | None,
+        typer.Option(metavar="FPS", help="Of videos that are lists of images; 1 by default.", rich_help_panel=_WORK),
+    ] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=DIR", help="generate, chat: a LoRA adapter.", rich_help_panel=_WORK),
@@ -238,6 +254,10 @@ def _fields(
         if sampling_column
         else None,
         "image_column": image_column,
+        "audio_column": audio_column,
+        "audio_sampling_rate": audio_sampling_rate,
+        "video_column": video_column,
+        "video_frame_rate": video_frame_rate,
         "adapters": values.key_values(adapter, "--adapter", literal=True) if adapter else None,
         "adapter_column": adapter_column,
         "tools": values.json_file(tools, "--tools") if tools else None,

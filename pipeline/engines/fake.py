@@ -216,6 +216,9 @@ class _Tensor:
         return texts, _result(batch, pa.RecordBatch.from_arrays([pa.array(total[good])], ["output"]), failures)
 
 
+_MEDIA = ("image_column", "audio_column", "video_column")
+
+
 def _read_by(spec: JobSpec, schema: pa.Schema) -> list[tuple[str, str]]:
     """Field of the spec and column, for every column that the task reads."""
     if spec.task is Task.TENSOR:
@@ -228,7 +231,7 @@ def _read_by(spec: JobSpec, schema: pa.Schema) -> list[tuple[str, str]]:
     read = [("prompt", name) for name in (Template(spec.prompt).fields if spec.prompt is not None else ())]
     for i, message in enumerate(spec.messages or ()):
         read += [(f"messages.{i}.content", name) for name in Template(message.content).fields]
-    own = ("column", "pair_column", "prompt_token_column", "adapter_column", "image_column")
+    own = ("column", "pair_column", "prompt_token_column", "adapter_column", *_MEDIA)
     read += [(field, name) for field in own if (name := getattr(spec, field)) is not None]
     return read
 
@@ -237,7 +240,7 @@ def _wanted(spec: JobSpec, field: str, kind: pa.DataType) -> str | None:
     """What the column should have been, or ``None`` when it is that."""
     if spec.task is Task.TENSOR:
         return None if fake_rows.is_numeric(kind) else "numbers, or lists or tensors of them"
-    if field == "image_column":
+    if field in _MEDIA:
         return None
     if field == "prompt_token_column":
         return None if fake_rows.is_numeric(kind) and pa.types.is_nested(kind) else "lists of token ids"

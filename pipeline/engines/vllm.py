@@ -14,6 +14,7 @@ import psutil
 import pyarrow as pa
 
 from pipeline.engines import (
+    media_columns,
     vllm_adapters,
     vllm_benchmark,
     vllm_chat_template,
@@ -28,7 +29,7 @@ from pipeline.engines.vllm_adapters import Adapters, LoadedAdapters
 from pipeline.engines.vllm_answers import Answer, Answers
 from pipeline.engines.vllm_fit import check_fit
 from pipeline.engines.vllm_gauges import Gauges
-from pipeline.engines.vllm_images import Images
+from pipeline.engines.vllm_media import MediaInputs
 from pipeline.engines.vllm_once import Once, settled
 from pipeline.engines.vllm_options import OWN_OPTIONS, check_engine_options
 from pipeline.engines.vllm_params import JobParams
@@ -37,6 +38,7 @@ from pipeline.engines.vllm_process import STALL_SECONDS, RunningVllm, memory_byt
 from pipeline.engines.vllm_prompts import Prompt, Prompts, check_columns
 from pipeline.engines.vllm_requests import TOKEN_BYTES, Finished, Outcome, Requests, Waiting
 from pipeline.engines.vllm_reuse import Reuse
+from pipeline.engines.vllm_room import MediaRoom, media_bytes
 from pipeline.engines.vllm_window import Window
 from pipeline.job_spec import JobSpec, Task
 from pipeline.models.model import Model
@@ -51,6 +53,8 @@ WINDOW_TOKENS = 2**22
 """Most prompt tokens inside vLLM where its cache does not hold half as many: some 150 MiB in its processes."""
 MEMORY_SHARE, GROWTH_SHARE = 0.8, 0.1
 """Of the machine's memory: an engine that has grown beyond both, and by the second since its first call, is worn."""
+MEDIA_WINDOW_SHARE, MEDIA_WINDOW_BYTES = 1 / 16, 4 * 2**30
+"""Of the machine's memory, and at most: prepared media inside vLLM."""
 LEARNT = 16
 """Most jobs whose lengths of answers are remembered."""
 
@@ -79,6 +83,7 @@ class VllmEngine:
         self._versions: dict[str, str] = {}
         self._lock = threading.Lock()
         self._window = Window(1, 1)
+        self._room = MediaRoom(1, media_bytes)
         self._lengths: OrderedDict[str, Lengths] = OrderedDict()
         self._rows = {"succeeded": 0, "failed": 0}
         self._counts: Counter[str] = Counter()
@@ -92,7 +97,7 @@ class VllmEngine:
             able = ", ".join(sorted(cls.tasks))
             raise InvalidJob(f"engine 'vllm' does {able}; task '{spec.task}' runs on engine 'onnx'", field="task")
         pools = spec.task in vllm_pooling.TASKS
-        _check_model(model, spec.engine_options, pools=pools)
+        _check_model(model, spec, pools=pools)
         check_sampling(spec.sampling)
         check_engine_options(spec.engine_options)
         check_fit(model, spec.engine_options)
@@ -129,6 +134,8 @@ class VllmEngine:
         stall = float(self._options.get("stall_seconds", STALL_SECONDS))
         self._running = RunningVllm(str(self._model.path), options, stall)
         self._window = self._sized(self._running)
+        room = min(MEDIA_WINDOW_BYTES, MEDIA_WINDOW_SHARE * memory_bytes())
+        self._room = MediaRoom(int(self._options.get("media_window_bytes", room)), media_bytes)
         try:
             self._check_loaded(self._running)
         except BaseException:
@@ -163,8 +170,8 @@ class VllmEngine:
         work = spec.work_hash()
         lengths = self._learnt(work, most)
         rows_waiting, bytes_waiting = self._context.order_rows, self._context.order_bytes
-        if spec.image_column is not None:
-            # Their bytes are not counted, and they are sorted by nothing: no more wait than run.
+        if media_columns.columns_of(spec):
+            # They are sorted by nothing: no more wait than run.
             rows_waiting = min(rows_waiting, self._window.requests)
         requests = Requests(
             running,
@@ -175,6 +182,7 @@ class VllmEngine:
             waiting=Waiting(rows_waiting, bytes_waiting, whole=spec.order == "prefix"),
             lengths=lengths,
             once=Once() if settled(spec.sampling) and spec.task not in vllm_pooling.TASKS else None,
+            room=self._room,
         )
         measures = Measures(running.gauges)
         reuse = self._reuse(running, spec, schema)
@@ -225,8 +233,10 @@ class VllmEngine:
         context: int = running.config.model_config.max_model_len
         # Of a cut prompt's context, the answer gets what it may use, but not more than half.
         room = min(params.job.sampling.max_tokens or context, max(1, context // 2))
-        images = Images(running, spec, self._context.fetch) if spec.image_column is not None else None
-        return Prompts(running.llm, spec, room, params, Adapters(running, spec, self._adapters), images)
+        media = None
+        if media_columns.columns_of(spec):
+            media = MediaInputs(running, spec, self._context.fetch, self._options)
+        return Prompts(running.llm, spec, room, params, Adapters(running, spec, self._adapters), media)
 
     def stats(self) -> dict[str, Any]:
         """See :meth:`Engine.stats`. Counts since ``load``: ``tokens`` went through the engine, ``copied`` did not,
@@ -247,6 +257,7 @@ class VllmEngine:
                 "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
                 "window": self._window.requests,
                 "window_tokens": self._window.tokens,
+                "media_window_bytes": self._room.n_bytes,
                 "dtype": str(config.model_config.dtype).removeprefix("torch."),
                 "enforce_eager": bool(config.model_config.enforce_eager),
                 "enable_prefix_caching": bool(config.cache_config.enable_prefix_caching),
@@ -279,6 +290,7 @@ class VllmEngine:
     def close(self) -> None:
         """See :meth:`Engine.close`. A call of ``infer`` that is still going raises :class:`EngineDead`."""
         running, self._running = self._running, None
+        self._room.close()
         if running is not None:
             running.stop()
 
@@ -315,7 +327,9 @@ class VllmEngine:
         if self._task in vllm_pooling.TASKS:
             Pooling(running, self._task)
             return
-        if running.config.model_config.is_encoder_decoder or "generate" not in running.supported_tasks:
+        # An encoder and a decoder: vLLM has those that transcribe.
+        able = "transcription" if running.config.model_config.is_encoder_decoder else "generate"
+        if able not in running.supported_tasks:
             raise InvalidModel(f"vLLM does not generate text with {self._model.name!r}", field="model")
         if self._task is Task.CHAT:
             spec = JobSpec(input=("-",), output="-", model="-", task=Task.CHAT, prompt="{text}")
@@ -376,7 +390,7 @@ class VllmEngine:
         return ResultBatch(rows, values, failures, {**counts, **measures.rest()})
 
 
-def _check_model(model: Model, options: Mapping[str, Any], *, pools: bool) -> None:
+def _check_model(model: Model, spec: JobSpec, *, pools: bool) -> None:
     def refuse(what: str) -> InvalidModel:
         return InvalidModel(f"{model.name!r} {what}", field="model")
 
@@ -392,9 +406,12 @@ def _check_model(model: Model, options: Mapping[str, Any], *, pools: bool) -> No
             f"is a {kind}, which does not generate text; engine 'vllm' runs decoder language models (…ForCausalLM). "
             "Use task embed, classify or score with engine 'onnx'"
         )
-    if model.config.get("is_encoder_decoder"):
-        raise refuse(f"is a {kind} with an encoder and a decoder; engine 'vllm' runs decoder-only language models")
-    chosen = options.get("load_format", "auto") != "auto"
+    if model.config.get("is_encoder_decoder") and (spec.task is not Task.GENERATE or spec.audio_column is None):
+        raise refuse(
+            f"is a {kind} with an encoder and a decoder; of these, engine 'vllm' runs those that transcribe, with task "
+            "generate, audio_column and a prompt for the decoder"
+        )
+    chosen = spec.engine_options.get("load_format", "auto") != "auto"
     if not chosen and model.path.is_dir() and not any(model.path.glob("*.safetensors")):
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in model.path.glob(pattern))
         if pickles:

@@ -19,6 +19,11 @@ OWN_OPTIONS: Mapping[str, Check] = MappingProxyType(
         "window_tokens": at_least(1),
         "stall_seconds": within("above 0", lambda value: value > 0),
         "recycle_bytes": at_least(1),
+        "media_window_bytes": at_least(1),
+        "max_audio_seconds": within("above 0", lambda value: value > 0),
+        "max_video_seconds": within("above 0", lambda value: value > 0),
+        "max_video_frames": at_least(1),
+        "max_media_bytes": at_least(1),
     }
 )
 """Engine options of our own.
@@ -28,6 +33,10 @@ prompts (four million, or twice what the cache holds where that is more). ``stal
 and takes no step for so long is ended and started again. ``recycle_bytes``: host memory of the worker and its engine
 above which the engine is started again after a shard (four fifths of the machine's memory, if it was a tenth of that
 less after the first shard).
+
+``media_window_bytes``: most bytes of prepared images, sounds and videos inside vLLM (a sixteenth of the machine's
+memory, at most 4 GiB). ``max_…``: what one sound or video of a row may be; beyond, it is the row error
+``media_too_long``: see :mod:`media_limits`.
 """
 
 COUNT = at_least(1)

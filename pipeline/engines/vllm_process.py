@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -200,8 +200,6 @@ class RunningVllm:
         self.inside = 0
         """Requests of all calls that are inside. Counted by the calls, in the loop's thread."""
         self._died_with_rows = False
-        self.making = ThreadPoolExecutor(1, "vllm-making")
-        """Makes the inputs of requests with media: one at a time, as vLLM does, since some processors take no two."""
         self.llm: Any = None
         self.config: Any = None
         self.supported_tasks: tuple[str, ...] = ()
@@ -289,7 +287,6 @@ class RunningVllm:
         self._thread.join(STOP_SECONDS)
         if not self._thread.is_alive():
             self.loop.close()
-        self.making.shutdown(wait=False, cancel_futures=True)
         self._output.close()
         self._guardian.close()
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.engines import sampling_columns, vllm_images
+from pipeline.engines import media_columns, sampling_columns
 from pipeline.engines.arrow_text import is_text, values
 from pipeline.engines.base import RowBatch, RowFailure
+from pipeline.engines.media_columns import Media
 from pipeline.engines.vllm_adapters import Adapters
-from pipeline.engines.vllm_images import Images
+from pipeline.engines.vllm_media import MediaInputs
 from pipeline.engines.vllm_params import JobParams, Params
 from pipeline.job_spec import JobSpec, Task
 from pipeline.row_errors import MESSAGE_LIMIT, RowErrorCode
@@ -33,7 +34,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 class Prompt:
     """One row, ready for the engine. ``params`` where they are not the job's; ``adapter``: a ``LoRARequest``.
 
-    ``make``, where there is one, makes vLLM's input in place of ``tokens``, or raises :class:`RowError`.
+    ``make``, where there is one, makes vLLM's input in place of ``tokens``, or raises :class:`RowError`; until then it
+    holds ``make_bytes`` bytes.
     """
 
     row: int
@@ -41,6 +43,7 @@ class Prompt:
     params: Params | None = None
     adapter: Any = None
     make: Callable[[], Any] | None = None
+    make_bytes: int | None = None
 
 
 # ---- columns -------------------------------------------------------------------------------------------------------
@@ -86,9 +89,10 @@ def check_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
                 f"column {spec.adapter_column!r} is {kind}; names of adapters are text", field="adapter_column"
             )
         columns[spec.adapter_column] = None
-    if spec.image_column is not None:
-        vllm_images.check_column(column_type(schema, spec.image_column, "image_column"), spec.image_column)
-        columns[spec.image_column] = None
+    for modality, name in media_columns.columns_of(spec).items():
+        kind = column_type(schema, name, media_columns.FIELDS[modality])
+        media_columns.check_column(spec, modality, kind, name)
+        columns[name] = None
     columns |= dict.fromkeys(sampling_columns.check_columns(spec, schema))
     return tuple(columns)
 
@@ -169,7 +173,7 @@ class Prompts:
     """Turns row batches into prompts, for one job on one engine. Not to be shared between threads.
 
     ``llm`` is vLLM's ``AsyncLLM``; ``room`` the tokens of the context to leave for the answer when a prompt is cut;
-    ``params``, ``adapters`` and ``images`` say what a row has of its own.
+    ``params``, ``adapters`` and ``media`` say what a row has of its own.
     """
 
     def __init__(
@@ -179,7 +183,7 @@ class Prompts:
         room: int,
         params: JobParams | None = None,
         adapters: Adapters | None = None,
-        images: Images | None = None,
+        media: MediaInputs | None = None,
     ) -> None:
         from vllm.renderers import ChatParams
         from vllm.renderers.params import merge_kwargs
@@ -189,7 +193,7 @@ class Prompts:
         self._tokenizer = llm.get_tokenizer()
         self._context: int = llm.model_config.max_model_len
         self._room = room
-        self._params, self._adapters, self._images = params, adapters, images
+        self._params, self._adapters, self._media = params, adapters, media
         self._truncate = spec.overlong == "truncate"
         self._column, self._token_column = spec.column, spec.prompt_token_column
         self._templates = [template for _, template in templates(spec)]
@@ -234,9 +238,6 @@ class Prompts:
         columns = {
             name: values(batch.columns.column(schema.get_field_index(name))) for name in dict.fromkeys([*needed, *own])
         }
-        if self._images is not None:
-            # Apart from the others: bytes are an image here, and no text.
-            pictures = self._images.values(batch.columns.column(schema.get_field_index(self._images.column)))
         rows = batch.rows.tolist()
         for start in range(0, len(rows), chunk):
             failures: list[RowFailure] = []
@@ -244,8 +245,8 @@ class Prompts:
             for index in range(start, min(start + chunk, len(rows))):
                 row = {name: column[index] for name, column in columns.items()}
                 try:
-                    images = self._images.of(pictures[index]) if self._images else None
-                    made = self._render({name: row[name] for name in needed}, images)
+                    media = self._media.of(batch.columns, index) if self._media else None
+                    made = self._render({name: row[name] for name in needed}, media)
                     params = self._params.of(row) if self._params else None
                     adapter = self._adapters.of(row) if self._adapters else None
                 except RowError as error:
@@ -255,13 +256,13 @@ class Prompts:
                     if isinstance(made, str):
                         ready.append((prompt, made))
                     elif callable(made):
-                        ready.append((replace(prompt, make=made), None))
+                        ready.append((replace(prompt, make=made, make_bytes=media.n_bytes if media else None), None))
                     else:
                         ready.append((replace(prompt, tokens=made), None))
             yield self._tokenize(ready, failures), failures
 
-    def _render(self, row: Mapping[str, Any], images: list[Any] | None) -> str | list[int] | Callable[[], Any]:
-        """The text of one row's prompt; its tokens, where a column or a chat template has them; or, with images, what
+    def _render(self, row: Mapping[str, Any], media: Media | None) -> str | list[int] | Callable[[], Any]:
+        """The text of one row's prompt; its tokens, where a column or a chat template has them; or, with media, what
         makes vLLM's input."""
         for name, value in row.items():
             if value is None:
@@ -280,8 +281,8 @@ class Prompts:
                 messages = [{"role": r, "content": t} for r, t in zip(self._roles, texts, strict=True)]
                 if not any(texts):
                     raise RowError(RowErrorCode.INVALID_VALUE, "the messages are empty")
-            if self._images is not None and images is not None:
-                return functools.partial(self._images.chat, messages, images, self._chat_params)
+            if self._media is not None and media is not None:
+                return functools.partial(self._media.chat, messages, media, self._chat_params)
             made = self._apply_chat_template(messages)
             if not isinstance(made, str):
                 return made
@@ -293,8 +294,8 @@ class Prompts:
         except UnicodeEncodeError as error:
             raise RowError(RowErrorCode.INVALID_UTF8, f"the text is not valid Unicode: {error.reason}") from None
         text = text.lower() if self._lower_case else text
-        if self._images is not None and images is not None:
-            return functools.partial(self._images.completion, text, images)
+        if self._media is not None and media is not None:
+            return functools.partial(self._media.completion, text, media)
         return text
 
     def _given_tokens(self, tokens: list[int | None]) -> list[int]:

@@ -20,6 +20,7 @@ from pipeline.engines.base import ResultBatch, RowFailure
 from pipeline.engines.vllm_once import Once, identity
 from pipeline.engines.vllm_process import STOP_SECONDS, RunningVllm, first_lines
 from pipeline.engines.vllm_prompts import Prompt
+from pipeline.engines.vllm_room import MediaRoom
 from pipeline.engines.vllm_window import Window
 from pipeline.ordering import Backlog, Lengths
 from pipeline.row_errors import MESSAGE_LIMIT, RowErrorCode
@@ -109,7 +110,7 @@ class Requests:
     """One call's requests. ``params``: vLLM's, for rows without own ones; ``work`` names what calls in turn share.
 
     ``backlog`` orders what waits, up to the limits of ``waiting``; ``lengths`` learns from what finishes; with
-    ``once``, a prompt that occurs again is not run again.
+    ``once``, a prompt that occurs again is not run again; ``room`` is for the media of prompts.
     """
 
     def __init__(
@@ -123,12 +124,13 @@ class Requests:
         waiting: Waiting,
         lengths: Lengths,
         once: Once[Finished, Prompt] | None,
+        room: MediaRoom,
     ) -> None:
         self._engine, self._params, self._window = engine, params, window
         self._name = f"c{next(_calls)}"
         self._changed = window.changed
         self._place = window.join(work)
-        self._waiting, self._gather = waiting, 0
+        self._waiting, self._gather, self._room = waiting, 0, room
         if backlog.orders:
             self._gather = waiting.rows if waiting.whole else SHARE_TO_ORDER * window.requests
         # Under the condition:
@@ -139,6 +141,7 @@ class Requests:
         self._stopped = False
         self._error: BaseException | None = None
         self._first_at: float | None = None
+        self._unmade_bytes = 0
         # In the engine's loop only:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._inside = 0
@@ -159,6 +162,7 @@ class Requests:
             for prompt, key in zip(prompts, keys, strict=True):
                 if self._must_run(prompt, key):
                     self._backlog.push(key, prompt)
+                    self._unmade_bytes += prompt.make_bytes or 0
             if self._first_at is None and len(self._backlog):
                 self._first_at = time.monotonic()
             self._tell()
@@ -193,6 +197,7 @@ class Requests:
     def _full(self) -> bool:
         following = 0 if self._once is None else self._once.waiting
         n_bytes = BYTES_PER_TOKEN * self._backlog.n_bytes // TOKEN_BYTES + FOLLOWER_BYTES * following
+        n_bytes += self._unmade_bytes
         return len(self._backlog) + following >= self._waiting.rows or n_bytes >= self._waiting.n_bytes
 
     def _piled_up(self) -> bool:
@@ -338,7 +343,10 @@ class Requests:
         try:
             prepared: Any = {"type": "token", "prompt_token_ids": prompt.tokens}
             if prompt.make is not None:
-                prepared = await self._engine.loop.run_in_executor(self._engine.making, prompt.make)
+                try:
+                    prepared = await self._room.make(name, prompt.make)
+                finally:
+                    self._made(prompt)
             params = self._params if prompt.params is None else prompt.params.sampling
             # Into an engine that is known to be dead nothing goes: this row has not killed it.
             entered = int(not self._engine.dead)
@@ -368,7 +376,13 @@ class Requests:
             self._finish(prompt, Finished(prompt, output))
         finally:
             self._count(-entered)
+            self._room.leave(name)
             self._tasks.pop(name, None)
+
+    def _made(self, prompt: Prompt) -> None:
+        with self._changed:
+            self._unmade_bytes -= prompt.make_bytes or 0
+            self._tell()
 
     async def _forget(self, name: str) -> None:
         """vLLM may have noted a request before it failed; it would wait for its answer for ever."""

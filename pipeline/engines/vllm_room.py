@@ -1,16 +1,15 @@
-"""Bounds what prepared images, sounds and videos take: a few threads make them, while there is room for them."""
+"""Bounds what prepared images, sounds and videos take: they are made while there is room for them."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-THREADS = 8
-"""Most media that are decoded at a time; fewer where there are fewer processors."""
+THREADS = 1
+"""Media that are decoded and prepared at a time: one, as vLLM does it, since some models' processors take no two."""
 
 
 class MediaRoom:
@@ -23,7 +22,7 @@ class MediaRoom:
     def __init__(self, n_bytes: int, size: Callable[[Any], int], threads: int | None = None) -> None:
         self.n_bytes = n_bytes
         self._size = size
-        self._threads = threads or min(THREADS, os.cpu_count() or 1)
+        self._threads = threads or THREADS
         self._pool = ThreadPoolExecutor(self._threads, "vllm-media")
         self._held: dict[str, int] = {}
         self._sum = self.most = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,13 @@ def test_directories(tmp_path: Path) -> None:
     assert check.status == "fail"
     assert check.remedy is not None
     assert "data_dir" in check.remedy
+
+
+def test_what_sounds_and_videos_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    found = doctor_engines.media()
+    assert found.status == "skip"
+    assert "rowmill[audio]" in (found.remedy or "")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -33,17 +33,27 @@ def answers(llm, entry, arguments, sampling, adapter):
         options["sampling_params"] = many
     if adapter is not None:
         options["lora_request"] = LoRARequest(adapter, sum(adapter.encode()), adapter)
-    arguments = [[with_images(one) for one in argument] if isinstance(argument, list) else argument
+    arguments = [[with_media(one) for one in argument] if isinstance(argument, list) else argument
                  for argument in arguments]
     keywords = arguments.pop() if isinstance(arguments[-1], dict) else {}
     return [outline(done) for done in getattr(llm, entry)(*arguments, **keywords, **options)]
 
-def with_images(prompt):
-    if not (isinstance(prompt, dict) and "image_files" in prompt):
+def with_media(prompt):
+    if not (isinstance(prompt, dict) and "media_files" in prompt):
         return prompt
+    import numpy as np
     import PIL.Image
-    images = [PIL.Image.open(file).convert("RGB") for file in prompt["image_files"]]
-    return {"prompt": prompt["prompt"], "multi_modal_data": {"image": images}}
+    from vllm.multimodal.audio import resample_audio_pyav
+    found = {}
+    for kind, files in prompt["media_files"].items():
+        if kind == "image":
+            found[kind] = [PIL.Image.open(file).convert("RGB") for file in files]
+        elif kind == "video":
+            found[kind] = [np.load(file) for file in files]
+        else:
+            sounds = [(np.load(file), rate) for file, rate in files]
+            found[kind] = [(resample_audio_pyav(sound, orig_sr=rate, target_sr=16000), 16000) for sound, rate in sounds]
+    return {"prompt": prompt["prompt"], "multi_modal_data": found}
 
 def params(sampling):
     given = dict(sampling)

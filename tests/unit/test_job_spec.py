@@ -34,14 +34,17 @@ VALUES: dict[str, Any] = {
     "sampling_columns": {"seed": "s"},
     "tools": [{"type": "function", "function": {"name": "weigh"}}],
     "image_column": "photo",
+    "audio_column": "call",
+    "video_column": "film",
     "adapters": {"red": "./red"},
     "dimensions": 64,
 }
+MEDIA = ("image_column", "audio_column", "video_column")
 READ: dict[Task, set[str]] = {
-    Task.GENERATE: {"prompt", "prompt_token_column", "sampling", "sampling_columns", "image_column", "adapters"},
+    Task.GENERATE: {"prompt", "prompt_token_column", "sampling", "sampling_columns", "adapters", *MEDIA},
     Task.CHAT: {
         *("prompt", "messages", "column", "chat_template_kwargs", "tools"),
-        *("sampling", "sampling_columns", "image_column", "adapters"),
+        *("sampling", "sampling_columns", "adapters", *MEDIA),
     },
     Task.EMBED: {"column", "dimensions"},
     Task.CLASSIFY: {"column", "pair_column"},
@@ -119,6 +122,11 @@ def test_chat_takes_one_way_to_say_it() -> None:
         ({"prompt_token_column": "ids"}, None, "never both"),
         ({"image_column": "x", "prompt": None, "prompt_token_column": "ids"}, None, "not with prompt_token_column"),
         ({"image_column": "x", "overlong": "truncate"}, None, "cannot be truncated"),
+        ({"audio_column": "x", "prompt": None, "prompt_token_column": "ids"}, None, "sounds go with a prompt"),
+        ({"video_column": "x", "overlong": "truncate"}, None, "videos cannot be truncated"),
+        ({"audio_sampling_rate": 8000}, None, "audio_column, which is not given"),
+        ({"video_frame_rate": 2}, None, "video_column, which is not given"),
+        ({"audio_column": "x", "audio_sampling_rate": 1}, "audio_sampling_rate", "greater than or equal to 1000"),
         ({"adapter_column": "who"}, None, "needs adapters"),
         ({"adapters": {"a": "x", "b": "y"}}, None, "adapter_column says"),
         ({"task": "chat", "tools": [{"name": "f"}]}, "tools", "tool 0 must be"),

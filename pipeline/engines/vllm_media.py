@@ -1,0 +1,190 @@
+"""Images, sounds and videos of a row for a multimodal model: read, decoded, and put with the prompt.
+
+That takes a processor's time and a tensor's memory, so it is done when a request is started, not when its row is read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.engines import media_audio, media_columns
+from pipeline.engines.media_audio import Sound
+from pipeline.engines.media_columns import FIELDS, WORDS, Media
+from pipeline.engines.media_limits import MediaLimits
+from pipeline.engines.vllm_process import RunningVllm, first_lines
+from pipeline.engines.vllm_video import VideoLoader
+from pipeline.job_spec import JobSpec
+from pipeline.row_errors import MESSAGE_LIMIT, RowErrorCode
+from storage.errors import InvalidJob, RowError
+
+CUT = frozenset({"Qwen2AudioForConditionalGeneration", "WhisperForConditionalGeneration"})
+"""Models of which vLLM's processor drops, without a word, what comes after the window that they hear."""
+
+
+class MediaInputs:
+    """The images, sounds and videos of one job. ``fetch`` reads a URI that the operator allows, or raises
+    :class:`InvalidInput`; ``options`` are the engine's.
+
+    Raises :class:`InvalidJob` for a model that does not take them, :class:`EngineMissing` without PyAV for sounds.
+    """
+
+    def __init__(
+        self,
+        running: RunningVllm,
+        spec: JobSpec,
+        fetch: Callable[[str], bytes] | None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        from vllm.multimodal.media import ImageMediaIO
+
+        self._config = running.config.model_config
+        self._renderer = running.llm.renderer
+        self._context: int = self._config.max_model_len
+        self._fetch = fetch
+        self._rate, self._frame_rate = spec.audio_sampling_rate, spec.video_frame_rate
+        self.columns = media_columns.columns_of(spec)
+        self._check_model()
+        self._limits = MediaLimits.of(options or {}, self._window_seconds())
+        self._images = ImageMediaIO()
+        if "video" in self.columns:
+            self._videos = VideoLoader(self._config, self._limits)
+        if "audio" in self.columns:
+            media_audio.check_installed()
+
+    def _check_model(self) -> None:
+        first = FIELDS[next(iter(self.columns))]
+        if not self._config.is_multimodal_model:
+            raise InvalidJob("this model takes text only", field=first)
+        taken = set(self._renderer.get_mm_processor().info.supported_mm_limits)
+        # A few models have one name for images and videos; their images can be handed over as images all the same.
+        taken |= {"image"} if "vision_chunk" in taken else set()
+        for modality in self.columns:
+            if modality not in taken:
+                able = " and ".join(words for kind, words in WORDS.items() if kind in taken)
+                raise InvalidJob(f"this model takes no {WORDS[modality]}; it takes {able}", field=FIELDS[modality])
+
+    def _window_seconds(self) -> float | None:
+        if "audio" not in self.columns or not CUT & set(self._config.architectures):
+            return None
+        return float(self._renderer.get_mm_processor().info.get_feature_extractor().chunk_length)
+
+    def of(self, batch: pa.RecordBatch, row: int) -> Media:
+        """What the row has. Raises :class:`RowError` where something is missing."""
+        return media_columns.media_of(self.columns, batch, row)
+
+    def completion(self, text: str, media: Media) -> Any:
+        """vLLM's input for a text, which names the places of its media as the model wants them named."""
+        data = self._loaded(media)
+        return self._made(lambda: self._rendered({"prompt": text, "multi_modal_data": data}, None))
+
+    def chat(self, messages: Sequence[dict[str, Any]], media: Media, chat_params: Any) -> Any:
+        """vLLM's input for messages; images, videos and sounds go before the text of the last message of a user."""
+        talk = [dict(message) for message in messages]
+        at = max((index for index, message in enumerate(talk) if message["role"] == "user"), default=None)
+        if at is None:
+            raise RowError(RowErrorCode.INVALID_VALUE, "no message is a user's, to put the media into")
+        data = self._loaded(media)
+        content = talk[at]["content"]
+        text = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+        parts = [_part(kind, number, item) for kind in FIELDS for number, item in enumerate(data.get(kind, ()))]
+        talk[at]["content"] = parts + text
+        tokens = self._renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)
+
+        def render() -> Any:
+            _, prompt = self._renderer.render_messages(talk, chat_params)
+            others = {kind: items for kind, items in data.items() if kind != "image"}
+            if others:
+                # vLLM takes sounds and videos of a message by address only; so they are named, and put in here.
+                prompt["multi_modal_data"] = {**prompt["multi_modal_data"], **others}
+                prompt.pop("multi_modal_uuids", None)
+            return self._renderer.render_cmpl([prompt], tokens, skip_mm_cache=True)[0]
+
+        return self._made(render)
+
+    def _rendered(self, prompt: dict[str, Any], tokens: Any) -> Any:
+        from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+        parsed = parse_model_prompt(self._config, prompt)
+        return self._renderer.render_cmpl([parsed], tokens, skip_mm_cache=True)[0]
+
+    # ---- decoding ----
+
+    def _loaded(self, media: Media) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {}
+        for modality, items in media.items.items():
+            try:
+                if modality == "audio":
+                    found[modality] = [self._heard(self._sound(item)) for item in items]
+                elif modality == "image":
+                    found[modality] = [self._image(item) for item in items]
+                elif media.in_frames:
+                    found[modality] = [self._videos.from_images(self._frames(items), self._frame_rate)]
+                else:
+                    found[modality] = [self._videos.decode(self._read(item)) for item in items]
+            except RowError as error:
+                message = f"column {self.columns[modality]!r}: {error.message}"
+                raise RowError(error.code, message[:MESSAGE_LIMIT]) from None
+        return found
+
+    def _read(self, item: Any) -> bytes:
+        return media_columns.read(item, self._fetch)
+
+    def _frames(self, items: Sequence[Any]) -> list[Any]:
+        self._limits.check_video(0, len(items), 0)
+        images: list[Any] = []
+        n_bytes = 0
+        for item in items:
+            images.append(self._image(item))
+            n_bytes += 3 * images[-1].size[0] * images[-1].size[1]
+            self._limits.check_video(0, len(items), n_bytes)
+        return images
+
+    def _image(self, item: Any) -> Any:
+        data = self._read(item)
+        try:
+            return self._images.load_bytes(data)
+        except Exception as error:  # Pillow's decoders raise nearly anything for broken files
+            raise RowError(RowErrorCode.INVALID_IMAGE, f"{first_lines(error)} ({len(data)} bytes)") from None
+
+    def _sound(self, item: Any) -> Sound:
+        if media_columns.is_samples(item.type):
+            return media_audio.from_numbers(item.values, self._rate, self._limits)
+        if media_columns.is_sampled(item.type):
+            rate = item["sampling_rate"].as_py()
+            return media_audio.from_numbers(item["array"].values, rate, self._limits)
+        return media_audio.decode(self._read(item), self._limits)
+
+    def _heard(self, sound: Sound) -> Sound:
+        """At the rate that the model hears, if vLLM cannot see to that: its own way for most models is torchaudio."""
+        from vllm.multimodal.audio import resample_audio_pyav
+
+        samples, rate = sound
+        resampler = self._renderer.get_mm_processor().info.data_parser.audio_resampler
+        if resampler.method != "torchaudio" or importlib.util.find_spec("torchaudio") or not resampler.target_sr:
+            return sound
+        wanted = int(resampler.target_sr)
+        return resample_audio_pyav(samples, orig_sr=rate, target_sr=wanted), wanted
+
+    def _made(self, render: Callable[[], Any]) -> Any:
+        from vllm.exceptions import VLLMClientError
+
+        try:
+            made = render()
+        except (VLLMClientError, ValueError, TypeError, KeyError) as error:
+            long = str(getattr(error, "parameter", "")).startswith("input_")
+            code = RowErrorCode.PROMPT_TOO_LONG if long else RowErrorCode.INVALID_VALUE
+            raise RowError(code, first_lines(error, MESSAGE_LIMIT)) from None
+        if (size := len(made.get("decoder_prompt", made)["prompt_token_ids"])) >= self._context:
+            message = f"the prompt has {size} tokens with its media; with one more it must fit into {self._context}"
+            raise RowError(RowErrorCode.PROMPT_TOO_LONG, message)
+        return made
+
+
+def _part(modality: str, number: int, item: Any) -> dict[str, Any]:
+    if modality == "image":
+        return {"type": "image_pil", "image_pil": item}
+    return {"type": f"{modality}_url", f"{modality}_url": None, "uuid": f"{modality}-{number}"}
