@@ -20,7 +20,7 @@ import pyarrow as pa
 from pipeline import assembly, manifest, measures, restoring
 from pipeline.flusher import patiently
 from pipeline.job_spec import JobSpec
-from pipeline.outputs import earlier_parts, is_free
+from pipeline.outputs import chunks_are_gone, earlier_parts, is_free
 from pipeline.plan_record import PlanRecord
 from pipeline.publish_shard import assemble_partial, publish_shard
 from pipeline.result_columns import known_fields
@@ -95,7 +95,7 @@ def _publish(runtime: Runtime, job: Job) -> Job:
         return job
     finalizing.begin_publishing(runtime.database, job, actor=runtime.actor)
     failpoints.hit("finalize.publishing")
-    if job.state in TERMINAL_JOB and _is_collected(runtime, job):
+    if job.state in TERMINAL_JOB and chunks_are_gone(store, input_rows.chunks(runtime.database, job.id)):
         runtime.notify(f"{output} cannot be published once more: what it was made of has been deleted")
         return job
     earlier = {} if target is JobState.COMPLETED else earlier_parts(store, job)
@@ -109,6 +109,8 @@ def _publish(runtime: Runtime, job: Job) -> Job:
     whole = target is JobState.COMPLETED and not job.n_dead
     if not entries and whole:
         names.add(_publish_empty(runtime, job))
+    if whole and (rows := sum(entry["rows"] for entry in entries)) != job.rows_total:
+        raise CorruptFile(f"job {job.id} has {job.rows_total:,} rows, and its files {rows:,}: it is not published")
     _renew(runtime, job)
     _remove_stale(runtime, output, names)
     if not entries and not whole:
@@ -132,12 +134,6 @@ def _publish(runtime: Runtime, job: Job) -> Job:
     return job
 
 
-def _is_collected(runtime: Runtime, job: Job) -> bool:
-    """Whether a regrouped job's files are gone; those of others can be published from where they were published."""
-    chunk = input_rows.a_chunk(runtime.database, job.id)
-    return chunk is not None and not runtime.store.exists(chunk)
-
-
 def _publish_shards(
     runtime: Runtime, job: Job, earlier: Mapping[str, Mapping[str, Any]]
 ) -> tuple[list[dict[str, Any]], set[str], dict[str, Lost]]:
@@ -150,6 +146,7 @@ def _publish_shards(
             job,
             closed_shards,
             part_rows=part_rows,
+            earlier=earlier,
             limits=restoring.Limits(runtime.settings.read_batch_rows, runtime.settings.read_batch_bytes),
             sources_of=lambda shard: finalizing.shard_sources(runtime.database, shard),
             partial=lambda closed: assemble_partial(runtime, job, closed),

@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import uuid_utils
 
 from pipeline import inputs, permissions, planning, regrouping, routing
@@ -21,7 +22,7 @@ from pipeline.flusher import patiently
 from pipeline.job_spec import NOT_PART_OF_THE_WORK, JobSpec, parse
 from pipeline.models.model import Model
 from pipeline.models.resolve import resolve
-from pipeline.outputs import refuse_existing
+from pipeline.outputs import chunks_are_gone, refuse_existing
 from pipeline.plan_record import PlanRecord
 from pipeline.profiling import Profiled
 from pipeline.result_columns import known_names
@@ -35,6 +36,7 @@ from storage.errors import (
     InvalidInput,
     InvalidJob,
     QuotaExceeded,
+    RowmillError,
     TransientError,
 )
 from storage.fires import Taken
@@ -279,6 +281,9 @@ def _regrouped(
             planners.let_go(runtime.database, [owner])
         if isinstance(error, InputChanged):
             raise InvalidInput(str(error), field="input") from error
+        if isinstance(error, (pa.ArrowException, ValueError, TypeError)) and not isinstance(error, RowmillError):
+            what = f"its rows could not be put in another order: {error}; use order 'auto'"
+            raise InvalidInput(what, field="order") from error
         raise
     return replace(prepared, record=replace(record, part_rows=made.part_rows), regrouped=made)
 
@@ -337,8 +342,7 @@ def cancel_job(runtime: Runtime, job_id: str) -> Job:
 def retry_job(runtime: Runtime, job_id: str, *, failed_only: bool = True) -> Job:
     """Queue an ended job again: its unfinished shards, and its failed rows (or all rows)."""
     job = jobs.get(runtime.database, job_id)
-    chunk = input_rows.a_chunk(runtime.database, job_id)
-    if job.state in TERMINAL_JOB and chunk is not None and not runtime.store.exists(chunk):
+    if job.state in TERMINAL_JOB and chunks_are_gone(runtime.store, input_rows.chunks(runtime.database, job_id)):
         raise Conflict(
             f"what job {job_id} was made of has been deleted (its rows lay in another order, in files of its own); "
             "submit it again with --overwrite (overwrite=True)"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from storage import locations
 from storage.errors import Conflict
+from storage.locations import normalize
 from storage.objects import ObjectStore
 from storage.records import Job, PartFile
 
@@ -68,3 +70,11 @@ def earlier_parts(store: ObjectStore, job: Job) -> dict[str, dict[str, Any]]:
             store.put_bytes(copy, content)
         return found
     return {}
+
+
+def chunks_are_gone(store: ObjectStore, chunks: Sequence[str]) -> bool:
+    """Whether any of the chunks that a regrouped job was made of has been deleted. One listing."""
+    if not chunks:
+        return False
+    there = set(store.list_tree(chunks[0].rpartition("/")[0]))
+    return any(normalize(uri) not in there for uri in chunks)

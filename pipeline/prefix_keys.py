@@ -5,10 +5,9 @@ What templates say between the columns is the same in every row, so it is left o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from pipeline.job_spec import JobSpec, Task
@@ -46,21 +45,36 @@ def _bytes_of(column: Any) -> list[bytes]:
     if isinstance(column, pa.DictionaryArray):
         column = column.dictionary_decode()
     kind = column.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+    if _is_text(kind):
         return [value or b"" for value in column.cast(pa.large_binary()).to_pylist()]
     if _is_list(kind) and pa.types.is_integer(kind.value_type):
-        return [b"" if value is None else np.asarray(value, dtype=">i8").tobytes() for value in _lists(column)]
-    convert: Callable[[Any], bytes] = _messages if _is_list(kind) else _text
-    return [b"" if value is None else convert(value) for value in column.to_pylist()]
+        return [_tokens(row) for row in column]
+    return [_any(row, _messages if _is_list(kind) else _text) for row in column]
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def _lists(column: Any) -> Sequence[Any]:
-    """Token ids of each row, no more of them than a key takes."""
-    return [None if not row.is_valid else row.values.slice(0, KEY_BYTES // 8).to_pylist() for row in column]
+def _tokens(row: Any) -> bytes:
+    """Token ids, no more of them than a key takes. A null or a number that no token has sorts as any other."""
+    if not row.is_valid:
+        return b""
+    ids = row.values.slice(0, KEY_BYTES // 8).cast(pa.int64(), safe=False).fill_null(0)
+    return bytes(ids.to_numpy(zero_copy_only=False).astype(">i8").tobytes())
+
+
+def _any(row: Any, convert: Callable[[Any], bytes]) -> bytes:
+    """A value without a Python form (text that is no UTF-8, a date past year 9999) is the engine's to refuse."""
+    try:
+        value = row.as_py()
+    except (ValueError, OverflowError, pa.ArrowException):
+        return b""
+    return b"" if value is None else convert(value)
 
 
 def _messages(value: list[Any]) -> bytes:

@@ -2,8 +2,8 @@
 
 Two passes over the input: one samples what prompts begin with and decides where to cut (``clusters``), one puts each
 row with its like. A chunk's rows keep the input's order, so that the output can be merged back into it (``restoring``);
-which rows they are is noted with the chunk as a source of the job. What is written depends on the input, the spec and
-``order_rows`` alone, and so do the names: a rerun, or a second planner, writes the same.
+which rows they are is noted with the chunk as a source of the job. The names of the chunks say what is in them: a
+rerun, or a second planner, writes the same, or files beside them.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def regroup(
             piles = np.array(clusters.cluster_of(keys(batch.select(list(key_columns(spec)))), cuts), dtype=np.int64)
             spill.put(rows, piles, batch.select(list(columns)))
         failpoints.hit("plan.spilled")
-        key = _key(found, spec, columns, most)
+        key = _key(found, spec, columns, cuts)
         chunks: Spool[Source] = Spool()
         shards: Spool[ShardPlan] = Spool()
         row_start = 0
@@ -118,6 +118,8 @@ def regroup(
                 continue
             failpoints.hit("plan.chunk")
             info = store.info(uri)
+            if (there := parquet.stats(store, uri).n_rows) != len(held):
+                raise InvalidInput(f"{uri} has {there:,} rows, and {len(held):,} belong there; submit the job again")
             source = Source(len(found.sources) + len(chunks), uri, info.etag, info.n_bytes, len(held), rows=held)
             chunks.append(source)
             for plan in _shards(store, source, most, spec.shard_bytes, len(shards), row_start):
@@ -154,9 +156,9 @@ class _Reader:
             first += source.n_rows
 
 
-def _key(found: Inputs, spec: JobSpec, columns: Sequence[str], most: int) -> str:
-    """Tells apart chunks that hold other rows: made of other files, or for another way to group them."""
-    digest = hashlib.sha256(repr((_VERSION, KEY_BYTES, key_columns(spec), tuple(columns), most)).encode())
+def _key(found: Inputs, spec: JobSpec, columns: Sequence[str], cuts: Sequence[bytes]) -> str:
+    """Tells apart chunks that hold other rows: made of other files, or cut elsewhere."""
+    digest = hashlib.sha256(repr((_VERSION, KEY_BYTES, key_columns(spec), tuple(columns), *cuts)).encode())
     for source in found.sources:
         digest.update(f"\0{source.uri}\0{source.etag}".encode())
     return digest.hexdigest()[:12]

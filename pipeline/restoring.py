@@ -19,6 +19,7 @@ from pyroaring import BitMap
 from pipeline import manifest, part_merge
 from pipeline.assembly import Assembled, ranges
 from pipeline.part_merge import Rows
+from pipeline.row_spill import takeable
 from storage import failpoints, locations, parquet
 from storage.errors import CorruptFile, InputChanged, InvalidInput
 from storage.finalizing import Closed, Lost
@@ -63,6 +64,7 @@ def publish(
     closed_shards: Iterable[Closed],
     *,
     part_rows: int,
+    earlier: Mapping[str, Mapping[str, Any]],
     limits: Limits,
     sources_of: Callable[[Shard], Mapping[int, Source]],
     partial: Callable[[Closed], Assembled],
@@ -71,6 +73,8 @@ def publish(
 ) -> Restored:
     """Write ``data/part-*.parquet`` of ``part_rows`` rows of the input each, as far as shards have finished them.
 
+    ``earlier``: the manifest's entries of what this job had published before, by path. They stay as they are when they
+    hold more rows than there are now: those that were flushed may have been collected since.
     ``partial`` assembles what an unfinished shard has flushed; ``renew`` is called before each step and raises
     :class:`LeaseLost` when the steps are another finalizer's. Raises :class:`CorruptFile` for a file that went bad
     after it was checked.
@@ -92,6 +96,12 @@ def publish(
                     merger.add(older)
         elif (run := _unfinished(store, closed, held, partial, notify)) is not None:
             merger.add(run)
+    kept = {f"{job.output_uri.rstrip('/')}/{path}": dict(entry) for path, entry in earlier.items()}
+    if merger.n_rows < sum(entry["rows"] for entry in kept.values()) and all(
+        store.holds(uri, entry["sha256"]) for uri, entry in kept.items()
+    ):
+        notify("the output stays as it was published before: less of it is there to be published now")
+        return Restored(list(kept.values()), set(kept), lost)
     entries, names = merger.parts(job.output_uri, job.rows_total, part_rows)
     return Restored(entries, names, lost)
 
@@ -160,6 +170,11 @@ class _Merger:
             self.add(self._merged(group), level + 1)
         self._levels[level].append(run)
 
+    @property
+    def n_rows(self) -> int:
+        """Rows that are there to be published."""
+        return sum(len(run.rows) for level in self._levels for run in level)
+
     def parts(self, output: str, rows_total: int, part_rows: int) -> tuple[list[dict[str, Any]], set[str]]:
         """Write the files of the output; returns their entries in the manifest, and their names."""
         runs = [run for level in self._levels for run in level]
@@ -217,7 +232,7 @@ class _Merger:
         if not runs:
             return
         share = max(_SMALLEST_BATCH_BYTES, self._limits.batch_bytes // len(runs))
-        schema = parquet.stats(self._store, runs[0].uri).schema
+        schema = takeable(parquet.stats(self._store, runs[0].uri).schema)
         yield np.empty(0, dtype=np.int64), schema.empty_table()
         yield from part_merge.merge(
             [part_merge.Run(run.uri, run.rows, self._batches(run, schema, share)) for run in runs], schema
@@ -228,12 +243,13 @@ class _Merger:
             found, n_rows, batches = parquet.scan(
                 reader, run.uri, batch_rows=self._limits.batch_rows, batch_bytes=n_bytes
             )
-            if n_rows != len(run.rows) or found.types != schema.types:
+            if n_rows != len(run.rows) or takeable(found).types != schema.types:
                 raise CorruptFile(f"{run.uri} does not hold the rows or the columns that it should")
             at = 0
             for batch in batches:
                 rows = np.array(run.rows[at : at + batch.num_rows].to_array(), dtype=np.int64)
-                yield rows, pa.RecordBatch.from_arrays(batch.columns, schema=schema)
+                columns = [column.cast(kind) for column, kind in zip(batch.columns, schema.types, strict=True)]
+                yield rows, pa.RecordBatch.from_arrays(columns, schema=schema)
                 at += batch.num_rows
 
 

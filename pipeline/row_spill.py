@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,22 @@ ROW = "__row"
 """The column that is put before the others: the number that each row came with."""
 
 
+def takeable(schema: pa.Schema) -> pa.Schema:
+    """The same columns in types that Arrow can gather rows of, whatever dictionaries their batches have."""
+    fields: list[Any] = [field.with_type(_takeable(field.type)) for field in schema]
+    return pa.schema(fields, metadata=cast(Any, schema.metadata))
+
+
+def _takeable(kind: Any) -> Any:
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    if pa.types.is_binary_view(kind):
+        return pa.large_binary()
+    if pa.types.is_dictionary(kind):
+        return pa.dictionary(pa.int32(), _takeable(kind.value_type), kind.ordered)
+    return kind
+
+
 class RowSpill:
     """Piles ``0`` to ``n - 1`` in one temporary file, which goes with the object, however the process ends.
 
@@ -26,7 +42,8 @@ class RowSpill:
     """
 
     def __init__(self, schema: pa.Schema, n_piles: int, n_bytes: int) -> None:
-        self._schema = pa.schema([pa.field(ROW, pa.int64()), *schema])
+        self._given = schema
+        self._schema = pa.schema([pa.field(ROW, pa.int64()), *takeable(schema)])
         self._limit = n_bytes
         self._file = tempfile.TemporaryFile(prefix="rowmill-rows-")  # noqa: SIM115 - lives as long as the object
         self._stretches: list[list[tuple[int, int]]] = [[] for _ in range(n_piles)]
@@ -46,7 +63,10 @@ class RowSpill:
         """Add rows: their numbers, the pile of each, and their columns."""
         if not len(rows):
             return
-        self._batches.append(pa.RecordBatch.from_arrays([pa.array(rows), *columns.columns], schema=self._schema))
+        arrays = [
+            column.cast(field.type) for column, field in zip(columns.columns, list(self._schema)[1:], strict=True)
+        ]
+        self._batches.append(pa.RecordBatch.from_arrays([pa.array(rows), *arrays], schema=self._schema))
         self._piles.append(piles)
         self._bytes += columns.nbytes
         if self._bytes >= self._limit:
@@ -58,7 +78,7 @@ class RowSpill:
         for begin, length in self._stretches[pile]:
             self._file.seek(begin)
             table = pa.ipc.open_stream(pa.py_buffer(self._file.read(length))).read_all()
-            yield table.column(0).to_numpy(), table.drop_columns([ROW])
+            yield table.column(0).to_numpy(), table.drop_columns([ROW]).cast(self._given)
 
     def _write_out(self) -> None:
         if not self._batches:

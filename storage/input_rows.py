@@ -19,11 +19,17 @@ _PAGE = 100
 _source = tables.source
 
 
-def a_chunk(database: Database, job_id: str) -> str | None:
-    """The URI of one of the job's chunks; ``None`` for a job that was not regrouped."""
-    query = sa.select(_source.c.uri).where(_source.c.job_id == job_id, _source.c.rows_bm.is_not(None)).limit(1)
+def chunks(database: Database, job_id: str) -> list[str]:
+    """The URIs of the job's chunks; none for a job that was not regrouped."""
+    query = sa.select(_source.c.uri).where(_source.c.job_id == job_id, _source.c.rows_bm.is_not(None))
     with database.read() as connection:
-        return connection.execute(query).scalar()
+        return list(connection.execute(query).scalars())
+
+
+def regrouped(database: Database, job_id: str) -> bool:
+    query = sa.select(_source.c.idx).where(_source.c.job_id == job_id, _source.c.rows_bm.is_not(None)).limit(1)
+    with database.read() as connection:
+        return connection.execute(query).first() is not None
 
 
 def of_shard(database: Database, shard: Shard) -> BitMap | None:

@@ -114,8 +114,7 @@ def row_exceptions(database: Database, job_id: str, *, limit: int | None = None)
     A row that a later generation computed is left out.
     """
     found = _row_exceptions(database, job_id)
-    found = _row_exceptions(database, job_id)
-    if input_rows.a_chunk(database, job_id) is not None:
+    if input_rows.regrouped(database, job_id):
         # Shards say nothing of where their rows come in the input.
         found = iter(sorted(found, key=lambda item: item.row) if limit is None else nsmallest(limit, found, _by_row))
     return islice(found, limit)

@@ -16,8 +16,8 @@ import s3fs
 from pipeline import Client
 from pipeline.engines.base import Cancellation
 from pipeline.settings import Settings
-from storage import failpoints, input_rows
-from storage.errors import Conflict, Interrupted
+from storage import failpoints, garbage, input_rows
+from storage.errors import Conflict, Interrupted, JobCancelled
 from storage.states import JobState, RequestState
 from tests.conftest import S3
 
@@ -208,3 +208,60 @@ def test_at_an_object_store(settings: Settings, s3: S3, texts: Path) -> None:
         table = client.job(done.id).table()
     assert table.column("id").to_pylist() == list(range(N))
     assert table.column("day").to_pylist() == [0] * 500 + [1] * (N - 500)
+
+
+def test_a_planner_with_another_limit_writes_chunks_of_its_own(settings: Settings, texts: Path, tmp_path: Path) -> None:
+    """It cuts elsewhere, so what the one before left must not be taken for its own."""
+    many = tmp_path / "many.parquet"
+    pq.write_table(pa.table({"id": range(2000), "text": [f"{n % 40:02d}" * 600 + f" {n}" for n in range(2000)]}), many)
+    with Client(settings=settings) as client:
+        failpoints.arm("plan.chunk", _killed)
+        with pytest.raises(_Killed):
+            client.run(**fields(many, tmp_path / "out"))
+        failpoints.disarm()
+    with Client(settings=settings.model_copy(update={"order_bytes": 2**20})) as client:
+        done = client.run(**fields(many, tmp_path / "out"))
+        assert (done.state, done.rows_total, done.rows_done) == (JobState.COMPLETED, 2000, 2000)
+        table = client.job(done.id).table()
+    assert table.column("id").to_pylist() == list(range(2000))
+    assert all(output.startswith("fake:") for output in table.column("output").to_pylist())
+
+
+class _Killed(BaseException):
+    pass
+
+
+def _killed() -> None:
+    raise _Killed
+
+
+def test_a_row_that_is_no_prompt_fails_alone(client: Client, tmp_path: Path) -> None:
+    ids = [[row % 7] * 20 + [row] for row in range(400)]
+    ids[33][5] = None  # type: ignore[call-overload]
+    pq.write_table(pa.table({"ids": pa.array(ids, pa.list_(pa.int64()))}), tmp_path / "in.parquet")
+    job = fields(tmp_path / "in.parquet", tmp_path / "out", prompt=None, prompt_token_column="ids")
+    done = client.run(**job)
+    assert (done.state, done.rows_done) == (JobState.COMPLETED, 400)
+
+
+def test_what_was_published_stays_when_a_retry_has_less(settings: Settings, texts: Path, tmp_path: Path) -> None:
+    """Its flushed rows were collected, its chunks not: it is retried and cancelled before it has as many again."""
+    out = tmp_path / "out"
+    small = settings.model_copy(update={"flush_rows": 20, "read_batch_rows": 10})
+    job = fields(texts, out, engine_options={"delay_ms_per_batch": 10})
+    with Client(settings=small) as client:
+        status = client.submit(**job)
+        failpoints.arm("flush.recorded", status.cancel)
+        with pytest.raises(JobCancelled):
+            status.wait(timeout=60)
+        failpoints.disarm()
+        before = json.loads((out / "_manifest.json").read_text())
+        assert 0 < before["rows"]["published"] < N
+        runtime = client._runtime
+        assert garbage.give_up(runtime.database, garbage.Garbage("/work", status.id, 0.0))
+        status.retry()
+        assert status.cancel().state is JobState.CANCELLED
+    after = json.loads((out / "_manifest.json").read_text())
+    assert after["parts"] == before["parts"]
+    ids = [n for file in sorted((out / "data").iterdir()) for n in pq.read_table(file).column("id").to_pylist()]
+    assert len(ids) == before["rows"]["published"]

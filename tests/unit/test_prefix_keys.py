@@ -75,3 +75,20 @@ def test_columns_follow_each_other_and_long_prompts_are_cut() -> None:
 def test_tokens_sort_as_they_are_read() -> None:
     found = keys(pa.RecordBatch.from_pydict({"ids": [[1, 300], [1, 2], [2]]}))
     assert sorted(found) == [found[1], found[0], found[2]]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([[1, None, 3]], pa.list_(pa.int64())),
+        pa.array([[2**63 + 5]], pa.list_(pa.uint64())),
+        pa.array([b"\xff\xfe"], pa.binary()).cast(pa.binary()).view(pa.string()),
+        pa.StructArray.from_arrays([pa.array([b"\xff"], pa.binary()).view(pa.string())], ["content"]),
+        pa.array([1], pa.timestamp("ns")),
+        pa.array([2**31 - 1], pa.int32()).view(pa.date32()),
+    ],
+    ids=["null token", "uint64", "bytes", "messages", "nanoseconds", "date"],
+)
+def test_whatever_a_row_holds_has_a_key(column: Any) -> None:
+    """That it is no prompt is the engine's to say, of that row alone."""
+    assert len(keys(pa.RecordBatch.from_arrays([column], names=["a"]))) == 1

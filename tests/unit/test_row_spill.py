@@ -43,3 +43,18 @@ def test_a_full_disk_is_said_to_be_full() -> None:
         batch = pa.RecordBatch.from_pydict({"text": ["x" * 100_000]}, schema=schema)
         with pytest.raises(StorageFull, match="temporary file"):
             spill.put(np.array([0]), np.array([0]), batch)
+
+
+def test_views_and_small_dictionaries_come_back_as_they_were() -> None:
+    schema = pa.schema([("text", pa.string_view()), ("kind", pa.dictionary(pa.int8(), pa.string()))])
+    with RowSpill(schema, 2, 1) as spill:
+        for first in (0, 100):
+            names = pa.array([f"{first + n}" for n in range(100)])
+            kinds = pa.DictionaryArray.from_arrays(pa.array(range(100), pa.int8()), names)
+            batch = pa.RecordBatch.from_arrays([names.cast(pa.string_view()), kinds], schema=schema)
+            spill.put(np.arange(first, first + 100), np.arange(100) // 50, batch)
+        tables = [table for pile in range(2) for _, table in spill.take(pile)]
+    assert all(table.schema == schema for table in tables)
+    found = [value for table in tables for value in table["kind"].to_pylist()]
+    assert sorted(found, key=int) == [f"{n}" for n in range(200)]
+    assert found == [value for table in tables for value in table["text"].to_pylist()]
