@@ -29,7 +29,7 @@ class RowErrorCode(StrEnum):
     WRONG_SHAPE = "wrong_shape"
     """A tensor's shape does not fit the graph's input."""
     NOT_FINITE = "not_finite"
-    """A NaN or an infinity where the job refuses them."""
+    """A NaN or an infinity where the job refuses them, or in the embedding, score or probabilities of the row."""
     INVALID_OUTPUT = "invalid_output"
     """The answer does not keep to the schema, choice or grammar that was asked for; most often it was cut off."""
     ENGINE_REFUSED = "engine_refused"

@@ -125,7 +125,7 @@ class OnnxEngine:
                 recipe, fetch = read_image_folder(self._model), self._context.fetch
                 self._image = ImageModel(self._task, recipe, signature, pool, options, fetch)
             elif folder is not None:
-                self._text = TextModel(self._task, folder, signature, pool, options)
+                self._text = TextModel(self._task, folder, signature, pool, options, notify)
             else:
                 # As check saw it: ONNX Runtime's inference may know more of the shapes than the file says.
                 mode = onnx_graph.row_mode(onnx_graph.of_file(graph) or signature, options.row_mode)
@@ -289,7 +289,7 @@ class OnnxEngine:
             facts["custom_ops"] = onnx_custom_ops.digests(self._libraries)
         if text is not None:
             facts |= {
-                "output": text.head.name,
+                "output": text.output,
                 "token_budget": text.token_budget,
                 "max_length": text.tokenizer.max_length,
             }

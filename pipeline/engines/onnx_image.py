@@ -20,10 +20,10 @@ from pipeline.engines.onnx_folder import class_activation, label
 from pipeline.engines.onnx_graph import GraphValue, Signature
 from pipeline.engines.onnx_options import OnnxOptions
 from pipeline.engines.onnx_runtime import available_cores
-from pipeline.engines.onnx_session import Array, Call, Run, RunFailed, SessionPool
+from pipeline.engines.onnx_session import Array, Call, Run, RunFailed, SessionPool, is_out_of_memory
 from pipeline.engines.onnx_stream import Indices, Pack, Window, bisect, record_batch, windows
 from pipeline.job_spec import JobSpec, Task
-from storage.errors import InvalidModel
+from storage.errors import InvalidModel, TransientError
 
 Floats = npt.NDArray[np.float32]
 
@@ -106,8 +106,10 @@ class ImageModel:
     def _measure(self) -> tuple[int, int]:
         """One run before the first row: proves that graph and recipe fit, and tells the shape of the output."""
         try:
-            out = self._pool.submit(Call(), lambda run: self._forward(run, self._sample[None])).result()
+            out = self._pool.submit(Call(timed=False), lambda run: self._forward(run, self._sample[None])).result()
         except RunFailed as error:
+            if is_out_of_memory(error):
+                raise TransientError(f"the memory does not hold one run of the model: {error}") from error
             shape = list(self._sample.shape)
             raise InvalidModel(
                 f"the graph does not run on an image of shape {shape}, as the recipe makes it: {error}", field="model"
@@ -148,17 +150,20 @@ class ImageModel:
     def _pack(self, spec: JobSpec, rows: Indices, images: list[Any], items: Indices) -> Pack:
         def compute(run: Run) -> ResultBatch:
             parts, refused = bisect(
-                lambda part: self._values(spec, self._forward(run, np.stack([images[at] for at in part]))),
+                lambda part: self._numbers(spec, self._forward(run, np.stack([images[at] for at in part]))),
                 items,
                 lambda: self._still_works(run),
             )
             if len(parts) > 1 and not refused:
                 self._too_large(len(items))
+            done = np.concatenate([part for part, _ in parts]) if parts else np.empty(0, np.int64)
+            finite = np.concatenate([results.finite(made) for _, made in parts]) if parts else np.empty(0, np.bool_)
+            refused += [(int(at), *results.NOT_FINITE) for at in done[~finite]]
             failures = tuple(RowFailure(int(rows[at]), code, message) for at, code, message in refused)
-            if not parts:
+            if not finite.any():
                 return ResultBatch(np.empty(0, np.int64), None, failures)
-            values = pa.concat_batches([batch for _, batch in parts])  # type: ignore[attr-defined]  # newer than the stubs
-            return ResultBatch(rows[np.concatenate([part for part, _ in parts])], values, failures)
+            values = self._values(spec, np.concatenate([made for _, made in parts])[finite])
+            return ResultBatch(rows[done[finite]], values, failures)
 
         return compute
 
@@ -172,15 +177,20 @@ class ImageModel:
             raise InvalidModel(f"graph output {self.output!r} has shape {list(output.shape)} for {n} images")
         return output
 
-    def _values(self, spec: JobSpec, output: Array) -> pa.RecordBatch:
+    def _numbers(self, spec: JobSpec, output: Array) -> Floats:
+        """Probabilities or embeddings as the model gives them, float32 [k, width]."""
         out = output.astype(np.float32, copy=False)
         if self.task is Task.CLASSIFY:
             softmax = class_activation(self._folder.config, self.width) == "softmax"
-            p = pooling.softmax(out) if softmax else pooling.sigmoid(out)
-            return record_batch(results.classify_columns(spec, p, self._labels), self.result_schema(spec))
+            return pooling.softmax(out) if softmax else pooling.sigmoid(out)
         if self._rank == 3:
             out = out.mean(axis=1) if spec.pooling == "mean" else out[:, -1 if spec.pooling == "last" else 0]
-        stored = results.finished(spec, out.reshape(len(out), self.width), normalize=bool(spec.normalize))
+        return out.reshape(len(out), self.width)
+
+    def _values(self, spec: JobSpec, numbers: Floats) -> pa.RecordBatch:
+        if self.task is Task.CLASSIFY:
+            return record_batch(results.classify_columns(spec, numbers, self._labels), self.result_schema(spec))
+        stored = results.finished(spec, numbers, normalize=bool(spec.normalize))
         return record_batch({"embedding": results.embedding_column(stored)}, self.result_schema(spec))
 
     def _still_works(self, run: Run) -> bool:

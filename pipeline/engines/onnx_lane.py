@@ -7,6 +7,7 @@ graph computes is refused, never overrun.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -22,7 +23,8 @@ Array = npt.NDArray[Any]
 T = TypeVar("T")
 
 KEPT_BYTES = 256 * 2**20
-"""Most bytes of input and output buffers that a lane keeps; those used longest ago go first."""
+"""Most bytes of input and output buffers that the lanes of a model keep together; each has its share, and gives up
+first what it used longest ago."""
 QUIET = 4  # only what ends the process: a refused row is reported by us, not on stderr
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
@@ -37,6 +39,17 @@ class RunFailed(Exception):
 
 class RunTimedOut(RunFailed):
     """The run took longer than the job allows."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ONNX Runtime, or the device beneath it, could not allocate: it says so in no type of its own."""
+    return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
+
+
+_NO_MEMORY = re.compile(
+    r"bad_alloc|bad allocation|failed to allocate|out of memory|out_of_memory|alloc_failed|cannot allocate memory",
+    re.IGNORECASE,
+)
 
 
 class Deadline:
@@ -65,7 +78,10 @@ class Deadline:
 class Call:
     """Everything that one ``infer`` has running, so that it can be stopped from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, timed: bool = True) -> None:
+        """``timed``: whether a lane's limit of seconds holds for its runs. The very first ones of a session do not
+        count: a device compiles its kernels then."""
+        self.timed = timed
         self._lock = threading.Lock()
         self._running: set[Any] = set()
         self.stopped = False
@@ -114,9 +130,11 @@ class Lane:
         binding: bool = False,
         device: str = "cpu",
         seconds: float | None = None,
+        kept_bytes: int = KEPT_BYTES,
     ) -> None:
-        """``seconds``: how long a run may take."""
+        """``seconds``: how long a run may take. ``kept_bytes``: most that its buffers take."""
         self._seconds = seconds
+        self._kept_bytes = kept_bytes
         self._runtime = runtime
         self._refusals = refusals
         self.session = session
@@ -143,6 +161,8 @@ class Lane:
         if self.binding and shape is not None and self._outputs[output] in _FLOATS:
             try:
                 return self._guarded(call, lambda options: self._kept(feed, output, shape, options))
+            except RunTimedOut:
+                raise
             except RunFailed:
                 # The feed, or an output that does not have the shape it should: the plain run tells them apart.
                 found = self._guarded(call, lambda options: self._new(feed, output, options))
@@ -154,7 +174,7 @@ class Lane:
     def _guarded(self, call: Call, work: Callable[[Any], T]) -> T:
         options = self._runtime.RunOptions()
         options.log_severity_level = QUIET
-        deadline = Deadline(options, self._seconds)
+        deadline = Deadline(options, self._seconds if call.timed else None)
         call.enter(options)
         try:
             with deadline:
@@ -188,7 +208,7 @@ class Lane:
         if slot is None:
             slot = self._slots[key] = self._slot(feed, output, shape)
             held = sum(each.n_bytes for each in self._slots.values())
-            while held > KEPT_BYTES and len(self._slots) > 1:
+            while held > self._kept_bytes and len(self._slots) > 1:
                 held -= self._slots.popitem(last=False)[1].n_bytes
         self._slots.move_to_end(key)
         for name, array in feed.items():

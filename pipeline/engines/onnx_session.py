@@ -20,9 +20,10 @@ import psutil
 from pipeline.engines.onnx_graphs import Graphs, n_bytes
 from pipeline.engines.onnx_lane import Array as Array
 from pipeline.engines.onnx_lane import Call as Call
-from pipeline.engines.onnx_lane import Lane, Stopped
+from pipeline.engines.onnx_lane import KEPT_BYTES, Lane, Stopped
 from pipeline.engines.onnx_lane import Run as Run
 from pipeline.engines.onnx_lane import RunFailed as RunFailed
+from pipeline.engines.onnx_lane import is_out_of_memory as is_out_of_memory
 from pipeline.engines.onnx_layout import Layout
 from pipeline.engines.onnx_options import OnnxOptions
 from pipeline.engines.onnx_runtime import (
@@ -126,7 +127,15 @@ class SessionPool:
         ]
         device = "cuda" if CUDA in active else "cpu"
         lanes = [
-            Lane(runtime, session, refusals, binding=layout.io_binding, device=device, seconds=options.row_timeout)
+            Lane(
+                runtime,
+                session,
+                refusals,
+                binding=layout.io_binding,
+                device=device,
+                seconds=options.row_timeout,
+                kept_bytes=KEPT_BYTES // (layout.sessions * layout.lanes),
+            )
             for session in [first, *rest]
             for _ in range(layout.lanes)
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,11 @@ from pipeline.engines.onnx_folder import TextFolder
 from pipeline.engines.onnx_graph import GraphValue, Signature
 from pipeline.engines.onnx_lane import Array, Call, Run, RunFailed
 from pipeline.engines.onnx_options import OnnxOptions
-from pipeline.engines.onnx_session import SessionPool
+from pipeline.engines.onnx_session import SessionPool, is_out_of_memory
 from pipeline.engines.onnx_stream import Indices, Pack, Window, bisect, record_batch, windows
 from pipeline.engines.onnx_tokens import DistinctTexts, TextTokenizer, Tokens, distinct
 from pipeline.job_spec import JobSpec, Task
-from storage.errors import InvalidJob, InvalidModel
+from storage.errors import InvalidJob, InvalidModel, TransientError
 
 Floats = npt.NDArray[np.float32]
 
@@ -44,7 +44,13 @@ class TextModel:
     """A loaded text graph with its tokenizer. Raises :class:`~storage.errors.InvalidModel` when they do not fit."""
 
     def __init__(
-        self, task: Task, folder: TextFolder, signature: Signature, pool: SessionPool, options: OnnxOptions
+        self,
+        task: Task,
+        folder: TextFolder,
+        signature: Signature,
+        pool: SessionPool,
+        options: OnnxOptions,
+        notify: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.task = task
         self._folder = folder
@@ -63,26 +69,45 @@ class TextModel:
         self._fixed_batch, self._fixed_length = batch, length
         limits = [limit for limit in (folder.max_length, length) if limit is not None]
         self.tokenizer = TextTokenizer(folder, min(limits, default=None))
-        self.head = head(task, signature)
+        self._masked = "attention_mask" in self._inputs
+        if not self._masked and length is not None:
+            notify(
+                f"the graph takes {length} tokens and no attention_mask: unless it leaves out token "
+                f"{self.tokenizer.pad_id} itself, what fills a shorter text up counts as text"
+            )
+        self._states = head(task, signature)
+        own = own_embedding(signature) if task is Task.EMBED and folder.pooling is None else None
+        self._own = own or self._states
         self.token_budget = pool.layout.token_budget
         self._sample = self.tokenizer.encode([("a",)], truncate=True)
         if not len(self._sample.ids):
             self._sample = Tokens(
                 np.zeros(1, np.int32), np.zeros(1, np.int32), np.ones(1, np.int64), np.zeros(1, bool), {}
             )
-        self.width = 0
-        self.width = self._measure_width()
-        if task is Task.SCORE and self.width != 1:
-            raise InvalidModel(f"task 'score' needs a model with one output; this one has {self.width}: use 'classify'")
-        self._labels = pa.array([folder.label(i) for i in range(self.width)], pa.string())
+        self._widths: dict[str, int] = {}
+        self._widths = {used.name: self._measure_width(used) for used in {self._states, self._own}}
+        width = self._widths[self._states.name]
+        if task is Task.SCORE and width != 1:
+            raise InvalidModel(f"task 'score' needs a model with one output; this one has {width}: use 'classify'")
+        self._labels = pa.array([folder.label(i) for i in range(width)], pa.string())
 
-    def _measure_width(self) -> int:
+    @property
+    def output(self) -> str:
+        """The graph's output that is read unless a job says how to pool."""
+        return self._own.name
+
+    def _head(self, spec: JobSpec) -> Head:
+        return self._own if spec.pooling == "auto" else self._states
+
+    def _measure_width(self, used: Head) -> int:
         """One run before the first row: proves that graph and tokenizer fit, and tells the width of the output."""
         try:
             out = self._pool.submit(
-                Call(), lambda run: self._forward(run, self._sample, np.zeros(1, np.int64))
+                Call(timed=False), lambda run: self._forward(run, used, self._sample, np.zeros(1, np.int64))
             ).result()
         except RunFailed as error:
+            if is_out_of_memory(error):
+                raise TransientError(f"the memory does not hold one run of the model: {error}") from error
             raise InvalidModel(f"the graph does not run on a tokenized text: {error}") from error
         return int(out.shape[-1])
 
@@ -103,7 +128,7 @@ class TextModel:
 
     def _modes(self, spec: JobSpec) -> tuple[str, ...]:
         if spec.pooling != "auto":
-            if self.head.rank == 2:
+            if self._states.rank == 2:
                 raise InvalidJob("the graph pools by itself; leave pooling at 'auto'", field="pooling")
             return (spec.pooling,)
         return self._folder.pooling or ("mean",)
@@ -135,38 +160,42 @@ class TextModel:
             rows = min(rows, self._fixed_batch)
         if self._fixed_length is not None:
             lengths = np.full_like(lengths, self._fixed_length)
+        elif not self._masked:  # padding would be text to the graph, and a row's result depend on its batch
+            groups = [np.flatnonzero(lengths == length) for length in np.unique(lengths)[::-1]]
+            return [group[part] for group in groups for part in pack(lengths[group], budget, rows)]
         return pack(lengths, max(budget, self._fixed_length or 1), rows)
 
-    def states(self, run: Run, tokens: Tokens, items: Indices) -> Floats:
+    def states(self, run: Run, spec: JobSpec, tokens: Tokens, items: Indices) -> Floats:
         """The head's output for the texts ``items``, float32 [k, s, d] or [k, d]."""
-        out = self._forward(run, tokens, items)
+        out = self._forward(run, self._head(spec), tokens, items)
         self.count(runs=1, padded_tokens=len(items) * int(tokens.lengths[items].max()))
         return out
 
     def still_works(self, run: Run) -> bool:
         """Whether the session computes what it computed when it was loaded."""
         try:
-            self._forward(run, self._sample, np.zeros(1, np.int64))
+            self._forward(run, self._own, self._sample, np.zeros(1, np.int64))
         except RunFailed:
             return False
         return True
 
-    def _forward(self, run: Run, tokens: Tokens, items: Indices) -> Floats:
+    def _forward(self, run: Run, used: Head, tokens: Tokens, items: Indices) -> Floats:
         feed = self._feed(tokens, items)
-        output = run.one(feed, self.head.name, self._shape_of_output(feed))[: len(items)]
-        if output.ndim != self.head.rank or len(output) != len(items):
+        output = run.one(feed, used.name, self._shape_of_output(used, feed))[: len(items)]
+        if output.ndim != used.rank or len(output) != len(items):
             raise InvalidModel(
-                f"graph output {self.head.name!r} has shape {list(output.shape)} for {len(items)} texts; "
-                f"expected {self.head.rank} axes, the first of them over the texts"
+                f"graph output {used.name!r} has shape {list(output.shape)} for {len(items)} texts; "
+                f"expected {used.rank} axes, the first of them over the texts"
             )
         # A vector for each text is kept as it is: it must not lie in a buffer that the next run overwrites.
-        return output.astype(np.float32, copy=self.head.rank == 2)
+        return output.astype(np.float32, copy=used.rank == 2)
 
-    def _shape_of_output(self, feed: dict[str, Array]) -> tuple[int, ...] | None:
+    def _shape_of_output(self, used: Head, feed: dict[str, Array]) -> tuple[int, ...] | None:
         shape = feed["input_ids"].shape
-        if self.width == 0:  # the first run tells
+        width = self._widths.get(used.name)
+        if width is None:  # the first run tells
             return None
-        return (*shape, self.width) if self.head.rank == 3 else (shape[0], self.width)
+        return (*shape, width) if used.rank == 3 else (shape[0], width)
 
     def _feed(self, tokens: Tokens, items: Indices) -> dict[str, Array]:
         lengths = tokens.lengths[items]
@@ -192,10 +221,11 @@ class TextModel:
 
     def vectors(self, spec: JobSpec, out: Floats, lengths: Indices) -> Floats:
         """Sentence embeddings as the model gives them, float32 [k, width]."""
-        return pooling.pool(out, lengths, self._modes(spec)) if self.head.rank == 3 else out
+        return pooling.pool(out, lengths, self._modes(spec)) if self._head(spec).rank == 3 else out
 
     def vector_width(self, spec: JobSpec) -> int:
-        return self.width * (len(self._modes(spec)) if self.head.rank == 3 else 1)
+        used = self._head(spec)
+        return self._widths[used.name] * (len(self._modes(spec)) if used.rank == 3 else 1)
 
     def stored(self, spec: JobSpec, vectors: Floats) -> Array:
         """Sentence embeddings as the job wants them (see :func:`.pooled_results.finished`)."""
@@ -203,16 +233,21 @@ class TextModel:
         return results.finished(spec, vectors, normalize=normalize)
 
     def columns(self, spec: JobSpec, out: Floats, lengths: Indices) -> dict[str, npt.NDArray[Any]]:
-        """What is kept of a batch, per text: ``embedding`` [k, d], ``probabilities`` [k, labels] or ``score`` [k]."""
+        """What is kept of a batch, per text: ``embedding`` [k, d], ``probabilities`` [k, labels] or ``score`` [k]; and
+        ``finite``, bool [k]: whether these are numbers."""
         match self.task:
             case Task.EMBED:
-                return {"embedding": self.stored(spec, self.vectors(spec, out, lengths))}
+                vectors = self.vectors(spec, out, lengths)
+                finite = results.finite(vectors)
+                return {"embedding": self.stored(spec, np.where(finite[:, None], vectors, 0)), "finite": finite}
             case Task.CLASSIFY:
-                softmax = self._folder.class_activation(self.width) == "softmax"
-                return {"probabilities": pooling.softmax(out) if softmax else pooling.sigmoid(out)}
+                softmax = self._folder.class_activation(out.shape[1]) == "softmax"
+                p = pooling.softmax(out) if softmax else pooling.sigmoid(out)
+                return {"probabilities": p, "finite": results.finite(p)}
             case _:
                 sigmoid = self._folder.score_activation() == "sigmoid"
-                return {"score": (pooling.sigmoid(out) if sigmoid else out)[:, 0]}
+                score = (pooling.sigmoid(out) if sigmoid else out)[:, 0]
+                return {"score": score, "finite": np.isfinite(score)}
 
     def values(self, spec: JobSpec, columns: dict[str, npt.NDArray[Any]], lengths: Indices) -> pa.RecordBatch:
         """Result rows, from what :meth:`columns` kept, already one per row."""
@@ -277,7 +312,7 @@ class _TextJob:
             vectors = np.zeros((len(tokens.lengths), model.vector_width(spec)), np.float32)
             for batch in model.packs_of(tokens.lengths, model.token_budget):
                 parts, refused = bisect(
-                    lambda part: model.vectors(spec, model.states(run, tokens, part), tokens.lengths[part]),
+                    lambda part: model.vectors(spec, model.states(run, spec, tokens, part), tokens.lengths[part]),
                     batch,
                     lambda: model.still_works(run),
                 )
@@ -288,6 +323,9 @@ class _TextJob:
                     vectors[part] = made
             weights = tokens.lengths / tokens.lengths.sum()
             mean = (weights[None, :] @ vectors.astype(np.float64)).astype(np.float32)
+            if not results.finite(mean)[0]:
+                failures = tuple(RowFailure(int(row), *results.NOT_FINITE) for row in rows)
+                return ResultBatch(np.empty(0, np.int64), None, failures)
             stored = {"embedding": np.repeat(model.stored(spec, mean), len(rows), axis=0)}
             lengths = np.full(len(rows), int(tokens.lengths.sum()))
             model.count(split_rows=len(rows), prompt_tokens=int(lengths.sum()))
@@ -302,25 +340,28 @@ class _TextJob:
 
         def compute(run: Run) -> ResultBatch:
             parts, refused = bisect(
-                lambda part: model.columns(spec, model.states(run, tokens, part), tokens.lengths[part]),
+                lambda part: model.columns(spec, model.states(run, spec, tokens, part), tokens.lengths[part]),
                 items,
                 lambda: model.still_works(run),
             )
             if len(parts) > 1 and not refused:
                 model.too_large(budget)
+            done = np.concatenate([part for part, _ in parts]) if parts else np.empty(0, np.int64)
+            made = {
+                name: np.concatenate([columns[name] for _, columns in parts]) for name in (parts[0][1] if parts else ())
+            }
+            finite = made.pop("finite", np.empty(0, np.bool_))
+            refused += [(int(text), *results.NOT_FINITE) for text in done[~finite]]
+            done = done[finite]
             failures = tuple(
                 RowFailure(int(rows[at]), code, message)
                 for text, code, message in refused
                 for at in members[bounds[text] : bounds[text + 1]]
             )
-            if not parts:
+            if not len(done):
                 return ResultBatch(np.empty(0, np.int64), None, failures)
-            done = np.concatenate([part for part, _ in parts])
             repeats = bounds[done + 1] - bounds[done]
-            kept = {
-                name: np.repeat(np.concatenate([columns[name] for _, columns in parts]), repeats, axis=0)
-                for name in parts[0][1]
-            }
+            kept = {name: np.repeat(column[finite], repeats, axis=0) for name, column in made.items()}
             at = np.concatenate([members[bounds[text] : bounds[text + 1]] for text in done])
             values = model.values(spec, kept, np.repeat(tokens.lengths[done], repeats))
             return ResultBatch(rows[at], values, failures)
@@ -333,6 +374,14 @@ def _fixed_shape(value: GraphValue) -> tuple[int | None, int | None]:
         raise InvalidModel(f"graph input {value} should have two axes: texts and tokens")
     batch, length = (dim if isinstance(dim, int) else None for dim in value.dims)
     return batch, length
+
+
+def own_embedding(signature: Signature) -> Head | None:
+    """The graph's own sentence embedding, which is what it is for where nothing says how to pool its token states."""
+    for i, value in enumerate(signature.outputs):
+        if value.name == "sentence_embedding" and value.dtype.kind == "f" and len(value.dims or ()) == 2:
+            return Head(value.name, i, 2)
+    return None
 
 
 def head(task: Task, signature: Signature) -> Head:

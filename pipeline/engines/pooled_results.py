@@ -10,10 +10,19 @@ import pyarrow as pa
 
 from pipeline.engines.pooling import unit_length
 from pipeline.job_spec import JobSpec
+from pipeline.row_errors import RowErrorCode
 from storage.errors import InvalidJob
 
 Floats = npt.NDArray[np.float32]
 Array = npt.NDArray[Any]
+
+NOT_FINITE = (RowErrorCode.NOT_FINITE, "the model's result for this row holds a NaN or an infinity")
+"""The row error, code and message, where :func:`finite` is false."""
+
+
+def finite(numbers: Floats) -> npt.NDArray[np.bool_]:
+    """Bool [n]: which rows of [n, d] hold numbers only. A NaN stored as int8 or as its sign would look like one."""
+    return np.asarray(np.isfinite(numbers).all(axis=1))
 
 
 def kept_width(spec: JobSpec, width: int) -> int:

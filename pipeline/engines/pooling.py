@@ -41,9 +41,12 @@ def _one(states: Floats, lengths: Ints, mode: str) -> Floats:
 
 
 def unit_length(vectors: Floats) -> Floats:
-    """Each row of [n, d] divided by its Euclidean norm; rows shorter than 1e-12 are divided by that (as in PyTorch)."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / np.maximum(norms, np.float32(1e-12)))
+    """Each row of [n, d] divided by its Euclidean norm; rows shorter than 1e-12 are divided by that (as in PyTorch).
+
+    The norm is taken in float64: the squares of numbers past 1e19 overflow float32.
+    """
+    norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    return np.asarray(vectors / np.maximum(norms, 1e-12), np.float32)
 
 
 def sigmoid(logits: Floats) -> Floats:
