@@ -86,8 +86,8 @@ class OnnxEngine:
         if graph is None:
             raise InvalidModel(f"task 'tensor' runs an ONNX graph, and {model.path} holds none", field="model")
         signature = onnx_graph.of_file(graph)
-        if signature is None:  # too large to parse here: load finds out, and every row is checked
-            return tuple(dict.fromkeys((spec.inputs or {}).values())) or tuple(schema.names)
+        if signature is None:  # too large to parse here: load finds out what is read, and every row is checked
+            return checks.check_any_columns(spec, schema)
         mode = onnx_graph.row_mode(signature, options.row_mode)
         return checks.check_tensor_columns(spec, signature, mode, schema)
 

@@ -175,13 +175,28 @@ def check_tensor_columns(spec: JobSpec, signature: Signature, mode: RowMode, sch
     return tuple(dict.fromkeys(columns))
 
 
+def check_any_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
+    """All columns, where only loading tells which the graph reads. Raises :class:`~storage.errors.InvalidInput` when
+    one that the job names is missing."""
+    for name, column in (spec.inputs or {}).items():
+        _column_type(schema, column, f"inputs.{name}")
+    return tuple(dict.fromkeys(schema.names))
+
+
 def _advice(signature: Signature, mode: RowMode, value: GraphValue, kind: pa.DataType) -> str:
     """What to do about rows that are items of the graph's batches of a fixed size."""
     size, found = onnx_graph.fixed_batch(signature), tensor_kind(kind)
-    if mode != "whole" or size is None or found is None or found.dims is None or value.dims is None:
+    if mode != "whole" or found is None or found.dims is None or value.dims is None:
         return ""
     if len(found.dims) != len(value.dims) - 1:
         return ""
+    if size is None:
+        if not all(v.stackable for v in [*signature.inputs, *signature.outputs]):
+            return ""
+        return (
+            "; outputs call their first axis otherwise, so a row is taken for a whole input: with "
+            "engine_options.row_mode 'stack', a row is one item of it"
+        )
     return f"; with engine_options.row_mode 'stack', rows run in the graph's batches of {size}"
 
 

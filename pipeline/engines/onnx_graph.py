@@ -200,8 +200,8 @@ def fixed_batch(signature: Signature) -> int | None:
 def row_mode(signature: Signature, wanted: Literal["auto", "stack", "whole"]) -> RowMode:
     """How rows map onto the graph.
 
-    Stacked, when every input and output has a dynamic first axis, under one name where the inputs name it; on demand
-    also where it has one fixed size for all of them, which is then the size of every batch: such a graph may as well
+    Stacked, when every input and output has a dynamic first axis, under one name where they name it (an output whose
+    first axis is called otherwise has another number of items); on demand whatever outputs call it, and also where it has one fixed size for all of them, which is then the size of every batch: such a graph may as well
     mean one input of several lines. Raises
     :class:`~storage.errors.InvalidModel` when stacking was asked for and the graph cannot do it.
     """
@@ -210,7 +210,8 @@ def row_mode(signature: Signature, wanted: Literal["auto", "stack", "whole"]) ->
         return "whole"
     names = {value.dims[0] for value in signature.inputs if value.dims}
     if all(value.stackable for value in values) and len(names) == 1:
-        return "stack"
+        others = {value.dims[0] for value in signature.outputs if value.dims} - names - {None}
+        return "whole" if wanted == "auto" and others and names != {None} else "stack"
     if wanted == "stack":
         if fixed_batch(signature) is not None:
             return "stack"

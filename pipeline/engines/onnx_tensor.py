@@ -15,6 +15,7 @@ from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
 from pipeline.engines.onnx_graph import Dim, GraphValue, RowMode, Signature, fixed_batch
 from pipeline.engines.onnx_options import OnnxOptions
 from pipeline.engines.onnx_session import Array, Run, RunFailed, SessionPool
+from pipeline.engines.onnx_stacking import Doubt, has_numbers, same, unlike
 from pipeline.engines.onnx_stream import Indices, Pack, Window, bisect, record_batch
 from pipeline.engines.tensors.kinds import lossless, tensor_kind
 from pipeline.engines.tensors.reading import read
@@ -22,7 +23,7 @@ from pipeline.engines.tensors.rows import UNKNOWN, Failure, RowTensors
 from pipeline.engines.tensors.writing import column_type, to_arrow
 from pipeline.job_spec import JobSpec
 from pipeline.row_errors import RowErrorCode
-from storage.errors import InvalidJob
+from storage.errors import InvalidInput, InvalidJob
 
 PACK_BYTES = 64 * 2**20
 """Most input bytes stacked into a batch."""
@@ -63,7 +64,8 @@ class TensorModel:
         self.counts: Counter[str] = Counter()
         self.mode = mode
         self.stacks: bool | None = None if self.mode == "stack" else False
-        """Whether rows may be stacked: ``None`` until the first batch has proved it."""
+        """Whether rows may be stacked: ``None`` until a batch has proved it."""
+        self._doubt = Doubt()
         self._types = {v.name: column_type(v.dtype, row_dims(v, self.mode)) for v in signature.outputs}
 
     def result_schema(self) -> pa.Schema:
@@ -119,6 +121,12 @@ class TensorModel:
             rows.shapes[rows.shapes == UNKNOWN] = 0
 
     def _read(self, value: GraphValue, name: str, batch: RowBatch) -> RowTensors:
+        if name not in batch.columns.schema.names:
+            there = ", ".join(batch.columns.schema.names) or "none"
+            raise InvalidInput(
+                f"the input has no column {name!r}, which the graph wants as {value}; its columns are {there}",
+                field=f"inputs.{value.name}",
+            )
         column: Any = batch.columns.column(name)
         label = f"input {value.name!r}" + ("" if name == value.name else f" (column {name!r})")
         kind = tensor_kind(column.type)
@@ -228,16 +236,26 @@ class TensorModel:
         return outputs
 
     def _legitimate(self, run: Run, tensors: Mapping[str, RowTensors], items: Indices, outputs: list[Array]) -> bool:
-        """Whether stacking gives each row what it gets alone.
+        """Whether stacking gives each row of the batch what it gets alone.
 
-        Checked by size on every batch, and by value once: the first and the last row of the first batch are run alone.
-        A graph that normalizes over its first axis, say, passes the one and fails the other.
+        Checked by size on every batch, and by value: two rows that differ are run alone until they prove it, then a
+        row at random for every new shape and now and then (see :class:`.onnx_stacking.Doubt`). A graph that
+        normalizes over its first axis, say, passes the one and fails the other. While nothing is proved (equal rows,
+        results without numbers) the rows are run alone.
         """
         fits = all(output.ndim and len(output) == len(items) for output in outputs)
-        if fits and self.stacks is None:
-            for at in (0, len(items) - 1):
-                alone = self._alone(run, tensors, items[at : at + 1])
-                fits = fits and all(_same(out[at : at + 1], one) for out, one in zip(outputs, alone, strict=True))
+        with self._lock:
+            proved, known = self.stacks is True, self.counts["stacked_rows"]
+            shapes = [(name, *rows.shapes[items[0]].tolist()) for name, rows in tensors.items()]
+            probes = self._doubt.row(shapes, len(items)) if proved else []
+        if fits and not proved:
+            probes = self._telling(tensors, items)
+        telling = len(probes) > 1
+        for at in probes if fits else ():
+            alone = self._alone(run, tensors, items[at : at + 1])
+            fits = fits and all(same(out[at : at + 1], one) for out, one in zip(outputs, alone, strict=True))
+            telling = telling and all(map(has_numbers, alone))
+            self._count(compared_rows=1)
         if not fits and self._fixed is not None:
             raise InvalidJob(
                 f"rows change each other's result in the graph's batches of {self._fixed}; set it to 'whole', and let "
@@ -246,10 +264,22 @@ class TensorModel:
             )
         with self._lock:
             told = self.stacks is False
-            self.stacks = fits and self.stacks is not False
+            if not fits:
+                self.stacks = False
+            elif telling and self.stacks is None:
+                self.stacks = True
+            good = fits and self.stacks is True
+            self.counts["stacked_rows"] += len(items) if good else 0
         if not fits and not told:
-            self._notify("rows change each other's result when they are stacked in this graph; each is run alone")
-        return fits
+            self._notify(
+                "rows change each other's result when they are stacked in this graph; each is run alone"
+                + (f". {known} rows were stacked before that showed: run them again with max_batch 1" if known else "")
+            )
+        return good
+
+    def _telling(self, tensors: Mapping[str, RowTensors], items: Indices) -> list[int]:
+        """Two positions in the batch whose rows differ, of numbers where there are such; one if all rows are equal."""
+        return unlike([tensors[value.name].gather(items) for value in self._signature.inputs])
 
     def _columns(self, outputs: list[Array]) -> pa.RecordBatch:
         columns = {}
@@ -280,15 +310,3 @@ class TensorModel:
     def _count(self, **numbers: int) -> None:
         with self._lock:
             self.counts.update(numbers)
-
-
-def _same(stacked: Array, alone: Array) -> bool:
-    if stacked.shape != alone.shape:
-        return False
-    if not onnx_narrow.is_float(stacked.dtype):
-        return bool(np.array_equal(stacked, alone))
-    # Kernels sum in another order for another batch size: a thousandth of the row's own scale is no rounding error.
-    a, b = stacked.astype(np.float64), alone.astype(np.float64)
-    finite = np.isfinite(b)
-    scale = float(np.abs(b[finite]).max(initial=0.0))
-    return bool(np.allclose(a, b, rtol=1e-3, atol=1e-3 * scale, equal_nan=True))

@@ -9,12 +9,16 @@ import numpy as np
 import onnx
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from examples.tiny_encoder import build_encoder
-from pipeline.engines import pooling
-from storage.errors import InvalidJob
-from tests.engines.onnx_support import FLOAT, INT64, embeddings, engine, graph, job, run, value
+from pipeline.engines import onnx_graph, onnx_stacking, pooling
+from pipeline.engines.onnx import OnnxEngine
+from pipeline.engines.tensors import reading
+from storage.errors import InvalidInput, InvalidJob
+from tests.engines.onnx_support import FLOAT, INT64, embeddings, engine, graph, job, model_at, run, value
 from tests.engines.test_onnx_text import column
 
 SPEC = job("tensor")
@@ -134,3 +138,145 @@ def test_what_is_no_number_is_that_rows_error(tmp_path: Path, tokenizer: bytes, 
 def test_vectors_whose_squares_overflow_have_unit_length() -> None:
     unit = pooling.unit_length(np.full((1, 4), 1e30, np.float32))
     assert unit.dtype == np.float32 and np.allclose(unit, 0.5)
+
+
+def positives(path: Path, *, out: Any) -> Path:
+    """The numbers above zero, of all rows one after the other: x float[N, 3] → y float[out]."""
+    nodes = [
+        helper.make_node("Reshape", ["x", "flat"], ["all"]),
+        helper.make_node("Greater", ["all", "zero"], ["keep"]),
+        helper.make_node("Compress", ["all", "keep"], ["y"], axis=0),
+    ]
+    constants = [helper.make_tensor("flat", INT64, [1], [-1]), helper.make_tensor("zero", FLOAT, [], [0.0])]
+    return graph(path, nodes, [value("x", FLOAT, ["N", 3])], [value("y", FLOAT, [out])], constants)
+
+
+def triples(rows: list[list[float]]) -> pa.RecordBatch:
+    return pa.record_batch({"x": pa.array(rows, pa.list_(pa.float32(), 3))})
+
+
+def test_an_output_that_calls_its_first_axis_otherwise_is_not_stacked(tmp_path: Path) -> None:
+    path = positives(tmp_path / "named.onnx", out="K")
+    assert (mode := onnx_graph.of_file(path)) is not None
+    assert onnx_graph.row_mode(mode, "auto") == "whole" and onnx_graph.row_mode(mode, "stack") == "stack"
+    with pytest.raises(InvalidInput, match="with engine_options.row_mode 'stack'"):
+        OnnxEngine.check(SPEC, model_at(path), triples([]).schema)
+
+
+def test_rows_that_change_each_other_later_only_are_found_out(tmp_path: Path) -> None:
+    """Each row of the first batch has one positive number; in the second, the first has two and the last none."""
+    path = positives(tmp_path / "unnamed.onnx", out=None)
+    rows = [[float(i + 1), -1.0, -1.0] for i in range(8)]
+    rows += [[100.0, 101.0, -1.0], *[[200.0 + i, -1.0, -1.0] for i in range(6)], [-1.0, -1.0, -1.0]]
+    made = engine(path, SPEC, tmp_path, max_batch=8, lanes=1)
+    with pytest.raises(InvalidJob, match="does not count rows"):  # a row alone gives two numbers, or none
+        run(made, SPEC, triples(rows), size=8)
+    made.close()
+
+
+def centred(path: Path) -> Path:
+    """x minus its mean over all rows."""
+    axes = helper.make_tensor("axes", INT64, [1], [0])
+    nodes = [
+        helper.make_node("ReduceMean", ["x", "axes"], ["mean"], keepdims=1),
+        helper.make_node("Sub", ["x", "mean"], ["y"]),
+    ]
+    return graph(path, nodes, [value("x", FLOAT, ["N"])], [value("y", FLOAT, ["N"])], [axes])
+
+
+@pytest.mark.parametrize(
+    "first", [[np.nan, 1.0, 2.0, np.nan], [3.0] * 4, [np.inf] * 4], ids=["nan", "equal", "infinite"]
+)
+def test_a_first_batch_that_proves_nothing_is_no_proof(tmp_path: Path, first: list[float]) -> None:
+    made = engine(centred(tmp_path / "centred.onnx"), SPEC, tmp_path, max_batch=4, lanes=1)
+    x = [*first, 4.0, 5.0, 6.0, 9.0]
+    table, _ = run(made, SPEC, pa.record_batch({"x": pa.array(x, pa.float32())}), size=4)
+    stats = made.stats()
+    made.close()
+    expected = [0.0 if np.isfinite(number) else np.nan for number in x]
+    assert np.array_equal(np.array(table.column("y").to_pylist()), expected, equal_nan=True)
+    assert not stats["stacked"]
+
+
+def test_rows_without_a_number_do_not_hide_that_the_others_may_be_stacked(tmp_path: Path) -> None:
+    path = graph(
+        tmp_path / "twice.onnx",
+        [helper.make_node("Add", ["x", "x"], ["y"])],
+        [value("x", FLOAT, ["N"])],
+        [value("y", FLOAT, ["N"])],
+    )
+    made = engine(path, SPEC, tmp_path)
+    table, _ = run(made, SPEC, pa.record_batch({"x": pa.array([np.nan, 1.0, 2.0, np.nan], pa.float32())}))
+    stats = made.stats()
+    made.close()
+    assert stats["stacked"] and stats["stacked_rows"] == 4
+    assert table.column("y").to_pylist()[1:3] == [2.0, 4.0]
+
+
+def test_every_new_shape_and_some_later_batches_are_looked_at_again() -> None:
+    doubt = onnx_stacking.Doubt()
+    assert all(doubt.row([("x", size)], 10) for size in range(50))  # shapes never seen
+    looked = [at for _ in range(1600) for at in doubt.row([("x", 0)], 10)]
+    assert 50 < len(looked) < 200 and set(looked) == set(range(10))
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, float("nan"), float("inf")]), min_size=1, max_size=8))
+def test_the_rows_compared_differ_if_any_do(numbers: list[float]) -> None:
+    found = onnx_stacking.unlike([np.array(numbers, np.float32)])
+    finite = [number for number in numbers if np.isfinite(number)]
+    if len(set(finite)) > 1:
+        assert len(found) == 2 and len({numbers[at] for at in found} & set(finite)) == 2
+    elif len(finite) > 1 or len(numbers) == 1:
+        assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "data", "code", "says"),
+    [
+        ([1] * 65, [1.0], "wrong_shape", "65 axes"),
+        ([1] * 5000, [1.0], "wrong_shape", "5000 axes"),
+        ([0, 2**62], [], "invalid_value", "no memory holds"),
+        ([0, 2**50, 2**50], [], "invalid_value", "no memory holds"),
+    ],
+    ids=["axes", "many", "large", "larger"],
+)
+def test_a_shape_that_no_array_has_fails_its_row_only(
+    tmp_path: Path, shape: list[int], data: list[float], code: str, says: str
+) -> None:
+    nodes = [helper.make_node("Identity", ["x"], ["y"])]
+    path = graph(tmp_path / "any.onnx", nodes, [value("x", FLOAT, None)], [value("y", FLOAT, None)])
+    kind = pa.struct({"shape": pa.list_(pa.int64()), "data": pa.list_(pa.float32())})
+    rows = [{"shape": [2], "data": [1.0, 2.0]}, {"shape": shape, "data": data}, {"shape": [], "data": [3.0]}]
+    made = engine(path, SPEC, tmp_path)
+    table, failures = run(made, SPEC, pa.record_batch({"x": pa.array(rows, kind)}))
+    made.close()
+    assert list(failures) == [1] and failures[1].code == code and says in failures[1].message
+    assert [row["data"] for row in table.column("y").to_pylist()] == [[1.0, 2.0], [3.0]]
+
+
+def test_the_width_of_a_column_of_shapes_is_bounded() -> None:
+    """A row that claims a million axes would take as many sizes for every other row."""
+    kind = pa.struct({"shape": pa.list_(pa.int64()), "data": pa.list_(pa.float32())})
+    rows = [{"shape": [1] * 1_000_000, "data": [1.0]}, *[{"shape": [1], "data": [1.0]}] * 3]
+    found = reading.read(pa.array(rows, kind), None, "x")
+    assert found.shapes.shape == (4, 1) and list(found.failures) == [0]
+
+
+def test_a_graph_too_large_to_parse_names_the_column_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_graph, "READ_LIMIT", 0)
+    nodes = [helper.make_node("Add", ["a", "b"], ["y"])]
+    inputs = [value("a", FLOAT, ["N"]), value("b", FLOAT, ["N"])]
+    path = graph(tmp_path / "large.onnx", nodes, inputs, [value("y", FLOAT, ["N"])])
+    spec = job("tensor", inputs={"b": "bee"})
+    columns = pa.record_batch({"a": pa.array([1.0, 2.0], pa.float32()), "bee": pa.array([3.0, 5.0], pa.float32())})
+    assert OnnxEngine.check(spec, model_at(path), columns.schema) == ("a", "bee")
+    with pytest.raises(InvalidInput, match="the input has no column 'bee'"):
+        OnnxEngine.check(spec, model_at(path), columns.select(["a"]).schema)
+    made = engine(path, spec, tmp_path)
+    table, _ = run(made, spec, columns)
+    assert table.column("y").to_pylist() == [4.0, 7.0]
+    with pytest.raises(InvalidInput, match=r"inputs.a: the input has no column 'a', which the graph wants as a: float"):
+        run(made, spec, columns.select(["bee"]))
+    made.close()

@@ -348,7 +348,7 @@ def test_a_graph_that_loses_its_first_axis_says_so(tmp_path: Path) -> None:
         tmp_path / "sum.onnx",
         [helper.make_node("Tile", ["x", "twice"], ["y"])],
         [value("x", FLOAT, ["N"])],
-        [value("y", FLOAT, ["M"])],
+        [value("y", FLOAT, [None])],
         [helper.make_tensor("twice", INT64, [1], [2]), axes],
     )
     made = engine(path, SPEC, tmp_path)

@@ -20,6 +20,11 @@ from pipeline.row_errors import RowErrorCode
 Column = Any
 """An Arrow array of any type; the stubs know a list's or a struct's members only after a cast to its class."""
 
+MOST_AXES = 63
+"""numpy's arrays have 64 axes at most, and rows are stacked along one of them."""
+MOST_BYTES = 2.0**47
+"""No address space holds more, nor does numpy count past 2**63 bytes: this leaves room for 65,536 stacked rows."""
+
 
 def read(column: Column, rank: int | None, name: str, *, unit: bool = False) -> RowTensors:
     """The rows of a column as tensors of ``rank`` axes; ``name`` is what messages call the input.
@@ -45,13 +50,19 @@ def read(column: Column, rank: int | None, name: str, *, unit: bool = False) -> 
     else:
         valid = _valid(column)
         rows = _layout(column)
+    if rank is None and rows.shapes.shape[1] > MOST_AXES:
+        failure = (RowErrorCode.WRONG_SHAPE, f"{name}: the row has {rows.shapes.shape[1]} axes; {MOST_AXES} at most")
+        shapes = np.zeros((len(column), 0), np.int64)
+        return RowTensors(rows.flat, rows.starts, shapes, dict.fromkeys(range(len(column)), failure))
     if rank is not None and rows.shapes.shape[1] != rank:
         found = rows.shapes.shape[1]
         failure = (RowErrorCode.WRONG_SHAPE, f"{name}: the row has {found} axes, the graph wants {rank}")
         return RowTensors(
             rows.flat, rows.starts, np.zeros((len(column), rank), np.int64), dict.fromkeys(range(len(column)), failure)
         )
-    return RowTensors(rows.flat, rows.starts, rows.shapes, _failures(rows.bad, valid, name), permutation)
+    made = RowTensors(rows.flat, rows.starts, rows.shapes, _failures(rows.bad, valid, name), permutation)
+    _addressable(made, name)
+    return made
 
 
 _NULL_INSIDE, _RAGGED, _NOT_UTF8 = 1, 2, 4
@@ -160,6 +171,12 @@ def _shaped(column: Column, rank: int | None, name: str, *, unit: bool) -> RowTe
     failures = _failures(shape.bad | data.bad, valid, name)
     usable = valid & ((shape.bad | data.bad) == 0)
     given = np.where(usable, shape.shapes[:, 0], 0)
+    too_many = given > MOST_AXES
+    for row in np.flatnonzero(too_many):
+        message = f"{name}: the row has {int(given[row])} axes; {MOST_AXES} at most"
+        failures[int(row)] = (RowErrorCode.WRONG_SHAPE, message)
+    usable &= ~too_many
+    given[too_many] = 0
     starts = shape.starts
     if unit and rank is not None and len(shape.flat):
         leading = (given == rank + 1) & (shape.flat[np.minimum(starts, len(shape.flat) - 1)] == 1)
@@ -181,4 +198,16 @@ def _shaped(column: Column, rank: int | None, name: str, *, unit: bool) -> RowTe
         message = f"{name}: shape {shapes[row][there[row]].tolist()} does not match its {int(counts[row])} elements"
         failures[int(row)] = (RowErrorCode.INVALID_VALUE, message)
     shapes[list(failures)] = 0
-    return RowTensors(data.flat, data.starts, shapes, failures)
+    made = RowTensors(data.flat, data.starts, shapes, failures)
+    _addressable(made, name)
+    return made
+
+
+def _addressable(rows: RowTensors, name: str) -> None:
+    """Record ``invalid_value`` for shapes that numpy cannot hold, even without elements, such as [0, 2**62]."""
+    room = np.prod(np.maximum(rows.shapes, 1), axis=1, dtype=np.float64) * rows.flat.itemsize
+    for row in np.flatnonzero(room >= MOST_BYTES):
+        shape = [int(size) for size in rows.shapes[row] if size != NO_AXIS]
+        message = f"{name}: no memory holds the shape {shape}"
+        rows.failures.setdefault(int(row), (RowErrorCode.INVALID_VALUE, message))
+        rows.shapes[row] = 0
