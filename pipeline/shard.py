@@ -37,6 +37,7 @@ from storage.errors import (
     CommitUnknown,
     CorruptFile,
     EngineDead,
+    EngineMissing,
     InputChanged,
     InvalidJob,
     InvalidModel,
@@ -75,10 +76,13 @@ def execute(runtime: Runtime, claim: Claim, keeper: LeaseKeeper, interrupt: Canc
         why = str(error)
         log.warning("shard %s goes back, and is not counted as failed: %s", claim.shard.id, why)
         _report(lambda: shards.release(runtime.database, claim, error=why))
-    except (InputChanged, InvalidJob) as error:
-        reason = str(error)
-        _report(lambda: shards.fail_job(runtime.database, claim, reason))
     except Exception as error:
+        # What one worker of a fleet lacks, another may have: that costs one failure, and the next may be elsewhere.
+        elsewhere = isinstance(error, EngineMissing) and bool(runtime.worker.queues)
+        if isinstance(error, (InputChanged, InvalidJob)) and not elsewhere:
+            reason = str(error)
+            _report(lambda: shards.fail_job(runtime.database, claim, reason))
+            return
         # Not swallowed: it is the attempt's recorded error, and costs one failure of the shard's budget.
         if not isinstance(error, RowmillError):
             log.exception("attempt %d of shard %s failed", claim.attempt_no, claim.shard.id)

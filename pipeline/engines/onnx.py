@@ -25,7 +25,7 @@ from pipeline.engines.onnx_image import ImageModel
 from pipeline.engines.onnx_lane import Call, Stopped
 from pipeline.engines.onnx_layout import Layout
 from pipeline.engines.onnx_runtime import import_runtime, installed
-from pipeline.engines.onnx_session import SessionPool
+from pipeline.engines.onnx_session import SessionPool, memory_for_copies
 from pipeline.engines.onnx_stream import Window, sample, stream
 from pipeline.engines.onnx_tensor import TensorModel
 from pipeline.engines.onnx_text import TextModel
@@ -33,6 +33,9 @@ from pipeline.job_spec import JobSpec, Task
 from pipeline.models.export import Exported, exported
 from pipeline.models.model import Model
 from storage.errors import Blame, EngineDead, InvalidModel
+
+GATE_SECONDS = 0.1
+"""How soon a call that waits for another's measurement notices that it was cancelled."""
 
 
 class OnnxEngine:
@@ -66,6 +69,7 @@ class OnnxEngine:
         self._profile: Path | None = None
         self._gate = threading.Lock()
         self._active = 0
+        self._active_lock = threading.Lock()
 
     @classmethod
     def check(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:
@@ -97,6 +101,9 @@ class OnnxEngine:
         self._version = str(runtime.__version__)
         options, notify = self._options, self._context.notify
         self._libraries = onnx_custom_ops.libraries(options.custom_ops, self._context.custom_op_paths)
+        # What was allowed is what is loaded: the loader would look a name up elsewhere, and a link may change meanwhile.
+        options = options.model_copy(update={"custom_ops": tuple(map(str, self._libraries))})
+        self._options = options
         folder: TextFolder | None = None
         images = self._task is not Task.TENSOR and checks.takes_images(self._model, options)
         if images:
@@ -116,6 +123,9 @@ class OnnxEngine:
         cached = self._remembered(runtime, graph, folder is not None)
         if cached is not None and cached.fused and not graphs.can_fuse(patient=True):
             cached = replace(cached, fused=False)
+        if cached is not None and options.sessions is None:  # the memory may have been another's when it was measured
+            copies = memory_for_copies(graphs.file(fused=cached.fused))
+            cached = replace(cached, sessions=min(cached.sessions, max(1, copies)))
         self._pool = pool = SessionPool.open(graphs, options, notify, cached, self._profile)
         if pool.layout != cached and self._layout_from == "cache":
             self._layout_from = "default"  # measured on a device that is gone
@@ -184,36 +194,47 @@ class OnnxEngine:
 
     def _infer(self, prepared: Iterator[Window], cancel: Cancellation) -> Iterator[ResultBatch]:
         assert self._pool is not None
-        with self._gate:  # whoever comes while layouts are measured waits: it would spoil the measurement
-            if self._layout_from == "default" and not self._active and not cancel.cancelled:
-                prepared = self._first_measured(prepared, cancel)
-            self._active += 1
+        # Drawn before the gate: reading rows may take long, and others would wait for it.
+        first, enough = self._first(prepared) if self._layout_from == "default" else ([], False)
+        # Whoever comes while layouts are measured waits: it would spoil the measurement.
+        while not self._gate.acquire(timeout=GATE_SECONDS):
+            if cancel.cancelled:
+                return
         try:
-            yield from stream(prepared, self._pool, cancel)
+            if enough and self._layout_from == "default" and not self._active and not cancel.cancelled:
+                first = self._measured(first, cancel)
+            with self._active_lock:
+                self._active += 1
         finally:
-            with self._gate:
+            self._gate.release()
+        try:
+            yield from stream(chain(first, prepared), self._pool, cancel)
+        finally:
+            with self._active_lock:
                 self._active -= 1
 
-    def _first_measured(self, prepared: Iterator[Window], cancel: Cancellation) -> Iterator[Window]:
-        """The same windows; if there are rows enough, after the fastest layout was found on the first of them."""
+    def _first(self, prepared: Iterator[Window]) -> tuple[list[Window], bool]:
+        """The first window, or some, and whether they hold rows enough for measuring layouts."""
         assert self._pool is not None
         first = list(islice(prepared, 1))
-        if self._text is None:
-            # A window of tensors or images may be a single pack. As many windows are drawn as the lanes would work on.
-            most = 4 * self._pool.size
-            while first and len(first) < most and sum(len(window.packs) for window in first) < most:
-                more = next(prepared, None)
-                if more is None:
-                    return chain(first, prepared)
-                first.append(more)
-        elif first and first[0].n_rows < onnx_autotune.LEAST_ROWS:
-            return chain(first, prepared)
-        if first:
-            self._layout_from = "too slow to measure"
-            tuned = self._measure(first, cancel)
-            if tuned is not None and self._text is not None:
-                first = [replace(first[0], packs=first[0].sample(tuned.layout.token_budget, 1))]
-        return chain(first, prepared)
+        if self._text is not None:
+            return first, bool(first) and first[0].n_rows >= onnx_autotune.LEAST_ROWS
+        # A window of tensors or images may be a single pack. As many windows are drawn as the lanes would work on.
+        most = 4 * self._pool.size
+        while first and len(first) < most and sum(len(window.packs) for window in first) < most:
+            more = next(prepared, None)
+            if more is None:
+                return first, False
+            first.append(more)
+        return first, bool(first)
+
+    def _measured(self, first: list[Window], cancel: Cancellation) -> list[Window]:
+        """The same windows, after the fastest layout was found on them."""
+        self._layout_from = "too slow to measure"
+        tuned = self._measure(first, cancel)
+        if tuned is not None and self._text is not None:
+            return [replace(first[0], packs=first[0].sample(tuned.layout.token_budget, 1))]
+        return first
 
     def _measure(self, windows: list[Window], cancel: Cancellation, *, patient: bool = False) -> Tuned | None:
         """Find the fastest layout for the windows' rows, change to it, and remember it."""
@@ -231,6 +252,13 @@ class OnnxEngine:
                 pool.become(SessionPool.open(graphs, self._options, self._context.notify, tuned.layout))
         except Stopped:
             self._layout_from = "default"
+            return None
+        except Exception as error:
+            # The layout in use works, or says itself what does not; a job is not lost to an attempt at a faster one.
+            if patient:
+                raise
+            self._layout_from = "not measured"
+            self._context.notify(f"layouts could not be measured, and the one in use is kept: {error}")
             return None
         finally:
             forget()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 import time
@@ -20,12 +21,14 @@ from typing import Any
 
 from pipeline.engines import onnx_layout
 from pipeline.engines.onnx_graphs import Graphs
-from pipeline.engines.onnx_lane import Call
+from pipeline.engines.onnx_lane import Call, Stopped
 from pipeline.engines.onnx_layout import Layout
 from pipeline.engines.onnx_options import OnnxOptions
-from pipeline.engines.onnx_runtime import available_cores, processor
+from pipeline.engines.onnx_runtime import available_cores, gpu_names, memory_total, processor
 from pipeline.engines.onnx_session import SessionPool, memory_for_copies
 from pipeline.engines.onnx_stream import Pack
+
+log = logging.getLogger(__name__)
 
 MARGIN = 1.05
 """How many times as fast a rival must be."""
@@ -148,14 +151,23 @@ class Bench:
         if not challengers:
             return champion
         best: dict[Layout, float] = {}
-        with self._pools([champion, *challengers]) as pools:
+        with self._pools(champion, challengers) as pools:
             for turn in range(_TURNS):
                 order = list(pools) if turn % 2 == 0 else list(pools)[::-1]
                 for layout in order:
-                    packs = self._sample(layout.token_budget, self._every)
-                    if layout not in best:
-                        self._seconds(pools[layout], packs[: pools[layout].size])  # warm
-                    seconds = self._seconds(pools[layout], packs)
+                    try:
+                        seconds = self._turn(pools[layout], layout, warm=layout not in best)
+                    except Stopped:
+                        raise
+                    except Exception as error:
+                        if layout == champion:
+                            raise
+                        log.info("layout %s is out: %s", layout, error)
+                        failed = pools.pop(layout)
+                        best.pop(layout, None)
+                        if failed is not self._pool:
+                            failed.close()
+                        continue
                     best[layout] = min(seconds, best.get(layout, seconds))
         fastest = min(best, key=lambda layout: best[layout])
         if best[champion] < best[fastest] * MARGIN:
@@ -165,15 +177,27 @@ class Bench:
             self.trials.append(Trial(layout, round(rate, 2), round(best[champion] / seconds, 3), layout == fastest))
         return fastest
 
+    def _turn(self, pool: SessionPool, layout: Layout, *, warm: bool) -> float:
+        packs = self._sample(layout.token_budget, self._every)
+        if warm:
+            self._seconds(pool, packs[: pool.size])
+        return self._seconds(pool, packs)
+
     @contextmanager
-    def _pools(self, layouts: Sequence[Layout]) -> Iterator[dict[Layout, SessionPool]]:
+    def _pools(self, champion: Layout, rivals: Sequence[Layout]) -> Iterator[dict[Layout, SessionPool]]:
+        """Pools in these layouts, as far as they open: a rival may ask for more memory than there is."""
         opened: dict[Layout, SessionPool] = {}
         try:
-            for layout in layouts:
+            for layout in [champion, *rivals]:
                 if layout == self._pool.layout:
                     opened[layout] = self._pool
-                else:
+                    continue
+                try:
                     opened[layout] = SessionPool.open(self._graphs, self._options, lambda message: None, layout)
+                except Exception as error:
+                    if layout == champion:
+                        raise
+                    log.info("layout %s is out: %s", layout, error)
             yield opened
         finally:
             for pool in opened.values():
@@ -190,9 +214,10 @@ class Bench:
 
 
 def key(digest: str, graph: Path, task: str, version: str, providers: Sequence[str], options: OnnxOptions) -> str:
-    """Names what was measured: the model on this ONNX Runtime, its providers, the processor, the options set."""
+    """Names what was measured: the model on this ONNX Runtime, its providers, the machine, the options set."""
     chosen = options.model_dump(mode="json", exclude={"window_rows", "autotune", "allow_fallback"})
     parts = [digest, graph.name, task, version, *providers, processor(), available_cores(), chosen]
+    parts += [round(memory_total() / 2**30), gpu_names()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -27,7 +27,7 @@ from pipeline.engines.onnx_runtime import (
 )
 from pipeline.models import cache_entry, external_data, fuse
 from pipeline.models.model import Model
-from storage.errors import InvalidModel
+from storage.errors import InvalidModel, TransientError
 
 LEAST_BYTES = 32 * 2**20
 """Graphs smaller than this, weights included, load in a moment, and are not kept."""
@@ -126,7 +126,7 @@ class Graphs:
                 if (final / _REPORT).is_file() and not _whole(final):  # and not made by another process meanwhile
                     (final / _REPORT).unlink()
                 cache_entry.made_once(final, _REPORT, make)
-        except (OSError, InvalidModel):  # the graph itself will tell what is wrong with it, if anything is
+        except (OSError, InvalidModel, TransientError):  # the graph itself will tell what is wrong with it, if anything is
             return raw
         return GraphFile(final / KEPT_GRAPH, optimized=True)
 

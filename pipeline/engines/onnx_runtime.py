@@ -21,12 +21,13 @@ from typing import Any
 
 import psutil
 
-from pipeline.engines.onnx_lane import QUIET
+from pipeline.engines.onnx_lane import QUIET, is_out_of_memory
 from pipeline.engines.onnx_options import OnnxOptions, Provider
-from storage.errors import EngineMissing, InvalidModel
+from storage.errors import EngineMissing, InvalidModel, TransientError
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
+CGROUP = Path("/sys/fs/cgroup")
 KEPT_GRAPH = "optimized.onnx"
 KEPT_WEIGHTS = "optimized.weights"
 _TELEMETRY = "ORT_DISABLE_TELEMETRY"
@@ -91,6 +92,45 @@ def available_cores() -> int:
     return max(1, cores if quota == "max" else min(cores, int(quota) // int(period)))
 
 
+def memory_total(cgroup: Path = CGROUP) -> int:
+    """Bytes of memory that this machine, or the container's limit, gives in all."""
+    limit, _ = _cgroup_memory(cgroup)
+    total = int(psutil.virtual_memory().total)
+    return total if limit is None else min(total, limit)
+
+
+def memory_left(cgroup: Path = CGROUP) -> int:
+    """Bytes of memory that can still be had, within the container's limit; its cache of files can be taken back."""
+    limit, used = _cgroup_memory(cgroup)
+    available = int(psutil.virtual_memory().available)
+    return available if limit is None else max(0, min(available, limit - used))
+
+
+def _cgroup_memory(cgroup: Path) -> tuple[int | None, int]:
+    """Limit (``None``: there is none) and use of this process's control group, version 2 or 1, in bytes."""
+    for limit, used, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with suppress(OSError, ValueError):
+            most = int((cgroup / limit).read_text(encoding="ascii"))  # "max" is no number
+            now = int((cgroup / used).read_text(encoding="ascii"))
+            with suppress(OSError, ValueError):
+                stat = (cgroup / used).with_name("memory.stat").read_text(encoding="ascii")
+                now -= dict((name, int(n)) for name, n in map(str.split, stat.splitlines())).get(cache, 0)
+            return most, max(0, now)
+    return None, 0
+
+
+def gpu_names(driver: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
+    """The models of NVIDIA's GPUs here, as the driver names them, sorted."""
+    names = []
+    for told in driver.glob("*/information"):
+        with suppress(OSError):
+            names += re.findall(r"^Model:\s*(.+?)\s*$", told.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    return sorted(names)
+
+
 def processor() -> str:
     """The processor's model and instruction sets."""
     with suppress(OSError):
@@ -140,7 +180,8 @@ def open_session(
     """A session over the graph. ``profile``: a folder for its trace. ``keep_in``: a folder for the graph as it was
     optimized, ``KEPT_GRAPH``, and its weights as they were packed for this processor, ``KEPT_WEIGHTS``.
 
-    Raises :class:`~storage.errors.InvalidModel` when the runtime refuses the graph.
+    Raises :class:`~storage.errors.InvalidModel` when the runtime refuses the graph, and
+    :class:`~storage.errors.TransientError` when memory does not hold it.
     """
     refusals = refused_with(runtime)
     settings = runtime.SessionOptions()
@@ -173,6 +214,8 @@ def open_session(
     try:
         session = runtime.InferenceSession(str(file.path), settings, providers=list(providers), enable_fallback=0)
     except refusals as error:
+        if is_out_of_memory(error):  # here and now; another machine, or this one later, may hold it
+            raise TransientError(f"there is not the memory to load {file.path}: {error}") from error
         raise InvalidModel(f"ONNX Runtime cannot load {file.path}: {error}") from error
     session.disable_fallback()  # otherwise a failing GPU run silently moves the session to the CPU
     return session

@@ -15,8 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-import psutil
-
 from pipeline.engines.onnx_graphs import Graphs, n_bytes
 from pipeline.engines.onnx_lane import Array as Array
 from pipeline.engines.onnx_lane import Call as Call
@@ -32,6 +30,7 @@ from pipeline.engines.onnx_runtime import (
     GraphFile,
     available_cores,
     import_runtime,
+    memory_left,
     open_session,
     refused_with,
     wanted_providers,
@@ -102,7 +101,7 @@ class SessionPool:
         first = open_session(runtime, file, options, wanted, layout.threads, profile=profile)
         active = tuple(first.get_providers())
         strict = options.providers is not None and not options.allow_fallback
-        missing = [name for name, _ in wanted if name not in active]
+        missing = [name for name, _ in options.providers or wanted if name not in active]
         if missing and strict:
             raise EngineMissing(
                 f"{', '.join(missing)} was asked for, but ONNX Runtime placed the model on {', '.join(active)}: "
@@ -111,7 +110,7 @@ class SessionPool:
             )
         if missing:
             notify(f"{', '.join(missing)} does not work here; ONNX Runtime runs on {', '.join(active)}")
-            if active == (CPU,):  # what was meant for a GPU does not fit
+            if active == (CPU,) and not on_cpu:  # what was meant for a GPU does not fit
                 layout = Layout.default(options, available_cores(), on_cpu=True)
                 file = graphs.file(fused=layout.fused)
                 first = open_session(runtime, file, options, [(CPU, {})], layout.threads, profile=profile)
@@ -221,4 +220,4 @@ def memory_for_copies(file: GraphFile) -> int:
     unless they are mapped, and so shared."""
     if file.optimized:
         return _MOST_SESSIONS
-    return int(psutil.virtual_memory().available / 2 // max(1, 2 * n_bytes(file.path)))
+    return int(memory_left() / 2 // max(1, 2 * n_bytes(file.path)))

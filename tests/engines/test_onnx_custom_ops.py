@@ -70,6 +70,16 @@ def test_a_graph_with_an_operator_of_its_own(library: Path, model: Path, tmp_pat
     assert np.allclose(found, rows * np.exp(-0.5 * np.arange(3)), rtol=1e-6)
 
 
+def test_the_library_that_was_allowed_is_the_one_that_is_loaded(
+    library: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name without a slash is looked up by the loader in other places than by the check."""
+    monkeypatch.chdir(library.parent)
+    settings = Settings(data_dir=tmp_path / "data", cache_dir=tmp_path / "cache", custom_op_paths=(library,))
+    with Client(settings=settings) as client:
+        assert client.run(**fields(model, tmp_path, [library.name])).state is JobState.COMPLETED
+
+
 @pytest.mark.parametrize("allowed", [True, False])
 def test_only_libraries_that_the_operator_named_are_loaded(model: Path, tmp_path: Path, allowed: bool) -> None:
     other, named = tmp_path / "other.so", tmp_path / "named.so"
