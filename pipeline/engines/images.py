@@ -31,7 +31,10 @@ Failure = tuple[str, str]
 MAX_PIXELS = 100_000_000
 """Larger images are refused before they are decoded (three bytes a pixel): a file of kilobytes can claim any size."""
 LARGE_PIXELS = 16_000_000
-"""Images larger than this are decoded one at a time."""
+"""Images larger than this, or that become so, are decoded one at a time."""
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "ICO")
+"""Formats that are read, where Pillow was built for them. Some of the others start programs (EPS: Ghostscript) or read
+further files, and none is a format of photographs."""
 
 
 def is_image(kind: pa.DataType) -> bool:
@@ -104,12 +107,14 @@ class ImageReader:
 
     def prepare(self, data: Any) -> Floats:
         """The model's input, float32 [3, h, w], from an encoded image. Raises whatever Pillow does for a broken one."""
-        with opened(data) as image, self._memory_for(image):
+        with opened(data) as image, self._memory_for(image.size):
             return to_input(image.convert("RGB"), self._recipe, self._table)
 
-    def _memory_for(self, image: Any) -> AbstractContextManager[object]:
+    def _memory_for(self, size: tuple[int, int]) -> AbstractContextManager[object]:
         # A batch of large images takes the memory of one of them, however many cores there are.
-        return self._large if image.size[0] * image.size[1] > LARGE_PIXELS else contextlib.nullcontext()
+        becomes = resized(size, self._recipe) or (0, 0)
+        pixels = max(size[0] * size[1], becomes[0] * becomes[1])
+        return self._large if pixels > LARGE_PIXELS else contextlib.nullcontext()
 
 
 def _reason(error: Exception) -> str:
@@ -125,7 +130,7 @@ def opened(data: Any) -> Any:
     """
     import PIL.Image
 
-    image = PIL.Image.open(io.BytesIO(data))
+    image = PIL.Image.open(io.BytesIO(data), formats=[kind for kind in FORMATS if kind in PIL.Image.OPEN])
     width, height = image.size
     if width * height > MAX_PIXELS:
         image.close()
@@ -133,16 +138,22 @@ def opened(data: Any) -> Any:
     return image
 
 
+def resized(size: tuple[int, int], recipe: ImageRecipe) -> tuple[int, int] | None:
+    """Height and width that an image of this width and height gets; ``None``: it keeps them."""
+    width, height = size
+    if recipe.shortest is None:
+        return recipe.size
+    short, long = min(width, height), max(width, height)
+    other = int(recipe.shortest * long / short)
+    return (other, recipe.shortest) if width <= height else (recipe.shortest, other)
+
+
 def to_input(image: Any, recipe: ImageRecipe, table: Floats) -> Floats:
     """The model's input, float32 [3, h, w], from an RGB ``PIL.Image``; ``table`` comes from :func:`lookup_table`."""
-    width, height = image.size
-    size = recipe.size
-    if recipe.shortest is not None:
-        short, long = min(width, height), max(width, height)
-        other = int(recipe.shortest * long / short)
-        size = (other, recipe.shortest) if width <= height else (recipe.shortest, other)
+    size = resized(image.size, recipe)
     if size is not None:
         if size[0] * size[1] > MAX_PIXELS:
+            width, height = image.size
             raise ValueError(f"{width} × {height} pixels become {size[1]} × {size[0]}: more than {MAX_PIXELS}")
         image = image.resize((size[1], size[0]), resample=recipe.resample)
     pixels = np.asarray(image, dtype=np.uint8)

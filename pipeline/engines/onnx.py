@@ -101,7 +101,7 @@ class OnnxEngine:
         self._version = str(runtime.__version__)
         options, notify = self._options, self._context.notify
         self._libraries = onnx_custom_ops.libraries(options.custom_ops, self._context.custom_op_paths)
-        # What was allowed is what is loaded: the loader would look a name up elsewhere, and a link may change meanwhile.
+        # What was allowed is what is loaded: a loader looks names up elsewhere, and a link may change meanwhile.
         options = options.model_copy(update={"custom_ops": tuple(map(str, self._libraries))})
         self._options = options
         folder: TextFolder | None = None

@@ -200,9 +200,10 @@ def fixed_batch(signature: Signature) -> int | None:
 def row_mode(signature: Signature, wanted: Literal["auto", "stack", "whole"]) -> RowMode:
     """How rows map onto the graph.
 
-    Stacked, when every input and output has a dynamic first axis, under one name where they name it (an output whose
-    first axis is called otherwise has another number of items); on demand whatever outputs call it, and also where it has one fixed size for all of them, which is then the size of every batch: such a graph may as well
-    mean one input of several lines. Raises
+    Stacked, when every input and output has a dynamic first axis, under one name where they name it: an output that
+    calls its first axis otherwise may have another number of items. On demand whatever the outputs call it, and also
+    where it has one fixed size for all of them, which is then the size of every batch: such a graph may as well mean
+    one input of several lines. Raises
     :class:`~storage.errors.InvalidModel` when stacking was asked for and the graph cannot do it.
     """
     values: Sequence[GraphValue] = [*signature.inputs, *signature.outputs]

@@ -126,7 +126,11 @@ class Graphs:
                 if (final / _REPORT).is_file() and not _whole(final):  # and not made by another process meanwhile
                     (final / _REPORT).unlink()
                 cache_entry.made_once(final, _REPORT, make)
-        except (OSError, InvalidModel, TransientError):  # the graph itself will tell what is wrong with it, if anything is
+        except (
+            OSError,
+            InvalidModel,
+            TransientError,
+        ):  # the graph itself will tell what is wrong with it, if anything is
             return raw
         return GraphFile(final / KEPT_GRAPH, optimized=True)
 

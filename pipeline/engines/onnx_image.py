@@ -33,6 +33,8 @@ GPU_BATCH = 64
 WINDOW_BYTES = 32 * 2**20
 """Encoded bytes decoded together, besides at most ``BATCHES_AHEAD`` batches."""
 BATCHES_AHEAD = 4
+DECODED_BYTES = 256 * 2**20
+"""A window, and a batch, ends when the model's inputs take this much, but for what is decoded at a time."""
 
 _EMBEDDINGS = ("image_embeds", "image_embedding", "pooler_output", "last_hidden_state")
 
@@ -131,21 +133,34 @@ class ImageModel:
         size = BATCHES_AHEAD * self.batch * max(1, self._pool.size // 2)
         for rows, parts in windows(batches, size, WINDOW_BYTES):
             images: list[Any] = []
+            decoded = at = 0
             for part in parts:
-                images += self._reader.read(part.column(spec.column), spec.column)
-            failed = {at: image for at, image in enumerate(images) if isinstance(image, tuple)}
-            good = np.array([at for at in range(len(images)) if at not in failed], np.int64)
-            # A recipe without a resize leaves images of several sizes: only equal ones are stacked.
-            sizes: dict[tuple[int, ...], list[int]] = {}
-            for at in good:
-                sizes.setdefault(images[at].shape, []).append(int(at))
-            packs = [
-                self._pack(spec, rows, images, np.array(members[start : start + self.batch], np.int64))
-                for members in sizes.values()
-                for start in range(0, len(members), self.batch)
+                for start in range(0, part.num_rows, self.batch):
+                    some = self._reader.read(part.column(spec.column).slice(start, self.batch), spec.column)
+                    images += some
+                    decoded += sum(image.nbytes for image in some if not isinstance(image, tuple))
+                    if decoded >= DECODED_BYTES:
+                        yield self._window(spec, rows[at : at + len(images)], images)
+                        images, decoded, at = [], 0, at + len(images)
+            if images:
+                yield self._window(spec, rows[at:], images)
+
+    def _window(self, spec: JobSpec, rows: Indices, images: list[Any]) -> Window:
+        failed = {at: image for at, image in enumerate(images) if isinstance(image, tuple)}
+        # A recipe without a resize leaves images of several sizes: only equal ones are stacked.
+        sizes: dict[tuple[int, ...], list[int]] = {}
+        for at, image in enumerate(images):
+            if at not in failed:
+                sizes.setdefault(image.shape, []).append(at)
+        packs = []
+        for members in sizes.values():
+            most = max(1, min(self.batch, DECODED_BYTES // images[members[0]].nbytes))
+            packs += [
+                self._pack(spec, rows, images, np.array(members[start : start + most], np.int64))
+                for start in range(0, len(members), most)
             ]
-            self._count(rows=len(rows))
-            yield Window(packs, tuple(RowFailure(int(rows[at]), *failure) for at, failure in failed.items()))
+        self._count(rows=len(rows))
+        return Window(packs, tuple(RowFailure(int(rows[at]), *failure) for at, failure in failed.items()))
 
     def _pack(self, spec: JobSpec, rows: Indices, images: list[Any], items: Indices) -> Pack:
         def compute(run: Run) -> ResultBatch:

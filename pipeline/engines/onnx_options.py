@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -116,10 +117,23 @@ class OnnxOptions(BaseModel):
         return path
 
 
+_FILE_WORDS = frozenset({"dir", "lib", "libs", "config", "folder"})
+_FILE_PARTS = ("path", "file", "directory", "library", "prefix", "package", "plugin", "gpu_external", "compute_stream")
+
+
 def _no_paths(options: Mapping[str, str], where: str) -> None:
-    # Such entries make the runtime read or write files anywhere; a job may name nothing outside its model directory.
-    if named := sorted(key for key in options if "path" in key.lower() or "file" in key.lower()):
-        raise ValueError(f"{where}: {', '.join(named)} names a file, which a job may not")
+    """Refuse entries that make the runtime read, write or load files anywhere, or call what lies at an address: a job
+    may name nothing outside its model directory."""
+    if named := sorted(key for key in options if _names_a_file(key)):
+        raise ValueError(f"{where}: {', '.join(named)} names a file or an address, which a job may not")
+    if led := sorted(key for key, value in options.items() if any(part in value for part in ("/", "\\", ".."))):
+        raise ValueError(f"{where}: the value of {', '.join(led)} looks like a path, which a job may not give")
+
+
+def _names_a_file(key: str) -> bool:
+    words = {word.lower() for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+", key)}
+    text = key.lower().replace("profile", "")  # such as trt_profile_min_shapes
+    return bool(words & _FILE_WORDS) or any(part in text for part in _FILE_PARTS)
 
 
 _ALIASES = {"intra_op_num_threads": "threads"}

@@ -117,7 +117,7 @@ def _cgroup_memory(cgroup: Path) -> tuple[int | None, int]:
             now = int((cgroup / used).read_text(encoding="ascii"))
             with suppress(OSError, ValueError):
                 stat = (cgroup / used).with_name("memory.stat").read_text(encoding="ascii")
-                now -= dict((name, int(n)) for name, n in map(str.split, stat.splitlines())).get(cache, 0)
+                now -= {name: int(n) for name, n in map(str.split, stat.splitlines())}.get(cache, 0)
             return most, max(0, now)
     return None, 0
 
@@ -127,7 +127,9 @@ def gpu_names(driver: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
     names = []
     for told in driver.glob("*/information"):
         with suppress(OSError):
-            names += re.findall(r"^Model:\s*(.+?)\s*$", told.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+            names += re.findall(
+                r"^Model:\s*(.+?)\s*$", told.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
+            )
     return sorted(names)
 
 

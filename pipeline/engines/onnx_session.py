@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from pipeline.engines.onnx_graphs import Graphs, n_bytes
+from pipeline.engines.onnx_lane import KEPT_BYTES, Lane, Stopped
 from pipeline.engines.onnx_lane import Array as Array
 from pipeline.engines.onnx_lane import Call as Call
-from pipeline.engines.onnx_lane import KEPT_BYTES, Lane, Stopped
 from pipeline.engines.onnx_lane import Run as Run
 from pipeline.engines.onnx_lane import RunFailed as RunFailed
 from pipeline.engines.onnx_lane import is_out_of_memory as is_out_of_memory

@@ -1,4 +1,4 @@
-"""Whether a row of a stacked batch got what it gets alone: which rows tell, what counts as the same, when to look again."""
+"""Whether a row of a stacked batch got what it gets alone: which rows tell, what is the same, when to look again."""
 
 from __future__ import annotations
 

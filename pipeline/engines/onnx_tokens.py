@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -23,6 +23,10 @@ CLIP_CHARACTERS = 65_536
 a text of 20 MB was measured to take 10 s and 1.9 GB, for 256 tokens."""
 MAX_PIECES = 1024
 """Most pieces of one text that are run."""
+PAIR_CHARACTERS = 16
+"""Texts of a pair with more characters than this for each token of the limit are cut before they are joined."""
+PIECE_CHARACTERS = 16
+"""A text with more characters than this for each token of its ``MAX_PIECES`` is split by its beginning first."""
 
 Failure = tuple[str, str]
 """A ``RowErrorCode`` and a message."""
@@ -149,7 +153,12 @@ class TextTokenizer:
             self.prompt + text[0] if len(text) == 1 else (self.prompt + text[0], text[1]) for text in texts
         ]
         tokenizer = self._cut if truncate else self._whole
+        shortened: set[int] = set()
         clip = None if self.max_length is None else max(CLIP_CHARACTERS, 64 * self.max_length)
+        if clip is not None:
+            pairs = self._beginnings({i: text for i, text in enumerate(whole) if not isinstance(text, str)}, clip)
+            shortened = {i for i, pair in pairs.items() if pair != whole[i]}
+            whole = [pairs.get(i, text) for i, text in enumerate(whole)]
         clipped = {i for i, text in enumerate(whole) if clip is not None and isinstance(text, str) and len(text) > clip}
         encodings = tokenizer.encode_batch_fast([text[:clip] if i in clipped else text for i, text in enumerate(whole)])
         limit = self.max_length or 0
@@ -168,7 +177,7 @@ class TextTokenizer:
             if not ids:
                 failure = (RowErrorCode.INVALID_VALUE, "the text has no tokens")
             elif self.max_length is not None and len(ids) > self.max_length:
-                count = f"at least {len(ids)}" if index in clipped else f"{len(ids)}"
+                count = f"at least {len(ids)}" if index in clipped | shortened else f"{len(ids)}"
                 failure = (
                     RowErrorCode.PROMPT_TOO_LONG,
                     f"the text has {count} tokens, the model's limit is {self.max_length}",
@@ -186,6 +195,24 @@ class TextTokenizer:
             truncated[index] = truncate and bool(ids) and len(encoding.overflowing) > 0
         return _tokens(kept, types, truncated, failures)
 
+    def _beginnings(self, pairs: Mapping[int, tuple[str, str]], clip: int) -> dict[int, tuple[str, str]]:
+        """The same pairs, of long texts the first twice as many tokens as the limit: cutting a pair makes every
+        combination of the pieces of both.
+
+        Which of two such texts keeps one token more may follow from what was left of them.
+        """
+        limit = self.max_length or 0
+        long = {text for pair in pairs.values() for text in pair if len(text) > PAIR_CHARACTERS * limit}
+        cut: dict[str, str] = {}
+        if long:
+            whole = list(long)
+            for text, encoding in zip(
+                whole, self._whole.encode_batch([text[:clip] for text in whole], add_special_tokens=False), strict=True
+            ):
+                if len(encoding.ids) > 2 * limit:  # else there are few tokens in it, or far apart: as it is
+                    cut[text] = text[: encoding.offsets[2 * limit][1]]
+        return {at: (cut.get(one, one), cut.get(two, two)) for at, (one, two) in pairs.items()}
+
     def split(self, texts: Sequence[tuple[str, ...]], tokens: Tokens) -> dict[int, Tokens]:
         """The pieces of the texts that are too long in ``tokens``, each with special tokens of its own.
 
@@ -193,11 +220,17 @@ class TextTokenizer:
         ``MAX_PIECES`` pieces, or with an id outside the vocabulary, stays there.
         """
         found: dict[int, Tokens] = {}
+        most = max(CLIP_CHARACTERS, PIECE_CHARACTERS * MAX_PIECES * (self.max_length or 1))
         for index in [i for i, (code, _) in tokens.failures.items() if code == RowErrorCode.PROMPT_TOO_LONG]:
-            encoding = self._cut.encode_batch_fast([self.prompt + texts[index][0]])[0]
+            text = self.prompt + texts[index][0]
+            encoding = self._cut.encode_batch_fast([text[:most]])[0]
             parts = [encoding, *encoding.overflowing]
+            if len(text) > most and len(parts) <= MAX_PIECES:
+                encoding = self._cut.encode_batch_fast([text])[0]
+                parts = [encoding, *encoding.overflowing]
             if len(parts) > MAX_PIECES:
-                message = f"the text has {len(parts)} pieces of {self.max_length} tokens; at most {MAX_PIECES} are run"
+                count = f"at least {len(parts)}" if len(text) > most else f"{len(parts)}"
+                message = f"the text has {count} pieces of {self.max_length} tokens; at most {MAX_PIECES} are run"
                 tokens.failures[index] = (RowErrorCode.PROMPT_TOO_LONG, message)
                 continue
             largest = max(max(part.ids) for part in parts)

@@ -119,10 +119,13 @@ def _directory(name: str, root: Path, cache_dir: Path) -> Model:
         )
     for path in (*graphs, *weights):
         _refuse_pointer(path)
+    for graph in [name for name in files if name.endswith(".onnx")]:
+        files |= _beside(root, graph)
     return Model(
         name=name,
         path=root,
         digest=digest(files, cache_dir),
+        files=frozenset(files),
         architectures=_architectures(config or {}, root),
         config=config or {},
         onnx_files=graphs,
@@ -162,8 +165,10 @@ def _external(path: Path) -> tuple[str, ...]:
         locations = external_data.locations(path)
     except ValueError as error:
         raise InvalidModel(f"{path} is not an ONNX graph: {error}", field=_FIELD) from error
+    # As ONNX Runtime has it: a graph that is a link, as in a snapshot of a hub, may have its weights where it leads.
+    allowed = (path.parent.resolve(), path.resolve().parent)
     for location in locations:
-        if not (path.parent / location).resolve().is_relative_to(path.parent.resolve()):
+        if not any((path.parent / location).resolve().is_relative_to(folder) for folder in allowed):
             raise InvalidModel(f"{path} keeps weights in {location!r}, outside its own directory", field=_FIELD)
         if not (path.parent / location).is_file():
             raise InvalidModel(
@@ -172,14 +177,26 @@ def _external(path: Path) -> tuple[str, ...]:
     return locations
 
 
+def _beside(root: Path, graph: str) -> dict[str, Path]:
+    """The files that hold the graph's weights, whatever they are called: names passed over elsewhere count."""
+    try:
+        locations = external_data.locations(root / graph)
+    except ValueError:  # whoever loads it says so
+        return {}
+    folder = Path(graph).parent
+    found = {os.path.normpath(folder / location): root / folder / location for location in locations}
+    return {Path(name).as_posix(): path for name, path in found.items() if path.is_file()}
+
+
 def _files_below(root: Path) -> Iterator[tuple[str, Path]]:
-    """Relative name and path of every file that makes the model, links to files included."""
+    """Relative name and path of every file that makes the model, behind links too."""
 
     def fail(error: OSError) -> None:
         raise error
 
-    for folder, folders, names in os.walk(root, onerror=fail):
-        folders[:] = [name for name in folders if not _ignored(name)]
+    for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
+        here = Path(folder)
+        folders[:] = [name for name in folders if not _ignored(name) and not _leads_back(root, here / name)]
         safetensors = any(name.endswith(".safetensors") for name in names)
         for name in names:
             path = Path(folder) / name
@@ -187,6 +204,14 @@ def _files_below(root: Path) -> Iterator[tuple[str, Path]]:
             duplicate = safetensors and fnmatch(name, "pytorch_model*.bin*")
             if not _ignored(name) and not duplicate and (path.is_file() or path.is_symlink()):
                 yield path.relative_to(root).as_posix(), path
+
+
+def _leads_back(root: Path, folder: Path) -> bool:
+    """Whether a link leads to a folder that it lies in."""
+    if not folder.is_symlink():
+        return False
+    inside = [above for above in folder.parents if above.is_relative_to(root)]
+    return any(folder.samefile(above) for above in inside)
 
 
 def _ignored(name: str) -> bool:

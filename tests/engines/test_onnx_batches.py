@@ -161,7 +161,9 @@ def test_a_batch_that_memory_does_not_hold_is_halved_and_so_are_those_after_it(t
     made.close()
     assert stats["batch_halvings"] >= 5
     looked_at = after["compared_rows"] - stats["compared_rows"]  # run alone besides
-    assert after["runs"] - runs - looked_at == 32 and after["batch_halvings"] == stats["batch_halvings"]  # two by two, none in vain
+    assert (
+        after["runs"] - runs - looked_at == 32 and after["batch_halvings"] == stats["batch_halvings"]
+    )  # two by two, none in vain
 
 
 def test_texts_that_memory_does_not_hold_halve_the_budget(tmp_path: Path) -> None:

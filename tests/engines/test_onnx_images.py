@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from examples.tiny_vision import LABELS, build_resnet, build_vit
 from pipeline import Client
-from pipeline.engines import images
+from pipeline.engines import images, onnx_image
 from pipeline.engines.base import EngineContext
 from pipeline.engines.image_folder import recipe
 from pipeline.engines.images import lookup_table, opened, to_input
@@ -27,7 +27,7 @@ from pipeline.permissions import RowFiles
 from pipeline.settings import Settings
 from storage.errors import InvalidInput, InvalidJob, InvalidModel
 from storage.objects import ObjectStore
-from tests.engines.onnx_support import embeddings, job, model_at, run
+from tests.engines.onnx_support import batches, embeddings, job, model_at, run
 
 SPEC = job("classify", column="image")
 
@@ -170,6 +170,36 @@ def test_a_broken_image_fails_its_row_only(loaded: OnnxEngine, monkeypatch: pyte
     assert "no image in a format that Pillow reads (8 bytes)" in failures[4].message
     assert "41 × 30 pixels are more than 1200" in failures[6].message
     assert table.num_rows == 2 and table.slice(0, 1).equals(table.slice(1, 1))
+
+
+def test_only_formats_of_photographs_are_read(loaded: OnnxEngine) -> None:
+    rows = [encoded(picture(0), kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PCX", "EPS")]
+    _, failures = run(loaded, SPEC, pa.record_batch({"image": pa.array(rows, pa.binary())}))
+    assert list(failures) == [6, 7]
+    assert all("no image in a format" in failure.message for failure in failures.values())
+
+
+def test_what_becomes_large_is_decoded_alone_too(loaded: OnnxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert loaded._image is not None
+    reader = loaded._image._reader
+    becomes = images.resized((2, 2), reader._recipe)
+    assert becomes is not None and becomes[0] * becomes[1] > 100
+    monkeypatch.setattr(images, "LARGE_PIXELS", 100)
+    assert reader._memory_for((2, 2)) is reader._large
+
+
+def test_a_window_ends_on_decoded_bytes(loaded: OnnxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert loaded._image is not None
+    rows = pa.record_batch({"image": [*(encoded(picture(n)) for n in range(20)), b"no image"]})
+    whole, _ = run(loaded, SPEC, rows)
+    assert len(list(loaded._image.prepare(SPEC, batches(rows)))) < 3
+    monkeypatch.setattr(onnx_image, "DECODED_BYTES", 1)
+    found = list(loaded._image.prepare(SPEC, batches(rows)))
+    assert len(found) == 3 and [len(window.packs) for window in found] == [8, 8, 4]
+    parts, failures = run(loaded, SPEC, rows)
+    assert list(failures) == [20]
+    scores = [np.asarray(table.column("score").combine_chunks()) for table in (parts, whole)]
+    assert np.allclose(*scores, atol=1e-5)
 
 
 def test_large_images_are_the_same_as_small_ones(loaded: OnnxEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,10 @@ def blown(folder: Path, tokenizer: bytes, output: str) -> Path:
         helper.make_tensor("last", INT64, [1], [2]),
         helper.make_tensor("back", INT64, [1], [1]),
         axes,
-        *(helper.make_tensor(n, FLOAT, [], [x]) for n, x in dict(zero=0.0, one=1.0, four=4.0, nan=float("nan")).items()),
+        *(
+            helper.make_tensor(n, FLOAT, [], [x])
+            for n, x in {"zero": 0.0, "one": 1.0, "four": 4.0, "nan": float("nan")}.items()
+        ),
     ]
     inputs = [value("input_ids", INT64, ["n", "s"])]
     graph(folder / "model.onnx", nodes, inputs, [value(output, FLOAT, ["n", 2])], constants)
@@ -159,7 +162,7 @@ def test_an_output_that_calls_its_first_axis_otherwise_is_not_stacked(tmp_path: 
     path = positives(tmp_path / "named.onnx", out="K")
     assert (mode := onnx_graph.of_file(path)) is not None
     assert onnx_graph.row_mode(mode, "auto") == "whole" and onnx_graph.row_mode(mode, "stack") == "stack"
-    with pytest.raises(InvalidInput, match="with engine_options.row_mode 'stack'"):
+    with pytest.raises(InvalidInput, match=r"with engine_options\.row_mode 'stack'"):
         OnnxEngine.check(SPEC, model_at(path), triples([]).schema)
 
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from onnx import helper
 
 from examples.tiny_encoder import LABELS, MAX_LENGTH, build_classifier, build_encoder
+from pipeline.engines import onnx_tokens
 from pipeline.engines.base import Cancellation, EngineContext, RowBatch
 from pipeline.engines.onnx import OnnxEngine
 from pipeline.job_spec import parse
@@ -360,6 +361,60 @@ def test_a_gigantic_text_gives_what_its_beginning_gives(tiny: OnnxEngine) -> Non
     assert np.array_equal(found[0], found[1]) and np.array_equal(found[2], found[3])
     _, failures = run(tiny, job("embed", overlong="error"), column([huge, spaces]))
     assert list(failures) == [0] and "at least" in failures[0].message
+
+
+class Watched:
+    """A tokenizer that remembers the longest text that it was given."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.longest = inner, 0
+
+    def encode_batch_fast(self, texts: list[Any], **more: Any) -> Any:
+        self.longest = max(
+            self.longest, *(len(t) for text in texts for t in ((text,) if isinstance(text, str) else text))
+        )
+        return self.inner.encode_batch_fast(texts, **more)
+
+
+def test_the_pieces_of_a_gigantic_text_are_counted_by_its_beginning(
+    tiny: OnnxEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tiny._text is not None
+    watched = Watched(tiny._text.tokenizer._cut)
+    monkeypatch.setattr(tiny._text.tokenizer, "_cut", watched)
+    monkeypatch.setattr(onnx_tokens, "CLIP_CHARACTERS", 1000)
+    monkeypatch.setattr(onnx_tokens, "MAX_PIECES", 2)
+    spec = job("embed", overlong="split")
+    _, failures = run(tiny, spec, column(["old river " * 30_000]))
+    most = 2 * onnx_tokens.PIECE_CHARACTERS * MAX_LENGTH
+    assert "at least" in failures[0].message and "at most 2 are run" in failures[0].message
+    assert watched.longest == max(1000, most)
+    spaces = " " * 2 * most + "river " * (MAX_LENGTH + 10)  # its beginning holds no token
+    table, failures = run(tiny, spec, column([spaces, "river " * (MAX_LENGTH + 10)]))
+    found = embeddings(table)
+    assert not failures and np.array_equal(found[0], found[1])
+
+
+def test_gigantic_pairs_give_what_their_beginnings_give(
+    classifier: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cutting a pair makes every combination of the pieces of both: two of 300,000 characters would take minutes."""
+    spec = job("classify", pair_column="other")
+    made = engine(classifier, spec, cache)
+    assert made._text is not None
+    huge, spaces = "old river " * 30_000, " " * 200_000 + "old river"
+    watched = Watched(made._text.tokenizer._cut)
+    monkeypatch.setattr(made._text.tokenizer, "_cut", watched)
+    pairs = {"text": [huge, huge, "red", "red"], "other": ["red fox", huge, huge, "red fox"]}
+    table, failures = run(made, spec, pa.record_batch(pairs))
+    assert not failures and watched.longest <= onnx_tokens.PAIR_CHARACTERS * MAX_LENGTH
+    short = {name: [text[: 8 * MAX_LENGTH] for text in column] for name, column in pairs.items()}
+    assert run(made, spec, pa.record_batch(short))[0].equals(table)
+    _, failures = run(made, job("classify", pair_column="other", overlong="error"), pa.record_batch(pairs))
+    assert list(failures) == [0, 1, 2] and all("at least" in failure.message for failure in failures.values())
+    late, _ = run(made, spec, pa.record_batch({"text": ["red", "red"], "other": [spaces, "old river"]}))
+    made.close()
+    assert late.slice(0, 1).equals(late.slice(1, 1))
 
 
 def test_a_token_outside_the_vocabulary_fails_its_row_only(tmp_path: Path, cache: Path) -> None:

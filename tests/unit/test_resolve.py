@@ -17,10 +17,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from pipeline.engines.onnx_checks import choose_graph
+from pipeline.engines.onnx_options import parse
 from pipeline.models import digest as digests
 from pipeline.models import external_data
 from pipeline.models.resolve import resolve
-from storage.errors import InvalidModel
+from storage.errors import InvalidJob, InvalidModel
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
@@ -268,6 +270,70 @@ def test_weights_outside_the_directory(tmp_path: Path, cache: Path) -> None:
 
 
 # -- the digest ----
+
+
+def link_a_folder(root: Path, to: str) -> None:
+    lay(root.parent, {f"{to}/model.onnx": to})
+    (root / "onnx").unlink(missing_ok=True)
+    (root / "onnx").symlink_to(root.parent / to)
+
+
+def test_the_digest_covers_a_folder_behind_a_link(folder: Path, cache: Path) -> None:
+    digests = set()
+    for to in ("one", "two"):
+        link_a_folder(folder, to)
+        model = resolve(str(folder), cache)
+        assert model.onnx_files == (folder / "onnx/model.onnx",)
+        digests.add(model.digest)
+    assert len(digests) == 2
+
+
+def test_links_that_lead_back_are_followed_once(folder: Path, cache: Path) -> None:
+    other = lay(folder.parent / "other", {"extra.json": "x"})
+    (folder / "other").symlink_to(other)
+    (other / "back").symlink_to(folder)
+    (folder / "self").symlink_to(folder)
+    files = resolve(str(folder), cache).files
+    assert (
+        files is not None
+        and "other/extra.json" in files
+        and not any("back" in name or "self" in name for name in files)
+    )
+
+
+@pytest.mark.parametrize("location", [".hidden", "optimizer.bin", "weights.tmp"])
+def test_the_digest_covers_weights_whatever_they_are_called(folder: Path, cache: Path, location: str) -> None:
+    graph(folder / "onnx/model.onnx", external=location)
+    before = resolve(str(folder), cache)
+    with (folder / "onnx" / location).open("r+b") as file:
+        file.write(b"changed")
+    assert resolve(str(folder), cache).digest != before.digest
+    assert f"onnx/{location}" in (before.files or ())
+
+
+def test_a_graph_that_the_digest_does_not_cover_is_not_run(folder: Path, cache: Path) -> None:
+    graph(folder / "onnx/model.onnx")
+    graph(folder / ".cache/x.onnx")
+    graph(folder / "other/x.onnx")
+    model = resolve(str(folder), cache)
+    with pytest.raises(InvalidJob, match=r"engine_options.file: .cache/x.onnx is no part of the model"):
+        choose_graph(model, parse({"file": ".cache/x.onnx"}))
+    assert choose_graph(model, parse({"file": "other/x.onnx"})) == folder / "other/x.onnx"
+    assert choose_graph(model, parse({})) == folder / "onnx/model.onnx"
+
+
+def test_a_snapshot_of_links_keeps_its_weights_where_they_lead(tmp_path: Path, cache: Path) -> None:
+    snapshot = tmp_path / "snapshots/1"
+    graph(snapshot / "model.onnx", external="model.onnx_data")
+    (tmp_path / "blobs").mkdir()
+    for name in ("model.onnx", "model.onnx_data"):
+        (snapshot / name).rename(tmp_path / "blobs" / name[::-1])
+        (snapshot / name).symlink_to(tmp_path / "blobs" / name[::-1])
+    before = resolve(str(snapshot / "model.onnx"), cache).digest
+    with (tmp_path / "blobs" / "model.onnx_data"[::-1]).open("r+b") as file:
+        file.write(b"changed")
+    assert resolve(str(snapshot / "model.onnx"), cache).digest != before
+
 
 CHANGES: dict[str, Callable[[Path], object]] = {
     "weights": lambda root: (root / "model.safetensors").write_text("weightz"),
