@@ -14,8 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from onnx import helper
 
-from pipeline.engines import onnx_autotune, onnx_runtime, onnx_session
+from examples.tiny_encoder import build_encoder
+from pipeline.engines import onnx_autotune, onnx_lane, onnx_runtime, onnx_session
 from pipeline.engines.base import Cancellation
+from pipeline.engines.onnx_lane import Call, Lane, RunTimedOut
 from pipeline.engines.onnx_layout import Layout
 from pipeline.engines.onnx_runtime import GraphFile
 from pipeline.job import plan_job, submit_job
@@ -196,3 +198,44 @@ def test_a_provider_that_this_runtime_has_not_is_told_when_it_may_be_missing(rel
     options = {"providers": ["CUDAExecutionProvider", "CPUExecutionProvider"], "allow_fallback": True}
     engine(relu, SPEC, tmp_path, said, **options).close()
     assert any("CUDAExecutionProvider does not work here" in message for message in said)
+
+
+class LateLane(Lane):
+    """Its kept buffers take longer than a run may."""
+
+    def _kept(self, *_: Any) -> Any:
+        raise RunTimedOut("the run took longer than row_timeout, 1 s")
+
+    def _new(self, *_: Any) -> Any:
+        raise AssertionError("run a second time")
+
+
+def test_a_run_that_took_too_long_is_not_run_again(relu: Path) -> None:
+    runtime = onnx_runtime.import_runtime()
+    session = runtime.InferenceSession(str(relu), providers=["CPUExecutionProvider"])
+    lane = LateLane(runtime, session, (RuntimeError,), binding=True)
+    with pytest.raises(RunTimedOut):
+        lane.run_one({"x": np.ones(1, np.float32)}, "y", (1,), Call())
+    assert lane.binding  # the buffers were not at fault
+
+
+def test_loading_has_no_limit_of_seconds_and_lanes_share_the_buffers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float | None] = []
+
+    class Recorded(onnx_lane.Deadline):
+        def __init__(self, options: Any, seconds: float | None) -> None:
+            limits.append(seconds)
+            super().__init__(options, seconds)
+
+    monkeypatch.setattr(onnx_lane, "Deadline", Recorded)
+    path = build_encoder(tmp_path / "encoder")
+    made = engine(path, job("embed"), tmp_path, row_timeout=60.0, sessions=2, lanes=2, io_binding=True)
+    assert limits and set(limits) == {None}
+    run(made, job("embed"), pa.record_batch({"text": ["the"]}))
+    assert made._pool is not None
+    shares = [lane._kept_bytes for lane in made._pool._lanes]
+    made.close()
+    assert limits[-1] == 60.0
+    assert len(shares) == 4 and sum(shares) <= onnx_lane.KEPT_BYTES
