@@ -11,10 +11,10 @@ from pipeline.engines.images import is_image
 from pipeline.engines.onnx_folder import TextFolder
 from pipeline.engines.onnx_folder import read as read_folder
 from pipeline.engines.onnx_graph import GraphValue, RowMode, Signature
+from pipeline.engines.onnx_heads import head
 from pipeline.engines.onnx_image import image_head, image_input
 from pipeline.engines.onnx_options import OnnxOptions
 from pipeline.engines.onnx_tensor import column_of, row_dims
-from pipeline.engines.onnx_text import head
 from pipeline.engines.onnx_tokens import is_text
 from pipeline.engines.tensors.kinds import lossless, tensor_kind
 from pipeline.job_spec import JobSpec, Task

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,8 @@ from pipeline.engines import pooled_results as results
 from pipeline.engines import pooling
 from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
 from pipeline.engines.onnx_folder import TextFolder
-from pipeline.engines.onnx_graph import GraphValue, Signature
+from pipeline.engines.onnx_graph import Signature
+from pipeline.engines.onnx_heads import Head, fixed_shape, head, own_embedding
 from pipeline.engines.onnx_lane import Array, Call, Run, RunFailed
 from pipeline.engines.onnx_options import OnnxOptions
 from pipeline.engines.onnx_session import SessionPool, is_out_of_memory
@@ -29,15 +29,6 @@ from storage.errors import InvalidJob, InvalidModel, TransientError
 Floats = npt.NDArray[np.float32]
 
 WINDOW_BYTES = 32 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """The output that a task reads. ``rank`` 3: token states, to be pooled; 2: a vector or logits for each text."""
-
-    name: str
-    position: int
-    rank: int
 
 
 class TextModel:
@@ -65,7 +56,7 @@ class TextModel:
             )
         if "input_ids" not in self._inputs:
             raise InvalidModel(f"the graph has no input 'input_ids', so it takes no text: {signature}")
-        batch, length = _fixed_shape(self._inputs["input_ids"])
+        batch, length = fixed_shape(self._inputs["input_ids"])
         self._fixed_batch, self._fixed_length = batch, length
         limits = [limit for limit in (folder.max_length, length) if limit is not None]
         self.tokenizer = TextTokenizer(folder, min(limits, default=None))
@@ -367,47 +358,3 @@ class _TextJob:
             return ResultBatch(rows[at], values, failures)
 
         return compute
-
-
-def _fixed_shape(value: GraphValue) -> tuple[int | None, int | None]:
-    if value.dims is None or len(value.dims) != 2:
-        raise InvalidModel(f"graph input {value} should have two axes: texts and tokens")
-    batch, length = (dim if isinstance(dim, int) else None for dim in value.dims)
-    return batch, length
-
-
-def own_embedding(signature: Signature) -> Head | None:
-    """The graph's own sentence embedding, which is what it is for where nothing says how to pool its token states."""
-    for i, value in enumerate(signature.outputs):
-        if value.name == "sentence_embedding" and value.dtype.kind == "f" and len(value.dims or ()) == 2:
-            return Head(value.name, i, 2)
-    return None
-
-
-def head(task: Task, signature: Signature) -> Head:
-    """The output that ``task`` reads, by name where exporters agree on one, else the first of a fitting rank.
-
-    Raises :class:`~storage.errors.InvalidModel` when there is none, which is how a graph of the wrong kind shows.
-    """
-    floats = [
-        (i, value) for i, value in enumerate(signature.outputs) if value.dtype.kind == "f" and value.dims is not None
-    ]
-    ranked = [(i, value.name, len(value.dims or ())) for i, value in floats]
-    by_name = {name: (i, name, rank) for i, name, rank in ranked}
-    embed = task is Task.EMBED
-    names = ("last_hidden_state", "token_embeddings", "sentence_embedding") if embed else ("logits",)
-    ranks = (3, 2) if embed else (2,)
-    for name in names:
-        if name in by_name and by_name[name][2] in ranks:
-            i, _, rank = by_name[name]
-            return Head(name, i, rank)
-    for rank in ranks:
-        # Logits are no embedding, and states are no logits.
-        found = [item for item in ranked if item[2] == rank and not (task is Task.EMBED and item[1] == "logits")]
-        if task is not Task.EMBED:
-            found = [item for item in found if "embed" not in item[1] and "pool" not in item[1]]
-        if found:
-            return Head(found[0][1], found[0][0], rank)
-    wanted = "token states [texts, tokens, width] or embeddings" if task is Task.EMBED else "logits [texts, labels]"
-    outputs = ", ".join(map(str, signature.outputs))
-    raise InvalidModel(f"task '{task}' needs a graph that gives {wanted}; this one gives {outputs}")

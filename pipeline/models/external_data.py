@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 _LEADS_TO: dict[str, dict[int, str]] = {
@@ -26,10 +27,17 @@ _LEADS_TO: dict[str, dict[int, str]] = {
 def locations(graph: Path) -> tuple[str, ...]:
     """The external data files that the graph names, relative to its directory, sorted, each once.
 
-    Raises ``OSError``, and ``ValueError`` for a file that is not protobuf.
+    Raises ``OSError``, and ``ValueError`` for a file that is not protobuf. A file that did not change is walked once
+    in a process: 110 million parameters in some thousand nodes take 0.1 s to 0.3 s.
     """
+    stat = graph.stat()
+    return _locations(graph, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
+
+
+@lru_cache(maxsize=256)
+def _locations(graph: Path, stamp: tuple[int, ...]) -> tuple[str, ...]:
     with graph.open("rb") as file:
-        if graph.stat().st_size == 0:
+        if stamp[0] == 0:
             raise ValueError("the file is empty")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return tuple(sorted(_walk(data)))
