@@ -81,7 +81,7 @@ def claim(
         _mark_started(database, connection, found.job_id, owner)
         claimed = _read_claim(connection, found.id, number, owner)
         if lane is not None:
-            lanes.charge(connection, lane, len(claimed.todo))
+            lanes.charge(database, connection, lane, len(claimed.todo))
         return claimed
 
 

@@ -7,8 +7,11 @@ lanes and not with the shards.
 Fair share is start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996), without a queue of arrivals: a tenant's
 claim starts at ``max(vtime, V)`` and ends ``rows / weight`` later, which is its next ``vtime``; the least start goes
 first. V, the virtual time, is the highest start at which anybody was served (``vstart``). Whoever was idle, or was held
-back by ``max_running``, begins at V and so has hoarded nothing. Only a claim that somebody else was waiting for is
-charged: a tenant alone writes no tenant row at all.
+back by ``max_running``, begins at V and so has hoarded nothing. Each queue at each priority has times of its own
+(``tenant_share``): with one V for all of them, those who compete for many cheap rows would carry it past whoever
+competes elsewhere, who would then all start at V, and the longest due of them would go first. Where a claim may choose
+between queues, a tenant counts by how far it is ahead of the first in its own queue. Only a claim that somebody else
+was waiting for is charged: a tenant alone writes nothing at all.
 
 An engine may take minutes to load, and turns that alternate between two models would do little else. So a worker
 stays with an engine that it has just loaded until the loading has paid off (``keep``); what its tenant gets beyond its
@@ -23,6 +26,7 @@ from functools import lru_cache
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
 from storage import tables
 from storage.database import Database, now
@@ -44,7 +48,7 @@ class Lane:
     """A lane with a shard that is due, of a tenant that may have one more running.
 
     ``start`` is where the claim starts in virtual time, ``floor`` the least start of its queue and priority.
-    ``contested``: another tenant waits at the same priority. ``capped``: the tenant has a ``max_running``.
+    ``contested``: another tenant waits there as well. ``capped``: the tenant has a ``max_running``.
     """
 
     queue: str
@@ -106,20 +110,34 @@ def next_of_job(
     return _take(database, connection, capped, *where)
 
 
-def charge(connection: sa.Connection, lane: Lane, rows: int) -> None:
+def charge(database: Database, connection: sa.Connection, lane: Lane, rows: int) -> None:
     """Move the tenant on by the ``rows`` it was given, if others waited. The claim's last statement.
 
     So claimers of one tenant wait for each other's COMMIT at most.
     """
     if not lane.contested:
         return
-    tenant = tables.tenant
+    share, tenant = tables.tenant_share, tables.tenant
+    cost = sa.cast(max(1, rows), sa.Double()) / tenant.c.weight
+    first = sa.select(
+        tenant.c.name,
+        sa.literal(lane.queue, sa.Text()),
+        sa.literal(lane.priority, sa.Integer()),
+        sa.literal(lane.start, sa.Double()) + cost,
+        sa.literal(lane.floor, sa.Double()),
+    ).where(tenant.c.name == lane.tenant)
+    insert = sqlite.insert if database.sqlite else postgresql.insert
+    statement = insert(share).from_select(
+        [share.c.tenant, share.c.queue, share.c.priority, share.c.vtime, share.c.vstart], first
+    )
     connection.execute(
-        tenant.update()
-        .where(tenant.c.name == lane.tenant)
-        .values(
-            vtime=_greatest(tenant.c.vtime, lane.start) + max(1, rows) / tenant.c.weight,
-            vstart=_greatest(tenant.c.vstart, lane.floor),
+        statement.on_conflict_do_update(
+            index_elements=[share.c.queue, share.c.priority, share.c.tenant],
+            set_={
+                "vtime": _greatest(share.c.vtime, lane.start)
+                + sa.select(cost).where(tenant.c.name == lane.tenant).scalar_subquery(),
+                "vstart": _greatest(share.c.vstart, lane.floor),
+            },
         )
     )
 
@@ -205,11 +223,14 @@ def due_lanes(
 
 @lru_cache(maxsize=64)
 def _lanes_query(n_queues: int | None, limited: bool) -> sa.Select[Any]:
-    lane, tenant = _fronts(n_queues), tables.tenant
+    lane, tenant, share = _fronts(n_queues), tables.tenant, tables.tenant_share
     clock = sa.select(now()).scalar_subquery()
-    virtual = sa.select(sa.func.coalesce(sa.func.max(tenant.c.vstart), 0.0)).scalar_subquery()
-    vtime = sa.func.coalesce(tenant.c.vtime, 0.0)
+    stood = sa.select(share.c.queue, share.c.priority, sa.func.max(share.c.vstart).label("vstart"))
+    stands = stood.group_by(share.c.queue, share.c.priority).subquery("virtual")
+    virtual = sa.func.coalesce(stands.c.vstart, 0.0)
+    vtime = sa.func.coalesce(share.c.vtime, 0.0)
     start = sa.case((vtime > virtual, vtime), else_=virtual)
+    same = [lane.c.queue, lane.c.priority]
     rank = sa.case(
         (lane.c.run_after < clock - sa.bindparam("affinity", type_=sa.Double()), 0),
         (lane.c.engine_key.in_(sa.bindparam("warm", expanding=True)), 1),
@@ -220,19 +241,31 @@ def _lanes_query(n_queues: int | None, limited: bool) -> sa.Select[Any]:
         sa.select(
             lane,
             start.label("start"),
-            sa.func.min(start).over(partition_by=lane.c.priority).label("floor"),
+            sa.func.min(start).over(partition_by=same).label("floor"),
             kept.label("kept"),
             rank.label("rank"),
             tenant.c.max_running,
-            sa.func.min(lane.c.tenant).over(partition_by=lane.c.priority).label("first_tenant"),
-            sa.func.max(lane.c.tenant).over(partition_by=lane.c.priority).label("last_tenant"),
+            sa.func.min(lane.c.tenant).over(partition_by=same).label("first_tenant"),
+            sa.func.max(lane.c.tenant).over(partition_by=same).label("last_tenant"),
         )
-        .select_from(lane.outerjoin(tenant, tenant.c.name == lane.c.tenant))
+        .select_from(
+            lane.outerjoin(tenant, tenant.c.name == lane.c.tenant)
+            .outerjoin(
+                share,
+                sa.and_(
+                    share.c.queue == lane.c.queue,
+                    share.c.priority == lane.c.priority,
+                    share.c.tenant == lane.c.tenant,
+                ),
+            )
+            .outerjoin(stands, sa.and_(stands.c.queue == lane.c.queue, stands.c.priority == lane.c.priority))
+        )
         .where(lane.c.run_after <= clock)
         .where(sa.or_(tenant.c.max_running.is_(None), _running(lane.c.tenant) < tenant.c.max_running))
         .subquery("due")
     )
-    order = (due.c.priority.desc(), due.c.kept, due.c.start, due.c.rank, due.c.run_after, due.c.id)
+    ahead = due.c.start - due.c.floor
+    order = (due.c.priority.desc(), due.c.kept, ahead, due.c.rank, due.c.run_after, due.c.id)
     query = sa.select(due).order_by(*order)
     return query.limit(sa.bindparam("front", type_=sa.Integer())) if limited else query
 

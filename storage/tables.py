@@ -49,14 +49,23 @@ tenant = sa.Table(
     sa.Column("max_jobs", sa.Integer),
     sa.Column("rows_per_day", Big),
     sa.Column("tokens_per_day", Big),
-    sa.Column("vtime", sa.Double, nullable=False, server_default="0"),
-    sa.Column("vstart", sa.Double, nullable=False, server_default="0"),
     sa.Column("created_at", Seconds, nullable=False),
     sa.CheckConstraint("weight > 0", name="weight"),
     postgresql_with={"fillfactor": "70"},
 )
-"""``vtime`` is where the tenant's next contested claim starts in virtual time, ``vstart`` where virtual time stood at
-its last one (``storage.lanes``)."""
+
+tenant_share = sa.Table(
+    "tenant_share",
+    metadata,
+    sa.Column("queue", sa.Text, primary_key=True),
+    sa.Column("priority", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("tenant", sa.Text, primary_key=True),
+    sa.Column("vtime", sa.Double, nullable=False),
+    sa.Column("vstart", sa.Double, nullable=False),
+    postgresql_with={"fillfactor": "70"},
+)
+"""``vtime`` is where the tenant's next contested claim in this queue and priority starts in virtual time, ``vstart``
+where virtual time stood there at its last one (``storage.lanes``)."""
 
 tenant_usage = sa.Table(
     "tenant_usage",
@@ -243,6 +252,8 @@ worker = sa.Table(
     sa.Column("host", sa.Text, nullable=False),
     sa.Column("pid", sa.Integer, nullable=False),
     sa.Column("pid_started_at", Seconds, nullable=False),
+    sa.Column("boot_id", sa.Text),
+    sa.Column("start_ticks", Big),
     sa.Column("started_at", Seconds, nullable=False),
     sa.Column("heartbeat_at", Seconds, nullable=False),
     sa.Column("engines", Json, nullable=False, server_default="[]"),
@@ -299,7 +310,7 @@ schedule_fire = sa.Table(
 )
 
 # The files that a fire's job took when it was planned, under the names the user knows (input that is converted has
-# chunks for sources).
+# chunks for sources). done_at: when that job completed for the first time; a retry of it does not take that back.
 schedule_file = sa.Table(
     "schedule_file",
     metadata,
@@ -307,5 +318,6 @@ schedule_file = sa.Table(
     sa.Column("uri", Id, primary_key=True),
     sa.Column("schedule_id", Id, sa.ForeignKey("schedule.id", ondelete="CASCADE"), nullable=False),
     sa.Column("etag", sa.Text, nullable=False),
+    sa.Column("done_at", Seconds),
     sa.Index("ix_schedule_file_schedule_id_uri", "schedule_id", "uri"),
 )

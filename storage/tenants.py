@@ -80,7 +80,11 @@ def remove(database: Database, name: str) -> None:
         live = live_jobs(connection, name)
         if live:
             raise Conflict(f"tenant {name!r} has {live} live jobs; wait for them or cancel them first", field="tenant")
-        for table, column in ((tables.tenant_usage, "tenant"), (tables.tenant, "name")):
+        for table, column in (
+            (tables.tenant_usage, "tenant"),
+            (tables.tenant_share, "tenant"),
+            (tables.tenant, "name"),
+        ):
             connection.execute(table.delete().where(table.c[column] == name))
 
 

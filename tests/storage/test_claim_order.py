@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from storage import claims, jobs, lanes, reaping, shards, tables, tenants
-from storage.database import Database
+from storage.database import Database, now
 from storage.records import Claim
 from storage.states import JobState
 from tests.storage.jobs_in_sql import LEASE, OWNER, expire_lease, output, planned_job, stored
@@ -32,8 +32,15 @@ def order(database: Database, count: int, warm: tuple[str, ...] = ()) -> list[st
 
 def due_since(database: Database, job_id: str, seconds: float) -> None:
     with database.write() as connection:
-        at = sa.select(lanes.now() - seconds).scalar_subquery()
+        at = sa.select(now() - seconds).scalar_subquery()
         connection.execute(tables.shard.update().where(tables.shard.c.job_id == job_id).values(run_after=at))
+
+
+def park(database: Database, names: str, seconds: float = -3600.0) -> None:
+    """Nothing of these tenants is due any more, or all of it again."""
+    with database.write() as connection:
+        at = sa.select(now() - seconds).scalar_subquery()
+        connection.execute(tables.shard.update().where(tables.shard.c.tenant.in_(list(names))).values(run_after=at))
 
 
 def test_tenants_take_turns(database: Database) -> None:
@@ -85,7 +92,53 @@ def test_nobody_is_charged_who_kept_nobody_waiting(database: Database) -> None:
     planned_job(database, tenant="alone", shards=3)
     planned_job(database, tenant="elsewhere", shards=3, queue="onnx")
     order(database, 3)
-    assert {row.name: row.vtime for row in stored(database, "tenant")} == {"alone": 0.0, "elsewhere": 0.0}
+    assert stored(database, "tenant_share") == []
+
+
+@pytest.mark.parametrize("elsewhere", [{"queue": "onnx"}, {"priority": 5}])
+def test_who_competes_elsewhere_has_no_say_here(database: Database, elsewhere: dict[str, Any]) -> None:
+    """Others race for cheap rows in another queue, or at another priority, and carry its virtual time far ahead."""
+    for name in "ab":
+        planned_job(database, tenant=name, shards=20, rows=100_000, **elsewhere)
+    planned_job(database, tenant="long", shards=20)
+    planned_job(database, tenant="short", shards=6)
+
+    def one(queue: str) -> str:
+        claim = claims.claim(database, owner=OWNER, lease_seconds=LEASE, queues=[queue])
+        assert claim is not None
+        return claim.job.tenant
+
+    found = []
+    for _ in range(6):
+        assert {one(elsewhere.get("queue", "fake")) for _ in range(2)} == {"a", "b"}
+        if "priority" in elsewhere:
+            park(database, "ab")
+        found.append(one("fake"))
+        park(database, "ab", 0.0)
+    assert Counter(found) == {"long": 3, "short": 3}
+
+
+def test_between_queues_the_longest_due_goes_first(database: Database) -> None:
+    """However far the virtual time of one queue is ahead of the other's."""
+    for name in "ab":
+        planned_job(database, tenant=name, shards=3, rows=1000, queue="onnx")
+        planned_job(database, tenant=name + name, shards=1, queue="vllm")
+    for _ in range(4):
+        claims.claim(database, owner=OWNER, lease_seconds=LEASE, queues=["onnx"])
+    found = [claims.claim(database, owner=OWNER, lease_seconds=LEASE, queues=["onnx", "vllm"]) for _ in range(4)]
+    assert [claim and claim.job.tenant for claim in found] == ["a", "aa", "b", "bb"]
+
+
+def test_shares_are_kept_when_a_database_is_brought_up_to_date(database: Database) -> None:
+    for name, rows in (("a", 10), ("b", 40)):
+        planned_job(database, tenant=name, shards=4, rows=rows)
+    planned_job(database, tenant="alone", queue="onnx")
+    order(database, 3)
+    before = {row.tenant: (row.vtime, row.vstart) for row in stored(database, "tenant_share")}
+    assert len(before) == 2
+    database.downgrade("0006")
+    database.upgrade()
+    assert {row.tenant: (row.vtime, row.vstart) for row in stored(database, "tenant_share")} == before
 
 
 @settings(
@@ -107,7 +160,7 @@ def test_two_who_both_wait_differ_by_one_shard_each_at_most(
 ) -> None:
     """The fairness theorem of start-time fair queueing, over every stretch in which two tenants both had work ready."""
     with database.write() as connection:
-        for table in (tables.job, tables.tenant):
+        for table in (tables.job, tables.tenant, tables.tenant_share):
             connection.execute(table.delete())
     weight = dict(zip("abc", weights, strict=True))
     for name in "abc":
