@@ -8,7 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from storage import rows, tables
+from storage import fires, rows, tables
 from storage.claims import base_output
 from storage.database import Database, now, unpack
 from storage.errors import LeaseLost
@@ -239,6 +239,8 @@ def complete(database: Database, claimed: Job, target: JobState, *, actor: str, 
         else:
             values |= {"ended_at": now()} if error is None else {"ended_at": now(), "error": error}
             move_job(connection, claimed.id, claimed.state, target, actor, **values)
+            if target is JobState.COMPLETED:
+                fires.take_for_good(connection, claimed.id)
         return rows.job(connection.execute(sa.select(job).where(job.c.id == claimed.id)).one())
 
 

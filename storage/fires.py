@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from storage import failpoints, tables
-from storage.database import Database
+from storage.database import Database, now
 from storage.errors import IllegalTransition
 from storage.records import FireKey
 from storage.states import FireState
@@ -47,3 +47,9 @@ def take(connection: sa.Connection, job_id: str, taken: Taken, chunk: int = 500)
     rows = [{"job_id": job_id, "schedule_id": taken.schedule_id, "uri": uri, "etag": etag} for uri, etag in taken.files]
     for start in range(0, len(rows), chunk):
         connection.execute(tables.schedule_file.insert(), rows[start : start + chunk])
+
+
+def take_for_good(connection: sa.Connection, job_id: str) -> None:
+    """The job has completed: no later fire takes its files, even if it is retried and then ends otherwise."""
+    file = tables.schedule_file
+    connection.execute(file.update().where(file.c.job_id == job_id, file.c.done_at.is_(None)).values(done_at=now()))

@@ -254,19 +254,15 @@ def incremental_of(database: Database, job_id: str) -> str | None:
 
 
 def processed(database: Database, schedule_id: str, uris: Sequence[str]) -> set[tuple[str, str]]:
-    """Those (URI, etag) among the files that a completed job of the schedule has taken."""
+    """Those (URI, etag) among the files that a job of the schedule has taken and completed, whatever it does now."""
     file = tables.schedule_file
     found: set[tuple[str, str]] = set()
     with database.read() as connection:
         for start in range(0, len(uris), _CHUNK):
-            query = (
-                sa.select(file.c.uri, file.c.etag)
-                .join(_job, _job.c.id == file.c.job_id)
-                .where(
-                    file.c.schedule_id == schedule_id,
-                    file.c.uri.in_(uris[start : start + _CHUNK]),
-                    _job.c.state == JobState.COMPLETED,
-                )
+            query = sa.select(file.c.uri, file.c.etag).where(
+                file.c.schedule_id == schedule_id,
+                file.c.uri.in_(uris[start : start + _CHUNK]),
+                file.c.done_at.is_not(None),
             )
             found.update((row.uri, row.etag) for row in connection.execute(query))
     return found

@@ -315,6 +315,25 @@ def test_incremental_takes_the_files_of_a_job_that_did_not_complete_again(house:
     assert local.plan_job(house.runtime, house.job_of(second)).rows_total == 2
 
 
+def test_incremental_leaves_what_was_published_once_to_its_retry(house: House) -> None:
+    """A retry of a completed job computes its own rows again; no other fire does, while it waits or when it ends."""
+    house.write("a.parquet", "a")
+    house.add(incremental=True, overlap="queue")
+    first = house.come_due(1)
+    assert house.run(first) == ["a"]
+    taken = schedules.processed(house.runtime.database, first.schedule_id, [str(house.home / "in" / "a.parquet")])
+    job = house.client.job(str(first.job_id))
+    job.retry(failed_only=False)
+    assert job.status().state is JobState.QUEUED
+    second = house.come_due(2)
+    assert second.state is FireState.PENDING  # it waits for the retry
+    uris = [uri for uri, _ in taken]
+    assert taken and schedules.processed(house.runtime.database, first.schedule_id, uris) == taken
+    assert job.cancel().state is JobState.CANCELLED
+    house.tick()
+    assert house.fire(2).state is FireState.EMPTY
+
+
 def test_incremental_does_not_take_what_is_no_data_for_new(house: House) -> None:
     house.write("a.parquet", "a")
     (house.home / "in" / "readme.txt").write_text("what this folder is")
