@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 
 import psutil
 import uuid_utils
@@ -118,14 +119,40 @@ def start(
 def _this_process() -> Worker:
     host, pid = platform.node(), os.getpid()
     worker_id = f"{host}:{pid}:{uuid_utils.uuid4().hex[:8]}"
-    return Worker(worker_id, host, pid, psutil.Process(pid).create_time(), version=version("rowmill"))
+    boot_id, start_ticks = _started(pid) or (None, None)
+    return Worker(
+        worker_id,
+        host,
+        pid,
+        psutil.Process(pid).create_time(),
+        version=version("rowmill"),
+        boot_id=boot_id,
+        start_ticks=start_ticks,
+    )
 
 
 def is_alive(worker: Worker) -> bool:
     """Whether the process of a worker on this host still runs (and is not a later one with the same pid)."""
     try:
         process = psutil.Process(worker.pid)
-        same = abs(process.create_time() - worker.pid_started_at) < 1.0
-        return same and process.status() != psutil.STATUS_ZOMBIE
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        if worker.boot_id is not None and (started := _started(worker.pid)) is not None:
+            return started == (worker.boot_id, worker.start_ticks)
+        return abs(process.create_time() - worker.pid_started_at) < 1.0
     except psutil.NoSuchProcess:
         return False
+
+
+def _started(pid: int) -> tuple[str, int] | None:
+    """Which boot of this host the process belongs to, and its start in clock ticks since then; ``None`` if unknown.
+
+    psutil gives the wall clock's time of the start, which moves when that clock is set. See proc_pid_stat(5): the name,
+    in parentheses, may hold anything; the start is field 22.
+    """
+    try:
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    return boot_id, int(stat.rpartition(b")")[2].split()[19])

@@ -20,7 +20,9 @@ _LATE_LEASES = 10
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """``pid_started_at`` (Unix seconds, by the worker's host) tells a process from a later one with the same pid.
+    """``boot_id`` and ``start_ticks`` tell a process from a later one with the same pid: the host's boot, and the clock
+    ticks since that boot at which the process started, so that no clock that is set matters. Where the host does not
+    tell them (``None``), ``pid_started_at`` does: Unix seconds, by the worker's host.
 
     ``queues`` are what it takes shards or control work from, ``slots`` the shards it runs at once (0: control work
     only); both are empty for an embedded run. ``lease_seconds``: how long it may be silent.
@@ -35,6 +37,8 @@ class Worker:
     slots: int = 0
     lease_seconds: float = 60.0
     version: str = ""
+    boot_id: str | None = None
+    start_ticks: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,8 @@ def register(database: Database, worker: Worker) -> None:
                 host=worker.host,
                 pid=worker.pid,
                 pid_started_at=worker.pid_started_at,
+                boot_id=worker.boot_id,
+                start_ticks=worker.start_ticks,
                 engines=list(worker.engines),
                 queues=list(worker.queues),
                 slots=worker.slots,
@@ -202,6 +208,8 @@ def _worker(row: sa.Row[Any]) -> Worker:
         slots=row.slots,
         lease_seconds=row.lease_seconds,
         version=row.version,
+        boot_id=row.boot_id,
+        start_ticks=row.start_ticks,
     )
 
 
