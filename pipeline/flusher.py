@@ -140,7 +140,7 @@ class Flusher:
         patiently(lambda: shards.flush(runtime.database, claim, part, tokens=tokens, exceptions=exceptions))
         failpoints.hit("flush.recorded")
         if failed and claim.job.spec.get("max_failed_rows") is not None:
-            shards.stop_if_too_many_failed(runtime.database, claim.job.id, runtime.actor)
+            patiently(lambda: shards.stop_if_too_many_failed(runtime.database, claim.job.id, runtime.actor))
         self.seconds += time.monotonic() - began
         return part
 

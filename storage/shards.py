@@ -333,22 +333,42 @@ def stop_for_failed_rows(
 
 
 def stop_if_too_many_failed(database: Database, job_id: str, actor: str) -> bool:
-    """Wind the job down when the rows failed so far, flushed ones included, exceed ``max_failed_rows``."""
-    shard = tables.shard
+    """Wind the job down if the rows failed so far, flushed ones included, exceed ``max_failed_rows``.
+
+    Only then is the job locked. Safe to repeat.
+    """
+    with database.read() as connection:
+        if not _too_many(failed_so_far(connection, job_id)):
+            return False
     with database.write() as connection:
-        job = locked_job(database, connection, job_id)
-        if job.max_failed_rows is None or job.state != JobState.IN_PROGRESS:
+        locked_job(database, connection, job_id)
+        found = failed_so_far(connection, job_id)
+        if not _too_many(found):
             return False
-        flushed = connection.execute(
-            sa.select(sa.func.coalesce(sa.func.sum(shard.c.n_failed), 0)).where(
-                shard.c.job_id == job_id, shard.c.state != ShardState.COMMITTED
-            )
-        ).scalar_one()
-        failed = job.rows_failed + int(flushed)
-        if failed <= job.max_failed_rows:
-            return False
-        stop_for_failed_rows(connection, job_id, JobState.IN_PROGRESS, actor, failed, job.max_failed_rows)
+        stop_for_failed_rows(connection, job_id, JobState.IN_PROGRESS, actor, found.failed, found.max_failed_rows)
         return True
+
+
+def _too_many(found: sa.Row[Any]) -> bool:
+    allowed = found.max_failed_rows
+    return allowed is not None and found.state == JobState.IN_PROGRESS and found.failed > allowed
+
+
+def failed_so_far(connection: sa.Connection, job_id: str) -> sa.Row[Any]:
+    """The job's ``state`` and ``max_failed_rows``, and how many rows have ``failed`` in its shards up to now.
+
+    One statement, so that a shard that commits meanwhile counts once. It reads the shards that have failed rows and are
+    not committed (``ix_shard_failing``), however many there are besides.
+    """
+    job, shard = tables.job, tables.shard
+    flushed = (
+        sa.select(sa.func.coalesce(sa.func.sum(shard.c.n_failed), 0))
+        .where(shard.c.job_id == job_id, tables.FAILING)
+        .scalar_subquery()
+    )
+    failed = sa.cast(job.c.rows_failed + flushed, sa.BigInteger()).label("failed")  # PostgreSQL sums to a decimal
+    query = sa.select(job.c.state, job.c.max_failed_rows, failed)
+    return connection.execute(query.where(job.c.id == job_id)).one()
 
 
 def locked_job(database: Database, connection: sa.Connection, job_id: str) -> sa.Row[Any]:

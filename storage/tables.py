@@ -143,6 +143,8 @@ source = sa.Table(
 _READY = sa.text("state = 'ready'")
 _RUNNING = sa.text("state = 'running'")
 _PENDING = sa.text("state = 'pending'")
+FAILING = sa.text("shard.state <> 'committed' AND shard.n_failed > 0")
+"""Shards with failed rows that are not in their job's counters yet."""
 
 shard = sa.Table(
     "shard",
@@ -192,6 +194,9 @@ _READY_ORDERS = {
 for _name, _first in _READY_ORDERS.items():
     _order = (*_first, shard.c.run_after, shard.c.id)
     sa.Index(_name, *_order, sqlite_where=_READY, postgresql_where=_READY)
+
+_FAILING = sa.text("state <> 'committed' AND n_failed > 0")
+sa.Index("ix_shard_failing", shard.c.job_id, shard.c.n_failed, sqlite_where=_FAILING, postgresql_where=_FAILING)
 
 attempt = sa.Table(
     "attempt",

@@ -10,6 +10,8 @@ down_revision = "0006"
 branch_labels = None
 depends_on = None
 
+_FAILING = sa.text("state <> 'committed' AND n_failed > 0")
+
 
 def upgrade() -> None:
     op.create_table(
@@ -31,6 +33,9 @@ def upgrade() -> None:
     )
     op.drop_column("tenant", "vtime")
     op.drop_column("tenant", "vstart")
+    op.create_index(
+        "ix_shard_failing", "shard", ["job_id", "n_failed"], sqlite_where=_FAILING, postgresql_where=_FAILING
+    )
     op.add_column("schedule_file", sa.Column("done_at", sa.Double(), nullable=True))
     op.execute(
         "UPDATE schedule_file SET done_at = (SELECT min(event.at) FROM event "
@@ -44,6 +49,7 @@ def downgrade() -> None:
     op.drop_column("worker", "start_ticks")
     op.drop_column("worker", "boot_id")
     op.drop_column("schedule_file", "done_at")
+    op.drop_index("ix_shard_failing", table_name="shard")
     for name in ("vtime", "vstart"):
         op.add_column("tenant", sa.Column(name, sa.Double(), server_default="0", nullable=False))
         op.execute(

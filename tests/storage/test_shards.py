@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from pyroaring import BitMap
 
 from storage import claims, jobs, reaping, shards
@@ -66,6 +68,33 @@ def test_concurrent_claimers_never_share_a_shard(database: Database) -> None:
     while (claim := claims.claim(database, owner="last", lease_seconds=LEASE, job_id=job.id)) is not None:
         found.append(claim.shard.id)
     assert len(found) == len(set(found)) == 40
+
+
+def test_counting_failed_rows_reads_the_shards_that_have_some(database: Database) -> None:
+    job = planned_job(database, shards=1500, rows=2, max_failed_rows=1)
+    claim, done = take(database, job), take(database, job)
+    for held in (claim, done):
+        shards.flush(database, held, part(held, [0], failed=(0,)), tokens={})
+    shards.commit(database, done, output(done), stats={})
+    with database.write() as connection:
+        connection.execute(sa.text("ANALYZE"))
+    steps: list[int] = []
+    with database.write() as connection:
+        raw: Any = connection.connection.driver_connection
+        if database.sqlite:
+            raw.set_progress_handler(lambda: steps.append(1), 1)
+        found = shards.failed_so_far(connection, job.id)
+        if database.sqlite:
+            raw.set_progress_handler(None, 0)
+            read = len(steps) // 10
+        else:
+            query = "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'shard'"
+            read = connection.execute(sa.text(query)).scalar_one()
+    assert (found.failed, found.state) == (2, JobState.IN_PROGRESS)
+    assert read < 50
+    assert shards.stop_if_too_many_failed(database, job.id, "test")
+    assert not shards.stop_if_too_many_failed(database, job.id, "test")
+    assert jobs.get(database, job.id).state is JobState.CANCELLING
 
 
 def test_a_heartbeat_tells_held_from_lost_from_stopping(database: Database) -> None:
