@@ -22,7 +22,7 @@ from storage import failpoints, schedules
 from storage.errors import CommitUnknown, IllegalTransition, RowmillError, TransientError
 from storage.records import Fire, Schedule
 from storage.schedules import Decided
-from storage.states import FireState
+from storage.states import FireState, JobState
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,8 @@ def _may_begin(runtime: Runtime, schedule: Schedule, fire: Fire, times: CronTime
             if item.job_id is None:
                 reason = f"replaced by the fire of {local(times, fire.fire_at)}"
                 schedules.settle(runtime.database, item.key, FireState.SKIPPED, reason)
-            else:
+            # A job that is only being published costs nothing more: it is waited for, its work is not thrown away.
+            elif item.job_state is not JobState.FINALIZING:
                 with suppress(IllegalTransition):  # it has ended meanwhile
                     cancel_job(runtime, item.job_id)
         earlier = schedules.unfinished_before(runtime.database, fire.key)

@@ -14,14 +14,21 @@ from typing import Any
 import psutil
 
 from pipeline.engines import registry
-from pipeline.engines.base import Engine, EngineContext
+from pipeline.engines.base import Cancellation, Engine, EngineContext
 from pipeline.job_spec import Task
 from pipeline.models.model import Model
 
 log = logging.getLogger(__name__)
 
+_LOOK_SECONDS = 0.1
+"""How often a lease that waits looks whether it was cancelled."""
+
 PAID_OFF = 10.0
 """An engine's loading has paid off after so many times as long: then a tenth of the time at most goes into loading."""
+
+
+class LeaseCancelled(Exception):
+    """Whoever asked for the engine does not want it any more. It may still be loading."""
 
 
 @dataclass(eq=False, slots=True)
@@ -85,16 +92,24 @@ class EnginePool:
         self._closed = False
 
     @contextmanager
-    def lease(self, name: str, model: Model, task: Task, options: Mapping[str, Any]) -> Iterator[Engine]:
+    def lease(
+        self,
+        name: str,
+        model: Model,
+        task: Task,
+        options: Mapping[str, Any],
+        cancel: Cancellation | None = None,
+    ) -> Iterator[Engine]:
         """A loaded engine, kept until the block ends. Two threads that ask at once share one load.
 
         The engine may have been made for another task: one that it says shares its instances.
 
         Raises whatever the engine's ``load`` raises (in every thread that waited for it; the next lease tries again),
-        and :class:`~storage.errors.InvalidJob` for an unknown engine.
+        :class:`~storage.errors.InvalidJob` for an unknown engine, and :class:`LeaseCancelled` when ``cancel`` fires
+        before the engine is ready: loading goes on then, for whoever comes next, until the pool is closed.
         """
         key = registry.engine_key(name, model, task, options)
-        entry = self._enter(key, name, model, task, options)
+        entry = self._enter(key, name, model, task, options, cancel)
         try:
             yield entry.engine
         finally:
@@ -144,7 +159,15 @@ class EnginePool:
             doomed = self._taken([entry for entry in self._dying if entry.loaded.is_set()])
         self._end(doomed)
 
-    def _enter(self, key: str, name: str, model: Model, task: Task, options: Mapping[str, Any]) -> _Entry:
+    def _enter(
+        self,
+        key: str,
+        name: str,
+        model: Model,
+        task: Task,
+        options: Mapping[str, Any],
+        cancel: Cancellation | None,
+    ) -> _Entry:
         while True:
             with self._lock:
                 if self._closed:
@@ -157,22 +180,27 @@ class EnginePool:
                     if entry is None:
                         engine = registry.engine_class(name)(model, task, options, self._context)
                         entry = self._entries[key] = _Entry(key, engine, model.name, _size(model))
-                    entry.users += 1
+                    entry.users += 2 if first else 1  # the thread that loads it is a user as well
                     self._clock += 1
                     entry.used = self._clock
                     doomed = self._surplus() if first else []
                     break
-            predecessor.gone.wait()
+            _wait(predecessor.gone, cancel)
         if first:
-            self._end(doomed)
-            self._load(entry)
-        entry.loaded.wait()
+            # Not in this thread: it must be free to hand its shard back when the process has to end.
+            threading.Thread(target=self._load, args=(entry, doomed), name="rowmill-load", daemon=True).start()
+        try:
+            _wait(entry.loaded, cancel)
+        except LeaseCancelled:
+            self._leave(entry)
+            raise
         if entry.failure is not None or self._closed:
             self._leave(entry)
             raise entry.failure or RuntimeError("the engine pool is closed")
         return entry
 
-    def _load(self, entry: _Entry) -> None:
+    def _load(self, entry: _Entry, doomed: list[_Entry]) -> None:
+        self._end(doomed)
         before, began = _resident(), self._now()
         try:
             entry.engine.load()
@@ -184,9 +212,7 @@ class EnginePool:
                 self._condemn(entry)
         finally:
             entry.loaded.set()
-        with self._lock:
-            doomed = self._surplus()  # it may be larger than its files promised
-        self._end(doomed)
+        self._leave(entry)  # where room is made, too: it may be larger than its files promised
 
     def _leave(self, entry: _Entry) -> None:
         worn = bool(getattr(entry.engine, "worn", False))
@@ -234,6 +260,13 @@ class EnginePool:
             with self._lock:
                 self._dying.discard(entry)
             entry.gone.set()
+
+
+def _wait(event: threading.Event, cancel: Cancellation | None) -> None:
+    """Until the event is set, or :class:`LeaseCancelled`."""
+    while not event.wait(None if cancel is None else _LOOK_SECONDS):
+        if cancel is not None and cancel.cancelled:
+            raise LeaseCancelled(cancel.reason)
 
 
 def _resident() -> int:

@@ -19,6 +19,7 @@ from pipeline.engines.base import Cancellation
 from pipeline.runtime import Runtime
 from pipeline.schedule_loop import beat_and_run
 from pipeline.settings import Settings
+from pipeline.worker import Worker
 from storage import jobs, schedules, tables, tenants
 from storage.errors import Conflict, InvalidJob, NotFound, Unreachable
 from storage.records import Fire, Job
@@ -253,6 +254,24 @@ def test_overlap_cancel_previous(house: House) -> None:
     assert local.run_job(house.runtime, house.job_of(first), interrupt=Cancellation()).state is JobState.CANCELLED
     assert house.tick() == [house.fire(3).job_id]
     assert house.run(house.fire(3)) == ["a"]
+
+
+def test_cancel_previous_waits_for_a_job_that_is_only_being_published(house: House) -> None:
+    house.write("a.parquet", "a")
+    house.add(overlap="cancel-previous")
+    first = house.come_due(1)
+    worker = Worker(house.runtime.settings)
+    try:
+        worker.plan()
+        worker.run("fake")
+        assert house.job_of(first).state is JobState.FINALIZING
+        assert house.come_due(2).state is FireState.PENDING
+        assert house.job_of(first).state is JobState.FINALIZING
+        worker.finalize()
+    finally:
+        worker.close()
+    assert house.job_of(first).state is JobState.COMPLETED
+    assert house.tick() == [house.fire(2).job_id]
 
 
 def test_incremental_takes_what_no_completed_fire_has_taken(house: House) -> None:

@@ -13,9 +13,9 @@ import pytest
 
 from pipeline.engines import pool as pool_module
 from pipeline.engines import registry
-from pipeline.engines.base import EngineContext
+from pipeline.engines.base import Cancellation, EngineContext
 from pipeline.engines.fake import FakeEngine
-from pipeline.engines.pool import EnginePool
+from pipeline.engines.pool import EnginePool, LeaseCancelled
 from pipeline.job_spec import Task
 from pipeline.models.model import Model
 from storage.errors import InvalidJob, InvalidModel
@@ -124,6 +124,31 @@ def test_two_threads_that_ask_at_once_share_one_load(log: list[tuple[str, str]])
             entered.acquire()
         go_on.set()
         assert len({id(each.result()) for each in found}) == 1
+    assert log == [("load", "d")]
+
+
+def test_a_lease_that_is_cancelled_leaves_the_load_to_whoever_comes_next(log: list[tuple[str, str]]) -> None:
+    engines, loading, go_on, stop = pool(), threading.Event(), threading.Event(), Cancellation()
+
+    def hold(self: Watched) -> None:
+        loading.set()
+        go_on.wait()
+
+    Watched.on_load = hold
+
+    def work() -> None:
+        with engines.lease("fake", MODEL, Task.GENERATE, {}, stop):
+            pass
+
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(work)
+        loading.wait()
+        stop.cancel("the worker is draining")
+        with pytest.raises(LeaseCancelled, match="draining"):
+            waiting.result(60)
+        go_on.set()
+    with lease(engines):
+        pass
     assert log == [("load", "d")]
 
 
