@@ -19,6 +19,7 @@ from pipeline import assembly, profiling
 from pipeline.bisection import Kind, rounds
 from pipeline.damage import forget_damaged
 from pipeline.engines.base import Cancellation, Engine, ResultBatch, RowBatch, RowFailure
+from pipeline.engines.pool import LeaseCancelled
 from pipeline.flusher import Flusher, patiently
 from pipeline.job_spec import JobSpec
 from pipeline.leases import JOB_STOPPING, LEASE_LOST, LeaseKeeper
@@ -37,7 +38,6 @@ from storage.errors import (
     CommitUnknown,
     CorruptFile,
     EngineDead,
-    EngineMissing,
     InputChanged,
     InvalidJob,
     InvalidModel,
@@ -58,11 +58,16 @@ class _DiedUnderOthers(EngineDead):
     """The engine died while no row of this shard was in it, or was closed on purpose."""
 
 
-def execute(runtime: Runtime, claim: Claim, keeper: LeaseKeeper, interrupt: Cancellation) -> None:
+def execute(
+    runtime: Runtime, claim: Claim, keeper: LeaseKeeper, interrupt: Cancellation, *, others: bool = False
+) -> bool:
     """Take a claimed shard to the end of its attempt, whatever happens: committed, failed, released or cancelled.
 
-    Nothing is raised: every outcome is in the database.
+    Nothing is raised: every outcome is in the database. ``others``: there may be other workers, so what may be wrong
+    with this one alone (``RowmillError.elsewhere``) fails the attempt, and the job only when the shard's budget is
+    spent. Returns whether this worker is fit for such a shard, as far as this attempt can say.
     """
+    fit = True
     failpoints.hit("claim.taken")
     cancel = keeper.hold(claim)
     forget = interrupt.on_cancel(lambda: cancel.cancel(interrupt.reason or "interrupted"))
@@ -76,26 +81,32 @@ def execute(runtime: Runtime, claim: Claim, keeper: LeaseKeeper, interrupt: Canc
         why = str(error)
         log.warning("shard %s goes back, and is not counted as failed: %s", claim.shard.id, why)
         _report(lambda: shards.release(runtime.database, claim, error=why))
-    except Exception as error:
-        # What one worker of a fleet lacks, another may have: that costs one failure, and the next may be elsewhere.
-        elsewhere = isinstance(error, EngineMissing) and bool(runtime.worker.queues)
-        if isinstance(error, (InputChanged, InvalidJob)) and not elsewhere:
-            reason = str(error)
+    except (InputChanged, InvalidJob) as error:
+        fit, reason = not error.elsewhere, str(error)
+        spent = claim.shard.n_fail + 1 >= runtime.settings.max_failures
+        if fit or spent or not others:
             _report(lambda: shards.fail_job(runtime.database, claim, reason))
-            return
+        else:
+            _fail(runtime, claim, reason)
+    except Exception as error:
+        fit = not getattr(error, "elsewhere", False)
         # Not swallowed: it is the attempt's recorded error, and costs one failure of the shard's budget.
         if not isinstance(error, RowmillError):
             log.exception("attempt %d of shard %s failed", claim.attempt_no, claim.shard.id)
         text = str(error) if isinstance(error, RowmillError) else _last_line(error)
-        crash = isinstance(error, _DiedRunning)
-        # A search for a poison row is not a pile-up on something busy: it goes on at once.
-        searching = crash and claim.shard.n_crash + 1 >= shards.CAREFUL_AFTER
-        delay = 0.0 if searching else backoff(claim.shard.n_fail + 1, random.random())  # noqa: S311 - jitter
-        limit = runtime.settings.max_failures
-        _report(lambda: shards.fail(runtime.database, claim, text, delay=delay, max_failures=limit, crash=crash))
+        _fail(runtime, claim, text, crash=isinstance(error, _DiedRunning))
     finally:
         forget()
         keeper.drop(claim)
+    return fit
+
+
+def _fail(runtime: Runtime, claim: Claim, text: str, *, crash: bool = False) -> None:
+    # A search for a poison row is not a pile-up on something busy: it goes on at once.
+    searching = crash and claim.shard.n_crash + 1 >= shards.CAREFUL_AFTER
+    delay = 0.0 if searching else backoff(claim.shard.n_fail + 1, random.random())  # noqa: S311 - jitter
+    limit = runtime.settings.max_failures
+    _report(lambda: shards.fail(runtime.database, claim, text, delay=delay, max_failures=limit, crash=crash))
 
 
 def _report(write: Any) -> None:
@@ -117,18 +128,29 @@ def _attempt(runtime: Runtime, claim: Claim, cancel: Cancellation) -> None:
     if model.digest != plan.model_digest:
         raise InvalidModel(f"{spec.model} changed after the job was planned; submit a new job", field="model")
     began = time.monotonic()
-    with runtime.engines.lease(claim.job.engine, model, spec.task, spec.engine_options) as engine:
-        loading = time.monotonic() - began
-        try:
-            run_shard(runtime, claim, engine, spec, plan, cancel, loading)
-        except EngineDead as error:
-            runtime.engines.discard(engine)
-            match error.blame:
-                case Blame.OWN:
-                    raise _DiedRunning(str(error)) from error
-                case Blame.OTHERS:
-                    raise _DiedUnderOthers(str(error)) from error
-            raise
+    try:
+        with runtime.engines.lease(claim.job.engine, model, spec.task, spec.engine_options, cancel) as engine:
+            loading = time.monotonic() - began
+            try:
+                run_shard(runtime, claim, engine, spec, plan, cancel, loading)
+            except EngineDead as error:
+                runtime.engines.discard(engine)
+                match error.blame:
+                    case Blame.OWN:
+                        raise _DiedRunning(str(error)) from error
+                    case Blame.OTHERS:
+                        raise _DiedUnderOthers(str(error)) from error
+                raise
+    except LeaseCancelled:
+        _stopped(runtime, claim, cancel, {})
+
+
+def _stopped(runtime: Runtime, claim: Claim, cancel: Cancellation, stats: Mapping[str, Any]) -> None:
+    """The attempt was told to stop, and what it had finished is flushed."""
+    if cancel.reason == LEASE_LOST:
+        raise LeaseLost(f"attempt {claim.attempt_no} no longer holds shard {claim.shard.id}")
+    end = shards.cancel if cancel.reason == JOB_STOPPING else shards.release
+    patiently(lambda: end(runtime.database, claim, stats=stats))
 
 
 def run_shard(
@@ -200,8 +222,7 @@ def run_shard(
         profiled = profile.finish()
         stats = {**_stats(profile.engine, measures, flusher), **profiled}
         if ledger.pending and cancel.cancelled:
-            end = shards.cancel if cancel.reason == JOB_STOPPING else shards.release
-            patiently(lambda: end(runtime.database, claim, stats=stats))
+            _stopped(runtime, claim, cancel, stats)
             return
         ledger.close()
         parts = (*claim.parts, *flusher.parts)

@@ -19,6 +19,7 @@ from pipeline.leases import LeaseKeeper
 from pipeline.runtime import Runtime, start
 from pipeline.settings import Settings
 from pipeline.shard import execute
+from pipeline.unfit import Unfit
 from storage import claims, jobs, reports, workers
 from storage.errors import CommitUnknown, IllegalTransition, InvalidJob, LeaseLost, RowmillError, TransientError
 from storage.states import JobState
@@ -53,6 +54,7 @@ class Worker:
         self._draining = threading.Event()
         self._asked_to_drain = False
         self._flush = Cancellation()
+        self._unfit = Unfit()
         self._keeper = LeaseKeeper(
             self.runtime.database,
             worker_id=self.runtime.worker.id,
@@ -81,7 +83,7 @@ class Worker:
 
     def run(self, queue: str) -> None:
         """Claim one shard of ``queue`` and take it to the end of its attempt; then wake whoever comes next."""
-        if self._draining.is_set():
+        if self._draining.is_set() or self._unfit.held_back(queue):
             return
         database, settings = self.runtime.database, self.runtime.settings
         claim = claims.claim(
@@ -94,7 +96,7 @@ class Worker:
         )
         if claim is None:
             return
-        execute(self.runtime, claim, self._keeper, self._flush)
+        self._unfit.note(queue, execute(self.runtime, claim, self._keeper, self._flush, others=True))
         if jobs.get(database, claim.job.id).n_open == 0:
             self.wakeups.finalize()
         self.wakeups.run(queue)

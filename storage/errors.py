@@ -33,9 +33,14 @@ from enum import Enum
 
 
 class RowmillError(Exception):
-    """Base of the tree. ``exit_code`` is what the command line ends with."""
+    """Base of the tree. ``exit_code`` is what the command line ends with.
+
+    ``elsewhere``: another worker may well succeed, because what is wrong may be this one's: an engine or a model that
+    is missing here, a permission, a clock.
+    """
 
     exit_code = 1
+    elsewhere = False
 
 
 class InvalidJob(RowmillError):
@@ -59,9 +64,13 @@ class InvalidInput(InvalidJob):
 class InvalidModel(InvalidJob):
     """The model is not there, is damaged, or cannot do the task."""
 
+    elsewhere = True
+
 
 class EngineMissing(InvalidJob):
     """The engine that the job needs is not installed, or does not run on this machine."""
+
+    elsewhere = True
 
 
 class Conflict(InvalidJob):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from typing import TypeVar
 
 from storage.errors import (
     InputChanged,
@@ -15,6 +16,8 @@ from storage.errors import (
 )
 from storage.locations import protocol
 from storage.transient import chain, response_code, status_of, type_names
+
+E = TypeVar("E", bound=RowmillError)
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
@@ -30,6 +33,7 @@ _NO_CREDENTIALS = frozenset({
 _BAD_CREDENTIALS = frozenset({
     "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "ExpiredTokenException", "InvalidToken",
     "TokenRefreshRequired", "AuthenticationFailed", "AuthorizationFailure", "InvalidAuthenticationInfo",
+    "RequestTimeTooSkewed",
 })  # fmt: skip
 _CLIENTS = frozenset({
     "azure.core.exceptions.AzureError", "gcsfs.retry.HttpError", "google.auth.exceptions.GoogleAuthError",
@@ -48,12 +52,14 @@ def explain(uri: str, error: Exception, *, writing: bool = False) -> RowmillErro
         if isinstance(cause, OSError) and cause.errno in _FULL:
             return StorageFull(f"no space left to write {uri}; free some, then resume the job")
         if _lacks_credentials(cause):
-            return Unreachable(
-                f"{uri}: the object store does not accept our credentials ({_first_line(cause)}); "
-                f"correct storage_options.{protocol(uri)}"
+            return _elsewhere(
+                Unreachable(
+                    f"{uri}: the object store does not accept our credentials ({_first_line(cause)}); "
+                    f"correct storage_options.{protocol(uri)}, or this machine's clock"
+                )
             )
         if status_of(cause) == _FORBIDDEN:
-            return _refusal(uri, f"permission denied ({_first_line(cause)})", writing)
+            return _elsewhere(_refusal(uri, f"permission denied ({_first_line(cause)})", writing))
         if type_names(cause) & _CLIENTS:
             return RowmillError(f"cannot {'write' if writing else 'read'} {uri}: {_first_line(cause)}")
         if "botocore.exceptions.BotoCoreError" in type_names(cause):
@@ -64,7 +70,7 @@ def explain(uri: str, error: Exception, *, writing: bool = False) -> RowmillErro
     if isinstance(error, FileNotFoundError):
         return _refusal(uri, "there is no such bucket or folder" if writing else "it does not exist", writing)
     if isinstance(error, PermissionError) or error.errno in _REFUSED:
-        return _refusal(uri, f"permission denied ({reason})", writing)
+        return _elsewhere(_refusal(uri, f"permission denied ({reason})", writing))
     if isinstance(error, (IsADirectoryError, NotADirectoryError)):
         return _refusal(uri, reason.lower(), writing)
     return RowmillError(f"cannot {'write' if writing else 'read'} {uri}: {reason}")
@@ -81,6 +87,12 @@ def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def _elsewhere(error: E) -> E:
+    """Perhaps this machine's fault alone: its identity, its mounts, its clock."""
+    error.elsewhere = True
+    return error
+
+
 def _refusal(uri: str, reason: str, writing: bool) -> InvalidJob:
     if writing:
         return InvalidJob(f"cannot write {uri}: {reason}", field="output")
@@ -92,7 +104,7 @@ def no_filesystem(uri: str, name: str, error: Exception) -> InvalidJob:
     if isinstance(error, ImportError):
         extra = _EXTRAS.get(name)
         what = f"install rowmill[{extra}]" if extra else f"install the package that fsspec needs for it ({error})"
-        return InvalidJob(f"{uri}: nothing here reads {name}:// URLs; {what}")
+        return _elsewhere(InvalidJob(f"{uri}: nothing here reads {name}:// URLs; {what}"))
     return InvalidJob(f"{uri}: {name}:// is not a kind of URL that fsspec knows")
 
 

@@ -1,0 +1,38 @@
+"""A worker that lacks what a queue's shards need leaves them to the others for a while.
+
+It would else be the first to ask each time, because it fails at once, and spend the budgets of one shard after the
+other. A wake-up that it lets pass is sent again by the next tick.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+HOLD_SECONDS = 5.0
+LONGEST_HOLD_SECONDS = 60.0
+
+
+class Unfit:
+    """Per queue: twice as long after each failure in a row that was this worker's own; forgotten after a success."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._lock = threading.Lock()
+        self._queues: dict[str, tuple[float, float]] = {}
+
+    def note(self, queue: str, fit: bool) -> None:
+        """An attempt has ended: ``fit`` unless what failed may be this worker alone."""
+        with self._lock:
+            if fit:
+                self._queues.pop(queue, None)
+                return
+            last, _ = self._queues.get(queue, (HOLD_SECONDS / 2, 0.0))
+            hold = min(2 * last, LONGEST_HOLD_SECONDS)
+            self._queues[queue] = hold, self._now() + hold
+
+    def held_back(self, queue: str) -> bool:
+        """Whether nothing is to be claimed from the queue yet."""
+        with self._lock:
+            return queue in self._queues and self._now() < self._queues[queue][1]
