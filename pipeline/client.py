@@ -234,7 +234,8 @@ class JobHandle:
         if job.state is JobState.VALIDATING:
             self._client._wakeups.plan()
         else:
-            self._client._wakeups.run(job.queue, job.n_open)
+            free = workers.free_slots(self._runtime.database, job.queue)
+            self._client._wakeups.run(job.queue, min(job.n_open, free))
         return self.status()
 
     def resume(
