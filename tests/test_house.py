@@ -181,7 +181,7 @@ def test_compose_file_holds_together() -> None:
         for variable in service.get("environment", {}):
             if variable.startswith("ROWMILL_"):
                 assert variable.removeprefix("ROWMILL_").lower() in Settings.model_fields, f"{name}: {variable}"
-    asked = set(re.findall(r"\$\{(\w+):\?", text))
+    asked = set(re.findall(r"\$\{(\w+):(?:\?|-\d)", text))
     given = set(re.findall(r"^(\w+)=", (ROOT / "deploy/example.env").read_text(), re.MULTILINE))
     assert asked == given
 

@@ -17,7 +17,7 @@ def submit(invocation: Invocation, fields: dict[str, Any]) -> None:
     The input is read by a worker; a broker that is away delays the job and loses nothing. Without a broker at all the
     job waits for 'rowmill job wait' or 'rowmill job resume'.
 
-    Example: rowmill job submit s3://in/*.parquet -o s3://out/1 -m /models/llama -t generate -p "Say: {text}"
+    Example: rowmill job submit 's3://in/*.parquet' -o s3://out/1 -m /models/llama -t generate -p "Say: {text}"
     """
     with invocation.client() as client:
         handle = client.submit(start=False, **fields)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ PODS = {m["metadata"]["name"]: m["spec"]["template"]["spec"] for m in MANIFESTS 
 def _commands() -> list[tuple[str, list[str]]]:
     found = [(f"compose {name}", s["command"]) for name, s in COMPOSE.items() if "rowmill" in s.get("image", "")]
     found += [(f"compose {n}, health", s["healthcheck"]["test"][1:]) for n, s in COMPOSE.items() if "worker" in n]
+    how_to = (ROOT / "docs/how-to/deploy.md").read_text()
+    for line in re.findall(r"^(?:docker compose exec control )?(rowmill [^#\n…]*)", how_to, re.MULTILINE):
+        found.append((f"deploy.md {line}", shlex.split(line)))
     for name, pod in PODS.items():
         container = pod["containers"][0]
         found.append((f"kubernetes {name}", container["command"]))
@@ -51,8 +55,28 @@ def _parsed(words: list[str]) -> dict[str, Any]:
 def test_our_command_line_takes_the_command(where: str, words: list[str]) -> None:
     options = _parsed(words)
     if words[1:3] == ["worker", "start"]:
-        named = set((options["engines"] or "").split(",")) - {"none"}
+        named = set((options["engines"] or "none").split(",")) - {"none"}
         assert named <= set(registry.names())
+
+
+def test_no_two_workers_share_a_gpu() -> None:
+    ids = []
+    for service in COMPOSE.values():
+        devices = service.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
+        ids += [number for device in devices for number in device["device_ids"]]
+    assert len(ids) == len(set(ids)) == 2
+    variables = dict(line.split("=") for line in _env_lines())
+    assert len({variables[re.findall(r"\w+", number)[0]] for number in ids}) == 2, "nor by deploy/example.env"
+
+
+def _env_lines() -> list[str]:
+    return [line for line in (ROOT / "deploy/example.env").read_text().splitlines() if "=" in line and line[0] != "#"]
+
+
+def test_the_images_for_onnx_prepare_images_and_export_models() -> None:
+    for name in ("control", "onnx-worker", "onnx-gpu-worker"):
+        extras = set(COMPOSE[name]["build"]["args"]["EXTRAS"].split(","))
+        assert {"images", "export"} <= extras, name
 
 
 def test_there_are_workers_for_every_queue() -> None:
