@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import platform
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib import metadata
 from typing import Any
@@ -23,10 +22,11 @@ from pipeline.job_spec import JobSpec
 from pipeline.outputs import chunks_are_gone, earlier_parts, is_free
 from pipeline.plan_record import PlanRecord
 from pipeline.publish_shard import assemble_partial, publish_shard
+from pipeline.renewals import renewals
 from pipeline.result_columns import known_fields
 from pipeline.runtime import Runtime
 from storage import failpoints, finalizing, garbage, input_rows, locations, parquet, reports
-from storage.errors import CorruptFile, LeaseLost, RowmillError
+from storage.errors import CorruptFile, LeaseLost
 from storage.finalizing import Lost
 from storage.records import Job
 from storage.states import TERMINAL_JOB, JobState
@@ -204,27 +204,10 @@ def _remove_stale(runtime: Runtime, output: str, names: set[str]) -> None:
     runtime.store.delete([item.uri for item in there if item.uri not in names])
 
 
-@contextmanager
-def _renewals(runtime: Runtime, job: Job) -> Iterator[None]:
+def _renewals(runtime: Runtime, job: Job) -> AbstractContextManager[None]:
     """Keep the lease, however long one step takes. That it was lost is found at the next check of the steps' own."""
-    over = threading.Event()
-
-    def renew() -> None:
-        while not over.wait(runtime.settings.lease_seconds / 3):
-            try:
-                _renew(runtime, job)
-            except LeaseLost:
-                return
-            except RowmillError as error:
-                log.warning("the finalizer's lease could not be renewed, trying again: %s", error)
-
-    thread = threading.Thread(target=renew, name="rowmill-finalize-lease", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    seconds = runtime.settings.lease_seconds
+    return renewals(lambda: _renew(runtime, job), lease_seconds=seconds, whose=f"the finalizer of job {job.id}")
 
 
 def _renew(runtime: Runtime, job: Job) -> None:

@@ -197,13 +197,13 @@ def _differences(live: Job, spec: JobSpec) -> str:
     return ", ".join(names) or "an older version"
 
 
-def plan_job(runtime: Runtime, job: Job, interrupt: Cancellation | None = None) -> Job:
+def plan_job(runtime: Runtime, job: Job, interrupt: Cancellation | None = None, *, owner: str | None = None) -> Job:
     """Read the input's footers, check that the work can be done, and store the shards.
 
     The job of an incremental schedule takes only the files that no completed fire has taken as they are now; which
     these are is fixed here. Raises :class:`InvalidJob` after recording the job as failed with that reason. Where rows
     are to be regrouped, raises :class:`LeaseLost` when another planner is at it, and :class:`Interrupted` when
-    ``interrupt`` fires: the job can then be planned again.
+    ``interrupt`` fires: the job can then be planned again. ``owner`` is who holds the planner's lease already.
     """
     spec = JobSpec(**job.spec)
     schedule_id = schedules.incremental_of(runtime.database, job.id)
@@ -212,7 +212,7 @@ def plan_job(runtime: Runtime, job: Job, interrupt: Cancellation | None = None) 
         model = resolve(spec.model, runtime.settings.cache_dir)
         prepared = _prepare(runtime, job.id, spec, job.engine, model, done)
         if (limits := _limits_if_regrouped(runtime, spec, prepared.found)) is not None:
-            prepared = _regrouped(runtime, job, spec, prepared, limits, interrupt)
+            prepared = _regrouped(runtime, job, spec, prepared, limits, interrupt, owner)
     except InvalidJob as error:
         _refuse(runtime, job.id, spec, error)
         raise
@@ -256,10 +256,11 @@ def _regrouped(
     prepared: _Prepared,
     limits: regrouping.Limits,
     interrupt: Cancellation | None,
+    owner: str | None,
 ) -> _Prepared:
     record, found, settings = prepared.record, prepared.found, runtime.settings
     # Of its own, not the worker's: two threads of one worker may plan.
-    owner = f"{runtime.worker.id}#{secrets.token_hex(4)}"
+    owner = owner or f"{runtime.worker.id}#{secrets.token_hex(4)}"
     lease, renew_at = settings.lease_seconds, 0.0
 
     def going_on() -> None:
@@ -310,7 +311,12 @@ def _store_plan(runtime: Runtime, job: Job, spec: JobSpec, prepared: _Prepared, 
         raise
 
 
-def _refuse(runtime: Runtime, job_id: str, spec: JobSpec, error: InvalidJob) -> None:
+def refuse_job(runtime: Runtime, job: Job, error: RowmillError) -> None:
+    """End a job that waits for its plan, for this reason. Raises :class:`IllegalTransition` when it waits no more."""
+    _refuse(runtime, job.id, JobSpec(**job.spec), error)
+
+
+def _refuse(runtime: Runtime, job_id: str, spec: JobSpec, error: RowmillError) -> None:
     jobs.refuse(runtime.database, job_id, str(error), actor=runtime.actor)
     runtime.store.delete_tree(locations.work_dir(spec.output, job_id))
 

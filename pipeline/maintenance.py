@@ -1,17 +1,48 @@
-"""What has to happen now and then, whoever does it: take back lost shards, wind down expired jobs, delete garbage, and
-fire schedules."""
+"""What has to happen now and then, whoever does it: take back lost shards, wind down expired jobs, fire schedules, and
+delete garbage.
+
+The steps of a round stand apart: one that fails is logged and holds up no other.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 from pipeline import result_cache
 from pipeline.runtime import Runtime, is_alive
 from pipeline.schedule_firing import fire_schedules
 from storage import failpoints, garbage, jobs, planners, reaping, workers
-from storage.errors import IllegalTransition
+from storage.errors import IllegalTransition, Interrupted, RowmillError
+from storage.garbage import Garbage
 from storage.reaping import Reaped
 from storage.states import JobState
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+GARBAGE_SECONDS = 10.0
+"""How long one round deletes at most, to within one call of the object store; the rest waits for the next."""
+_FILES_AT_ONCE = 200
+
+
+def apart(step: Callable[..., T], *arguments: object) -> T | None:
+    """The result of one step of a round; ``None``, and a line in the log, when it fails.
+
+    What ends a process (``KeyboardInterrupt`` and its kin, :class:`Interrupted`) goes through.
+    """
+    try:
+        return step(*arguments)
+    except Interrupted:
+        raise
+    except RowmillError as error:
+        log.warning("a step of the tick failed, the next round tries again: %s", error)
+    except Exception:
+        log.exception("a step of the tick failed, the next round tries again")
+    return None
 
 
 def reap(runtime: Runtime) -> Reaped:
@@ -54,18 +85,38 @@ def wind_down(runtime: Runtime) -> None:
             pass
 
 
-def collect_garbage(runtime: Runtime) -> int:
-    """Delete what is due in the garbage queue; returns how many locations."""
+def collect_garbage(runtime: Runtime, *, budget: float = GARBAGE_SECONDS) -> int:
+    """Delete what is due in the garbage queue, for ``budget`` seconds at most; returns how many locations.
+
+    A location that cannot be deleted is logged and left for later, longer each time: it may never come back, and must
+    not stand before the others.
+    """
+    end = time.monotonic() + budget
     deleted = 0
     for item in garbage.due(runtime.database):
-        # Listed before it is given up: from then on a retry may begin, whose attempts write below the same place.
-        files = runtime.store.list_tree(item.uri)
-        if garbage.give_up(runtime.database, item):
-            failpoints.hit("garbage.given_up")
-            runtime.store.delete_tree(item.uri, files)
-            garbage.forget(runtime.database, item)
-            deleted += 1
+        if time.monotonic() >= end:
+            break
+        try:
+            deleted += _collect(runtime, item, end)
+        except Exception as error:
+            delay = garbage.postpone(runtime.database, item)
+            log.warning("%s could not be deleted, trying again in %.0f s: %s", item.uri, delay, error)
     return deleted
+
+
+def _collect(runtime: Runtime, item: Garbage, end: float) -> bool:
+    """Whether all of it is gone. What is left when the time is over is found again by the next round."""
+    # Listed before it is given up: from then on a retry may begin, whose attempts write below the same place.
+    files = runtime.store.list_tree(item.uri)
+    if not garbage.give_up(runtime.database, item):
+        return False
+    failpoints.hit("garbage.given_up")
+    for at in range(0, max(len(files), 1), _FILES_AT_ONCE):
+        if at and time.monotonic() >= end:
+            return False
+        runtime.store.delete_tree(item.uri, files[at : at + _FILES_AT_ONCE])
+    garbage.forget(runtime.database, item)
+    return True
 
 
 def collect_results(runtime: Runtime) -> tuple[int, int]:
@@ -81,14 +132,25 @@ def collect_results(runtime: Runtime) -> tuple[int, int]:
 
 
 def tend(runtime: Runtime) -> None:
-    """One round of everything above."""
-    reap(runtime)
-    expire(runtime)
-    wind_down(runtime)
-    collect_garbage(runtime)
+    """One round, but for the schedules."""
+    _look_after_shards(runtime)
+    apart(collect_garbage, runtime)
+
+
+def urgent(runtime: Runtime) -> list[str]:
+    """One round, schedules included and garbage not; returns the submitted jobs."""
+    _look_after_shards(runtime)
+    return apart(fire_schedules, runtime) or []
 
 
 def tick(runtime: Runtime) -> list[str]:
-    """One round, schedules included, for whoever sees to it that their jobs are run; returns the submitted jobs."""
-    tend(runtime)
-    return fire_schedules(runtime)
+    """One round, for whoever sees to it that their jobs are run; returns the submitted jobs."""
+    submitted = urgent(runtime)
+    apart(collect_garbage, runtime)
+    return submitted
+
+
+def _look_after_shards(runtime: Runtime) -> None:
+    apart(reap, runtime)
+    apart(expire, runtime)
+    apart(wind_down, runtime)

@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 def wake_workers(settings: Settings, interrupt: Cancellation) -> None:
     """Have a worker tick every ``tick_seconds``, until ``interrupt`` fires; nothing is remembered from one to the next.
 
-    A tick that nobody takes within that time is dropped. A broker that does not answer is asked again at the next.
+    A broker that does not answer is asked again at the next.
     """
     wakeups = Wakeups(settings.broker_url)
     while not interrupt.cancelled:
-        wakeups.tick(expires=settings.tick_seconds)
+        wakeups.tick()
         interrupt.wait(settings.tick_seconds)
 
 

@@ -11,23 +11,25 @@ import threading
 from collections.abc import Callable, Collection
 from contextlib import suppress
 
-from pipeline import maintenance
+from pipeline import maintenance, planner
 from pipeline.engines.base import Cancellation
 from pipeline.finalize import finalize_job
-from pipeline.job import plan_job
+from pipeline.gate import Gate
 from pipeline.leases import LeaseKeeper
 from pipeline.runtime import Runtime, start
 from pipeline.settings import Settings
 from pipeline.shard import execute
 from pipeline.unfit import Unfit
-from storage import claims, jobs, reports, workers
-from storage.errors import CommitUnknown, IllegalTransition, InvalidJob, LeaseLost, RowmillError, TransientError
-from storage.states import JobState
+from storage import claims, jobs, reports, ticks, workers
+from storage.errors import CommitUnknown, RowmillError, TransientError
 from storage.wakeups import CONTROL_QUEUE, Wakeups
 
 log = logging.getLogger(__name__)
 
 DRAINING = "the worker is draining"
+PLANNERS = 2
+PUBLISHERS = 2
+"""How many of a process's threads plan, and publish, at most: a long conversion or copy leaves the others free."""
 HEARTBEAT_SECONDS = 10.0
 """A third of the lease at most. A cancel, and a drain that somebody asks for, are noticed this late."""
 
@@ -55,6 +57,7 @@ class Worker:
         self._asked_to_drain = False
         self._flush = Cancellation()
         self._unfit = Unfit()
+        self._planning, self._publishing, self._ticking = Gate(PLANNERS), Gate(PUBLISHERS), Gate(1)
         self._keeper = LeaseKeeper(
             self.runtime.database,
             worker_id=self.runtime.worker.id,
@@ -67,15 +70,11 @@ class Worker:
 
     def plan(self) -> None:
         """Plan every job that waits for it, and wake workers for its shards."""
+        self._planning.run(self._plan)
+
+    def _plan(self) -> None:
         database = self.runtime.database
-        for job in jobs.listed(database, state=JobState.VALIDATING, limit=100):
-            try:
-                planned = plan_job(self.runtime, job)
-            except InvalidJob as error:
-                log.warning("job %s was refused: %s", job.id, error)
-                continue
-            except (IllegalTransition, LeaseLost):
-                continue  # another worker has planned it, or is at it, or it was cancelled
+        for planned in planner.plan_waiting(self.runtime, self._draining.is_set, self._flush):
             if planned.n_open:
                 self.wakeups.run(planned.queue, min(planned.n_open, workers.free_slots(database, planned.queue)))
             else:
@@ -103,7 +102,10 @@ class Worker:
 
     def finalize(self) -> None:
         """Publish every job whose shards have all ended."""
-        while True:
+        self._publishing.run(self._finalize)
+
+    def _finalize(self) -> None:
+        while not self._draining.is_set():
             try:
                 if finalize_job(self.runtime) is None:
                     return
@@ -112,13 +114,23 @@ class Worker:
                 return
 
     def tick(self) -> None:
-        """Maintenance, and a wake-up for everything that waits: lost messages are made good here."""
-        maintenance.tick(self.runtime)
-        database = self.runtime.database
-        workers.forget_silent(database)
-        self.wake()
-        self.wakeups.plan()
-        self.wakeups.finalize()
+        """Maintenance, and a wake-up for everything that waits: lost messages are made good here.
+
+        Nothing, when a round began less than half of ``tick_seconds`` ago, here or elsewhere: beats may be several,
+        and wake-ups that nobody took pile up.
+        """
+        self._ticking.run(self._tick)
+
+    def _tick(self) -> None:
+        runtime, apart = self.runtime, maintenance.apart
+        if not ticks.take(runtime.database, every=runtime.settings.tick_seconds / 2):
+            return
+        maintenance.urgent(runtime)
+        apart(workers.forget_silent, runtime.database)
+        apart(self.wake)
+        apart(self.wakeups.plan)
+        apart(self.wakeups.finalize)
+        apart(maintenance.collect_garbage, runtime)
 
     def wake(self, queues: Collection[str] | None = None) -> None:
         """Wake workers for the shards that are ready, on all queues or on some: no more than they have free slots."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 POINTS = {
+    "plan.claimed": "a planner of a fleet has its lease; nothing was read yet",
     "plan.prepared": "the input was read; neither the job nor its shards are stored yet",
     "plan.sampled": "regrouping by prefix: it is decided where to cut; nothing was copied",
     "plan.spilled": "regrouping by prefix: every row lies in the temporary file; no chunk is written",

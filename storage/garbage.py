@@ -12,14 +12,22 @@ from storage.database import Database, now
 from storage.records import OUTPUT_SEQ
 from storage.states import TERMINAL_JOB, ShardState
 
+FIRST_DELAY_SECONDS = 60.0
+LONGEST_DELAY_SECONDS = 24 * 3600.0
+"""How long an entry that could not be deleted waits for the next try: at first, and at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """Everything below ``uri`` may go from ``not_before`` on (Unix seconds); it was made for ``job_id``."""
+    """Everything below ``uri`` may go from ``not_before`` on (Unix seconds); it was made for ``job_id``.
+
+    ``n_fail`` counts the times that it could not be deleted.
+    """
 
     uri: str
     job_id: str
     not_before: float
+    n_fail: int = 0
 
 
 def enqueue(database: Database, job_id: str, uri: str, *, delay: float) -> None:
@@ -35,7 +43,7 @@ def due(database: Database, *, limit: int = 100) -> list[Garbage]:
     table = tables.gc_queue
     query = sa.select(table).where(table.c.not_before <= now()).order_by(table.c.not_before).limit(limit)
     with database.read() as connection:
-        return [Garbage(row.uri, row.job_id, row.not_before) for row in connection.execute(query)]
+        return [Garbage(row.uri, row.job_id, row.not_before, row.n_fail) for row in connection.execute(query)]
 
 
 def give_up(database: Database, item: Garbage) -> bool:
@@ -76,3 +84,16 @@ def forget(database: Database, item: Garbage) -> None:
     table = tables.gc_queue
     with database.write() as connection:
         connection.execute(table.delete().where(table.c.uri == item.uri, table.c.not_before == item.not_before))
+
+
+def postpone(database: Database, item: Garbage) -> float:
+    """Leave an entry that could not be deleted for later, each time twice as long; returns the seconds."""
+    table = tables.gc_queue
+    delay = float(min(FIRST_DELAY_SECONDS * 2 ** min(item.n_fail, 30), LONGEST_DELAY_SECONDS))
+    with database.write() as connection:
+        connection.execute(
+            table.update()
+            .where(table.c.uri == item.uri, table.c.not_before == item.not_before)
+            .values(not_before=now() + delay, n_fail=item.n_fail + 1)
+        )
+    return delay

@@ -192,6 +192,7 @@ def set_planned(
             JobState.QUEUED,
             actor,
             plan=dict(plan),
+            error=None,  # why an earlier try at planning it had to wait
             n_shards=n_shards,
             n_open=n_shards,
             rows_total=rows_total,
@@ -232,6 +233,8 @@ def refuse(database: Database, job_id: str, error: str, *, actor: str) -> None:
             JobState.FAILED,
             actor,
             error=error,
+            finalize_owner=None,
+            finalize_until=None,
             ended_at=now(),
             data={"error": error},
         )

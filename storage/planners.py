@@ -1,4 +1,4 @@
-"""One planner at a time where planning takes long: a lease on a job that is not planned yet.
+"""One planner at a time: a lease on a job that is not planned yet.
 
 It only saves work. Two planners of one job do no harm: what they write is the same, and the first one's plan counts.
 Until a job is planned nobody publishes it, so the lease lies in the columns of the finalizer's.
@@ -10,10 +10,42 @@ from collections.abc import Collection
 
 import sqlalchemy as sa
 
-from storage import tables
+from storage import rows, tables
 from storage.database import Database, now
 from storage.errors import IllegalTransition, LeaseLost
+from storage.records import Job
 from storage.states import JobState
+
+
+def claim(database: Database, *, owner: str, lease_seconds: float) -> Job | None:
+    """Take the lease on a job that waits for its plan; ``None`` when there is none to take.
+
+    Those that nobody has tried yet come first, the oldest of them before the others.
+    """
+    job = tables.job
+    free = sa.or_(job.c.finalize_until.is_(None), job.c.finalize_until < now())
+    query = sa.select(job).where(job.c.state == JobState.VALIDATING, free)
+    query = query.order_by(job.c.finalize_until.asc().nulls_first(), job.c.id).limit(1)
+    with database.write() as connection:
+        found = connection.execute(database.locked(query, skip=True)).first()
+        if found is None:
+            return None
+        connection.execute(
+            job.update().where(job.c.id == found.id).values(finalize_owner=owner, finalize_until=now() + lease_seconds)
+        )
+        return rows.job(found)
+
+
+def postpone(database: Database, job_id: str, *, owner: str, error: str, delay: float) -> None:
+    """Give the job back: it is tried again in ``delay`` seconds, and says until then what was in the way."""
+    job = tables.job
+    mine = sa.or_(job.c.finalize_owner == owner, job.c.finalize_owner.is_(None))
+    with database.write() as connection:
+        connection.execute(
+            job.update()
+            .where(job.c.id == job_id, job.c.state == JobState.VALIDATING, mine)
+            .values(finalize_owner=None, finalize_until=now() + delay, error=error)
+        )
 
 
 def hold(database: Database, job_id: str, *, owner: str, lease_seconds: float) -> None:

@@ -276,6 +276,15 @@ gc_queue = sa.Table(
     sa.Column("uri", sa.Text, primary_key=True),
     sa.Column("job_id", Id, sa.ForeignKey("job.id", ondelete="CASCADE"), nullable=False, index=True),
     sa.Column("not_before", Seconds, nullable=False),
+    sa.Column("n_fail", sa.Integer, nullable=False, server_default="0"),
+)
+
+# One row: when the last round of maintenance began.
+tick = sa.Table(
+    "tick",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("at", Seconds, nullable=False),
 )
 
 schedule = sa.Table(

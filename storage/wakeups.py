@@ -50,9 +50,13 @@ class Wakeups:
         """A job may wait to be published."""
         self._send(FINALIZE, CONTROL_QUEUE, 1)
 
-    def tick(self, *, expires: float) -> None:
-        """It is time for a round of maintenance; worth nothing any more after ``expires`` seconds."""
-        self._send(TICK, CONTROL_QUEUE, 1, expires=expires)
+    def tick(self) -> None:
+        """It is time for a round of maintenance.
+
+        It does not expire: Celery would compare this machine's clock with the worker's. Those that pile up cost a
+        statement each (``storage.ticks``).
+        """
+        self._send(TICK, CONTROL_QUEUE, 1)
 
     def check(self) -> None:
         """Whether the broker answers.
@@ -72,7 +76,7 @@ class Wakeups:
         except (KeyError, ImportError, ValueError) as error:
             raise InvalidSettings(f"not a broker that can be used: {error}", field="broker_url") from error
 
-    def _send(self, name: str, queue: str, count: int, *, expires: float | None = None) -> None:
+    def _send(self, name: str, queue: str, count: int) -> None:
         if self._app is None:
             return
         from kombu.exceptions import OperationalError
@@ -80,7 +84,7 @@ class Wakeups:
         args = [queue] if name == RUN else []
         try:
             for _ in range(count):
-                self._app.send_task(name, args=args, queue=queue, retry=False, expires=expires)
+                self._app.send_task(name, args=args, queue=queue, retry=False)
         except (OperationalError, OSError) as error:
             log.warning("the broker does not answer; nothing is lost, the next tick will wake the workers: %s", error)
 

@@ -43,9 +43,8 @@ app.conf.update(
     worker_redirect_stdouts=False,
     broker_connection_retry_on_startup=True,
     timezone="UTC",
-    beat_schedule={
-        "tick": {"task": TICK, "schedule": settings.tick_seconds, "options": {"expires": settings.tick_seconds}}
-    },
+    # Without ``expires``, which would compare beat's clock with the worker's (``storage.ticks`` drops what piles up).
+    beat_schedule={"tick": {"task": TICK, "schedule": settings.tick_seconds}},
 )
 
 _NOHUP = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -65,7 +66,7 @@ def gc(invocation: Invocation) -> None:
     from pipeline import maintenance
 
     with _runtime(invocation) as runtime:
-        deleted = maintenance.collect_garbage(runtime)
+        deleted = maintenance.collect_garbage(runtime, budget=math.inf)
         files, n_bytes = maintenance.collect_results(runtime)
     if invocation.as_json:
         output.emit_json({"deleted": deleted, "result_cache": {"files": files, "bytes": n_bytes}})
