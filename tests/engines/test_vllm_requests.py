@@ -10,7 +10,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +22,7 @@ from pipeline.engines.vllm_gauges import Gauges
 from pipeline.engines.vllm_once import Once
 from pipeline.engines.vllm_prompts import Prompt
 from pipeline.engines.vllm_requests import LOGPROB_BYTES, Finished, Requests, Waiting
+from pipeline.engines.vllm_room import MediaRoom
 from pipeline.engines.vllm_window import Window
 from pipeline.ordering import Backlog, Lengths
 from storage.errors import Blame, EngineDead
@@ -35,7 +36,6 @@ class Scripted:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        self.making = ThreadPoolExecutor(1)
         self.llm = self
         self.dead = False
         self.inside = 0
@@ -92,7 +92,6 @@ class Scripted:
 
     def close(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self.making.shutdown()
 
 
 @pytest.fixture
@@ -115,6 +114,7 @@ class Call:
             waiting=Waiting(rows, 2**20),
             lengths=Lengths(16),
             once=Once() if once else None,
+            room=MediaRoom(2**20, lambda made: 1),
         )
         self._thread = threading.Thread(target=self.requests.feed)
 
