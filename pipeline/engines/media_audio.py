@@ -71,6 +71,8 @@ def _decoded(container: Any, limits: MediaLimits) -> Sound:
     parts: list[Samples] = []
     count = 0
     for frame in _frames(container, stream):
+        if frame is not None and frame.sample_rate != rate:
+            raise _broken(f"its sampling rate changes from {rate} to {frame.sample_rate} Hz")
         for part in convert.resample(frame):
             parts.append(part.to_ndarray().mean(axis=0, dtype=np.float32))
             count += len(parts[-1])

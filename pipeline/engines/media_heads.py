@@ -11,9 +11,9 @@ VIDEOS: Mapping[str, Callable[[bytes], bool]] = {
     AVI: lambda head: head[:4] == b"RIFF" and head[8:12] == b"AVI ",
     "MPEG": lambda head: head[:4] in (b"\x00\x00\x01\xba", b"\x00\x00\x01\xb3"),
     "MPEG-TS": lambda head: head[:1] == b"\x47" and head[188:189] == b"\x47",
-    "FLV": lambda head: head[:3] == b"FLV",
-    "Ogg": lambda head: head[:4] == b"OggS",
-    "GIF": lambda head: head[:4] == b"GIF8",
+    "FLV": lambda head: head[:4] == b"FLV\x01",
+    "Ogg": lambda head: head[:5] == b"OggS\x00",
+    "GIF": lambda head: head[:6] in (b"GIF87a", b"GIF89a"),
 }
 """Containers of videos that are opened, and their marks."""
 _UNKNOWN = 2**31 - 2**16

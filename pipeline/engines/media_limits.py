@@ -1,4 +1,4 @@
-"""How long and how large one sound or video of a row may be."""
+"""How long and how large the media of a row may be."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MEDIA_BYTES = 2**30
 
 @dataclass(frozen=True, slots=True)
 class MediaLimits:
-    """``media_bytes``: of one sound or video, decoded. What is beyond a limit is the row error ``media_too_long``."""
+    """``media_bytes``: of all that a row has, decoded. What is beyond a limit is the row error ``media_too_long``."""
 
     audio_seconds: float = AUDIO_SECONDS
     video_seconds: float = VIDEO_SECONDS
@@ -52,6 +52,12 @@ class MediaLimits:
             message = f"the video gives {frames} frames; at most {self.video_frames} (max_video_frames)"
             raise RowError(RowErrorCode.MEDIA_TOO_LONG, message)
         self._check_bytes(n_bytes)
+
+    def check_row(self, n_bytes: int) -> None:
+        """Raise :class:`RowError` if all images, sounds and videos of a row, decoded, are beyond the limit."""
+        if n_bytes > self.media_bytes:
+            message = f"with it, the row's media have more than {self.media_bytes} bytes decoded (max_media_bytes)"
+            raise RowError(RowErrorCode.MEDIA_TOO_LONG, message)
 
     def _check_bytes(self, n_bytes: int) -> None:
         if n_bytes > self.media_bytes:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.engines import media_audio, media_columns
+from pipeline.engines import images, media_audio, media_columns
 from pipeline.engines.media_audio import Sound
 from pipeline.engines.media_columns import FIELDS, WORDS, Media
 from pipeline.engines.media_limits import MediaLimits
@@ -19,7 +19,7 @@ from pipeline.engines.vllm_process import RunningVllm, first_lines
 from pipeline.engines.vllm_video import VideoLoader
 from pipeline.job_spec import JobSpec
 from pipeline.row_errors import MESSAGE_LIMIT, RowErrorCode
-from storage.errors import InvalidJob, RowError
+from storage.errors import InvalidJob, RowError, TransientError
 
 CUT = frozenset({"Qwen2AudioForConditionalGeneration", "WhisperForConditionalGeneration"})
 """Models of which vLLM's processor drops, without a word, what comes after the window that they hear."""
@@ -115,16 +115,22 @@ class MediaInputs:
 
     def _loaded(self, media: Media) -> dict[str, list[Any]]:
         found: dict[str, list[Any]] = {}
+        n_bytes = 0
         for modality, items in media.items.items():
+            in_frames = modality == "video" and media.in_frames
             try:
-                if modality == "audio":
-                    found[modality] = [self._heard(self._sound(item)) for item in items]
-                elif modality == "image":
-                    found[modality] = [self._image(item) for item in items]
-                elif media.in_frames:
-                    found[modality] = [self._videos.from_images(self._frames(items), self._frame_rate)]
-                else:
-                    found[modality] = [self._videos.decode(self._read(item)) for item in items]
+                self._check_count(modality, 1 if in_frames else len(items))
+                if in_frames:
+                    stills = self._frames(items, n_bytes)
+                    found[modality] = [self._videos.from_images(stills, self._frame_rate)]
+                    n_bytes += found[modality][0][0].nbytes
+                    continue
+                found[modality] = []
+                for item in items:
+                    made, size = self._one(modality, item, n_bytes)
+                    found[modality].append(made)
+                    n_bytes += size
+                    self._limits.check_row(n_bytes)
             except RowError as error:
                 message = f"column {self.columns[modality]!r}: {error.message}"
                 raise RowError(error.code, message[:MESSAGE_LIMIT]) from None
@@ -133,20 +139,43 @@ class MediaInputs:
     def _read(self, item: Any) -> bytes:
         return media_columns.read(item, self._fetch)
 
-    def _frames(self, items: Sequence[Any]) -> list[Any]:
-        self._limits.check_video(0, len(items), 0)
-        images: list[Any] = []
-        n_bytes = 0
-        for item in items:
-            images.append(self._image(item))
-            n_bytes += 3 * images[-1].size[0] * images[-1].size[1]
-            self._limits.check_video(0, len(items), n_bytes)
-        return images
+    def _check_count(self, modality: str, count: int) -> None:
+        """Before anything is decoded: vLLM counts only what is."""
+        allowed = self._renderer.get_mm_processor().info.allowed_mm_limits
+        most = allowed.get(modality, allowed.get("vision_chunk") if modality != "audio" else None)
+        if most is not None and count > most:
+            message = f"the row has {count}, the model takes at most {most} (limit_mm_per_prompt)"
+            raise RowError(RowErrorCode.INVALID_VALUE, message)
 
-    def _image(self, item: Any) -> Any:
+    def _one(self, modality: str, item: Any, before: int) -> tuple[Any, int]:
+        """One of them, and its decoded bytes; the row's others have ``before``."""
+        if modality == "image":
+            return self._image(item, before)
+        if modality == "audio":
+            sound = self._heard(self._sound(item))
+            return sound, sound[0].nbytes
+        film = self._videos.decode(self._read(item))
+        return film, film[0].nbytes
+
+    def _frames(self, items: Sequence[Any], before: int) -> list[Any]:
+        self._limits.check_video(0, len(items), 0)
+        stills: list[Any] = []
+        for item in items:
+            still, size = self._image(item, before)
+            stills.append(still)
+            before += size
+        return stills
+
+    def _image(self, item: Any, before: int) -> tuple[Any, int]:
         data = self._read(item)
         try:
-            return self._images.load_bytes(data)
+            # The head alone: a file of kilobytes can claim any size.
+            with images.opened(data) as head:
+                size = 3 * head.size[0] * head.size[1]
+            self._limits.check_row(before + size)
+            return self._images.load_bytes(data), size
+        except RowError:
+            raise
         except Exception as error:  # Pillow's decoders raise nearly anything for broken files
             raise RowError(RowErrorCode.INVALID_IMAGE, f"{first_lines(error)} ({len(data)} bytes)") from None
 
@@ -170,11 +199,13 @@ class MediaInputs:
         return resample_audio_pyav(samples, orig_sr=rate, target_sr=wanted), wanted
 
     def _made(self, render: Callable[[], Any]) -> Any:
-        from vllm.exceptions import VLLMClientError
-
         try:
             made = render()
-        except (VLLMClientError, ValueError, TypeError, KeyError) as error:
+        except (RowError, TransientError, MemoryError):
+            raise
+        except (
+            Exception
+        ) as error:  # a prompt that does not fit its media: assertions and more, as the model's code likes
             long = str(getattr(error, "parameter", "")).startswith("input_")
             code = RowErrorCode.PROMPT_TOO_LONG if long else RowErrorCode.INVALID_VALUE
             raise RowError(code, first_lines(error, MESSAGE_LIMIT)) from None

@@ -5,6 +5,7 @@ vLLM's loader decodes with OpenCV, which every vLLM brings along, unless ``media
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,11 @@ FRAME_RATE = 1.0
 """Frames per second of a video that comes as images, where the job does not say: as vLLM takes such videos."""
 Video = tuple[Any, dict[str, Any]]
 """uint8 [frames, height, width, 3], and what vLLM's processors want to know about them."""
+FORMATS = "mov,matroska,avi,gif,flv,ogg,mpeg,mpegts,mpegvideo"
+"""FFmpeg's names of the containers in ``media_heads.VIDEOS``."""
+OPENCV_OPTIONS = f"format_whitelist;{FORMATS}|protocol_whitelist;none"
+"""What OpenCV hands to FFmpeg, which else probes for itself what the bytes are, and may take them for a list of
+addresses (SDP, HLS), whatever mark they begin with."""
 MISSING = 0.1
 """Of the frames that a container promises: fewer of them may be missing at its end, which is where counts differ."""
 
@@ -31,6 +37,8 @@ class VideoLoader:
         from vllm.multimodal.video import get_video_loader_backend_for_processor
         from vllm.transformers_utils.processor import get_video_processor_cls_name
 
+        # OpenCV reads this whenever it opens a video; it has no other way to hand FFmpeg options.
+        os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = OPENCV_OPTIONS
         options = dict((config.multimodal_config.media_io_kwargs or {}).get("video", {}))
         if "video_backend" not in options:
             suited = get_video_loader_backend_for_processor(get_video_processor_cls_name(config))
@@ -40,7 +48,7 @@ class VideoLoader:
 
     def decode(self, data: bytes) -> Video:
         """The frames of an encoded video. Raises :class:`RowError`: ``invalid_video``, ``media_too_long``."""
-        # What FFmpeg takes for a playlist names further files and addresses, which it would open.
+        # A clear reason; what FFmpeg itself may open, OPENCV_OPTIONS says.
         container = media_heads.video_container(data)
         if container is None:
             raise broken(f"none of {', '.join(media_heads.VIDEOS)} ({len(data)} bytes)")
