@@ -258,6 +258,9 @@ class JobSpec(BaseModel):
     def work_hash(self) -> str:
         """SHA-256 (hex) of the fields that decide what is computed: two specs that agree may share one job."""
         work = {k: v for k, v in self.model_dump(mode="json").items() if k not in NOT_PART_OF_THE_WORK}
+        if self.sampling.get("structured_outputs"):
+            # The properties of a JSON Schema are answered in its order, which sorting would hide.
+            work["form"] = json.dumps(self.sampling["structured_outputs"])
         return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
 
 

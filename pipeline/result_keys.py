@@ -12,13 +12,16 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 """Raised when answers that were kept before may not be used any more."""
 
 
 def namespace(facts: Mapping[str, Any]) -> str:
-    """32 hex digits that name these facts, which are plain JSON. Raises ``TypeError`` or ``ValueError`` otherwise."""
-    text = json.dumps({"format": FORMAT, **facts}, sort_keys=True, allow_nan=False, separators=(",", ":"))
+    """32 hex digits that name these facts, which are plain JSON. Raises ``TypeError`` or ``ValueError`` otherwise.
+
+    The facts come in any order, what is inside them does not: a JSON Schema's properties are answered in its order.
+    """
+    text = json.dumps(dict(sorted({"format": FORMAT, **facts}.items())), allow_nan=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

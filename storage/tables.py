@@ -23,6 +23,8 @@ metadata = sa.MetaData(
 
 Big = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 Json = sa.JSON().with_variant(JSONB(), "postgresql")
+Spec = sa.JSON()
+"""As it was given: JSONB would sort its keys, and a JSON Schema's properties are answered in their order."""
 Seconds: sa.Double[float] = sa.Double()
 # Ids sort by bytes, so that the claim's order does not depend on the locale of the database.
 Id = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
@@ -91,7 +93,7 @@ job = sa.Table(
     sa.Column("queue", sa.Text, nullable=False),
     sa.Column("engine", sa.Text, nullable=False),
     sa.Column("engine_key", sa.Text, nullable=False),
-    sa.Column("spec", Json, nullable=False),
+    sa.Column("spec", Spec, nullable=False),
     sa.Column("spec_hash", sa.Text, nullable=False),
     sa.Column("idem_key", sa.Text),
     sa.Column("plan", Json, nullable=False, server_default="{}"),
@@ -295,7 +297,7 @@ schedule = sa.Table(
     sa.Column("name", Id, nullable=False),
     sa.Column("cron", sa.Text, nullable=False),
     sa.Column("tz", sa.Text, nullable=False),
-    sa.Column("spec", Json, nullable=False),
+    sa.Column("spec", Spec, nullable=False),
     sa.Column("overlap", sa.Text, nullable=False),
     sa.Column("misfire", sa.Text, nullable=False),
     sa.Column("misfire_grace", Seconds),

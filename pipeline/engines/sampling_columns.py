@@ -131,5 +131,5 @@ def _parameter(spec: JobSpec, name: str, value: Any) -> tuple[str, Any]:
 
 
 def key_of(sampling: Mapping[str, Any]) -> str:
-    """The same text for the same parameters."""
-    return json.dumps(sampling, sort_keys=True)
+    """The same text for the same parameters. The order inside counts: a JSON Schema's properties are answered in it."""
+    return json.dumps(dict(sorted(sampling.items())))

@@ -121,7 +121,9 @@ def reference(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="module")
 def engine(folder: Path, reference: Reference) -> Iterator[VllmEngine]:
-    context = EngineContext(folder / "cache", fetch=RowFiles(ObjectStore({}), [str(folder)]))
+    allowed = ("trust_remote_code",)
+    fetch = RowFiles(ObjectStore({}), [str(folder)])
+    context = EngineContext(folder / "cache", fetch=fetch, allowed_engine_options=allowed)
     engine = VllmEngine(support.model_at(folder / "omni"), Task.GENERATE, OPTIONS, context)
     engine.load()
     yield engine

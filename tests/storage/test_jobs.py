@@ -241,3 +241,10 @@ def test_a_server_that_is_not_there_is_unreachable() -> None:
     database = Database("postgresql://postgres@127.0.0.1:9/nothing")
     with pytest.raises(Unreachable):
         database.clock()
+
+
+def test_a_spec_keeps_the_order_of_its_keys(database: Database) -> None:
+    """The properties of a JSON Schema are answered in their order, which PostgreSQL's JSONB would change."""
+    spec = {"sampling": {"verdict": 1, "b": 2, "a": 3}}
+    job = planned_job(database, spec=spec)
+    assert list(jobs.get(database, job.id).spec["sampling"]) == ["verdict", "b", "a"]

@@ -217,3 +217,13 @@ def test_the_hash_follows_what_decides_the_work(name: str) -> None:
 
 def test_the_fields_left_out_of_the_hash_exist() -> None:
     assert set(JobSpec.model_fields) >= NOT_PART_OF_THE_WORK
+
+
+def test_the_order_of_a_schemas_properties_is_part_of_the_work() -> None:
+    """Answers follow it."""
+    base = {"input": "in", "output": "out", "model": "m", "task": "generate", "prompt": "{text}"}
+    first, second = (
+        parse(base | {"sampling": {"structured_outputs": {"json": {"properties": {key: {} for key in names}}}}})
+        for names in ("ab", "ba")
+    )
+    assert first.work_hash() != second.work_hash()

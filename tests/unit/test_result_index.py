@@ -55,3 +55,5 @@ JSON = st.recursive(
 def test_a_namespace_depends_on_facts_and_not_on_their_order(facts: dict[str, object]) -> None:
     assert namespace(facts) == namespace(dict(reversed(facts.items())))
     assert namespace(facts) != namespace({**facts, "one more": 1})
+    schemas = [{"form": {"properties": {key: {} for key in names}}} for names in ("ab", "ba")]
+    assert namespace(schemas[0]) != namespace(schemas[1])
