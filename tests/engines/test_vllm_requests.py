@@ -178,7 +178,7 @@ def test_the_windows_tokens_are_kept_to(engine: Scripted) -> None:
         requests.end_offering()
         seen = 0
         for some in _answered(engine, requests):
-            assert requests._place.tokens <= 130 or requests._place.inside == 1
+            assert requests._place.tokens < 100 + 500  # the window, and the prompt with which it was reached
             seen += len(some)
         assert seen == 65
 
