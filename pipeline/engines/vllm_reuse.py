@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.engines import vllm_pooling
+from pipeline.engines import vllm_permissions, vllm_pooling
 from pipeline.engines.base import EngineContext, ResultBatch
 from pipeline.engines.sampling_columns import key_of
 from pipeline.engines.vllm_answers import Answer
@@ -30,8 +30,9 @@ ASIDE_ROWS, ASIDE_TOKENS = 8192, 2**22
 """Rows with a kept answer, and their prompts' tokens, that gather before answers are read: each row group once."""
 
 _OUTSIDE_NAMES = """
-default_mm_loras ec_transfer_config generation_config hf_config_path kv_transfer_config logits_processors
-model_class_overrides reasoning_parser_plugin scheduler_cls tokenizer worker_cls worker_extension_cls
+additional_config default_mm_loras ec_manager_config ec_transfer_config generation_config hf_config_path
+kv_transfer_config logits_processors model_class_overrides model_loader_extra_config reasoning_parser_plugin
+scheduler_cls spec_model tokenizer weight_transfer_config worker_cls worker_extension_cls
 """
 OUTSIDE = frozenset(_OUTSIDE_NAMES.split())
 """Engine options that name code or files beside the model: its digest does not say what is in them."""
@@ -49,9 +50,14 @@ def check(spec: JobSpec) -> None:
     """Raise :class:`InvalidJob` where answers to this job cannot be kept, or would be other than one may expect."""
     if spec.cache == "off":
         return
-    if spec.image_column is not None:
-        raise InvalidJob("answers about images are not kept; leave it off", field=FIELD)
-    outside = sorted(OUTSIDE & spec.engine_options.keys())
+    if spec.image_column or spec.audio_column or spec.video_column:
+        raise InvalidJob("answers about images, sounds and videos are not kept; leave it off", field=FIELD)
+    judged = vllm_permissions.JUDGED
+    outside = sorted(
+        name
+        for name, value in spec.engine_options.items()
+        if name in OUTSIDE or (name in judged and judged[name](value))
+    )
     if outside:
         raise InvalidJob(
             f"answers under the engine option {outside[0]!r} are not kept, since they depend on files that the model's "

@@ -326,7 +326,11 @@ def test_the_engine_measures_itself(loaded: VllmEngine, monkeypatch: pytest.Monk
         ({"sampling": {"temperature": 0.5}}, "drawn at random"),
         ({"sampling": {}}, "drawn at random"),
         ({"image_column": "image"}, "images"),
+        ({"audio_column": "sound"}, "sounds"),
+        ({"video_column": "video"}, "videos"),
         ({"engine_options": {"tokenizer": "elsewhere"}}, "'tokenizer'"),
+        ({"engine_options": {"model_loader_extra_config": {"tensorizer_uri": "x"}}}, "'model_loader_extra_config'"),
+        ({"engine_options": {"speculative_config": {"model": "elsewhere"}}}, "'speculative_config'"),
     ],
 )
 def test_what_cannot_be_kept_is_refused(fields: dict[str, Any], said: str) -> None:
