@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from benchmarks.environments import Peer, working
 from benchmarks.llm_workloads import Workload, workloads
 from benchmarks.peers.process_tree import tree_seconds
 from examples.tiny_llama import build_llama
+from pipeline.engines.vllm_process import core_environment
 from pipeline.measures import derived, summed
 
 CONTEXT = 1024
@@ -210,8 +212,16 @@ def main() -> int:
     parser.add_argument("--against", nargs="*", help="these contenders: floor, chunks, run_batch, ray, daft")
     parser.add_argument("--peers", type=Path, help="folder for the peers' virtual environments; without it, no peers")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument(
+        "--cores",
+        choices=("same", "own"),
+        default="same",
+        help="same: all compute on the cores that Rowmill takes; own: on those that each takes by itself",
+    )
     parser.add_argument("--json", type=Path, help="write all that was measured to this file, after each workload")
     options = parser.parse_args()
+    if options.cores == "same":
+        os.environ.update(core_environment())
     engine = {
         "dtype": options.dtype,
         "max_model_len": CONTEXT,
