@@ -36,6 +36,8 @@ SEGMENT_ROWS, SEGMENT_BYTES = 65_536, 16 * 2**20
 """Answers that are gathered before they are written, at most: a segment, and the memory that a shard needs for it."""
 SMALL_ROWS, MOST_SMALL = 8192, 32
 """Segments with fewer rows are merged when there are as many: a folder has few, however many shards wrote."""
+REST_SECONDS = 300.0
+"""After the store has failed it is left alone for so long: each try may wait for a minute, and every shard would."""
 _READERS = 8
 _ABANDONED_SECONDS = 86_400.0
 _MOST_KNOWN = 64
@@ -56,11 +58,20 @@ class _Known:
 
 class ResultCaches:
     """The answers below ``root``, a folder or a URL; ``index_bytes`` bounds the memory of their hashes. One for each
-    process, safe to share between threads. ``notify`` tells the user that answers cannot be kept, once."""
+    process, safe to share between threads. ``notify`` tells the user that answers cannot be kept, once. After the store
+    has failed nothing is found or kept for ``REST_SECONDS``, by the clock ``now``."""
 
-    def __init__(self, store: ObjectStore, root: str, index_bytes: int, notify: Any = lambda message: None) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        root: str,
+        index_bytes: int,
+        notify: Any = lambda message: None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._store, self._root, self._most = store, root.rstrip("/"), index_bytes // ENTRY_BYTES
         self._notify, self._told = notify, False
+        self._now, self._rests_until = now, float("-inf")
         self._lock = threading.Lock()
         self._known: OrderedDict[str, _Known] = OrderedDict()
 
@@ -72,7 +83,13 @@ class ResultCaches:
             self._known.move_to_end(folder)
         cache = ResultCache(self._store, folder, schema, self._failed, known.damaged.add)
         try:
+            if self._resting():
+                cache.rest()
+                return cache
             with known.lock:
+                if self._resting():  # since another call has waited for the store in vain
+                    cache.rest()
+                    return cache
                 self._refresh(known, folder)
                 cache.index, cache.segments = known.index, dict(known.segments)
         except Exception as error:  # whatever it is, it is no reason to fail a job
@@ -119,7 +136,11 @@ class ResultCaches:
             log.info("%s has just been merged or deleted", segment.uri)
         return None
 
+    def _resting(self) -> bool:
+        return self._now() < self._rests_until
+
     def _failed(self, what: str, error: BaseException) -> None:
+        self._rests_until = self._now() + REST_SECONDS
         log.warning("kept answers cannot be %s: %s", what, error)
         if not self._told:
             self._told = True
@@ -156,8 +177,12 @@ class ResultCache:
     def fail(self, what: str, error: BaseException) -> None:
         """The store failed to read: count it, say it, and wait for it no more."""
         self.failures += 1
-        self.index, self._writes = Index(), False
+        self.rest()
         self._failed(what, error)
+
+    def rest(self) -> None:
+        """Find nothing and keep nothing from now on."""
+        self.index, self._writes = Index(), False
 
     def find(self, keys: Sequence[bytes]) -> Places:
         """int64 [n]: where the answers may be, or -1. Nothing is read."""

@@ -122,9 +122,11 @@ def hashes_of(store: ObjectStore, folder: str, segment: Segment) -> Hashes:
 def read(
     store: ObjectStore, folder: str, segment: Segment, rows: npt.NDArray[np.int64], schema: pa.Schema
 ) -> Iterator[tuple[npt.NDArray[np.int64], list[bytes], pa.Table]]:
-    """The rows of those numbers (ascending), one row group at a time: which of ``rows``, by position; keys; values.
+    """The rows of those numbers (ascending), at most one row group at a time: which of ``rows``, by position; keys;
+    values.
 
-    Only row groups that hold one of them are read. Raises :class:`CorruptFile`, and what the store does.
+    Only row groups that hold one of them are read, each once; rows that are asked for often come in several portions,
+    of about ``GROUP_BYTES``. Raises :class:`CorruptFile`, and what the store does.
     """
     with _opened(store, folder, segment) as file, readable(segment.uri, CorruptFile, "it is damaged"):
         if not file.schema_arrow.remove_metadata().equals(_with_key(schema)):
@@ -134,12 +136,33 @@ def read(
             end = first + file.metadata.row_group(number).num_rows
             lo, hi = np.searchsorted(rows, (first, end))
             if lo < hi:
-                table = file.read_row_group(number, use_threads=False).take(rows[lo:hi] - first).combine_chunks()
-                starts = np.asarray(table.column(HASH).to_numpy()).astype(">u8").tobytes()
-                ends = table.column(CHECK).to_pylist()
-                keys = [starts[8 * at : 8 * at + 8] + (ends[at] or b"") for at in range(len(ends))]
-                yield np.arange(lo, hi), keys, table.select(schema.names).cast(schema)
+                group = file.read_row_group(number, use_threads=False).combine_chunks()
+                for begin, stop in _bounded(group, rows[lo:hi] - first):
+                    table = group.take(rows[lo + begin : lo + stop] - first).combine_chunks()
+                    starts = np.asarray(table.column(HASH).to_numpy()).astype(">u8").tobytes()
+                    ends = table.column(CHECK).to_pylist()
+                    keys = [starts[8 * at : 8 * at + 8] + (ends[at] or b"") for at in range(len(ends))]
+                    yield np.arange(lo + begin, lo + stop), keys, table.select(schema.names).cast(schema)
             first = end
+
+
+def _bounded(group: pa.Table, wanted: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Stretches of ``wanted`` (ascending) whose rows take ``GROUP_BYTES`` together, or a single row that is larger.
+
+    A row that is wanted often is copied as often, so the group's size says nothing of it.
+    """
+    different, times = np.unique(wanted, return_counts=True)
+    if len(different) == len(wanted) and group.nbytes <= GROUP_BYTES:
+        yield 0, len(wanted)
+        return
+    sizes = np.repeat([group.slice(int(row), 1).nbytes for row in different], times)
+    begin, n_bytes = 0, 0
+    for at, size in enumerate(sizes.tolist()):
+        if at > begin and n_bytes + size > GROUP_BYTES:
+            yield begin, at
+            begin, n_bytes = at, 0
+        n_bytes += size
+    yield begin, len(wanted)
 
 
 def _with_key(schema: pa.Schema) -> pa.Schema:

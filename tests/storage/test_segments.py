@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pipeline import result_cache
 from pipeline.result_cache import MOST_SMALL, ResultCaches
 from storage import segments
-from storage.errors import CorruptFile
+from storage.errors import CorruptFile, TransientError
 from storage.objects import ObjectStore
 from tests.conftest import S3
 
@@ -107,6 +107,23 @@ def test_row_groups_are_read_once_and_only_where_needed(tmp_path: Path, monkeypa
     wanted = [95, 3, 17, 91, 4, 200, 15]
     assert list(kept(caches, wanted)) == [3, 4, 17, 15, 95, 91] or kept(caches, wanted).keys() == set(wanted) - {200}
     assert sorted(set(read)) == [0, 1, 9]
+
+
+def test_a_large_answer_that_is_asked_for_often_comes_in_portions(tmp_path: Path) -> None:
+    caches = caches_at(tmp_path)
+    large = 2**20
+    cache = caches.open("t", FACTS, SCHEMA)
+    rows = [{"output": "x" * large, "n": 1, "v": [1.0, 2.0], "more": []}, *values(["small"]).to_pylist()]
+    cache.add([key("large"), key("small")], pa.RecordBatch.from_pylist(rows, schema=SCHEMA))
+    cache.finish()
+    cache = caches.open("t", FACTS, SCHEMA)
+    keys = [key("large")] * 50 + [key("small")] * 50
+    portions = list(cache.read(keys, cache.find(keys)))
+    assert sorted(which for some, _ in portions for which in some) == list(range(100))
+    assert max(batch.nbytes for _, batch in portions) <= segments.GROUP_BYTES + large
+    for some, batch in portions:
+        lengths = [len(output) for output in batch.column(0).to_pylist()]
+        assert lengths == [large if which < 50 else len("of small") for which in some]
 
 
 def test_equal_hashes_are_told_apart_by_the_whole_key(tmp_path: Path) -> None:
@@ -266,3 +283,41 @@ def test_a_bucket_that_is_not_there(s3: S3) -> None:
     cache.add([key("a")], values(["a"]))
     cache.finish()
     assert cache.failures and not cache.written and len(said) == 1 and "no-such-bucket" in said[0]
+
+
+class Unreachable(ObjectStore):
+    """A store that can be cut off; ``asked`` counts how often that was found out."""
+
+    cut, asked = False, 0
+
+    def find(self, pattern: str) -> Any:
+        if self.cut:
+            self.asked += 1
+            raise TransientError("connection refused")
+        return super().find(pattern)
+
+
+def test_a_store_that_failed_is_left_alone_for_a_while(tmp_path: Path) -> None:
+    clock, store = [0.0], Unreachable()
+    caches = ResultCaches(store, str(tmp_path), 2**20, now=lambda: clock[0])
+    assert keep(caches, ["a"]) == 1
+    store.cut = True
+    assert caches.open("t", FACTS, SCHEMA).failures == 1
+    clock[0] = result_cache.REST_SECONDS - 1
+    store.cut = False
+    resting = caches.open("other", FACTS, SCHEMA)
+    resting.add([key("b")], values(["b"]))
+    resting.finish()
+    assert (store.asked, resting.failures, resting.written) == (1, 0, 0)
+    assert kept(caches, ["a"]) == {}
+    clock[0] = result_cache.REST_SECONDS
+    assert kept(caches, ["a", "b"]) == {"a": "of a"}
+
+
+def test_calls_that_waited_for_a_store_in_vain_together_ask_once(tmp_path: Path) -> None:
+    store = Unreachable()
+    store.cut = True
+    caches = ResultCaches(store, str(tmp_path), 2**20)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: caches.open("t", FACTS, SCHEMA), range(8)))
+    assert store.asked == 1
