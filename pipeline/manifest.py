@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+from pyroaring import BitMap
 
 from storage.records import Job, Source
 from storage.states import JobState
 
 MANIFEST_VERSION = 1
 """Raised when a field changes its meaning or goes; new fields may come without."""
+MOST_RANGES = 1000
+"""Ranges of missing rows in a list. A cancelled job whose rows were regrouped may miss every second row: then a file's
+entry has a bitmap of them, 11 kB or less for 65,536 rows, and the list of the whole is ``None``."""
 
 
 def path(uri: str) -> str:
@@ -30,17 +36,36 @@ def part(
 ) -> dict[str, Any]:
     """One published file: ``rows`` rows, those of the job from ``row_start`` on, but for the ranges in ``missing``.
 
-    ``missing`` are half-open ranges of the job's rows.
+    ``missing`` are half-open ranges of the job's rows, in order. Of more than ``MOST_RANGES`` the entry has ``None``,
+    and in ``missing_rows`` the rows, counted from ``row_start``: a Roaring bitmap in its portable format, in base64.
     """
-    return {
+    gaps = [[low, high] for low, high in missing]
+    entry = {
         "path": path(uri),
         "bytes": n_bytes,
         "sha256": sha256,
         "row_start": row_start,
         "rows": rows,
         "rows_failed": failed,
-        "missing": [[low, high] for low, high in missing],
+        "missing": gaps,
     }
+    if len(gaps) > MOST_RANGES:
+        held = BitMap()
+        for low, high in gaps:
+            held.add_range(low - row_start, high - row_start)
+        held.run_optimize()
+        entry |= {"missing": None, "missing_rows": base64.b64encode(held.serialize()).decode()}
+    return entry
+
+
+def missing_rows(entry: Mapping[str, Any]) -> BitMap:
+    """The rows that the file of an entry (:func:`part`) leaves out, counted from its ``row_start``."""
+    if entry["missing"] is None:
+        return BitMap.deserialize(base64.b64decode(entry["missing_rows"]))
+    held = BitMap()
+    for low, high in entry["missing"]:
+        held.add_range(low - entry["row_start"], high - entry["row_start"])
+    return held
 
 
 def build(
@@ -72,7 +97,7 @@ def build(
             "stop_reason": job.stop_reason,
             "error": job.error,
         },
-        "partial": bool(missing) or job.state is not JobState.COMPLETED,
+        "partial": rows < job.rows_total or job.state is not JobState.COMPLETED,
         "rows": {
             "total": job.rows_total,
             "published": rows,
@@ -80,7 +105,7 @@ def build(
             "failed": failed,
             "missing": job.rows_total - rows,
         },
-        "missing": [[low, high] for low, high in missing],
+        "missing": None if missing is None else [[low, high] for low, high in missing],
         "tokens": dict(job.tokens),
         "measured": dict(measured or {}),
         "spec": dict(job.spec),
@@ -112,24 +137,31 @@ def build(
     }
 
 
-def _missing(parts: Sequence[Mapping[str, Any]], total: int) -> list[tuple[int, int]]:
-    """Half-open ranges of the job's rows that no part holds, in order and merged."""
-    gaps: list[tuple[int, int]] = []
-    at = 0
-    for entry in sorted(parts, key=lambda item: int(item["row_start"])):
-        gaps.append((at, entry["row_start"]))
-        gaps.extend((low, high) for low, high in entry["missing"])
-        at = entry["row_start"] + entry["rows"] + sum(high - low for low, high in entry["missing"])
-    gaps.append((at, total))
+def _missing(parts: Sequence[Mapping[str, Any]], total: int) -> list[tuple[int, int]] | None:
+    """Half-open ranges of the job's rows that no part holds, in order and merged; ``None``: too many for a list."""
     merged: list[tuple[int, int]] = []
-    for low, high in gaps:
+    for low, high in _gaps(parts, total):
         if low >= high:
             continue
         if merged and merged[-1][1] == low:
             merged[-1] = (merged[-1][0], high)
         else:
             merged.append((low, high))
+        if len(merged) > MOST_RANGES:
+            return None
     return merged
+
+
+def _gaps(parts: Sequence[Mapping[str, Any]], total: int) -> Iterator[tuple[int, int]]:
+    at = 0
+    for entry in sorted(parts, key=lambda item: int(item["row_start"])):
+        yield at, entry["row_start"]
+        if entry["missing"] is not None:
+            yield from ((low, high) for low, high in entry["missing"])
+        else:
+            yield from ((entry["row_start"] + row, entry["row_start"] + row + 1) for row in missing_rows(entry))
+        at = entry["row_start"] + entry["rows"] + len(missing_rows(entry))
+    yield at, total
 
 
 def _distinct(statements: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -102,6 +102,30 @@ def test_a_partial_output_says_what_is_missing(parts: Any, missing: Any, publish
     assert document["job"]["stop_reason"] == "cancelled"
 
 
+@pytest.mark.parametrize("extra", [0, 1])
+def test_more_gaps_than_a_list_should_have_are_a_bitmap(extra: int) -> None:
+    gaps = [(10 + 4 * n, 12 + 4 * n) for n in range(manifest.MOST_RANGES + extra)]
+    rows = 10_000 - 2 * len(gaps)
+    entries = [part(0, 0, 10), part(1, 10, rows, missing=gaps)]
+    document = build(entries, replace(JOB, state=JobState.CANCELLED, rows_total=10_010))
+    absent = [row for low, high in gaps for row in range(low, high)]
+    assert [10 + row for row in manifest.missing_rows(entries[1])] == absent
+    assert document["rows"]["missing"] == len(absent)
+    assert document["partial"] is True
+    if not extra:
+        assert document["missing"] == entries[1]["missing"] == [list(gap) for gap in gaps]
+    else:
+        assert document["missing"] is entries[1]["missing"] is None
+        assert len(entries[1]["missing_rows"]) < 11_000  # a container of 65,536 rows has 8 KiB at most
+
+
+def test_many_files_with_few_gaps_each() -> None:
+    entries = [part(n, 10 * n, 8, missing=[(10 * n, 10 * n + 1), (10 * n + 5, 10 * n + 6)]) for n in range(600)]
+    document = build(entries, replace(JOB, state=JobState.CANCELLED, rows_total=6000))
+    assert document["missing"] is None and document["rows"]["missing"] == 1200
+    assert all(entry["missing"] for entry in document["parts"])
+
+
 def test_a_job_without_rows() -> None:
     document = build([], replace(JOB, rows_total=0, started_at=None))
     assert document["partial"] is False and document["missing"] == []
