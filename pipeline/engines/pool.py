@@ -17,6 +17,8 @@ from pipeline.engines import registry
 from pipeline.engines.base import Cancellation, Engine, EngineContext
 from pipeline.job_spec import Task
 from pipeline.models.model import Model
+from pipeline.models.resolve import resolve
+from storage.errors import InvalidModel
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ class _Entry:
 
     key: str
     engine: Engine
-    model: str
+    model: Model
     expected: int = 0
     grown: int = 0
     paid_off: float = float("inf")
@@ -104,7 +106,8 @@ class EnginePool:
 
         The engine may have been made for another task: one that it says shares its instances.
 
-        Raises whatever the engine's ``load`` raises (in every thread that waited for it; the next lease tries again),
+        Raises :class:`~storage.errors.InvalidModel` for a model whose files changed since its digest was taken,
+        whatever the engine's ``load`` raises (in every thread that waited for it; the next lease tries again),
         :class:`~storage.errors.InvalidJob` for an unknown engine, and :class:`LeaseCancelled` when ``cancel`` fires
         before the engine is ready: loading goes on then, for whoever comes next, until the pool is closed.
         """
@@ -145,7 +148,7 @@ class EnginePool:
         """What is loaded now, for people and for whoever chooses shards: ``key``, ``engine``, ``model``, ``bytes``."""
         with self._lock:
             ready = [entry for entry in self._entries.values() if entry.loaded.is_set()]
-        return [{"key": e.key, "engine": e.engine.name, "model": e.model, "bytes": e.bytes} for e in ready]
+        return [{"key": e.key, "engine": e.engine.name, "model": e.model.name, "bytes": e.bytes} for e in ready]
 
     def close(self) -> None:
         """Close every engine, in use or not: the process is about to end. No lease is given afterwards.
@@ -179,7 +182,7 @@ class EnginePool:
                     first = entry is None
                     if entry is None:
                         engine = registry.engine_class(name)(model, task, options, self._context)
-                        entry = self._entries[key] = _Entry(key, engine, model.name, _size(model))
+                        entry = self._entries[key] = _Entry(key, engine, model, _size(model))
                     entry.users += 2 if first else 1  # the thread that loads it is a user as well
                     self._clock += 1
                     entry.used = self._clock
@@ -204,6 +207,7 @@ class EnginePool:
         before, began = _resident(), self._now()
         try:
             entry.engine.load()
+            self._check_unchanged(entry.model)
             entry.paid_off = self._now() + PAID_OFF * (self._now() - began)
             entry.grown = max(0, _resident() - before)
         except BaseException as error:  # raised by every lease that waits for this load
@@ -213,6 +217,11 @@ class EnginePool:
         finally:
             entry.loaded.set()
         self._leave(entry)  # where room is made, too: it may be larger than its files promised
+
+    def _check_unchanged(self, model: Model) -> None:
+        """What was loaded is what the digest was taken of: jobs, manifests and kept answers rest on it."""
+        if model.path is not None and resolve(model.name, self._context.cache_dir).digest != model.digest:
+            raise InvalidModel(f"{model.name} changed while it was loaded; submit a new job", field="model")
 
     def _leave(self, entry: _Entry) -> None:
         worn = bool(getattr(entry.engine, "worn", False))

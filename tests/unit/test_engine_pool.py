@@ -18,6 +18,7 @@ from pipeline.engines.fake import FakeEngine
 from pipeline.engines.pool import EnginePool, LeaseCancelled
 from pipeline.job_spec import Task
 from pipeline.models.model import Model
+from pipeline.models.resolve import resolve
 from storage.errors import InvalidJob, InvalidModel
 
 MODEL = Model(name="fake", path=None, digest="d")
@@ -67,6 +68,23 @@ def test_an_engine_stays_warm(log: list[tuple[str, str]]) -> None:
         pass
     assert first is second
     assert log == [("load", "d")]
+
+
+def test_a_model_that_changes_while_it_is_loaded(log: list[tuple[str, str]], tmp_path: Path) -> None:
+    file = tmp_path / "model" / "config.json"
+    file.parent.mkdir()
+    file.write_text('{"architectures": ["LlamaForCausalLM"]}')
+    planned = resolve(str(file.parent), tmp_path)
+    Watched.on_load = lambda self: file.write_text('{"architectures": ["LlamaForCausalLM"], "hidden_size": 8}') and None
+    engines = EnginePool(EngineContext(tmp_path), 1)
+    with pytest.raises(InvalidModel, match="changed while it was loaded"), lease(engines, planned):
+        raise AssertionError("its answers would be kept as those of the old one")
+    assert log == [("load", planned.digest), ("close", planned.digest)]
+    Watched.on_load = lambda self: None
+    now = resolve(str(file.parent), tmp_path)
+    assert now.digest != planned.digest
+    with lease(engines, now):
+        pass
 
 
 def test_the_warm_keys_are_those_that_jobs_carry(log: list[tuple[str, str]]) -> None:
