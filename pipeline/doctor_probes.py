@@ -52,6 +52,10 @@ def onnx(provider: str) -> dict[str, Any]:
     import numpy as np
     import onnxruntime as ort
 
+    from pipeline.engines.onnx_runtime import installed
+
+    if any(name.startswith("onnxruntime-gpu") for name in installed()):
+        ort.preload_dlls()  # as the engine does: CUDA and cuDNN may be there as wheels only
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")

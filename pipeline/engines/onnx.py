@@ -79,7 +79,7 @@ class OnnxEngine:
             raise InvalidModel(f"engine 'onnx' does {able}, not {spec.task}", field="task")
         options = onnx_options.parse(spec.engine_options)
         if spec.task is not Task.TENSOR and checks.takes_images(model, options):
-            checks.check_image(spec.task, model, options)
+            checks.check_image(spec.task, model, options, spec.pooling)
             checks.check_embedding(spec, normalized=False)
             return checks.check_image_column(spec, schema)
         if spec.task is not Task.TENSOR:

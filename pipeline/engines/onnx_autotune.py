@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,8 @@ from pipeline.engines.onnx_layout import Layout
 from pipeline.engines.onnx_options import OnnxOptions
 from pipeline.engines.onnx_runtime import available_cores, gpu_names, memory_total, processor
 from pipeline.engines.onnx_session import SessionPool, memory_for_copies
-from pipeline.engines.onnx_stream import Pack
+from pipeline.engines.onnx_stream import Pack, settle
+from storage.errors import Blame, EngineDead
 
 log = logging.getLogger(__name__)
 
@@ -207,8 +208,12 @@ class Bench:
     def _seconds(self, pool: SessionPool, packs: Sequence[Pack]) -> float:
         began = time.perf_counter()
         futures: list[Future[Any]] = [pool.submit(self._call, pack) for pack in packs]
-        wait(futures)
-        results = [future.result() for future in futures]
+        try:
+            results = [future.result() for future in futures]
+        except CancelledError:
+            raise EngineDead("the ONNX Runtime engine was closed while it was measured", blame=Blame.OTHERS) from None
+        finally:
+            settle(futures)
         self._n_rows = sum(len(result.rows) for result in results)
         return time.perf_counter() - began
 

@@ -12,7 +12,7 @@ from pipeline.engines.onnx_folder import TextFolder
 from pipeline.engines.onnx_folder import read as read_folder
 from pipeline.engines.onnx_graph import GraphValue, RowMode, Signature
 from pipeline.engines.onnx_heads import head
-from pipeline.engines.onnx_image import image_head, image_input
+from pipeline.engines.onnx_image import POOLED, image_head, image_input, token_states
 from pipeline.engines.onnx_options import OnnxOptions
 from pipeline.engines.onnx_tensor import column_of, row_dims
 from pipeline.engines.onnx_tokens import is_text
@@ -114,8 +114,9 @@ def takes_images(model: Model, options: OnnxOptions) -> bool:
     return image_input(signature) is not None
 
 
-def check_image(task: Task, model: Model, options: OnnxOptions) -> None:
-    """Refuse an image task that the model cannot do. Raises :class:`~storage.errors.InvalidModel`."""
+def check_image(task: Task, model: Model, options: OnnxOptions, pooling: str = "auto") -> None:
+    """Refuse an image task that the model cannot do. Raises :class:`~storage.errors.InvalidModel`, and
+    :class:`~storage.errors.InvalidJob` for a pooling asked of a graph that pools by itself."""
     if task is Task.SCORE:
         raise InvalidModel(f"{model.name} takes images: it does embed and classify, not score", field="task")
     image_folder.read(model)
@@ -128,6 +129,8 @@ def check_image(task: Task, model: Model, options: OnnxOptions) -> None:
     signature = onnx_graph.of_file(graph)
     if signature is not None:
         image_head(task, signature)
+        if task is Task.EMBED and pooling != "auto" and token_states(signature) is None:
+            raise InvalidJob(POOLED, field="pooling")
 
 
 def check_image_column(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:

@@ -70,6 +70,12 @@ class Graphs:
         self._lock = threading.Lock()
         self._files: dict[bool, GraphFile] = {}
 
+    @property
+    def engine_folder(self) -> Path:
+        """Where a provider may keep what it builds of this graph."""
+        key = hashlib.sha256(json.dumps([self._identity, str(self._runtime.__version__)]).encode()).hexdigest()[:32]
+        return self._cache_dir / "onnx-engines" / key
+
     def file(self, *, fused: bool, stopped: Callable[[], bool] = lambda: False) -> GraphFile:
         """The file to open. Raises :class:`~storage.errors.InvalidModel` when there is no fused graph."""
         with self._lock:

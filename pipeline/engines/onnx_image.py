@@ -23,7 +23,7 @@ from pipeline.engines.onnx_runtime import available_cores
 from pipeline.engines.onnx_session import Array, Call, Run, RunFailed, SessionPool, is_out_of_memory
 from pipeline.engines.onnx_stream import Indices, Pack, Window, bisect, record_batch, windows
 from pipeline.job_spec import JobSpec, Task
-from storage.errors import InvalidModel, TransientError
+from storage.errors import InvalidJob, InvalidModel, TransientError
 
 Floats = npt.NDArray[np.float32]
 
@@ -36,6 +36,7 @@ BATCHES_AHEAD = 4
 DECODED_BYTES = 256 * 2**20
 """A window, and a batch, ends when the model's inputs take this much, but for what is decoded at a time."""
 
+POOLED = "the graph pools by itself; leave it at 'auto'"
 _EMBEDDINGS = ("image_embeds", "image_embedding", "pooler_output", "last_hidden_state")
 
 
@@ -67,6 +68,13 @@ def image_head(task: Task, signature: Signature) -> int:
     raise InvalidModel(f"task '{task}' on images finds no output to read in {signature}", field="model")
 
 
+def token_states(signature: Signature) -> int | None:
+    """The position of the output that a job may ask to pool, a vector for each patch; ``None`` where there is none."""
+    found = [at for at, value in enumerate(signature.outputs) if value.dims is not None and len(value.dims) == 3]
+    named = [at for at in found if signature.outputs[at].name == "last_hidden_state"]
+    return next(iter(named or found), None)
+
+
 class ImageModel:
     """A loaded image graph. Raises :class:`~storage.errors.InvalidModel` when graph and recipe do not fit."""
 
@@ -87,8 +95,10 @@ class ImageModel:
         self._folder = folder
         self._pool = pool
         self._lock = threading.Lock()
-        self._position = image_head(task, signature)
-        self.output = signature.outputs[self._position].name
+        self._own = image_head(task, signature)
+        self._states = token_states(signature) if task is Task.EMBED else None
+        self.output = signature.outputs[self._own].name
+        self._names = [value.name for value in signature.outputs]
         self.counts: Counter[str] = Counter()
         first = (value.dims or (None,))[0]
         self._fixed_batch = first if isinstance(first, int) else None
@@ -96,19 +106,22 @@ class ImageModel:
         self._reader = ImageReader(folder.recipe, fetch, available_cores())
         try:
             self._sample = self._reader.prepare(_grey())
-            self.width, self._rank = self._measure()
+            self._shapes = {at: self._measure(at) for at in {self._own, self._states} if at is not None}
         except BaseException:
             self.close()
             raise
-        self._labels = pa.array([label(folder.config, i) for i in range(self.width)], pa.string())
+        width, _ = self._shapes[self._own]
+        self._labels = pa.array([label(folder.config, i) for i in range(width)], pa.string())
 
     def close(self) -> None:
         self._reader.close()
 
-    def _measure(self) -> tuple[int, int]:
-        """One run before the first row: proves that graph and recipe fit, and tells the shape of the output."""
+    def _measure(self, head: int) -> tuple[int, int]:
+        """One run before the first row: proves that graph and recipe fit, and tells an output's width and its axes."""
         try:
-            out = self._pool.submit(Call(timed=False), lambda run: self._forward(run, self._sample[None])).result()
+            out = self._pool.submit(
+                Call(timed=False), lambda run: self._forward(run, self._sample[None], head)
+            ).result()
         except RunFailed as error:
             if is_out_of_memory(error):
                 raise TransientError(f"the memory does not hold one run of the model: {error}") from error
@@ -118,14 +131,24 @@ class ImageModel:
             ) from error
         ranks = (2,) if self.task is Task.CLASSIFY else (2, 3, 4)
         if out.ndim not in ranks or (out.ndim == 4 and out.shape[2:] != (1, 1)):
-            raise InvalidModel(f"graph output {self.output!r} has shape {list(out.shape)} for one image", field="model")
+            raise InvalidModel(
+                f"graph output {self._names[head]!r} has shape {list(out.shape)} for one image", field="model"
+            )
         return int(out.shape[1] if out.ndim == 4 else out.shape[-1]), out.ndim
 
     def result_schema(self, spec: JobSpec) -> pa.Schema:
         """Result columns of the task, as the output contract has them; images have no tokens."""
         if self.task is Task.CLASSIFY:
             return pa.schema(results.classify_fields())
-        return pa.schema([pa.field("embedding", results.embedding_type(spec, self.width))])
+        return pa.schema([pa.field("embedding", results.embedding_type(spec, self._shapes[self._head(spec)][0]))])
+
+    def _head(self, spec: JobSpec) -> int:
+        """The output that the job reads. Raises :class:`~storage.errors.InvalidJob` for a pooling of what is none."""
+        if spec.pooling == "auto" or self.task is not Task.EMBED:
+            return self._own
+        if self._states is None:
+            raise InvalidJob(POOLED, field="pooling")
+        return self._states
 
     def prepare(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[Window]:
         """Decode window by window, as the stream asks for them."""
@@ -135,8 +158,9 @@ class ImageModel:
             images: list[Any] = []
             decoded = at = 0
             for part in parts:
-                for start in range(0, part.num_rows, self.batch):
-                    some = self._reader.read(part.column(spec.column).slice(start, self.batch), spec.column)
+                step = self.batch  # a lane may halve it meanwhile
+                for start in range(0, part.num_rows, step):
+                    some = self._reader.read(part.column(spec.column).slice(start, step), spec.column)
                     images += some
                     decoded += sum(image.nbytes for image in some if not isinstance(image, tuple))
                     if decoded >= DECODED_BYTES:
@@ -163,9 +187,11 @@ class ImageModel:
         return Window(packs, tuple(RowFailure(int(rows[at]), *failure) for at, failure in failed.items()))
 
     def _pack(self, spec: JobSpec, rows: Indices, images: list[Any], items: Indices) -> Pack:
+        head = self._head(spec)
+
         def compute(run: Run) -> ResultBatch:
             parts, refused = bisect(
-                lambda part: self._numbers(spec, self._forward(run, np.stack([images[at] for at in part]))),
+                lambda part: self._numbers(spec, self._forward(run, np.stack([images[at] for at in part]), head), head),
                 items,
                 lambda: self._still_works(run),
             )
@@ -182,25 +208,26 @@ class ImageModel:
 
         return compute
 
-    def _forward(self, run: Run, images: Floats) -> Array:
+    def _forward(self, run: Run, images: Floats, head: int) -> Array:
         n = len(images)
         if self._fixed_batch is not None and n < self._fixed_batch:
             images = np.concatenate([images, np.repeat(images[:1], self._fixed_batch - n, axis=0)])
-        output = run({self._input.name: images.astype(self._input.dtype, copy=False)})[self._position][:n]
+        output = run({self._input.name: images.astype(self._input.dtype, copy=False)})[head][:n]
         self._count(runs=1)
         if not output.ndim or len(output) != n:
-            raise InvalidModel(f"graph output {self.output!r} has shape {list(output.shape)} for {n} images")
+            raise InvalidModel(f"graph output {self._names[head]!r} has shape {list(output.shape)} for {n} images")
         return output
 
-    def _numbers(self, spec: JobSpec, output: Array) -> Floats:
+    def _numbers(self, spec: JobSpec, output: Array, head: int) -> Floats:
         """Probabilities or embeddings as the model gives them, float32 [k, width]."""
         out = output.astype(np.float32, copy=False)
         if self.task is Task.CLASSIFY:
-            softmax = class_activation(self._folder.config, self.width) == "softmax"
+            softmax = class_activation(self._folder.config, self._shapes[head][0]) == "softmax"
             return pooling.softmax(out) if softmax else pooling.sigmoid(out)
-        if self._rank == 3:
+        width, rank = self._shapes[head]
+        if rank == 3:
             out = out.mean(axis=1) if spec.pooling == "mean" else out[:, -1 if spec.pooling == "last" else 0]
-        return out.reshape(len(out), self.width)
+        return out.reshape(len(out), width)
 
     def _values(self, spec: JobSpec, numbers: Floats) -> pa.RecordBatch:
         if self.task is Task.CLASSIFY:
@@ -210,7 +237,7 @@ class ImageModel:
 
     def _still_works(self, run: Run) -> bool:
         try:
-            self._forward(run, self._sample[None])
+            self._forward(run, self._sample[None], self._own)
         except RunFailed:
             return False
         return True

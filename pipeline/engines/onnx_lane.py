@@ -117,8 +117,8 @@ class _Slot:
 class Lane:
     """A session, driven by one thread at a time; other lanes may drive the same session at the same time.
 
-    With ``binding``, :meth:`run_kept` keeps input and output buffers on ``device``, one set for each combination of
-    shapes, bound once.
+    With ``binding``, :meth:`run_one` keeps input and output buffers on ``device`` (the one of number ``device_id``),
+    one set for each combination of shapes, bound once.
     """
 
     def __init__(
@@ -129,6 +129,7 @@ class Lane:
         *,
         binding: bool = False,
         device: str = "cpu",
+        device_id: int = 0,
         seconds: float | None = None,
         kept_bytes: int = KEPT_BYTES,
     ) -> None:
@@ -143,7 +144,7 @@ class Lane:
         strings = "tensor(string)" in kinds
         # ONNX Runtime binds no strings of numpy's. The detour is for graphs that can be fed in no other way.
         self._bindable = not strings or any(map(onnx_narrow.is_narrow_type, kinds))
-        self._device = device
+        self._device, self._device_id = device, device_id
         self._slots: OrderedDict[Any, _Slot] = OrderedDict()
         self.binding = binding and not strings
         self.kept_runs = 0
@@ -220,11 +221,13 @@ class Lane:
     def _slot(self, feed: Mapping[str, Array], output: str, shape: tuple[int, ...]) -> _Slot:
         make = self._runtime.OrtValue.ortvalue_from_shape_and_type
         binding = self.session.io_binding()
-        inputs = {name: make(list(array.shape), array.dtype, self._device, 0) for name, array in feed.items()}
+        inputs = {
+            name: make(list(array.shape), array.dtype, self._device, self._device_id) for name, array in feed.items()
+        }
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)
         kind = np.dtype(_FLOATS[self._outputs[output]])
-        kept = make(list(shape), kind, self._device, 0)
+        kept = make(list(shape), kind, self._device, self._device_id)
         binding.bind_ortvalue_output(output, kept)
         n_bytes = sum(array.nbytes for array in feed.values()) + int(np.prod(shape)) * kind.itemsize
         return _Slot(binding, inputs, kept, n_bytes)

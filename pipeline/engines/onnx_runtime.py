@@ -31,7 +31,10 @@ CGROUP = Path("/sys/fs/cgroup")
 KEPT_GRAPH = "optimized.onnx"
 KEPT_WEIGHTS = "optimized.weights"
 _TELEMETRY = "ORT_DISABLE_TELEMETRY"
-_DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
+TENSORRT = "TensorrtExecutionProvider"
+_MORE = ("gpu", "openvino", "migraphx", "rocm", "qnn", "training")
+_DISTRIBUTIONS = ("onnxruntime", *(f"onnxruntime-{name}" for name in _MORE))
+"""All of them bring the module ``onnxruntime``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +170,17 @@ def wanted_providers(runtime: Any, options: OnnxOptions) -> list[Provider]:
             )
         return [(n, o) for n, o in options.providers if n in available] or [(CPU, {})]
     return list(options.providers)
+
+
+def with_engine_cache(providers: Sequence[Provider], folder: Path) -> list[Provider]:
+    """TensorRT builds its engines for minutes: they are kept in ``folder``, unless the job's options say otherwise."""
+    kept = {
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(folder),
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(folder),
+    }
+    return [(name, {**kept, **settings} if name == TENSORRT else settings) for name, settings in providers]
 
 
 def open_session(

@@ -34,6 +34,7 @@ from pipeline.engines.onnx_runtime import (
     open_session,
     refused_with,
     wanted_providers,
+    with_engine_cache,
 )
 from storage.errors import Blame, EngineDead, EngineMissing
 
@@ -94,7 +95,7 @@ class SessionPool:
         """
         runtime = import_runtime()
         refusals = refused_with(runtime)
-        wanted = wanted_providers(runtime, options)
+        wanted = with_engine_cache(wanted_providers(runtime, options), graphs.engine_folder)
         on_cpu = all(name == CPU for name, _ in wanted)
         layout = layout or Layout.default(options, available_cores(), on_cpu=on_cpu)
         file = graphs.file(fused=layout.fused)
@@ -125,6 +126,7 @@ class SessionPool:
             for _ in range(layout.sessions - 1)
         ]
         device = "cuda" if CUDA in active else "cpu"
+        device_id = next((int(settings.get("device_id", 0)) for name, settings in still if name == CUDA), 0)
         lanes = [
             Lane(
                 runtime,
@@ -132,6 +134,7 @@ class SessionPool:
                 refusals,
                 binding=layout.io_binding,
                 device=device,
+                device_id=device_id,
                 seconds=options.row_timeout,
                 kept_bytes=KEPT_BYTES // (layout.sessions * layout.lanes),
             )

@@ -141,9 +141,15 @@ def stream(prepared: Iterator[Window], pool: SessionPool, cancel: Cancellation) 
     finally:
         forget()
         call.stop()
-        for future in running:
-            future.cancel()
-        concurrent.futures.wait(running)
+        settle(running)
+
+
+def settle(futures: Iterable[Future[Any]]) -> None:
+    """Cancel what has not begun, and wait for what has.
+
+    What the end of a pool has cancelled is not waited for: ``concurrent.futures.wait`` would, for ever.
+    """
+    concurrent.futures.wait([future for future in futures if not future.cancel()])
 
 
 def _result(future: Future[ResultBatch]) -> ResultBatch:
@@ -197,8 +203,8 @@ def bisect(
 
     Returns the parts that worked with their results, and the refused items with the code and the message of their
     error. Running out of memory, or of time, is dealt with in the same way: the halves fit. Raises
-    :class:`~storage.errors.EngineDead` when an item fails alone and ``still_works`` says that the session does not work
-    for anything any more.
+    :class:`~storage.errors.EngineDead` when an item fails alone, for another reason than time, and ``still_works`` says
+    that the session does not work for anything any more.
     """
     try:
         return [(items, compute(items))], []
@@ -208,7 +214,8 @@ def bisect(
             left, left_refused = bisect(compute, items[:middle], still_works)
             right, right_refused = bisect(compute, items[middle:], still_works)
             return left + right, left_refused + right_refused
-        if not still_works():
+        # One that took too long says nothing of the session, which another run of that length would not pass either.
+        if not isinstance(error, RunTimedOut) and not still_works():
             raise EngineDead(f"the ONNX Runtime session stopped working: {error}") from error
         code = RowErrorCode.TIMED_OUT if isinstance(error, RunTimedOut) else RowErrorCode.ENGINE_REFUSED
         return [], [(int(items[0]), code, str(error)[:MESSAGE_LIMIT])]

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import PIL.Image
 import pyarrow as pa
 import pytest
@@ -200,6 +202,55 @@ def test_a_window_ends_on_decoded_bytes(loaded: OnnxEngine, monkeypatch: pytest.
     assert list(failures) == [20]
     scores = [np.asarray(table.column("score").combine_chunks()) for table in (parts, whole)]
     assert np.allclose(*scores, atol=1e-5)
+
+
+def test_a_batch_that_is_halved_while_a_window_is_read(loaded: OnnxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded._image
+    assert model is not None
+    rows = pa.record_batch({"image": [encoded(picture(n)) for n in range(30)]})
+    expected, _ = run(loaded, SPEC, rows)
+    read, size = images.ImageReader.read, model.batch
+
+    def halving(self: images.ImageReader, column: Any, name: str) -> Any:
+        model._too_large(model.batch)  # as a lane does that runs out of memory
+        return read(self, column, name)
+
+    monkeypatch.setattr(images.ImageReader, "read", halving)
+    try:
+        table, failures = run(loaded, SPEC, rows)
+    finally:
+        model.batch = size
+    assert not failures and table.column("label").equals(expected.column("label"))
+    assert np.allclose(table.column("score").to_numpy(), expected.column("score").to_numpy(), atol=1e-5)
+
+
+def test_a_pooling_is_of_the_token_states(vit: Path, tmp_path: Path) -> None:
+    rows = pa.record_batch({"image": [encoded(picture(n)) for n in range(5)]})
+    path = build_vit(tmp_path / "vit", head=False)
+    made = image_engine(path, "embed", tmp_path)
+    found = {
+        how: embeddings(run(made, job("embed", column="image", pooling=how, normalize=False), rows)[0])
+        for how in ("auto", "mean", "cls", "last")
+    }
+    assert made._image is not None
+    pixels = np.stack([made._image._reader.prepare(encoded(picture(n))) for n in range(5)])
+    made.close()
+    session = onnxruntime.InferenceSession(str(path / "model.onnx"), providers=["CPUExecutionProvider"])
+    states, pooled = session.run(["last_hidden_state", "pooler_output"], {"pixel_values": pixels})
+    expected = {"auto": pooled, "mean": states.mean(axis=1), "cls": states[:, 0], "last": states[:, -1]}
+    for how, vectors in expected.items():
+        assert np.allclose(found[how], vectors, atol=1e-5), how
+
+
+def test_a_pooling_of_a_graph_that_pools_is_refused(tmp_path: Path) -> None:
+    path = build_vit(tmp_path / "vit", head=False)
+    graph = onnx.load(path / "model.onnx")
+    del graph.graph.output[0]
+    onnx.save(graph, path / "model.onnx")
+    schema, spec = pa.schema([pa.field("image", pa.binary())]), job("embed", column="image", pooling="mean")
+    with pytest.raises(InvalidJob, match="pools by itself") as caught:
+        OnnxEngine.check(spec, model_at(path, graphs=["model.onnx"]), schema)
+    assert caught.value.field == "pooling"
 
 
 def test_large_images_are_the_same_as_small_ones(loaded: OnnxEngine, monkeypatch: pytest.MonkeyPatch) -> None:

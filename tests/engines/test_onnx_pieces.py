@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from hypothesis import strategies as st
 
 from pipeline.engines import onnx_folder, onnx_options, pooling
 from pipeline.engines.base import RowBatch
-from pipeline.engines.onnx_session import RunFailed
-from pipeline.engines.onnx_stream import bisect, windows
+from pipeline.engines.onnx_lane import RunFailed, RunTimedOut
+from pipeline.engines.onnx_runtime import CPU, TENSORRT, with_engine_cache
+from pipeline.engines.onnx_stream import bisect, settle, windows
 from storage.errors import EngineDead, InvalidJob, InvalidModel
 from tests.engines.onnx_support import model_at
 
@@ -159,6 +162,45 @@ def test_a_session_that_fails_for_everything_is_dead_and_no_row_is_blamed() -> N
 
     with pytest.raises(EngineDead, match="CUDA error 700"):
         bisect(compute, np.arange(4), lambda: False)
+
+
+def test_a_row_that_takes_too_long_says_nothing_of_the_session() -> None:
+    def compute(items: np.ndarray[Any, Any]) -> list[int]:
+        if 2 in items:
+            raise RunTimedOut("the run took longer than row_timeout, 1 s")
+        return [int(i) for i in items]
+
+    # The sample would take as long as a row, and is not asked.
+    parts, refused = bisect(compute, np.arange(4), lambda: False)
+    assert sorted(row for _, rows in parts for row in rows) == [0, 1, 3]
+    assert [(row, code) for row, code, _ in refused] == [(2, "timed_out")]
+
+
+def test_what_the_end_of_a_pool_has_cancelled_is_not_waited_for() -> None:
+    release, begun = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        release.wait()
+
+    pool = ThreadPoolExecutor(1)
+    futures = [pool.submit(work), pool.submit(work)]
+    begun.wait()
+    pool.shutdown(wait=False, cancel_futures=True)
+    settled = threading.Thread(target=settle, args=(futures,))
+    settled.start()
+    assert not futures[0].done()
+    release.set()
+    settled.join(60)
+    assert not settled.is_alive() and futures[0].done() and futures[1].cancelled()
+
+
+def test_tensorrt_keeps_its_engines_where_the_operator_caches(tmp_path: Path) -> None:
+    given: list[Any] = [(TENSORRT, {"trt_fp16_enable": "1", "trt_engine_cache_enable": "0"}), (CPU, {})]
+    (name, settings), cpu = with_engine_cache(given, tmp_path)
+    assert (name, cpu) == (TENSORRT, (CPU, {}))
+    assert settings["trt_engine_cache_path"] == str(tmp_path) and settings["trt_fp16_enable"] == "1"
+    assert settings["trt_engine_cache_enable"] == "0"
 
 
 @settings(deadline=None)  # a busy machine is no failure
