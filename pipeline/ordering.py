@@ -103,20 +103,21 @@ class Lengths:
         near, tokens = self._buckets.get(prompt_tokens.bit_length(), (0, 0))
         return (tokens + EVIDENCE * total / n) / (near + EVIDENCE)
 
-    def grade(self, prompt_tokens: int) -> int:
-        """The same on a coarse scale, to order by."""
-        return round(4 * math.log2(max(1.0, self.expect(prompt_tokens))))
+    def grade(self, prompt_tokens: int, limit: int | None = None) -> int:
+        """The same on a coarse scale, to order by; ``limit``: of this answer, where it has one of its own."""
+        expected = self.expect(prompt_tokens)
+        return round(4 * math.log2(max(1.0, expected if limit is None else min(expected, limit))))
 
 
 class Backlog(Generic[T]):
     """Prompts that are ready and not yet in the engine: pushed as they are made, popped in the order to run them.
 
-    ``block`` and ``grade`` (a prompt's tokens → how long its answer may be) are as in :func:`order`; without ``grade``
-    they come out as they went in. What is pushed later is put in its place once there is as much of it as of what is in
-    order, so that the cost of sorting stays in proportion. Not for several threads at once.
+    ``block`` and ``grade`` (a prompt's tokens, and the prompt → how long its answer may be) are as in :func:`order`;
+    without ``grade`` they come out as they went in. What is pushed later is put in its place once there is as much of
+    it as of what is in order, so that the cost of sorting stays in proportion. Not for several threads at once.
     """
 
-    def __init__(self, block: int = 0, grade: Callable[[bytes], float] | None = None) -> None:
+    def __init__(self, block: int = 0, grade: Callable[[bytes, T], float] | None = None) -> None:
         self._block, self._grade = block, grade
         self._ordered: deque[tuple[bytes, T]] = deque()
         self._fresh: list[tuple[bytes, T]] = []
@@ -151,7 +152,7 @@ class Backlog(Generic[T]):
     def _sort(self) -> None:
         assert self._grade is not None
         waiting = [*self._ordered, *self._fresh]
-        grades = [self._grade(key) for key, _ in waiting]
+        grades = [self._grade(key, item) for key, item in waiting]
         found = order([key for key, _ in waiting], grades, self._block, self._last)
         self._ordered = deque(waiting[at] for at in found)
         self._fresh = []

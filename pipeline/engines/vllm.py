@@ -181,7 +181,8 @@ class VllmEngine:
             backlog=self._backlog(spec, lengths),
             waiting=Waiting(rows_waiting, bytes_waiting, whole=spec.order == "prefix"),
             lengths=lengths,
-            once=Once() if settled(spec.sampling) and spec.task not in vllm_pooling.TASKS else None,
+            once=_once(spec),
+            settled=settled(spec.sampling),
             room=self._room,
         )
         measures = Measures(running.gauges)
@@ -302,9 +303,11 @@ class VllmEngine:
     def _sized(self, running: RunningVllm) -> Window:
         config = running.config
         cached = (config.cache_config.num_gpu_blocks or 0) * (config.cache_config.block_size or 0)
+        # Both are a single engine's, of which there is one for each data-parallel rank.
+        ranks = config.parallel_config.data_parallel_size
         return Window(
-            int(self._options.get("window", 2 * config.scheduler_config.max_num_seqs)),
-            int(self._options.get("window_tokens", max(WINDOW_TOKENS, 2 * cached))),
+            int(self._options.get("window", 2 * config.scheduler_config.max_num_seqs * ranks)),
+            int(self._options.get("window_tokens", max(WINDOW_TOKENS, 2 * cached) * ranks)),
         )
 
     def _backlog(self, spec: JobSpec, lengths: Lengths) -> Backlog[Prompt]:
@@ -313,7 +316,12 @@ class VllmEngine:
         cache = self._loaded().config.cache_config
         cached = cache.enable_prefix_caching and not spec.sampling.get("skip_reading_prefix_cache")
         block = cache.block_size * TOKEN_BYTES if cached else 0
-        return Backlog(block, lambda key: lengths.grade(len(key) // TOKEN_BYTES))
+
+        def grade(key: bytes, prompt: Prompt) -> int:
+            own = prompt.params.sampling if prompt.params is not None else None
+            return lengths.grade(len(key) // TOKEN_BYTES, getattr(own, "max_tokens", None))
+
+        return Backlog(block, grade)
 
     def _learnt(self, work: str, limit: int) -> Lengths:
         with self._lock:
@@ -388,6 +396,12 @@ class VllmEngine:
             reuse.keep(read, answers, values)
         rows = np.fromiter((answer.row for answer in answers), dtype=np.int64, count=len(answers))
         return ResultBatch(rows, values, failures, {**counts, **measures.rest()})
+
+
+def _once(spec: JobSpec) -> Once[Finished, Prompt] | None:
+    """For jobs in which equal prompts may have one answer: as the job says, or as a row may."""
+    by_row = {"temperature", "seed"} & spec.sampling_columns.keys()
+    return Once() if spec.task not in vllm_pooling.TASKS and (settled(spec.sampling) or by_row) else None
 
 
 def _check_model(model: Model, spec: JobSpec, *, pools: bool) -> None:

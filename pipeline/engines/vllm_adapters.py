@@ -14,7 +14,7 @@ from pipeline.engines.vllm_process import RunningVllm, first_lines
 from pipeline.job_spec import JobSpec
 from pipeline.models.digest import digest
 from pipeline.row_errors import RowErrorCode
-from storage.errors import InvalidJob, RowError
+from storage.errors import EngineDead, InvalidJob, RowError
 
 RANK = 16
 """vLLM's default of ``max_lora_rank``."""
@@ -92,9 +92,11 @@ class LoadedAdapters:
             if known is None or (known.lora_path != str(folder) and not self._holds(Path(known.lora_path), content)):
                 request = LoRARequest(content, next(self._numbers), str(folder))
                 try:
-                    running.call(running.llm.add_lora(request)).result()
+                    running.ask(running.llm.add_lora(request))
                 except EngineDeadError:
                     raise running.death() from None
+                except EngineDead:
+                    raise
                 except Exception as error:
                     if running.dead:
                         raise running.death() from error

@@ -8,8 +8,12 @@ not reach it (the parent decides when it ends), and its id is reported, so that 
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 
+READER_SECONDS = 60.0
+"""How long the parent may take to open its end of the pipe."""
 OUTPUT = "_ROWMILL_ENGINE_OUTPUT"
 """Environment variable: the named pipe for the output of the engine's processes."""
 HELLO = "rowmill engine process "
@@ -22,13 +26,28 @@ def settle() -> None:
     if pipe is None:
         return
     os.setpgid(0, 0)
-    output = os.open(pipe, os.O_WRONLY)
+    output = _opened(pipe)
     os.write(output, f"{HELLO}{os.getpid()}\n".encode())
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)
     # Progress bars are for terminals; every redraw would be a line of log.
     os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def _opened(pipe: str) -> int:
+    """The pipe, to write to. A parent that is gone will not read it, and nobody knows of this process yet: it ends."""
+    parent, deadline = os.getppid(), time.monotonic() + READER_SECONDS
+    while True:
+        try:
+            output = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO or os.getppid() != parent or time.monotonic() > deadline:
+                os._exit(1)
+            time.sleep(0.01)
+        else:
+            os.set_blocking(output, True)
+            return output
 
 
 if __name__ == "__mp_main__":

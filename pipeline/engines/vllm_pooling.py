@@ -187,7 +187,7 @@ class PooledRows:
         """The rows' answers, from the outcomes of requests; half a pair waits for the other half."""
         read = [self._read(done) if isinstance(done, Finished) else done for done in outcomes]
         if not self._pooling.pairs:
-            return read
+            return [_numbers_only(answer) for answer in read]
         found: list[Answer | RowFailure] = []
         for outcome in read:
             row, second = divmod(outcome.row, 2)
@@ -195,7 +195,7 @@ class PooledRows:
             if other is None:
                 self._half[row] = outcome
             else:
-                found.append(self._pair(row, *((other, outcome) if second else (outcome, other))))
+                found.append(_numbers_only(self._pair(row, *((other, outcome) if second else (outcome, other)))))
         return found
 
     def _read(self, done: Finished) -> Answer | RowFailure:
@@ -222,9 +222,7 @@ class PooledRows:
         """The values of the task's columns."""
         if not answers:
             return {}
-        # A score is what is pooled itself, or (joined from two) the output of it.
-        data = [getattr(answer.data.outputs, "data", answer.data.outputs) for answer in answers]
-        pooled = np.stack([one.float().reshape(-1).numpy() for one in data])
+        pooled = np.stack([_pooled(answer).float().reshape(-1).numpy() for answer in answers])
         if self._spec.task is Task.SCORE:
             return {"score": pa.array(pooled[:, 0], pa.float32())}
         if self._spec.task is Task.CLASSIFY:
@@ -233,3 +231,14 @@ class PooledRows:
             pooled = results.finished(self._spec, pooled, normalize=self._spec.normalize is not False)
         tokens = pa.array([answer.prompt_tokens for answer in answers], pa.int32())
         return {"embedding": results.embedding_column(pooled), "prompt_tokens": tokens}
+
+
+def _pooled(answer: Answer) -> Any:
+    """The tensor. A score is what is pooled itself, or (joined from two) the output of it."""
+    return getattr(answer.data.outputs, "data", answer.data.outputs)
+
+
+def _numbers_only(answer: Answer | RowFailure) -> Answer | RowFailure:
+    if isinstance(answer, RowFailure) or bool(_pooled(answer).isfinite().all()):
+        return answer
+    return RowFailure(answer.row, *results.NOT_FINITE)

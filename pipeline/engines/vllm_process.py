@@ -34,6 +34,8 @@ STALL_SECONDS = 900.0
 """How long the engine may have requests and not take a step, before it counts as stuck. Far longer than any step."""
 STOP_SECONDS = 10.0
 """How long the engine's processes may take to end when asked, before they are killed."""
+LOOK_SECONDS = 1.0
+"""How often a wait for the engine's process looks whether it is still there."""
 FEW_CORES = 4
 """Up to so many cores, none is kept free of a model's arithmetic."""
 
@@ -184,9 +186,9 @@ def engine_arguments(model: str, options: Mapping[str, Any], *, cpu: bool) -> di
 def core_environment() -> dict[str, str]:
     """Which cores vLLM's CPU build computes on, where the user has not said it.
 
-    vLLM leaves one to its scheduler, which waits while the model runs: on few cores that is much of the machine. On two,
-    a Llama of 110 million parameters ran 256 prompts 1.6 times as fast on both, and one of a few thousand parameters,
-    whose load is Python, as fast as before (``benchmarks/llm.py --cores own``).
+    vLLM leaves one to its scheduler, which waits while the model runs: on few cores that is much of the machine. On
+    two, a Llama of 110 million parameters ran 256 prompts 1.6 times as fast on both, and one of a few thousand
+    parameters, whose load is Python, as fast as before (``benchmarks/llm.py --cores own``).
     """
     if {"VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_CPU_OMP_THREADS_BIND"} & os.environ.keys():
         return {}
@@ -247,6 +249,20 @@ class RunningVllm:
     def call(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Run a coroutine in the engine's loop, from any other thread."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    def ask(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """:meth:`call`, and its result. Raises :meth:`death` when the engine dies first: vLLM would wait for ever for
+        what it has asked its process."""
+        future = self.call(coroutine)
+        while True:
+            try:
+                return future.result(LOOK_SECONDS)
+            except TimeoutError:
+                if future.done():
+                    raise
+                if self.dead:
+                    future.cancel()
+                    raise self.death() from None
 
     def memory_bytes(self) -> int:
         """Resident memory of the engine's processes now, in bytes; pages that two of them share count twice."""
@@ -384,7 +400,12 @@ class RunningVllm:
         except Exception as error:
             raise self._failed_start(error) from error
         self.llm = llm
-        self.supported_tasks = await llm.get_supported_tasks()
+        asked = asyncio.ensure_future(llm.get_supported_tasks())
+        while not (await asyncio.wait({asked}, timeout=LOOK_SECONDS))[0]:
+            if llm.errored:  # its process will not answer
+                asked.cancel()
+                raise self.death()
+        self.supported_tasks = asked.result()
 
     def _failed_start(self, error: Exception) -> RowmillError:
         self._output.wait_for_end(5.0)

@@ -110,7 +110,8 @@ class Requests:
     """One call's requests. ``params``: vLLM's, for rows without own ones; ``work`` names what calls in turn share.
 
     ``backlog`` orders what waits, up to the limits of ``waiting``; ``lengths`` learns from what finishes; with
-    ``once``, a prompt that occurs again is not run again; ``room`` is for the media of prompts.
+    ``once``, a prompt that occurs again is not run again, where its own parameters settle its answer, or the job's do
+    (``settled``); ``room`` is for the media of prompts.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class Requests:
         waiting: Waiting,
         lengths: Lengths,
         once: Once[Finished, Prompt] | None,
+        settled: bool = True,
         room: MediaRoom,
     ) -> None:
         self._engine, self._params, self._window = engine, params, window
@@ -134,7 +136,7 @@ class Requests:
         if backlog.orders:
             self._gather = waiting.rows if waiting.whole else SHARE_TO_ORDER * window.requests
         # Under the condition:
-        self._backlog, self._lengths, self._once = backlog, lengths, once
+        self._backlog, self._lengths, self._once, self._settled = backlog, lengths, once, settled
         self._finished: list[Outcome] = []
         self._given: list[ResultBatch] = []
         self._fed = False
@@ -185,7 +187,9 @@ class Requests:
             self._tell()
 
     def _must_run(self, prompt: Prompt, key: bytes) -> bool:
-        settles = None if self._once is None else identity(prompt, key)
+        settles = None
+        if self._once is not None and (self._settled or prompt.params is not None):
+            settles = identity(prompt, key)
         if self._once is None or settles is None:
             return True
         # What follows another row is not run: it needs no tokens.

@@ -20,6 +20,7 @@ from pipeline.engines.base import RowFailure
 from pipeline.engines.vllm import Measures
 from pipeline.engines.vllm_gauges import Gauges
 from pipeline.engines.vllm_once import Once
+from pipeline.engines.vllm_params import Params
 from pipeline.engines.vllm_prompts import Prompt
 from pipeline.engines.vllm_requests import LOGPROB_BYTES, Finished, Requests, Waiting
 from pipeline.engines.vllm_room import MediaRoom
@@ -104,7 +105,9 @@ def engine() -> Iterator[Scripted]:
 class Call:
     """One call's requests, fed by a thread until the block ends."""
 
-    def __init__(self, engine: Scripted, window: Window, *, rows: int = 100, once: bool = False) -> None:
+    def __init__(
+        self, engine: Scripted, window: Window, *, rows: int = 100, once: bool = False, settled: bool = True
+    ) -> None:
         self.requests = Requests(
             engine,  # type: ignore[arg-type]
             None,
@@ -114,6 +117,7 @@ class Call:
             waiting=Waiting(rows, 2**20),
             lengths=Lengths(16),
             once=Once() if once else None,
+            settled=settled,
             room=MediaRoom(2**20, lambda made: 1),
         )
         self._thread = threading.Thread(target=self.requests.feed)
@@ -274,3 +278,41 @@ def test_probabilities_are_counted_in_the_memory_of_answers() -> None:
     output.outputs[0].logprobs = [{1: object(), 2: object()}, {3: object()}]
     output.prompt_logprobs = [None, {4: object()}]
     assert Finished(Prompt(0, [1]), output).n_bytes - bare.n_bytes == 4 * LOGPROB_BYTES
+
+
+def test_only_rows_whose_answers_are_settled_are_run_once(engine: Scripted) -> None:
+    drawn, greedy = (
+        Params(SimpleNamespace(temperature=temperature, seed=None), key=str(temperature)) for temperature in (1.0, 0.0)
+    )
+    rows = [None, None, drawn, drawn, greedy, greedy]
+    with Call(engine, Window(requests=8, tokens=1000), once=True, settled=False) as requests:
+        requests.offer([Prompt(row, [1], params) for row, params in enumerate(rows)], [])
+        wait_until(lambda: len(engine.queues) == 5)
+        engine.put(answer())
+        requests.end_offering()
+        found = [outcome.prompt.row for outcomes in requests.results() for outcome in outcomes]  # type: ignore[union-attr]
+    assert sorted(found) == list(range(6))
+
+
+def test_a_question_to_a_process_that_died_ends(engine: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.engines import vllm_process
+
+    monkeypatch.setattr(vllm_process, "LOOK_SECONDS", 0.01)
+
+    async def never() -> None:
+        engine.dead = True
+        await asyncio.Event().wait()
+
+    async def late() -> int:
+        await asyncio.sleep(0.05)
+        return 7
+
+    async def slow() -> None:
+        raise TimeoutError("its own")
+
+    ask = vllm_process.RunningVllm.ask
+    assert ask(engine, late()) == 7  # type: ignore[arg-type]
+    with pytest.raises(TimeoutError, match="its own"):
+        ask(engine, slow())  # type: ignore[arg-type]
+    with pytest.raises(EngineDead):
+        ask(engine, never())  # type: ignore[arg-type]

@@ -62,7 +62,7 @@ def test_rows_that_share_little_do_not_part_those_that_share_much() -> None:
 
 @given(st.lists(st.one_of(st.integers(1, 5), st.text("ab", min_size=1, max_size=6).map(str.encode)), max_size=60))
 def test_a_backlog_gives_back_what_it_was_given(actions: list[int | bytes]) -> None:
-    for backlog in (Backlog[int](), Backlog[int](BLOCK, len)):
+    for backlog in (Backlog[int](), Backlog[int](BLOCK, lambda key, item: len(key))):
         pushed: list[bytes] = []
         popped: list[int] = []
         for action in actions:
@@ -81,7 +81,7 @@ def test_a_backlog_gives_back_what_it_was_given(actions: list[int | bytes]) -> N
 
 
 def test_a_backlog_goes_on_with_the_prefix_it_was_at() -> None:
-    backlog = Backlog[str](BLOCK, lambda key: 0)
+    backlog = Backlog[str](BLOCK, lambda key, item: 0)
     for text in ("aa1", "bb1", "aa2"):
         backlog.push(text.encode(), text)
     assert backlog.pop(1) == ["aa1"]
@@ -98,6 +98,7 @@ def test_lengths_are_learnt() -> None:
         lengths.observe(1000, 200)
     assert 8 <= lengths.expect(10) < 16 < 150 < lengths.expect(1000) <= 200
     assert lengths.grade(10) < lengths.grade(1000)
+    assert lengths.grade(1000, 8) < lengths.grade(10) == lengths.grade(10, 1000)
     # One token more or less is not worth another order.
     steady = Lengths(limit=64)
     for prompt, made in ((10, 40), (1000, 41)):
