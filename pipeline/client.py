@@ -269,7 +269,7 @@ class JobHandle:
 
     def measured(self) -> dict[str, float]:
         """What the attempts measured, added up; :func:`pipeline.measures.derived` makes rates and shares of it."""
-        return measures.summed(reports.measured(self._runtime.database, self.id))
+        return measures.of_job(reports.measured(self._runtime.database, self.id))
 
     @property
     def regrouped(self) -> bool:

@@ -122,7 +122,7 @@ def _publish(runtime: Runtime, job: Job) -> Job:
         sources=finalizing.all_sources(runtime.database, job.id),
         attempts=finalizing.engine_facts(runtime.database, job.id),
         published_at=runtime.database.clock(),
-        measured=measures.summed(reports.measured(runtime.database, job.id)),
+        measured=measures.of_job(reports.measured(runtime.database, job.id)),
         versions={"python": platform.python_version()} | {name: metadata.version(name) for name in _LIBRARIES},
     )
     _renew(runtime, job)

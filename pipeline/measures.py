@@ -68,6 +68,33 @@ class Measures:
         return {name: round(number, 4) for name, number in found.items() if number}
 
 
+def of_job(attempts: Iterable[tuple[Mapping[str, float], float]]) -> dict[str, float]:
+    """Of a job: the sums over its attempts (each with when it ended, in seconds), and what goes by the clock.
+
+    ``busy_seconds``: in which at least one attempt was at work; ``loading_seconds``: in which one waited for an engine.
+    """
+    pairs = [(measured, ended) for measured, ended in attempts]
+    found = summed(measured for measured, _ in pairs)
+    at_work = [(ended - measured.get("attempt_seconds", 0), ended) for measured, ended in pairs]
+    loads = [
+        (began - measured.get("load_seconds", 0), began)
+        for (measured, _), (began, _) in zip(pairs, at_work, strict=True)
+    ]
+    for name, stretches in (("busy_seconds", at_work), ("loading_seconds", loads)):
+        if seconds := round(_covered(stretches), 4):
+            found[name] = seconds
+    return found
+
+
+def _covered(stretches: Iterable[tuple[float, float]]) -> float:
+    """How long the line is that these cover together."""
+    total, reached = 0.0, float("-inf")
+    for low, high in sorted(stretches):
+        total += max(0.0, high - max(low, reached))
+        reached = max(reached, high)
+    return total
+
+
 def summed(attempts: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Of a job: the sums over its attempts."""
     found: dict[str, float] = {}
@@ -78,7 +105,8 @@ def summed(attempts: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def derived(measured: Mapping[str, float]) -> dict[str, float]:
-    """What the sums say: rates per second of attempts, hit rates, means, and shares of time, where they can be said.
+    """What the sums say: rates, hit rates, means, and shares of time, where they can be said. Rates are per second in
+    which the job was at work (``busy_seconds``), or of its attempts, where that is not known.
 
     ``cache_hit_rate``: of the rows whose answers may be kept across jobs, those that were answered before.
     ``prefix_hit_rate``: of the prompt tokens that entered the engine, those found in its cache. ``kv_cache_use``,
@@ -88,11 +116,12 @@ def derived(measured: Mapping[str, float]) -> dict[str, float]:
     def ratio(above: float, below: str, of: Mapping[str, float] = measured) -> float | None:
         return round(above / of[below], 4) if of.get(below) else None
 
+    clock = "busy_seconds" if measured.get("busy_seconds") else "attempt_seconds"
     asked = {"rows": measured.get("cache_hits", 0) + measured.get("cache_misses", 0)}
     tokens = measured.get("prompt_tokens", 0) + measured.get("completion_tokens", 0)
     found = {
-        "rows_per_second": ratio(measured.get("rows", 0), "attempt_seconds"),
-        "tokens_per_second": ratio(tokens, "attempt_seconds"),
+        "rows_per_second": ratio(measured.get("rows", 0), clock),
+        "tokens_per_second": ratio(tokens, clock),
         "cache_hit_rate": ratio(measured.get("cache_hits", 0), "rows", asked),
         "prefix_hit_rate": ratio(measured.get("cached_tokens", 0), "prompt_tokens"),
         **{

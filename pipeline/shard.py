@@ -8,7 +8,7 @@ import secrets
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -68,11 +68,12 @@ def execute(
     spent. Returns whether this worker is fit for such a shard, as far as this attempt can say.
     """
     fit = True
+    measured: dict[str, Any] = {}
     failpoints.hit("claim.taken")
     cancel = keeper.hold(claim)
     forget = interrupt.on_cancel(lambda: cancel.cancel(interrupt.reason or "interrupted"))
     try:
-        _attempt(runtime, claim, cancel)
+        _attempt(runtime, claim, cancel, measured)
     except LeaseLost as lost:
         log.warning("%s", lost)
         with suppress(TransientError, CommitUnknown):
@@ -80,33 +81,35 @@ def execute(
     except _DiedUnderOthers as error:
         why = str(error)
         log.warning("shard %s goes back, and is not counted as failed: %s", claim.shard.id, why)
-        _report(lambda: shards.release(runtime.database, claim, error=why))
+        _report(lambda: shards.release(runtime.database, claim, stats=measured, error=why))
     except (InputChanged, InvalidJob) as error:
         fit, reason = not error.elsewhere, str(error)
         spent = claim.shard.n_fail + 1 >= runtime.settings.max_failures
         if fit or spent or not others:
             _report(lambda: shards.fail_job(runtime.database, claim, reason))
         else:
-            _fail(runtime, claim, reason)
+            _fail(runtime, claim, reason, measured)
     except Exception as error:
         fit = not getattr(error, "elsewhere", False)
         # Not swallowed: it is the attempt's recorded error, and costs one failure of the shard's budget.
         if not isinstance(error, RowmillError):
             log.exception("attempt %d of shard %s failed", claim.attempt_no, claim.shard.id)
         text = str(error) if isinstance(error, RowmillError) else _last_line(error)
-        _fail(runtime, claim, text, crash=isinstance(error, _DiedRunning))
+        _fail(runtime, claim, text, measured, crash=isinstance(error, _DiedRunning))
     finally:
         forget()
         keeper.drop(claim)
     return fit
 
 
-def _fail(runtime: Runtime, claim: Claim, text: str, *, crash: bool = False) -> None:
+def _fail(runtime: Runtime, claim: Claim, text: str, stats: Mapping[str, Any], *, crash: bool = False) -> None:
     # A search for a poison row is not a pile-up on something busy: it goes on at once.
     searching = crash and claim.shard.n_crash + 1 >= shards.CAREFUL_AFTER
     delay = 0.0 if searching else backoff(claim.shard.n_fail + 1, random.random())  # noqa: S311 - jitter
     limit = runtime.settings.max_failures
-    _report(lambda: shards.fail(runtime.database, claim, text, delay=delay, max_failures=limit, crash=crash))
+    _report(
+        lambda: shards.fail(runtime.database, claim, text, delay=delay, max_failures=limit, crash=crash, stats=stats)
+    )
 
 
 def _report(write: Any) -> None:
@@ -121,7 +124,7 @@ def _last_line(error: BaseException) -> str:
     return traceback.format_exception_only(error)[-1].strip()
 
 
-def _attempt(runtime: Runtime, claim: Claim, cancel: Cancellation) -> None:
+def _attempt(runtime: Runtime, claim: Claim, cancel: Cancellation, measured: dict[str, Any]) -> None:
     spec = JobSpec(**claim.job.spec)
     plan = PlanRecord.from_json(claim.job.plan)
     model = resolve(spec.model, runtime.settings.cache_dir)
@@ -132,7 +135,7 @@ def _attempt(runtime: Runtime, claim: Claim, cancel: Cancellation) -> None:
         with runtime.engines.lease(claim.job.engine, model, spec.task, spec.engine_options, cancel) as engine:
             loading = time.monotonic() - began
             try:
-                run_shard(runtime, claim, engine, spec, plan, cancel, loading)
+                run_shard(runtime, claim, engine, spec, plan, cancel, loading, measured)
             except EngineDead as error:
                 runtime.engines.discard(engine)
                 match error.blame:
@@ -161,12 +164,13 @@ def run_shard(
     plan: PlanRecord,
     cancel: Cancellation,
     load_seconds: float = 0.0,
+    broken_off: dict[str, Any] | None = None,
 ) -> None:
     """Read the rows that no earlier attempt has flushed, infer, flush as results come, assemble and commit.
 
     When ``cancel`` fires, what is finished is flushed and the shard is handed back (interrupted) or ended (its job is
     being wound down). Raises :class:`LeaseLost` when fenced; nothing has been written then. ``load_seconds`` is how
-    long the attempt waited for the engine to be ready.
+    long the attempt waited for the engine to be ready; ``broken_off`` gets what had been measured when it raises.
     """
     measures = Measures(load_seconds)
     job, shard = claim.job, claim.shard
@@ -180,6 +184,7 @@ def run_shard(
         Flusher(runtime, claim, directory, schema) as flusher,
         profiling.recording(runtime.store, claim, engine, wanted=spec.profile) as profile,
         closing(runtime.isolation.turn(cancel)) as place,
+        _told_when_broken_off(broken_off, measures, flusher),
     ):
 
         def take(results: Iterator[ResultBatch]) -> None:
@@ -238,6 +243,17 @@ def run_shard(
         stats = {**_stats(profile.engine, measures, flusher), **profiled}
         patiently(lambda: shards.commit(runtime.database, claim, output, stats=stats))
         failpoints.hit("commit.done")
+
+
+@contextmanager
+def _told_when_broken_off(stats: dict[str, Any] | None, measures: Measures, flusher: Flusher) -> Iterator[None]:
+    """What was flushed stays, so what it took is counted."""
+    try:
+        yield
+    except BaseException:
+        if stats is not None:
+            stats["measured"] = measures.total(flusher.rows_flushed, flusher.seconds)
+        raise
 
 
 def _infer(

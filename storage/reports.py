@@ -72,17 +72,17 @@ def progress(database: Database, job: Job) -> Progress:
     )
 
 
-def measured(database: Database, job_id: str) -> list[dict[str, float]]:
-    """What each attempt at the job's shards measured, where it came to say so."""
+def measured(database: Database, job_id: str) -> list[tuple[dict[str, float], float]]:
+    """What each attempt at the job's shards measured, where it came to say so; and when it ended (Unix seconds)."""
     attempt, shard = tables.attempt, tables.shard
     with database.read() as connection:
         found = connection.execute(
-            sa.select(attempt.c.stats)
+            sa.select(attempt.c.stats, attempt.c.ended_at)
             .join(shard, shard.c.id == attempt.c.shard_id)
-            .where(shard.c.job_id == job_id)
+            .where(shard.c.job_id == job_id, attempt.c.ended_at.is_not(None))
             .order_by(attempt.c.shard_id, attempt.c.attempt_no)
-        ).scalars()
-        return [stats["measured"] for stats in found if "measured" in stats]
+        )
+        return [(row.stats["measured"], row.ended_at) for row in found if "measured" in row.stats]
 
 
 def attempts(database: Database, job_id: str) -> list[Attempt]:

@@ -180,14 +180,16 @@ def fail(
 ) -> ShardState:
     """End the attempt as failed: ready again after ``delay`` seconds, or given up once ``max_failures`` are spent.
 
-    ``crash`` says that the engine died under its rows. While a poison row is searched for, that costs nothing.
+    ``crash`` says that the engine died under its rows. That costs nothing while a poison row is searched for, nor when
+    the attempt had flushed some: the shard comes to an end, however often its engine dies.
     """
     with database.write() as connection:
         job = locked_job(database, connection, claim.job.id)
         held = held_row(database, connection, claim)
         crashes = held.n_crash + 1 if crash else held.n_crash
         searching = crash and crashes >= CAREFUL_AFTER
-        spent = held.n_fail if searching else held.n_fail + 1
+        free = searching or (crash and _has_flushed(connection, claim))
+        spent = held.n_fail if free else held.n_fail + 1
         given_up = crashes >= MOST_CRASHES if searching else spent >= max_failures
         target = ShardState.FAILED if given_up else ShardState.READY
         move_shard(
@@ -206,6 +208,14 @@ def fail(
         if target is ShardState.FAILED:
             close_shard(connection, job, claim.owner, dead=True)
     return target
+
+
+def _has_flushed(connection: sa.Connection, claim: Claim) -> bool:
+    attempt = tables.attempt
+    query = sa.select(attempt.c.rows_computed).where(
+        attempt.c.shard_id == claim.shard.id, attempt.c.attempt_no == claim.attempt_no
+    )
+    return bool(connection.execute(query).scalar_one())
 
 
 def fail_job(database: Database, claim: Claim, error: str) -> None:

@@ -152,7 +152,7 @@ def describe_measured(measured: Mapping[str, float]) -> list[tuple[str, object]]
         f"{found[f'{name}_requests']:.1f} {name}" for name in ("running", "waiting") if f"{name}_requests" in found
     ]
     copied = int(measured.get("copied_rows", 0))
-    loading = measured.get("load_seconds", 0)
+    loading = measured.get("loading_seconds", 0)
     hits, kept = int(measured.get("cache_hits", 0)), int(measured.get("cache_writes", 0))
     reused = f"{hits:,} rows were answered before ({share('cache_hit_rate')})" if "cache_hit_rate" in found else None
     return [

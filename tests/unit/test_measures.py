@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.measures import Measures, derived, summed
+from pipeline.measures import Measures, derived, of_job, summed
 
 
 def test_an_attempt_adds_up_what_it_is_told_and_times_its_parts() -> None:
@@ -43,3 +43,16 @@ def test_sums_over_attempts_and_what_they_say() -> None:
     assert found["read_share"] == 0.1
     assert derived({}) == {}
     assert summed([]) == {}
+
+
+def test_attempts_side_by_side_share_the_clock() -> None:
+    one = {"completion_tokens": 100, "attempt_seconds": 10.0, "load_seconds": 5.0}
+    two = {"completion_tokens": 100, "attempt_seconds": 8.0, "load_seconds": 5.0}
+    later = {"completion_tokens": 40, "attempt_seconds": 2.0, "read_seconds": 1.0}
+    total = of_job([(one, 115.0), (later, 202.0), (two, 113.0)])
+    assert total["completion_tokens"] == 240 and total["attempt_seconds"] == 20.0
+    assert (total["busy_seconds"], total["loading_seconds"]) == (12.0, 5.0)
+    found = derived(total)
+    assert found["tokens_per_second"] == 20.0
+    assert found["read_share"] == 0.05  # of the attempts' own time
+    assert of_job([]) == {}
