@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
 
@@ -23,12 +24,15 @@ log = logging.getLogger(__name__)
 LEASE_LOST = "the lease was lost"
 JOB_STOPPING = "the job is being wound down"
 INTERRUPTED = "interrupted"
+WATCH_SECONDS = 0.5
+"""How often a worker that others may tell to stop looks whether they have: a read of a row, between heartbeats."""
 
 
 class LeaseKeeper:
     """A context manager: the thread runs inside it.
 
-    ``tick`` is called after each round (embedded maintenance). ``alive`` says, each round, that the worker lives.
+    ``tick`` is called after each round (embedded maintenance). ``alive`` says, each round, that the worker lives. With
+    ``watch_seconds`` it looks in between, while attempts run, whether their jobs are being wound down.
     """
 
     def __init__(
@@ -40,15 +44,18 @@ class LeaseKeeper:
         heartbeat_seconds: float | None = None,
         tick: Callable[[], object] | None = None,
         alive: Callable[[], object] | None = None,
+        watch_seconds: float | None = None,
     ) -> None:
         self._database = database
         self._worker_id = worker_id
         self._lease_seconds = lease_seconds
         self._pause = heartbeat_seconds if heartbeat_seconds is not None else lease_seconds / 3
+        self._watch = self._pause if watch_seconds is None else min(self._pause, watch_seconds)
         self._tick = tick
         self._alive = alive or (lambda: workers.touch(database, worker_id))
         self._lock = threading.Lock()
         self._held: dict[tuple[str, int], Cancellation] = {}
+        self._jobs: dict[tuple[str, int], str] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rowmill-leases", daemon=True)
 
@@ -67,12 +74,14 @@ class LeaseKeeper:
         cancellation = Cancellation()
         with self._lock:
             self._held[claim.shard.id, claim.attempt_no] = cancellation
+            self._jobs[claim.shard.id, claim.attempt_no] = claim.job.id
         return cancellation
 
     def drop(self, claim: Claim) -> None:
         """The attempt has ended."""
         with self._lock:
             self._held.pop((claim.shard.id, claim.attempt_no), None)
+            self._jobs.pop((claim.shard.id, claim.attempt_no), None)
 
     def stop_all(self, reason: str) -> None:
         """Stop every attempt of this process, for ``reason``."""
@@ -95,9 +104,25 @@ class LeaseKeeper:
                 held[key].cancel(JOB_STOPPING)
         self._alive()
 
+    def look(self) -> None:
+        """Stop the attempts whose jobs are being wound down."""
+        with self._lock:
+            held, jobs = dict(self._held), dict(self._jobs)
+        if not held:
+            return
+        stopping = claims.stopping(self._database, set(jobs.values()))
+        for key, cancellation in held.items():
+            if jobs[key] in stopping:
+                cancellation.cancel(JOB_STOPPING)
+
     def _run(self) -> None:
-        while not self._stop.wait(self._pause):
+        due = time.monotonic() + self._pause
+        while not self._stop.wait(self._watch):
             try:
+                if self._watch < self._pause and time.monotonic() < due:
+                    self.look()
+                    continue
+                due = time.monotonic() + self._pause
                 self.beat()
                 if self._tick is not None:
                     self._tick()

@@ -15,7 +15,7 @@ from pipeline import maintenance, planner
 from pipeline.engines.base import Cancellation
 from pipeline.finalize import finalize_job
 from pipeline.gate import Gate
-from pipeline.leases import LeaseKeeper
+from pipeline.leases import WATCH_SECONDS, LeaseKeeper
 from pipeline.runtime import Runtime, start
 from pipeline.settings import Settings
 from pipeline.shard import execute
@@ -31,7 +31,7 @@ PLANNERS = 2
 PUBLISHERS = 2
 """How many of a process's threads plan, and publish, at most: a long conversion or copy leaves the others free."""
 HEARTBEAT_SECONDS = 10.0
-"""A third of the lease at most. A cancel, and a drain that somebody asks for, are noticed this late."""
+"""A third of the lease at most. A drain that somebody asks for is noticed this late; a cancel sooner (``leases``)."""
 
 
 class Worker:
@@ -64,6 +64,7 @@ class Worker:
             lease_seconds=settings.lease_seconds,
             heartbeat_seconds=min(HEARTBEAT_SECONDS, settings.lease_seconds / 3),
             alive=self._alive,
+            watch_seconds=WATCH_SECONDS,
         )
         self.runtime.register()
         self._keeper.__enter__()

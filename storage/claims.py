@@ -144,6 +144,14 @@ def base_output(connection: sa.Connection, job_id: str, idx: int, gen: int) -> P
     return None if row is None else rows.part_file(row)
 
 
+def stopping(database: Database, jobs: Collection[str]) -> set[str]:
+    """Those of these jobs (ids) that are being wound down."""
+    job = tables.job
+    with database.read() as connection:
+        query = sa.select(job.c.id).where(job.c.id.in_(list(jobs)), job.c.state == JobState.CANCELLING)
+        return set(connection.execute(query).scalars())
+
+
 def heartbeat(
     database: Database, held: Sequence[tuple[str, int]], *, owner: str, lease_seconds: float
 ) -> Mapping[tuple[str, int], Lease]:

@@ -9,6 +9,7 @@ import pytest
 import sqlalchemy as sa
 from pyroaring import BitMap
 
+from pipeline.leases import JOB_STOPPING, LeaseKeeper
 from storage import claims, jobs, reaping, shards
 from storage.claims import Lease
 from storage.database import Database
@@ -106,6 +107,16 @@ def test_a_heartbeat_tells_held_from_lost_from_stopping(database: Database) -> N
     held = [(c.shard.id, c.attempt_no) for c in (mine, lost, stopping)]
     found = claims.heartbeat(database, held, owner=OWNER, lease_seconds=LEASE)
     assert [found[key] for key in held] == [Lease.HELD, Lease.LOST, Lease.STOPPING]
+
+
+def test_a_cancel_is_seen_between_heartbeats(database: Database) -> None:
+    one, two = planned_job(database, shards=1), planned_job(database, shards=1)
+    keeper = LeaseKeeper(database, worker_id=OWNER, lease_seconds=LEASE, watch_seconds=0.01)
+    held = [keeper.hold(take(database, job)) for job in (one, two)]
+    jobs.request_stop(database, two.id, "cancelled", actor="test")
+    keeper.look()
+    assert [cancel.reason for cancel in held] == [None, JOB_STOPPING]
+    assert claims.stopping(database, {one.id, two.id, "nobody"}) == {two.id}
 
 
 def test_a_flush_is_a_resume_point(database: Database) -> None:
@@ -217,6 +228,24 @@ def test_failures_back_off_and_then_are_given_up(database: Database) -> None:
     assert shards.fail(database, claim, "no luck", delay=0.0, max_failures=3) is ShardState.FAILED
     done = jobs.get(database, job.id)
     assert (done.state, done.n_dead, done.n_open) == (JobState.FINALIZING, 1, 0)
+
+
+def test_an_engine_that_dies_after_progress_costs_nothing(database: Database) -> None:
+    job = planned_job(database, shards=1)
+    for seq in range(6):
+        claim = take(database, job)
+        shards.flush(database, claim, part(claim, [seq]), tokens={})
+        assert shards.fail(database, claim, "killed", delay=0.0, max_failures=2, crash=True) is ShardState.READY
+    [shard] = stored(database, "shard", job_id=job.id)
+    assert (shard.n_fail, shard.n_done) == (0, 6)
+    # Without progress it does, and so does another failure, progress or not.
+    claim = take(database, job)
+    shards.fail(database, claim, "killed", delay=0.0, max_failures=3, crash=True)
+    claim = take(database, job)
+    shards.flush(database, claim, part(claim, [6]), tokens={})
+    shards.fail(database, claim, "no luck", delay=0.0, max_failures=3)
+    [shard] = stored(database, "shard", job_id=job.id)
+    assert shard.n_fail == 2
 
 
 def test_a_shard_in_backoff_is_not_claimed(database: Database) -> None:
