@@ -227,3 +227,13 @@ def test_the_order_of_a_schemas_properties_is_part_of_the_work() -> None:
         for names in ("ab", "ba")
     )
     assert first.work_hash() != second.work_hash()
+
+
+def test_the_order_of_a_tools_properties_is_part_of_the_work() -> None:
+    """They are in the prompt, as they were written."""
+    base = {"input": "in", "output": "out", "model": "m", "task": "chat", "prompt": "{text}"}
+    first, second = (
+        parse(base | {"tools": [{"type": "function", "function": {"name": "f", "parameters": {k: {} for k in names}}}]})
+        for names in ("ab", "ba")
+    )
+    assert first.work_hash() != second.work_hash()
