@@ -23,7 +23,7 @@ class RowErrorCode(StrEnum):
     UNREADABLE_URI = "unreadable_uri"
     """The row names a file that is not there, cannot be read, or lies outside what the operator allows."""
     PROMPT_TOO_LONG = "prompt_too_long"
-    """The prompt, with the tokens asked for, does not fit into the model's context."""
+    """The prompt, with one token of an answer, does not fit into the model's context."""
     WRONG_TYPE = "wrong_type"
     """A tensor's element type cannot be converted to the graph's without loss."""
     WRONG_SHAPE = "wrong_shape"
