@@ -207,6 +207,9 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=32, help="generated per row of the uniform workload")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--starts", type=int, default=1, help="so often everybody is started anew: processes differ, by some percent"
+    )
     parser.add_argument("--size", default="small", help="of examples/tiny_llama.py: tiny or small")
     parser.add_argument("--only", nargs="*", help="these workloads")
     parser.add_argument("--against", nargs="*", help="these contenders: floor, chunks, run_batch, ray, daft")
@@ -248,7 +251,11 @@ def main() -> int:
             kinds = [kind for kind in kinds if not options.against or kind in options.against]
             if not kinds:
                 continue
-            found = compare(workload, [*kinds, workload.ours], peers, model, engine, options.rounds, Path(folder))
+            found = []
+            for start in range(options.starts):
+                place = Path(folder) / f"start-{start}"
+                place.mkdir(exist_ok=True)
+                found += compare(workload, [*kinds, workload.ours], peers, model, engine, options.rounds, place)
             lines += report(workload, found)
             everything[workload.name] = [
                 {kind: {k: v for k, v in one.items() if k != "outputs"} for kind, one in measured.items()}

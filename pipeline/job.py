@@ -159,6 +159,8 @@ def _done_before(runtime: Runtime, spec: JobSpec, model: Model) -> Job | None:
     plan = PlanRecord.from_json(job.plan)
     if plan.model_digest != model.digest or not store.exists(locations.success(spec.output)):
         return None
+    if plan.adapters != vllm_adapters.digests(spec, runtime.settings.cache_dir):
+        return None
     sources = finalizing.all_sources(runtime.database, job.id)
     if plan.converted or not inputs.unchanged(store, spec, sources):
         return None
@@ -233,7 +235,10 @@ def _prepare(
     runtime.store.put_bytes(probe, b"")
     runtime.store.delete([probe])
     converted = any(source.uri.startswith(work) for source in found.sources)
-    record = PlanRecord(found.schema, tuple(columns), keep, model.digest, model.architectures, converted)
+    adapters = vllm_adapters.digests(spec, runtime.settings.cache_dir)
+    record = PlanRecord(
+        found.schema, tuple(columns), keep, model.digest, model.architectures, converted, adapters=adapters
+    )
     return _Prepared(record, found)
 
 

@@ -114,6 +114,7 @@ def build(
             "name": job.spec.get("model"),
             "digest": job.plan.get("model_digest"),
             "architectures": list(job.plan.get("architectures", ())),
+            **({"adapters": dict(job.plan["adapters"])} if job.plan.get("adapters") else {}),
         },
         "engine": {"name": job.engine, "key": job.engine_key, "facts": _distinct(attempts)},
         "versions": dict(versions or {}),

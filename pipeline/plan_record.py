@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +16,7 @@ class PlanRecord:
 
     ``converted``: the sources are Parquet chunks in the job's work folder, made from other formats. ``part_rows``: the
     shards hold rows that begin alike, and the output has so many rows in a file; ``None``: each shard becomes one file.
+    ``adapters``: the digest of each LoRA adapter, by name.
     """
 
     schema: pa.Schema
@@ -25,6 +26,7 @@ class PlanRecord:
     architectures: tuple[str, ...]
     converted: bool = False
     part_rows: int | None = None
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -35,6 +37,7 @@ class PlanRecord:
             "architectures": list(self.architectures),
             "converted": self.converted,
             "part_rows": self.part_rows,
+            "adapters": dict(self.adapters),
         }
 
     @classmethod
@@ -47,4 +50,5 @@ class PlanRecord:
             architectures=tuple(data["architectures"]),
             converted=data["converted"],
             part_rows=data.get("part_rows"),
+            adapters=data.get("adapters") or {},
         )

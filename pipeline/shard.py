@@ -18,6 +18,7 @@ from pyroaring import BitMap
 from pipeline import assembly, profiling
 from pipeline.bisection import Kind, rounds
 from pipeline.damage import forget_damaged
+from pipeline.engines import vllm_adapters
 from pipeline.engines.base import Cancellation, Engine, ResultBatch, RowBatch, RowFailure
 from pipeline.engines.pool import LeaseCancelled
 from pipeline.flusher import Flusher, patiently
@@ -130,6 +131,9 @@ def _attempt(runtime: Runtime, claim: Claim, cancel: Cancellation, measured: dic
     model = resolve(spec.model, runtime.settings.cache_dir)
     if model.digest != plan.model_digest:
         raise InvalidModel(f"{spec.model} changed after the job was planned; submit a new job", field="model")
+    for name, found in vllm_adapters.digests(spec, runtime.settings.cache_dir).items():
+        if plan.adapters.get(name, found) != found:  # an older job's plan does not have it
+            raise InvalidModel("it changed after the job was planned; submit a new job", field=f"adapters.{name}")
     began = time.monotonic()
     try:
         with runtime.engines.lease(claim.job.engine, model, spec.task, spec.engine_options, cancel) as engine:

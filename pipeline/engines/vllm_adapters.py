@@ -39,6 +39,18 @@ def check(spec: JobSpec) -> None:
         )
 
 
+def digests(spec: JobSpec, cache_dir: Path) -> dict[str, str]:
+    """Of each of the job's adapters, by name: SHA-256 (hex) of its files. Raises :class:`InvalidJob` without them."""
+    return {name: _digest(name, directory(name, folder), cache_dir) for name, folder in spec.adapters.items()}
+
+
+def _digest(name: str, folder: Path, cache_dir: Path) -> str:
+    try:
+        return digest({file: folder / file for file in _FILES}, cache_dir)
+    except OSError as error:
+        raise InvalidJob(f"{error.filename} cannot be read: {error.strerror}", field=f"adapters.{name}") from error
+
+
 def directory(name: str, folder: str) -> Path:
     """The directory of an adapter, made absolute. Raises :class:`InvalidJob` for the home of nobody."""
     try:
@@ -82,14 +94,13 @@ class LoadedAdapters:
         from vllm.lora.request import LoRARequest
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        try:
-            content = self._content(folder)
-        except OSError as error:
-            raise InvalidJob(f"{error.filename} cannot be read: {error.strerror}", field=f"adapters.{name}") from error
+        content = _digest(name, folder, self._cache_dir)
         with self._lock:
             # vLLM drops adapters for others, and reads them again from where they were: it must be this content still.
             known = self._known.get(content)
-            if known is None or (known.lora_path != str(folder) and not self._holds(Path(known.lora_path), content)):
+            if known is None or (
+                known.lora_path != str(folder) and not self._holds(name, Path(known.lora_path), content)
+            ):
                 request = LoRARequest(content, next(self._numbers), str(folder))
                 try:
                     running.ask(running.llm.add_lora(request))
@@ -104,13 +115,10 @@ class LoadedAdapters:
                 self._known[content] = request
             return self._known[content]
 
-    def _content(self, folder: Path) -> str:
-        return digest({file: folder / file for file in _FILES}, self._cache_dir)
-
-    def _holds(self, folder: Path, content: str) -> bool:
+    def _holds(self, name: str, folder: Path, content: str) -> bool:
         try:
-            return self._content(folder) == content
-        except OSError:
+            return _digest(name, folder, self._cache_dir) == content
+        except InvalidJob:
             return False
 
     def none(self, running: RunningVllm) -> Any:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from pipeline.engines.vllm_adapters import LoadedAdapters, check
-from pipeline.job import absolute
+from examples.tiny_llama import build_llama
+from pipeline.engines.base import Cancellation
+from pipeline.engines.vllm_adapters import LoadedAdapters, check, digests
+from pipeline.job import absolute, plan_job, submit_job
+from pipeline.job_spec import JobSpec
+from pipeline.leases import LeaseKeeper
+from pipeline.plan_record import PlanRecord
+from pipeline.runtime import start
+from pipeline.settings import Settings
+from pipeline.shard import execute
+from storage import claims, jobs
 from storage.errors import InvalidJob
 from tests.engines.test_vllm_check import make_spec
+from tests.engines.tiny_adapter import build_adapter
 
 
 class Running:
@@ -22,11 +34,8 @@ class Running:
         self.llm = SimpleNamespace(add_lora=lambda request: request)
         self.loaded: list[Any] = []
 
-    def call(self, request: Any) -> Future[None]:
+    def ask(self, request: Any) -> None:
         self.loaded.append(request)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
 
 
 def adapter(folder: Path, content: str) -> Path:
@@ -57,3 +66,40 @@ def test_the_home_of_nobody_is_refused() -> None:
         with pytest.raises(InvalidJob, match="no such user") as caught:
             look(spec)
         assert caught.value.field == "adapters.a"
+
+
+@pytest.fixture
+def fields(tmp_path: Path) -> dict[str, Any]:
+    build_llama(tmp_path / "llama")
+    build_adapter(tmp_path / "adapter", seed=1)
+    pq.write_table(pa.table({"text": ["one", "two"]}), tmp_path / "rows.parquet")
+    return {
+        "input": str(tmp_path / "rows.parquet"),
+        "output": str(tmp_path / "out"),
+        "model": str(tmp_path / "llama"),
+        "task": "generate",
+        "prompt": "{text}",
+        "adapters": {"a": str(tmp_path / "adapter")},
+        "engine_options": {"enable_lora": True},
+    }
+
+
+def test_an_adapter_that_changed_is_not_mixed_into_the_job_that_was_planned_with_it(
+    fields: dict[str, Any], settings: Settings, tmp_path: Path
+) -> None:
+    runtime = start(settings)
+    try:
+        runtime.register()
+        planned = plan_job(runtime, submit_job(runtime, fields))
+        (digest,) = PlanRecord.from_json(planned.plan).adapters.values()
+        shutil.rmtree(tmp_path / "adapter")
+        build_adapter(tmp_path / "adapter", seed=2)
+        with LeaseKeeper(runtime.database, worker_id=runtime.worker.id, lease_seconds=60.0) as keeper:
+            claim = claims.claim(runtime.database, owner=runtime.worker.id, lease_seconds=60.0, job_id=planned.id)
+            assert claim is not None
+            execute(runtime, claim, keeper, Cancellation())
+        stopped = jobs.get(runtime.database, planned.id)
+        assert stopped.stop_reason == "failed" and "adapters.a: it changed" in str(stopped.error)
+        assert digests(JobSpec(**planned.spec), settings.cache_dir) != {"a": digest}
+    finally:
+        runtime.close()
