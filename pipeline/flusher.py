@@ -110,7 +110,6 @@ class Flusher:
             finally:
                 del pending  # its error holds this frame: a ring that would keep the caller's engine call open
             self.parts.append(part)
-            self.rows_flushed += len(part.rows)
 
     def _flush(self, seq: int, buffer: list[ResultBatch], rows: BitMap, failed: BitMap) -> PartFile:
         began = time.monotonic()
@@ -138,6 +137,7 @@ class Flusher:
         ]
         tokens = _count_tokens(buffer)
         patiently(lambda: shards.flush(runtime.database, claim, part, tokens=tokens, exceptions=exceptions))
+        self.rows_flushed += len(rows)
         failpoints.hit("flush.recorded")
         if failed and claim.job.spec.get("max_failed_rows") is not None:
             patiently(lambda: shards.stop_if_too_many_failed(runtime.database, claim.job.id, runtime.actor))

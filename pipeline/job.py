@@ -159,7 +159,8 @@ def _done_before(runtime: Runtime, spec: JobSpec, model: Model) -> Job | None:
     plan = PlanRecord.from_json(job.plan)
     if plan.model_digest != model.digest or not store.exists(locations.success(spec.output)):
         return None
-    if plan.adapters != vllm_adapters.digests(spec, runtime.settings.cache_dir):
+    adapters = vllm_adapters.digests(spec, runtime.settings.cache_dir)
+    if not all(plan.has_adapter(name, digest) for name, digest in adapters.items()):
         return None
     sources = finalizing.all_sources(runtime.database, job.id)
     if plan.converted or not inputs.unchanged(store, spec, sources):

@@ -12,8 +12,8 @@ from pyroaring import BitMap
 from storage.records import Job, Source
 from storage.states import JobState
 
-MANIFEST_VERSION = 1
-"""Raised when a field changes its meaning or goes; new fields may come without."""
+MANIFEST_VERSION = 2
+"""Raised when a field changes its meaning or goes; new fields may come without. 2: ``missing`` may be ``None``."""
 MOST_RANGES = 1000
 """Ranges of missing rows in a list. A cancelled job whose rows were regrouped may miss every second row: then a file's
 entry has a bitmap of them, 11 kB or less for 65,536 rows, and the list of the whole is ``None``."""

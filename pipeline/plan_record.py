@@ -28,6 +28,10 @@ class PlanRecord:
     part_rows: int | None = None
     adapters: Mapping[str, str] = field(default_factory=dict)
 
+    def has_adapter(self, name: str, digest: str) -> bool:
+        """Whether an adapter is the one that was planned with; plans of older versions do not say."""
+        return self.adapters.get(name, digest) == digest
+
     def to_json(self) -> dict[str, Any]:
         return {
             "schema": base64.b64encode(self.schema.serialize().to_pybytes()).decode(),

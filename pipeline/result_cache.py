@@ -82,18 +82,19 @@ class ResultCaches:
             known = self._known.setdefault(folder, _Known())
             self._known.move_to_end(folder)
         cache = ResultCache(self._store, folder, schema, self._failed, known.damaged.add)
-        try:
-            if self._resting():
+        if self._resting():
+            cache.rest()
+            return cache
+        with known.lock:
+            if self._resting():  # since another call has waited for the store in vain
                 cache.rest()
                 return cache
-            with known.lock:
-                if self._resting():  # since another call has waited for the store in vain
-                    cache.rest()
-                    return cache
+            try:
                 self._refresh(known, folder)
+            except Exception as error:  # whatever it is, it is no reason to fail a job
+                cache.fail(f"looked up below {folder}", error)
+            else:
                 cache.index, cache.segments = known.index, dict(known.segments)
-        except Exception as error:  # whatever it is, it is no reason to fail a job
-            cache.fail(f"looked up below {folder}", error)
         with self._lock:
             while len(self._known) > 1 and (
                 len(self._known) > _MOST_KNOWN or sum(len(each.index) for each in self._known.values()) > self._most

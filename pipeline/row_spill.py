@@ -116,7 +116,9 @@ class RowSpill:
         for begin, length in zip(stretches[::2], stretches[1::2], strict=True):
             self._file.seek(begin)
             table = pa.ipc.open_stream(pa.py_buffer(self._file.read(length))).read_all()
-            yield table.column(0).to_numpy(), table.column(1).to_numpy(), table.drop_columns([ROW, PILE])
+            # By position: the rows' own columns may have any names.
+            own = list(range(2, table.num_columns))
+            yield table.column(0).to_numpy(), table.column(1).to_numpy(), table.select(own)
 
     def _write_out(self) -> None:
         if not self._batches:

@@ -87,7 +87,7 @@ def execute(
         fit, reason = not error.elsewhere, str(error)
         spent = claim.shard.n_fail + 1 >= runtime.settings.max_failures
         if fit or spent or not others:
-            _report(lambda: shards.fail_job(runtime.database, claim, reason))
+            _report(lambda: shards.fail_job(runtime.database, claim, reason, stats=measured))
         else:
             _fail(runtime, claim, reason, measured)
     except Exception as error:
@@ -131,9 +131,7 @@ def _attempt(runtime: Runtime, claim: Claim, cancel: Cancellation, measured: dic
     model = resolve(spec.model, runtime.settings.cache_dir)
     if model.digest != plan.model_digest:
         raise InvalidModel(f"{spec.model} changed after the job was planned; submit a new job", field="model")
-    for name, found in vllm_adapters.digests(spec, runtime.settings.cache_dir).items():
-        if plan.adapters.get(name, found) != found:  # an older job's plan does not have it
-            raise InvalidModel("it changed after the job was planned; submit a new job", field=f"adapters.{name}")
+    _check_adapters(runtime, spec, plan)
     began = time.monotonic()
     try:
         with runtime.engines.lease(claim.job.engine, model, spec.task, spec.engine_options, cancel) as engine:
@@ -150,6 +148,13 @@ def _attempt(runtime: Runtime, claim: Claim, cancel: Cancellation, measured: dic
                 raise
     except LeaseCancelled:
         _stopped(runtime, claim, cancel, {})
+
+
+def _check_adapters(runtime: Runtime, spec: JobSpec, plan: PlanRecord) -> None:
+    """Raise :class:`InvalidModel` for an adapter that is not the one that the job was planned with."""
+    for name, found in vllm_adapters.digests(spec, runtime.settings.cache_dir).items():
+        if not plan.has_adapter(name, found):
+            raise InvalidModel("it changed after the job was planned; submit a new job", field=f"adapters.{name}")
 
 
 def _stopped(runtime: Runtime, claim: Claim, cancel: Cancellation, stats: Mapping[str, Any]) -> None:
@@ -185,10 +190,10 @@ def run_shard(
     ledger = Ledger(claim.todo)
     searching = shard.n_crash >= shards.CAREFUL_AFTER
     with (
-        Flusher(runtime, claim, directory, schema) as flusher,
+        _told_when_broken_off(broken_off, measures, flusher := Flusher(runtime, claim, directory, schema)),
+        flusher,
         profiling.recording(runtime.store, claim, engine, wanted=spec.profile) as profile,
         closing(runtime.isolation.turn(cancel)) as place,
-        _told_when_broken_off(broken_off, measures, flusher),
     ):
 
         def take(results: Iterator[ResultBatch]) -> None:
@@ -234,6 +239,7 @@ def run_shard(
             _stopped(runtime, claim, cancel, stats)
             return
         ledger.close()
+        _check_adapters(runtime, spec, plan)  # again: the engine loaded them meanwhile
         parts = (*claim.parts, *flusher.parts)
         try:
             with measures.spent("write_seconds"):

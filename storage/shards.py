@@ -218,13 +218,13 @@ def _has_flushed(connection: sa.Connection, claim: Claim) -> bool:
     return bool(connection.execute(query).scalar_one())
 
 
-def fail_job(database: Database, claim: Claim, error: str) -> None:
+def fail_job(database: Database, claim: Claim, error: str, *, stats: Mapping[str, Any] | None = None) -> None:
     """End the attempt, and its whole job, because no retry can help: its input changed, its model is broken."""
     with database.write() as connection:
         job = locked_job(database, connection, claim.job.id)
         held = held_row(database, connection, claim)
         move_shard(connection, held, ShardState.FAILED, claim.owner, error=error, data={"error": error})
-        _end_attempt(connection, claim, AttemptState.FAILED, error=error)
+        _end_attempt(connection, claim, AttemptState.FAILED, error=error, stats=dict(stats or {}))
         state = JobState(job.state)
         if state in (JobState.QUEUED, JobState.IN_PROGRESS):
             move_job(

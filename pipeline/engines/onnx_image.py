@@ -70,9 +70,13 @@ def image_head(task: Task, signature: Signature) -> int:
 
 def token_states(signature: Signature) -> int | None:
     """The position of the output that a job may ask to pool, a vector for each patch; ``None`` where there is none."""
-    found = [at for at, value in enumerate(signature.outputs) if value.dims is not None and len(value.dims) == 3]
-    named = [at for at in found if signature.outputs[at].name == "last_hidden_state"]
-    return next(iter(named or found), None)
+    named, others = [], []
+    for at, value in enumerate(signature.outputs):
+        if value.name == "last_hidden_state" and (value.dims is None or len(value.dims) == 3):
+            named.append(at)
+        elif value.dims is not None and len(value.dims) == 3:
+            others.append(at)
+    return next(iter(named or others), None)
 
 
 class ImageModel:
@@ -94,7 +98,7 @@ class ImageModel:
         self._input = value
         self._folder = folder
         self._pool = pool
-        self._lock = threading.Lock()
+        self._lock, self._measuring = threading.Lock(), threading.Lock()
         self._own = image_head(task, signature)
         self._states = token_states(signature) if task is Task.EMBED else None
         self.output = signature.outputs[self._own].name
@@ -106,7 +110,7 @@ class ImageModel:
         self._reader = ImageReader(folder.recipe, fetch, available_cores())
         try:
             self._sample = self._reader.prepare(_grey())
-            self._shapes = {at: self._measure(at) for at in {self._own, self._states} if at is not None}
+            self._shapes = {self._own: self._measure(self._own)}
         except BaseException:
             self.close()
             raise
@@ -147,6 +151,11 @@ class ImageModel:
         if spec.pooling == "auto" or self.task is not Task.EMBED:
             return self._own
         if self._states is None:
+            raise InvalidJob(POOLED, field="pooling")
+        with self._measuring:  # not before a job asks: what a graph has besides need not be one row a picture
+            if self._states not in self._shapes:
+                self._shapes[self._states] = self._measure(self._states)
+        if self._shapes[self._states][1] != 3:
             raise InvalidJob(POOLED, field="pooling")
         return self._states
 

@@ -175,11 +175,14 @@ def wanted_providers(runtime: Any, options: OnnxOptions) -> list[Provider]:
 def with_engine_cache(providers: Sequence[Provider], folder: Path) -> list[Provider]:
     """TensorRT builds its engines for minutes: they are kept in ``folder``, unless the job's options say otherwise."""
     kept = {
-        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_enable": "True",  # "1" is refused
         "trt_engine_cache_path": str(folder),
-        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_enable": "True",
         "trt_timing_cache_path": str(folder),
     }
+    if any(name == TENSORRT for name, _ in providers):
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
     return [(name, {**kept, **settings} if name == TENSORRT else settings) for name, settings in providers]
 
 

@@ -303,11 +303,11 @@ class VllmEngine:
     def _sized(self, running: RunningVllm) -> Window:
         config = running.config
         cached = (config.cache_config.num_gpu_blocks or 0) * (config.cache_config.block_size or 0)
-        # Both are a single engine's, of which there is one for each data-parallel rank.
+        # The scheduler's are a single engine's, of which there is one for each rank; the blocks are all of them.
         ranks = config.parallel_config.data_parallel_size
         return Window(
             int(self._options.get("window", 2 * config.scheduler_config.max_num_seqs * ranks)),
-            int(self._options.get("window_tokens", max(WINDOW_TOKENS, 2 * cached) * ranks)),
+            int(self._options.get("window_tokens", max(WINDOW_TOKENS * ranks, 2 * cached))),
         )
 
     def _backlog(self, spec: JobSpec, lengths: Lengths) -> Backlog[Prompt]:

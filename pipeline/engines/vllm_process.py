@@ -259,7 +259,7 @@ class RunningVllm:
                 return future.result(LOOK_SECONDS)
             except TimeoutError:
                 if future.done():
-                    raise
+                    return future.result()
                 if self.dead:
                     future.cancel()
                     raise self.death() from None

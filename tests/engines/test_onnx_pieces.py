@@ -196,11 +196,12 @@ def test_what_the_end_of_a_pool_has_cancelled_is_not_waited_for() -> None:
 
 
 def test_tensorrt_keeps_its_engines_where_the_operator_caches(tmp_path: Path) -> None:
-    given: list[Any] = [(TENSORRT, {"trt_fp16_enable": "1", "trt_engine_cache_enable": "0"}), (CPU, {})]
-    (name, settings), cpu = with_engine_cache(given, tmp_path)
+    given: list[Any] = [(TENSORRT, {"trt_fp16_enable": "True", "trt_engine_cache_enable": "False"}), (CPU, {})]
+    (name, settings), cpu = with_engine_cache(given, tmp_path / "a" / "b")
     assert (name, cpu) == (TENSORRT, (CPU, {}))
-    assert settings["trt_engine_cache_path"] == str(tmp_path) and settings["trt_fp16_enable"] == "1"
-    assert settings["trt_engine_cache_enable"] == "0"
+    assert settings["trt_engine_cache_path"] == str(tmp_path / "a" / "b") and (tmp_path / "a" / "b").is_dir()
+    assert (settings["trt_fp16_enable"], settings["trt_engine_cache_enable"]) == ("True", "False")
+    assert settings["trt_timing_cache_enable"] == "True"
 
 
 @settings(deadline=None)  # a busy machine is no failure

@@ -16,6 +16,7 @@ from examples.tiny_llama import build_llama
 from pipeline.engines.base import Cancellation, EngineContext
 from pipeline.engines.pool import EnginePool
 from pipeline.engines.vllm import VllmEngine
+from pipeline.models.resolve import resolve
 from storage.errors import EngineDead
 from tests.engines import vllm_support as support
 from tests.engines.contract import run
@@ -33,7 +34,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnginePool]:
 
 
 def test_an_engine_that_has_grown_and_one_that_is_stuck(pool: EnginePool, tmp_path: Path) -> None:
-    model = support.model_at(build_llama(tmp_path / "llama"))
+    model = resolve(str(build_llama(tmp_path / "llama")), tmp_path)
     options: dict[str, Any] = {**support.OPTIONS, "recycle_bytes": 1, "stall_seconds": STALL_SECONDS}
     spec = support.make_spec(engine_options=options, sampling={"max_tokens": 200, "ignore_eos": True})
 

@@ -61,7 +61,7 @@ def build(parts: list[dict[str, Any]], job: Job = JOB, attempts: Any = ()) -> di
 
 def test_a_whole_output() -> None:
     document = build([part(0, 0, 100), part(1, 100, 100, 2), part(2, 200, 50)])
-    assert document["manifest_version"] == 1
+    assert document["manifest_version"] == 2
     assert document["partial"] is False and document["missing"] == []
     assert document["rows"] == {"total": 250, "published": 250, "succeeded": 248, "failed": 2, "missing": 0}
     assert document["parts"][1] == {
