@@ -43,7 +43,7 @@ demo: install  ## run the main job for real: Parquet through vLLM and through ON
 	@$(BIN)/python -m examples.demo
 
 test: install  ## run the tests, with real engines and servers (ARGS="-k name" for some, WORKERS=0 in one process)
-	@$(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 conformance: install  ## all node tests of the package onnx as rows (`make test` takes every sixth)
 	@CONFORMANCE_SHARE=1 $(BIN)/pytest tests/conformance -s $(ARGS)
