@@ -556,7 +556,8 @@ def test_a_graph_with_its_tokenizer_beside_it_needs_no_checkpoint(
         made = engine(path, job("embed"), tmp_path / "no-cache")
         table, _ = run(made, job("embed"), column(["red fox"]))
         made.close()
-        assert np.array_equal(embeddings(table), embeddings(expected))
+        # Engines may differ in how many threads add up a sum.
+        assert np.allclose(embeddings(table), embeddings(expected), atol=1e-5)
     assert not (tmp_path / "no-cache").exists()
 
 
