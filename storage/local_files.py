@@ -159,11 +159,17 @@ def _remove_empty(folder: Path) -> bool:
 
 def walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
     """Every file below ``folder``, through symbolic links too. Raises :class:`RowmillError` where links form a ring."""
-    stat = os.stat(folder)  # noqa: PTH116
-    here = (stat.st_dev, stat.st_ino)
-    if here in above:
-        raise RowmillError(f"{folder} is a symbolic link to a folder that contains it")
-    with os.scandir(folder) as entries:
+    try:
+        stat = os.stat(folder)  # noqa: PTH116
+        here = (stat.st_dev, stat.st_ino)
+        if here in above:
+            raise RowmillError(f"{folder} is a symbolic link to a folder that contains it")
+        opened = os.scandir(folder)
+    except FileNotFoundError:
+        if not above:
+            raise
+        return  # deleted since the folder above was read
+    with opened as entries:
         for entry in entries:
             if entry.is_dir():
                 yield from walk(entry.path, above | {here})

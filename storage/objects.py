@@ -118,7 +118,7 @@ class ObjectStore:
 
         def look() -> list[ObjectInfo]:
             if protocol(pattern) == "file":
-                found = [_local_info(path) for path in listing.local_files_of(pattern)]
+                found = [info for path in listing.local_files_of(pattern) if (info := _listed(path)) is not None]
             else:
                 items = listing.remote_files_of(self._fresh(pattern), self._path(pattern))
                 found = [_remote_info(self._url(pattern, name), info) for name, info in items.items()]
@@ -372,6 +372,16 @@ class ObjectStore:
 def _local_info(path: str) -> ObjectInfo:
     stat = os.stat(path)  # noqa: PTH116
     return ObjectInfo(path, stat.st_size, local_files.etag(stat))
+
+
+def _listed(path: str) -> ObjectInfo | None:
+    """``None``: deleted since it was listed, as if it had been listed later. A link that leads nowhere is an error."""
+    try:
+        return _local_info(path)
+    except FileNotFoundError:
+        if os.path.lexists(path):  # noqa: PTH110
+            raise
+        return None
 
 
 def _remote_info(uri: str, info: Mapping[str, Any]) -> ObjectInfo:

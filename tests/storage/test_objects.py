@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
-from storage import local_files, locations
+from storage import listing, local_files, locations
 from storage.errors import (
     CorruptFile,
     InvalidInput,
@@ -415,6 +415,34 @@ def test_links_are_followed_and_rings_are_refused(local: Place) -> None:
     Path(local("in/ring")).symlink_to(local("in"))
     with pytest.raises(RowmillError, match="contains it"):
         local.names("in")
+
+
+def test_what_is_deleted_while_it_is_listed_is_left_out(local: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("in/a", "in/b", "in/sub/c"):
+        local.put(name)
+    real = os.scandir
+
+    def scandir(folder: str) -> Any:
+        entries = real(folder)
+        for gone in (local("in/b"), local("in/sub/c")):
+            Path(gone).unlink(missing_ok=True)
+        if folder == local("in"):
+            Path(local("in/sub")).rmdir()
+        return entries
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", scandir)
+        assert local.names("in") == ["in/a"]
+    local.put("in/b")
+    listed = listing.local_files_of
+
+    def then_deleted(pattern: str) -> list[str]:
+        paths = listed(pattern)
+        Path(local("in/b")).unlink()
+        return paths
+
+    monkeypatch.setattr(listing, "local_files_of", then_deleted)
+    assert local.names("in") == ["in/a"]
 
 
 def test_a_file_in_place_of_a_folder(local: Place) -> None:
