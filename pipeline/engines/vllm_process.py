@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from pipeline.engines import vllm_child
+from pipeline.engines import vllm_child, vllm_cpu
 from pipeline.engines.guardian import Guardian
 from pipeline.engines.vllm_gauges import Gauges
 from storage.errors import Blame, EngineDead, EngineMissing, InvalidJob, InvalidModel, RowmillError, TransientError
@@ -36,8 +36,6 @@ STOP_SECONDS = 10.0
 """How long the engine's processes may take to end when asked, before they are killed."""
 LOOK_SECONDS = 1.0
 """How often a wait for the engine's process looks whether it is still there."""
-FEW_CORES = 4
-"""Up to so many cores, none is kept free of a model's arithmetic."""
 
 _starting = threading.Lock()
 # What vLLM may write before a line: "(EngineCore pid=12) ERROR 08-01 12:00:00 [core.py:1] ".
@@ -181,20 +179,6 @@ def engine_arguments(model: str, options: Mapping[str, Any], *, cpu: bool) -> di
         if not sized and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
             arguments["kv_cache_memory_bytes"] = min(4 * GIB, memory_bytes() // 4)
     return arguments | dict(options) | {"model": model}
-
-
-def core_environment() -> dict[str, str]:
-    """Which cores vLLM's CPU build computes on, where the user has not said it.
-
-    vLLM leaves one to its scheduler, which waits while the model runs: on few cores that is much of the machine. On
-    two, a Llama of 110 million parameters ran 256 prompts 1.6 times as fast on both, and one of a few thousand
-    parameters, whose load is Python, as fast as before (``benchmarks/llm.py --cores own``).
-    """
-    if {"VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_CPU_OMP_THREADS_BIND"} & os.environ.keys():
-        return {}
-    usable = len(os.sched_getaffinity(0))
-    cores = min(usable, psutil.cpu_count(logical=False) or usable)
-    return {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"} if cores <= FEW_CORES else {}
 
 
 class RunningVllm:
@@ -383,7 +367,7 @@ class RunningVllm:
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         }
         if current_platform.is_cpu():
-            environment |= core_environment()
+            environment |= vllm_cpu.arrange(self.config.parallel_config, options)
         # vLLM leaves its sockets behind, seven for each start: in our own folder they go with it. The name of a socket
         # has at most 107 bytes.
         if "VLLM_RPC_BASE_PATH" not in os.environ and len(folder := str(self._output.pipe.parent)) < 64:
