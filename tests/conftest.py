@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+
+# Under nohup, or in a shell's background, these are ignored, and would be by every process that a test starts.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything imports transformers, onnxruntime or vLLM: nothing calls out, and a CPU engine's cache takes 1 GiB.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -66,6 +67,8 @@ class OnnxEngine:
         self._version = ""
         self._key = ""
         self._layout_from = "default"
+        self._worked = 0.0
+        """Seconds spent on rows: a measurement of layouts has to be worth its own."""
         self._profile: Path | None = None
         self._gate = threading.Lock()
         self._active = 0
@@ -207,11 +210,13 @@ class OnnxEngine:
                 self._active += 1
         finally:
             self._gate.release()
+        began = time.monotonic()
         try:
             yield from stream(chain(first, prepared), self._pool, cancel)
         finally:
             with self._active_lock:
                 self._active -= 1
+                self._worked += time.monotonic() - began
 
     def _first(self, prepared: Iterator[Window]) -> tuple[list[Window], bool]:
         """The first window, or some, and whether they hold rows enough for measuring layouts."""
@@ -230,7 +235,6 @@ class OnnxEngine:
 
     def _measured(self, first: list[Window], cancel: Cancellation) -> list[Window]:
         """The same windows, after the fastest layout was found on them."""
-        self._layout_from = "too slow to measure"
         tuned = self._measure(first, cancel)
         if tuned is not None and self._text is not None:
             return [replace(first[0], packs=first[0].sample(tuned.layout.token_budget, 1))]
@@ -244,9 +248,12 @@ class OnnxEngine:
         forget = cancel.on_cancel(call.stop)
         counts = Counter(model.counts)
         try:
-            bench = Bench(graphs, self._options, pool, partial(sample, windows), call, patient=patient)
+            sampled = partial(sample, windows)
+            bench = Bench(graphs, self._options, pool, sampled, call, worked=self._worked, patient=patient)
             tuned = bench.tune(text=self._text is not None)
             if tuned is None:
+                if bench.too_slow:
+                    self._layout_from = "too slow to measure"
                 return None
             if tuned.layout != pool.layout:
                 pool.become(SessionPool.open(graphs, self._options, self._context.notify, tuned.layout))

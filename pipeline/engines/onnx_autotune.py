@@ -1,7 +1,7 @@
 """Which layout is fastest here: measured in seconds on a sample of the first window of rows, then remembered.
 
-A rival has to beat what is there by ``MARGIN`` in the better of two turns, taken in alternation, because a busy machine
-makes any of them look slow. Why so, and what was measured: docs/adr/0017.
+A busy machine makes any layout look slow, so a rival that led at first has to win every one of some pairs of turns, and
+by ``MARGIN`` in the median. Why so, and what was measured: docs/adr/0017.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from pipeline.engines import onnx_layout
@@ -40,8 +41,11 @@ SLOW_SECONDS = 4.0
 LIMIT_SECONDS = 15.0
 """After this long no further question is opened, unless a measurement was asked for by name."""
 LEAST_ROWS = 1024
-"""Distinct rows in the first window of a job that is worth the seconds."""
-_TURNS = 2
+"""Distinct rows in a window that a measurement can be made on."""
+WORTH_SECONDS = 120.0
+"""A measurement is worth its seconds once the engine has worked so long, or the rows at hand will take so long."""
+_PAIRS = 3
+"""Turns of the leader and the champion, in alternation."""
 
 Sample = Callable[[int, int], list[Pack]]
 """Packs of every ``n``-th row of a window at a token budget: ``sample(budget, n)``."""
@@ -83,7 +87,8 @@ class Tuned:
 class Bench:
     """Measures layouts of one graph; ``pool`` is the one in use, with which the first layout is measured.
 
-    ``patient``: measure slow models too. Stopping ``call`` ends it with :class:`~pipeline.engines.onnx_lane.Stopped`.
+    ``worked``: seconds that the engine has spent on rows so far. ``patient``: measure slow models too, and at once.
+    Stopping ``call`` ends it with :class:`~pipeline.engines.onnx_lane.Stopped`.
     """
 
     def __init__(
@@ -94,16 +99,20 @@ class Bench:
         sample: Sample,
         call: Call,
         *,
+        worked: float = 0.0,
         patient: bool = False,
     ) -> None:
         self._graphs, self._options, self._pool = graphs, options, pool
         self._sample, self._call, self._patient = sample, call, patient
+        self._worked = worked
+        self.too_slow = False
+        """Why nothing was measured: one batch takes too long. If not, then because it is not worth it yet."""
         self._every = 1
         self._n_rows = 0
         self.trials: list[Trial] = []
 
     def tune(self, *, text: bool) -> Tuned | None:
-        """The fastest layout, or ``None`` when one batch takes too long to try any."""
+        """The fastest layout, or ``None`` when nothing was measured."""
         cores, on_cpu, options = available_cores(), self._pool.on_cpu, self._options
         best = self._pool.layout
         if not self._choose_sample(best):
@@ -140,8 +149,11 @@ class Bench:
         middle = [whole[len(whole) // 2]]
         self._seconds(self._pool, middle)
         one = self._seconds(self._pool, middle)
-        if one > SLOW_SECONDS and not self._patient:
-            return False
+        if not self._patient:
+            self.too_slow = one > SLOW_SECONDS
+            expected = one * len(whole) / self._pool.size
+            if self.too_slow or self._worked + expected < WORTH_SECONDS:
+                return False
         wanted = max(2 * self._pool.size, int(SAMPLE_SECONDS / max(one, 1e-6)) * self._pool.size)
         self._every = max(1, len(whole) // wanted)
         return True
@@ -151,32 +163,45 @@ class Bench:
         challengers = list(rivals)
         if not challengers:
             return champion
-        best: dict[Layout, float] = {}
         with self._pools(champion, challengers) as pools:
-            for turn in range(_TURNS):
-                order = list(pools) if turn % 2 == 0 else list(pools)[::-1]
-                for layout in order:
-                    try:
-                        seconds = self._turn(pools[layout], layout, warm=layout not in best)
-                    except Stopped:
-                        raise
-                    except Exception as error:
-                        if layout == champion:
-                            raise
-                        log.info("layout %s is out: %s", layout, error)
-                        failed = pools.pop(layout)
-                        best.pop(layout, None)
-                        if failed is not self._pool:
-                            failed.close()
-                        continue
-                    best[layout] = min(seconds, best.get(layout, seconds))
-        fastest = min(best, key=lambda layout: best[layout])
-        if best[champion] < best[fastest] * MARGIN:
-            fastest = champion
-        for layout, seconds in best.items():
-            rate = self._n_rows / seconds
-            self.trials.append(Trial(layout, round(rate, 2), round(best[champion] / seconds, 3), layout == fastest))
+            seconds = {champion: self._turn(pools[champion], champion, warm=True)}
+            for layout in [layout for layout in pools if layout != champion]:
+                taken = self._attempt(pools, layout, warm=True)
+                if taken is not None:
+                    seconds[layout] = taken
+            rates = {layout: self._n_rows / taken for layout, taken in seconds.items()}
+            ratios = {layout: seconds[champion] / taken for layout, taken in seconds.items()}
+            fastest = min(seconds, key=lambda layout: seconds[layout])
+            if fastest != champion:
+                won = self._duel(pools, champion, fastest)
+                ratios[fastest] = median(won) if won else 0.0
+                if len(won) < _PAIRS or min(won) < 1.0 or ratios[fastest] < MARGIN:
+                    fastest = champion
+        for layout, rate in rates.items():
+            self.trials.append(Trial(layout, round(rate, 2), round(ratios[layout], 3), layout == fastest))
         return fastest
+
+    def _duel(self, pools: dict[Layout, SessionPool], champion: Layout, rival: Layout) -> list[float]:
+        """How many times as fast the rival is, by pairs of turns; ends with the first that it loses."""
+        won: list[float] = []
+        while len(won) < _PAIRS and min(won, default=1.0) >= 1.0:
+            order = (champion, rival) if len(won) % 2 == 0 else (rival, champion)
+            taken = {layout: self._attempt(pools, layout) for layout in order}
+            ours, theirs = taken[champion], taken[rival]
+            if ours is None or theirs is None:
+                break
+            won.append(ours / theirs)
+        return won
+
+    def _attempt(self, pools: dict[Layout, SessionPool], layout: Layout, *, warm: bool = False) -> float | None:
+        """A rival's turn, in seconds; ``None`` when it fails: a layout that does not work here is out."""
+        try:
+            return self._turn(pools[layout], layout, warm=warm)
+        except Stopped:
+            raise
+        except Exception as error:
+            log.info("layout %s is out: %s", layout, error)
+            return None
 
     def _turn(self, pool: SessionPool, layout: Layout, *, warm: bool) -> float:
         packs = self._sample(layout.token_budget, self._every)

@@ -43,6 +43,7 @@ def relu(tmp_path: Path) -> Path:
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> pa.RecordBatch:
     monkeypatch.setattr(onnx_autotune, "SAMPLE_SECONDS", 0.01)
+    monkeypatch.setattr(onnx_autotune, "WORTH_SECONDS", 0.0)
     return pa.record_batch({"x": np.arange(300, dtype=np.float32) - 150})
 
 

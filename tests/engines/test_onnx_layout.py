@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from examples.tiny_encoder import build_encoder
 from pipeline.engines import onnx_autotune, onnx_layout, onnx_options
 from pipeline.engines.base import Cancellation, EngineContext
 from pipeline.engines.onnx import OnnxEngine
+from pipeline.engines.onnx_autotune import Bench, Trial
 from pipeline.engines.onnx_layout import Layout
 from storage.errors import InvalidJob
 from tests.engines.onnx_support import batches, embeddings, engine, job, model_at, run
@@ -120,6 +122,7 @@ class TestMeasured:
     @pytest.fixture
     def big(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         monkeypatch.setattr(onnx_autotune, "LEAST_ROWS", 100)
+        monkeypatch.setattr(onnx_autotune, "WORTH_SECONDS", 0.0)
         monkeypatch.setattr(onnx_autotune, "SAMPLE_SECONDS", 0.01)
         yield some_texts(300, seed=3)
 
@@ -147,6 +150,50 @@ class TestMeasured:
         third = engine(encoder, job("embed"), tmp_path)
         assert third.stats()["layout_from"] == "default"
         third.close()
+
+    def test_only_when_it_is_worth_its_seconds(
+        self, encoder: Path, tmp_path: Path, big: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(onnx_autotune, "WORTH_SECONDS", 3600.0)
+        made = engine(encoder, job("embed"), tmp_path)
+        for _ in range(2):  # a short job after the other
+            run(made, job("embed"), column(big))
+            assert made.stats()["layout_from"] == "default"
+        assert 0 < made._worked < 3600
+        made._worked = 3600.0
+        run(made, job("embed"), column(big))
+        assert made.stats()["layout_from"] == "measured"
+        made.close()
+
+    def test_a_rival_must_win_every_pair(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        champion, slow, rival = (Layout(1, 1, 1, tokens, io_binding=False) for tokens in (512, 256, 1024))
+
+        def winner(turns: dict[Layout, list[float | None]]) -> tuple[Layout, list[Trial]]:
+            left = {layout: list(seconds) for layout, seconds in turns.items()}
+
+            def turn(pool: Any, layout: Layout, *, warm: bool) -> float:
+                seconds = left[layout].pop(0)
+                if seconds is None:
+                    raise MemoryError
+                return seconds
+
+            bench = object.__new__(Bench)
+            bench.trials, bench._n_rows = [], 100
+            bench._pools = lambda champion, rivals: nullcontext(dict.fromkeys([champion, *rivals]))  # type: ignore
+            bench._turn = turn  # type: ignore[method-assign]
+            return bench._contest(champion, [slow, rival]), bench.trials
+
+        fastest, trials = winner({champion: [1.0] * 4, slow: [1.2], rival: [0.8, 0.8, 0.9, 0.7]})
+        assert fastest == rival
+        assert [(t.layout, t.ratio, t.chosen) for t in trials] == [
+            (champion, 1.0, False),
+            (slow, 0.833, False),
+            (rival, 1.25, True),
+        ]
+        for turns in ([0.8, 0.8, 1.01], [0.8, 0.97, 0.97, 0.97], [0.8, None], [None], [1.01]):
+            fastest, trials = winner({champion: [1.0] * 4, slow: [1.2], rival: list(turns)})
+            assert fastest == champion
+            assert [t.layout for t in trials if t.chosen] == [champion]
 
     def test_not_where_the_options_say_everything(self, encoder: Path, tmp_path: Path, big: list[str]) -> None:
         for options in ({"autotune": False}, LAYOUTS[4]):
