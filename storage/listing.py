@@ -53,14 +53,17 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or (name.startswith("_") and "=" not in name)
 
 
-def local_files_of(pattern: str) -> list[str]:
-    """Paths of the local files that a path, a folder or a glob stands for; unsorted, possibly none."""
+def local_files_of(pattern: str, *, changing: bool = False) -> list[str]:
+    """Paths of the local files that a path, a folder or a glob stands for; unsorted, possibly none.
+
+    ``changing``: folders below a folder may go meanwhile, and are left out then.
+    """
     try:
         mode = os.stat(pattern).st_mode  # noqa: PTH116
     except (FileNotFoundError, NotADirectoryError):
         mode = 0  # anything else, such as a folder above that may not be entered, is an error
     if stat.S_ISDIR(mode):
-        return list(visible(local_files.walk(pattern), pattern, pattern))
+        return list(visible(local_files.walk(pattern, changing=changing), pattern, pattern))
     if mode:
         return [pattern]
     if not is_glob(pattern):

@@ -157,8 +157,12 @@ def _remove_empty(folder: Path) -> bool:
     return True
 
 
-def walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
-    """Every file below ``folder``, through symbolic links too. Raises :class:`RowmillError` where links form a ring."""
+def walk(folder: str, above: frozenset[tuple[int, int]] = frozenset(), *, changing: bool = False) -> Iterator[str]:
+    """Every file below ``folder``, through symbolic links too. Raises :class:`RowmillError` where links form a ring.
+
+    A folder that is deleted before it is read raises ``FileNotFoundError``, or is left out where they come and go
+    (``changing``).
+    """
     try:
         stat = os.stat(folder)  # noqa: PTH116
         here = (stat.st_dev, stat.st_ino)
@@ -166,12 +170,12 @@ def walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterat
             raise RowmillError(f"{folder} is a symbolic link to a folder that contains it")
         opened = os.scandir(folder)
     except FileNotFoundError:
-        if not above:
+        if not changing:
             raise
-        return  # deleted since the folder above was read
+        return
     with opened as entries:
         for entry in entries:
             if entry.is_dir():
-                yield from walk(entry.path, above | {here})
+                yield from walk(entry.path, above | {here}, changing=changing)
             elif entry.is_file():
                 yield entry.path

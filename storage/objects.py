@@ -109,16 +109,18 @@ class ObjectStore:
     def exists(self, uri: str) -> bool:
         return self.stat(uri) is not None
 
-    def find(self, pattern: str) -> list[ObjectInfo]:
+    def find(self, pattern: str, *, changing: bool = False) -> list[ObjectInfo]:
         """The objects that a path, a folder (all below it) or a glob (``**`` too) stands for, sorted by name.
 
-        Names beginning with ``.`` or ``_`` are left out, as Spark and Hive do. Empty when nothing matches.
+        Names beginning with ``.`` or ``_`` are left out, as Spark and Hive do. Empty when nothing matches. What is
+        deleted while it is listed is an error, or left out where files come and go (``changing``).
         """
         pattern = normalize(pattern)
 
         def look() -> list[ObjectInfo]:
             if protocol(pattern) == "file":
-                found = [info for path in listing.local_files_of(pattern) if (info := _listed(path)) is not None]
+                paths = listing.local_files_of(pattern, changing=changing)
+                found = [info for path in paths if (info := _listed(path, changing=changing)) is not None]
             else:
                 items = listing.remote_files_of(self._fresh(pattern), self._path(pattern))
                 found = [_remote_info(self._url(pattern, name), info) for name, info in items.items()]
@@ -374,12 +376,11 @@ def _local_info(path: str) -> ObjectInfo:
     return ObjectInfo(path, stat.st_size, local_files.etag(stat))
 
 
-def _listed(path: str) -> ObjectInfo | None:
-    """``None``: deleted since it was listed, as if it had been listed later. A link that leads nowhere is an error."""
+def _listed(path: str, *, changing: bool) -> ObjectInfo | None:
     try:
         return _local_info(path)
     except FileNotFoundError:
-        if os.path.lexists(path):  # noqa: PTH110
+        if not changing:
             raise
         return None
 

@@ -51,7 +51,7 @@ class Segment:
 def listed(store: ObjectStore, folder: str) -> list[Segment]:
     """The segments below a folder, newest first; other files are none of ours. Empty when there is no such folder."""
     found = []
-    for item in store.find(folder):
+    for item in store.find(folder, changing=True):  # others merge and delete meanwhile
         match = _NAME.match(item.uri.rpartition("/")[2])
         if match is not None:
             made_at = int(match[1].replace("-", ""), 16) / 1000

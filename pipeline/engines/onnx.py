@@ -37,6 +37,8 @@ from storage.errors import Blame, EngineDead, InvalidModel
 
 GATE_SECONDS = 0.1
 """How soon a call that waits for another's measurement notices that it was cancelled."""
+ALONE_SECONDS = 600.0
+"""How long a measurement waits for the calls that are running: the rest of a shard each."""
 
 
 class OnnxEngine:
@@ -67,12 +69,13 @@ class OnnxEngine:
         self._version = ""
         self._key = ""
         self._layout_from = "default"
-        self._worked = 0.0
-        """Seconds spent on rows: a measurement of layouts has to be worth its own."""
         self._profile: Path | None = None
         self._gate = threading.Lock()
+        self._calls = threading.Condition()
+        # Under the condition:
         self._active = 0
-        self._active_lock = threading.Lock()
+        self._since = 0.0
+        self._worked = 0.0
 
     @classmethod
     def check(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:
@@ -198,25 +201,42 @@ class OnnxEngine:
     def _infer(self, prepared: Iterator[Window], cancel: Cancellation) -> Iterator[ResultBatch]:
         assert self._pool is not None
         # Drawn before the gate: reading rows may take long, and others would wait for it.
-        first, enough = self._first(prepared) if self._layout_from == "default" else ([], False)
+        first, enough = self._first(prepared) if self._worth_measuring() else ([], False)
         # Whoever comes while layouts are measured waits: it would spoil the measurement.
         while not self._gate.acquire(timeout=GATE_SECONDS):
             if cancel.cancelled:
                 return
         try:
-            if enough and self._layout_from == "default" and not self._active and not cancel.cancelled:
+            if enough and self._worth_measuring() and self._alone(cancel):
                 first = self._measured(first, cancel)
-            with self._active_lock:
+            with self._calls:
+                if not self._active:
+                    self._since = time.monotonic()
                 self._active += 1
         finally:
             self._gate.release()
-        began = time.monotonic()
         try:
-            yield from stream(chain(first, prepared), self._pool, cancel)
+            yield from stream(chain(_drained(first), prepared), self._pool, cancel)
         finally:
-            with self._active_lock:
+            with self._calls:
                 self._active -= 1
-                self._worked += time.monotonic() - began
+                if not self._active:
+                    self._worked += time.monotonic() - self._since
+                self._calls.notify_all()
+
+    def _worth_measuring(self) -> bool:
+        """Whether the engine has worked for so long that measuring layouts costs little beside it."""
+        with self._calls:
+            running = time.monotonic() - self._since if self._active else 0.0
+            return self._layout_from == "default" and self._worked + running >= onnx_autotune.WORTH_SECONDS
+
+    def _alone(self, cancel: Cancellation) -> bool:
+        """Wait until no other call runs (hold the gate, so that none begins). False when that takes too long."""
+        until = time.monotonic() + ALONE_SECONDS
+        with self._calls:
+            while self._active and time.monotonic() < until and not cancel.cancelled and not self._closed:
+                self._calls.wait(GATE_SECONDS)
+            return not self._active and not cancel.cancelled
 
     def _first(self, prepared: Iterator[Window]) -> tuple[list[Window], bool]:
         """The first window, or some, and whether they hold rows enough for measuring layouts."""
@@ -248,12 +268,10 @@ class OnnxEngine:
         forget = cancel.on_cancel(call.stop)
         counts = Counter(model.counts)
         try:
-            sampled = partial(sample, windows)
-            bench = Bench(graphs, self._options, pool, sampled, call, worked=self._worked, patient=patient)
+            bench = Bench(graphs, self._options, pool, partial(sample, windows), call, patient=patient)
             tuned = bench.tune(text=self._text is not None)
             if tuned is None:
-                if bench.too_slow:
-                    self._layout_from = "too slow to measure"
+                self._layout_from = bench.reason
                 return None
             if tuned.layout != pool.layout:
                 pool.become(SessionPool.open(graphs, self._options, self._context.notify, tuned.layout))
@@ -351,3 +369,9 @@ class OnnxEngine:
             self._pool.close()
         if self._image is not None:
             self._image.close()
+
+
+def _drained(windows: list[Window]) -> Iterator[Window]:
+    """The windows, each let go of when it is handed over."""
+    while windows:
+        yield windows.pop(0)

@@ -39,11 +39,11 @@ SAMPLE_SECONDS = 0.5
 SLOW_SECONDS = 4.0
 """A model whose single batch takes longer is left as it is, unless a measurement was asked for by name."""
 LIMIT_SECONDS = 15.0
-"""After this long no further question is opened, unless a measurement was asked for by name."""
+"""After this long no further turn is taken, unless a measurement was asked for by name."""
 LEAST_ROWS = 1024
 """Distinct rows in a window that a measurement can be made on."""
 WORTH_SECONDS = 120.0
-"""A measurement is worth its seconds once the engine has worked so long, or the rows at hand will take so long."""
+"""A measurement is worth its seconds once the engine has worked so long."""
 _PAIRS = 3
 """Turns of the leader and the champion, in alternation."""
 
@@ -87,8 +87,7 @@ class Tuned:
 class Bench:
     """Measures layouts of one graph; ``pool`` is the one in use, with which the first layout is measured.
 
-    ``worked``: seconds that the engine has spent on rows so far. ``patient``: measure slow models too, and at once.
-    Stopping ``call`` ends it with :class:`~pipeline.engines.onnx_lane.Stopped`.
+    ``patient``: measure slow models too. Stopping ``call`` ends it with :class:`~pipeline.engines.onnx_lane.Stopped`.
     """
 
     def __init__(
@@ -99,14 +98,13 @@ class Bench:
         sample: Sample,
         call: Call,
         *,
-        worked: float = 0.0,
         patient: bool = False,
     ) -> None:
         self._graphs, self._options, self._pool = graphs, options, pool
         self._sample, self._call, self._patient = sample, call, patient
-        self._worked = worked
-        self.too_slow = False
-        """Why nothing was measured: one batch takes too long. If not, then because it is not worth it yet."""
+        self._began = time.monotonic()
+        self.reason = "nothing to measure"
+        """Why nothing was measured."""
         self._every = 1
         self._n_rows = 0
         self.trials: list[Trial] = []
@@ -117,7 +115,8 @@ class Bench:
         best = self._pool.layout
         if not self._choose_sample(best):
             return None
-        copies, began = memory_for_copies(self._pool.file), time.monotonic()
+        copies = memory_for_copies(self._pool.file)
+        self._began = time.monotonic()
         questions: list[Callable[[Layout], Iterable[Layout]]] = [
             lambda best: onnx_layout.rivals(best, options, cores, copies, on_cpu=on_cpu)
         ]
@@ -128,11 +127,14 @@ class Bench:
                 self._fusions,
             ]
         for rivals in questions:
-            if self._patient or time.monotonic() - began < LIMIT_SECONDS:
+            if not self._late():
                 best = self._contest(best, rivals(best))
         if not self.trials:
             return None
         return Tuned(best, tuple(self.trials))
+
+    def _late(self) -> bool:
+        return not self._patient and time.monotonic() - self._began >= LIMIT_SECONDS
 
     def _fusions(self, best: Layout) -> Iterable[Layout]:
         """Making the other form takes seconds, so it is made when everything else is known."""
@@ -149,11 +151,9 @@ class Bench:
         middle = [whole[len(whole) // 2]]
         self._seconds(self._pool, middle)
         one = self._seconds(self._pool, middle)
-        if not self._patient:
-            self.too_slow = one > SLOW_SECONDS
-            expected = one * len(whole) / self._pool.size
-            if self.too_slow or self._worked + expected < WORTH_SECONDS:
-                return False
+        if one > SLOW_SECONDS and not self._patient:
+            self.reason = "too slow to measure"
+            return False
         wanted = max(2 * self._pool.size, int(SAMPLE_SECONDS / max(one, 1e-6)) * self._pool.size)
         self._every = max(1, len(whole) // wanted)
         return True
@@ -166,7 +166,7 @@ class Bench:
         with self._pools(champion, challengers) as pools:
             seconds = {champion: self._turn(pools[champion], champion, warm=True)}
             for layout in [layout for layout in pools if layout != champion]:
-                taken = self._attempt(pools, layout, warm=True)
+                taken = None if self._late() else self._attempt(pools, layout, warm=True)
                 if taken is not None:
                     seconds[layout] = taken
             rates = {layout: self._n_rows / taken for layout, taken in seconds.items()}
@@ -182,25 +182,30 @@ class Bench:
         return fastest
 
     def _duel(self, pools: dict[Layout, SessionPool], champion: Layout, rival: Layout) -> list[float]:
-        """How many times as fast the rival is, by pairs of turns; ends with the first that it loses."""
+        """How many times as fast the rival is, by pairs of turns; ends with the first that it loses, or fails in."""
         won: list[float] = []
-        while len(won) < _PAIRS and min(won, default=1.0) >= 1.0:
-            order = (champion, rival) if len(won) % 2 == 0 else (rival, champion)
-            taken = {layout: self._attempt(pools, layout) for layout in order}
-            ours, theirs = taken[champion], taken[rival]
-            if ours is None or theirs is None:
+        while len(won) < _PAIRS and min(won, default=1.0) >= 1.0 and not self._late():
+            theirs = self._attempt(pools, rival) if len(won) % 2 else None
+            ours = self._turn(pools[champion], champion, warm=False)
+            theirs = theirs or self._attempt(pools, rival)
+            if theirs is None:
                 break
             won.append(ours / theirs)
         return won
 
     def _attempt(self, pools: dict[Layout, SessionPool], layout: Layout, *, warm: bool = False) -> float | None:
         """A rival's turn, in seconds; ``None`` when it fails: a layout that does not work here is out."""
+        if layout not in pools:
+            return None
         try:
             return self._turn(pools[layout], layout, warm=warm)
-        except Stopped:
+        except (Stopped, EngineDead):
             raise
         except Exception as error:
             log.info("layout %s is out: %s", layout, error)
+            failed = pools.pop(layout)
+            if failed is not self._pool:
+                failed.close()
             return None
 
     def _turn(self, pool: SessionPool, layout: Layout, *, warm: bool) -> float:

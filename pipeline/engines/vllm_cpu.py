@@ -39,7 +39,8 @@ def arrange(parallel: Any, options: Mapping[str, Any]) -> dict[str, str]:
         return {}
     environment = dict(ALL_CORES)
     alone = parallel.world_size == 1 and parallel.data_parallel_size == 1
-    if alone and options.get("distributed_executor_backend") is None:
+    # vLLM itself turns a user's "uni" into "mp" here.
+    if alone and options.get("distributed_executor_backend") in (None, "uni"):
         parallel.distributed_executor_backend = "uni"
         environment["OMP_NUM_THREADS"] = str(cores)
     return environment

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from pipeline.engines.base import Cancellation, EngineContext
 from pipeline.engines.onnx import OnnxEngine
 from pipeline.engines.onnx_autotune import Bench, Trial
 from pipeline.engines.onnx_layout import Layout
+from pipeline.engines.onnx_session import SessionPool
 from storage.errors import InvalidJob
 from tests.engines.onnx_support import batches, embeddings, engine, job, model_at, run
 from tests.engines.test_onnx_text import column, some_texts
@@ -165,6 +167,57 @@ class TestMeasured:
         assert made.stats()["layout_from"] == "measured"
         made.close()
 
+    def test_it_waits_for_those_that_run_and_the_next_wait_for_it(
+        self, encoder: Path, tmp_path: Path, big: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As slots do, of which one is always in the middle of a shard."""
+        monkeypatch.setattr(onnx_autotune, "WORTH_SECONDS", 3600.0)
+        made = engine(encoder, job("embed"), tmp_path)
+        waits = threading.Event()
+        alone = made._alone
+
+        def told(cancel: Cancellation) -> bool:
+            waits.set()
+            return alone(cancel)
+
+        monkeypatch.setattr(made, "_alone", told)
+        running = made.infer(job("embed"), batches(column(big), 32), Cancellation())
+        next(running)
+        made._worked = 3600.0
+        measuring = threading.Thread(target=run, args=(made, job("embed"), column(big)))
+        measuring.start()
+        assert waits.wait(60)
+        assert made.stats()["layout_from"] == "default"
+        behind = threading.Thread(target=run, args=(made, job("embed"), column(big[:50])))
+        behind.start()
+        for _ in running:
+            assert made._active == 1  # nobody begins meanwhile
+        measuring.join()
+        behind.join()
+        assert made.stats()["layout_from"] == "measured"
+        made.close()
+
+    def test_a_cancelled_call_waits_for_nobody(
+        self, encoder: Path, tmp_path: Path, big: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(onnx_autotune, "WORTH_SECONDS", 3600.0)
+        made = engine(encoder, job("embed"), tmp_path)
+        running = made.infer(job("embed"), batches(column(big), 32), Cancellation())
+        next(running)
+        made._worked = 3600.0
+        cancel = Cancellation()
+        alone = made._alone
+
+        def cancelled(given: Cancellation) -> bool:
+            cancel.cancel("user")
+            return alone(given)
+
+        monkeypatch.setattr(made, "_alone", cancelled)
+        assert list(made.infer(job("embed"), batches(column(big), 32), cancel)) == []
+        assert list(running) == []  # undisturbed
+        assert made.stats()["layout_from"] == "default"
+        made.close()
+
     def test_a_rival_must_win_every_pair(self, monkeypatch: pytest.MonkeyPatch) -> None:
         champion, slow, rival = (Layout(1, 1, 1, tokens, io_binding=False) for tokens in (512, 256, 1024))
 
@@ -178,7 +231,8 @@ class TestMeasured:
                 return seconds
 
             bench = object.__new__(Bench)
-            bench.trials, bench._n_rows = [], 100
+            bench.trials, bench._n_rows, bench._patient = [], 100, True
+            bench._pool = cast(SessionPool, None)
             bench._pools = lambda champion, rivals: nullcontext(dict.fromkeys([champion, *rivals]))  # type: ignore
             bench._turn = turn  # type: ignore[method-assign]
             return bench._contest(champion, [slow, rival]), bench.trials
@@ -190,7 +244,7 @@ class TestMeasured:
             (slow, 0.833, False),
             (rival, 1.25, True),
         ]
-        for turns in ([0.8, 0.8, 1.01], [0.8, 0.97, 0.97, 0.97], [0.8, None], [None], [1.01]):
+        for turns in ([0.8, 0.8, 1.01], [0.8, 0.97, 0.97, 0.97], [0.8, None], [0.8, 0.8, None], [None], [1.01]):
             fastest, trials = winner({champion: [1.0] * 4, slow: [1.2], rival: list(turns)})
             assert fastest == champion
             assert [t.layout for t in trials if t.chosen] == [champion]

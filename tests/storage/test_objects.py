@@ -14,6 +14,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -417,32 +418,38 @@ def test_links_are_followed_and_rings_are_refused(local: Place) -> None:
         local.names("in")
 
 
-def test_what_is_deleted_while_it_is_listed_is_left_out(local: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("in/a", "in/b", "in/sub/c"):
-        local.put(name)
-    real = os.scandir
+def test_what_is_deleted_while_it_is_listed(local: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error, since rows would be missing; but not where others delete files all the time."""
+    real, listed = os.scandir, listing.local_files_of
 
     def scandir(folder: str) -> Any:
-        entries = real(folder)
-        for gone in (local("in/b"), local("in/sub/c")):
-            Path(gone).unlink(missing_ok=True)
         if folder == local("in"):
+            entries = list(real(folder))
+            Path(local("in/sub/c")).unlink(missing_ok=True)
             Path(local("in/sub")).rmdir()
-        return entries
+            return nullcontext(entries)
+        return real(folder)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "scandir", scandir)
-        assert local.names("in") == ["in/a"]
-    local.put("in/b")
-    listed = listing.local_files_of
-
-    def then_deleted(pattern: str) -> list[str]:
-        paths = listed(pattern)
+    def then_deleted(pattern: str, **more: Any) -> list[str]:
+        paths = listed(pattern, **more)
         Path(local("in/b")).unlink()
         return paths
 
-    monkeypatch.setattr(listing, "local_files_of", then_deleted)
-    assert local.names("in") == ["in/a"]
+    def names(*, changing: bool) -> list[str]:
+        return [item.uri.rpartition("/")[2] for item in local.store.find(local("in"), changing=changing)]
+
+    for owner, name, patch in ((os, "scandir", scandir), (listing, "local_files_of", then_deleted)):
+        for changing in (False, True):
+            for file in ("in/a", "in/b", "in/sub/c"):
+                local.store.delete([local(file)])
+                local.put(file)
+            with monkeypatch.context() as patched:
+                patched.setattr(owner, name, patch)
+                if changing:
+                    assert names(changing=True) == (["a", "b"] if owner is os else ["a", "c"])
+                else:
+                    with pytest.raises(InvalidInput, match="does not exist"):
+                        names(changing=False)
 
 
 def test_a_file_in_place_of_a_folder(local: Place) -> None:

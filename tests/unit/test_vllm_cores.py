@@ -57,6 +57,8 @@ def test_what_the_user_says_stands(monkeypatch: pytest.MonkeyPatch) -> None:
         assert arrange(parallel, {}) == {}
         monkeypatch.delenv(name)
     assert parallel.distributed_executor_backend == "mp"
+    arrange(parallel, {"distributed_executor_backend": "uni"})
+    assert parallel.distributed_executor_backend == "uni"
 
 
 def test_of_many_cores_vllm_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
