@@ -183,6 +183,7 @@ class VllmEngine:
             lengths=lengths,
             once=_once(spec),
             settled=settled(spec.sampling),
+            pools=spec.task in vllm_pooling.TASKS,
             room=self._room,
         )
         measures = Measures(running.gauges)
@@ -377,7 +378,7 @@ class VllmEngine:
             "prompt_tokens": sum(one.prompt_tokens for one in ran),
             "cached_tokens": sum(one.cached_tokens for one in ran),
             "completion_tokens": sum(one.completion_tokens for one in ran),
-            "copied_rows": len(copied),
+            "copied_rows": len(copied) // reader.requests_per_row,
             "copied_prompt_tokens": sum(one.prompt_tokens for one in copied),
             "copied_completion_tokens": sum(one.completion_tokens for one in copied),
         }
@@ -399,9 +400,9 @@ class VllmEngine:
 
 
 def _once(spec: JobSpec) -> Once[Finished, Prompt] | None:
-    """For jobs in which equal prompts may have one answer: as the job says, or as a row may."""
+    """For jobs in which equal prompts may have one answer: what is pooled, as the job says, or as a row may."""
     by_row = {"temperature", "seed"} & spec.sampling_columns.keys()
-    return Once() if spec.task not in vllm_pooling.TASKS and (settled(spec.sampling) or by_row) else None
+    return Once() if spec.task in vllm_pooling.TASKS or settled(spec.sampling) or by_row else None
 
 
 def _check_model(model: Model, spec: JobSpec, *, pools: bool) -> None:

@@ -42,6 +42,8 @@ class Answer:
 class Answers:
     """Reads the answers to one job. ``form``: what they have to be, where a row does not say it for itself."""
 
+    requests_per_row = 1
+
     def __init__(self, spec: JobSpec, form: Form | None) -> None:
         self._form = form
         self._several = spec.sampling.get("n", 1) != 1

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
+from pipeline.engines.sampling_columns import key_of
 from pipeline.engines.vllm_prompts import Prompt
 
 A = TypeVar("A")
@@ -35,6 +36,12 @@ def identity(prompt: Prompt, tokens: bytes, *, sampled: bool = False) -> bytes |
     adapter = "" if prompt.adapter is None else str(prompt.adapter.lora_name)
     # Digests and JSON: neither holds a zero byte.
     return b"\0".join((adapter.encode(), b"" if own is None else own.key.encode(), tokens))
+
+
+def pooled_identity(prompt: Prompt, tokens: bytes) -> bytes:
+    """The same for a prompt that is pooled: its tokens, and the token types of a pair; the rest is the job's."""
+    own = prompt.params.sampling.extra_kwargs if prompt.params is not None else None
+    return b"\0".join((key_of(own or {}).encode(), tokens))
 
 
 class Once(Generic[A, P]):

@@ -119,6 +119,7 @@ class PooledRows:
         # Nobody asked for a number of tokens: as everywhere but in generation, what does not fit is cut off.
         self._tokenization = None if spec.overlong == "error" else {"truncate_prompt_tokens": -1}
         self._half: dict[int, Answer | RowFailure] = {}
+        self.requests_per_row = 2 if pooling.pairs else 1
 
     def read(self, batch: RowBatch, chunk: int) -> Iterator[tuple[list[Prompt], list[RowFailure]]]:
         """The prompts of a batch, ``chunk`` rows at a time, and the rows that cannot be one."""
@@ -203,8 +204,9 @@ class PooledRows:
         if output.error is not None:
             message = first_lines(str(output.error), MESSAGE_LIMIT)
             return RowFailure(done.prompt.row, RowErrorCode.ENGINE_REFUSED, message)
-        tokens, cached = len(output.prompt_token_ids), max(output.num_cached_tokens or 0, 0)
-        return Answer(done.prompt.row, tokens, cached, data=output)
+        tokens = len(output.prompt_token_ids)
+        cached = tokens if done.copied else max(output.num_cached_tokens or 0, 0)
+        return Answer(done.prompt.row, tokens, cached, data=output, copied=done.copied)
 
     def _pair(self, row: int, first: Answer | RowFailure, second: Answer | RowFailure) -> Answer | RowFailure:
         from vllm.entrypoints.pooling.typing import OfflineOutputsContext
@@ -216,7 +218,7 @@ class PooledRows:
         context = OfflineOutputsContext(outputs=[first.data, second.data], n_queries=1)
         (output,) = self._pooling.input.post_process_offline(context)
         tokens, cached = first.prompt_tokens + second.prompt_tokens, first.cached_tokens + second.cached_tokens
-        return Answer(row, tokens, cached, data=output)
+        return Answer(row, tokens, cached, data=output, copied=first.copied and second.copied)
 
     def columns(self, answers: Sequence[Answer]) -> Mapping[str, Any]:
         """The values of the task's columns."""

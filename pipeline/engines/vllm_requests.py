@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.engines.base import ResultBatch, RowFailure
-from pipeline.engines.vllm_once import Once, identity
+from pipeline.engines.vllm_once import Once, identity, pooled_identity
 from pipeline.engines.vllm_process import STOP_SECONDS, RunningVllm, first_lines
 from pipeline.engines.vllm_prompts import Prompt
 from pipeline.engines.vllm_room import MediaRoom
@@ -83,12 +83,13 @@ class Finished:
 
     @property
     def n_bytes(self) -> int:
-        """Of its texts, tokens and probabilities, about."""
+        """Of its texts, tokens and probabilities, or what was pooled, about."""
         texts = sum(len(completion.text) for completion in self._completions)
         places = [at for completion in self._completions for at in completion.logprobs or ()]
         probable = sum(len(at) for at in (*places, *(getattr(self.output, "prompt_logprobs", None) or ())) if at)
         tokens = len(self.prompt.tokens) + self.completion_tokens
-        return int(texts) + 8 * tokens + LOGPROB_BYTES * probable
+        pooled = getattr(getattr(self.output.outputs, "data", None), "nbytes", 0)
+        return int(texts) + 8 * tokens + LOGPROB_BYTES * probable + int(pooled)
 
 
 Outcome = Finished | RowFailure
@@ -111,7 +112,7 @@ class Requests:
 
     ``backlog`` orders what waits, up to the limits of ``waiting``; ``lengths`` learns from what finishes; with
     ``once``, a prompt that occurs again is not run again, where its own parameters settle its answer, or the job's do
-    (``settled``); ``room`` is for the media of prompts.
+    (``settled``, or what is pooled: ``pools``); ``room`` is for the media of prompts.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class Requests:
         lengths: Lengths,
         once: Once[Finished, Prompt] | None,
         settled: bool = True,
+        pools: bool = False,
         room: MediaRoom,
     ) -> None:
         self._engine, self._params, self._window = engine, params, window
@@ -136,7 +138,8 @@ class Requests:
         if backlog.orders:
             self._gather = waiting.rows if waiting.whole else SHARE_TO_ORDER * window.requests
         # Under the condition:
-        self._backlog, self._lengths, self._once, self._settled = backlog, lengths, once, settled
+        self._backlog, self._lengths, self._once = backlog, lengths, once
+        self._settled, self._pools = settled, pools
         self._finished: list[Outcome] = []
         self._given: list[ResultBatch] = []
         self._fed = False
@@ -188,7 +191,9 @@ class Requests:
 
     def _must_run(self, prompt: Prompt, key: bytes) -> bool:
         settles = None
-        if self._once is not None and (self._settled or prompt.params is not None):
+        if self._once is not None and self._pools:
+            settles = pooled_identity(prompt, key)
+        elif self._once is not None and (self._settled or prompt.params is not None):
             settles = identity(prompt, key)
         if self._once is None or settles is None:
             return True

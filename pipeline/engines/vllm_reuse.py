@@ -14,9 +14,8 @@ import pyarrow as pa
 
 from pipeline.engines import vllm_permissions, vllm_pooling
 from pipeline.engines.base import EngineContext, ResultBatch
-from pipeline.engines.sampling_columns import key_of
 from pipeline.engines.vllm_answers import Answer
-from pipeline.engines.vllm_once import identity, settled
+from pipeline.engines.vllm_once import identity, pooled_identity, settled
 from pipeline.engines.vllm_options import OWN_OPTIONS
 from pipeline.engines.vllm_process import RunningVllm
 from pipeline.engines.vllm_prompts import Prompt
@@ -200,9 +199,7 @@ class Reuse:
         for prompt in row:
             tokens = array("i", prompt.tokens).tobytes()
             if self._pools:
-                # Token types of a pair; the rest is the job's.
-                own = prompt.params.sampling.extra_kwargs if prompt.params is not None else None
-                parts += [tokens, key_of(own or {}).encode()]
+                parts.append(pooled_identity(prompt, tokens))
                 continue
             settles = identity(prompt, tokens, sampled=self._sampled)
             if settles is None or (prompt.params is None and not self._settled):

@@ -229,6 +229,25 @@ def test_scores_of_two_embeddings(embedder: VllmEngine, reference: Reference) ->
     assert len({answer["score"] for answer in found}) == len(TEXTS)
 
 
+def test_equal_texts_are_pooled_once(embedder: VllmEngine) -> None:
+    def counted(spec: JobSpec, batch: RowBatch) -> tuple[list[Any], int, int]:
+        before, found, after = embedder.stats(), answers(embedder, spec, batch), embedder.stats()
+        rows = after["copied"]["rows"] - before["copied"]["rows"]
+        return found, rows, after["tokens"]["prompt"] - before["tokens"]["prompt"]
+
+    found, copied, tokens = counted(make_spec("embed"), rows(TEXTS * 3))
+    assert copied == 2 * len(TEXTS)
+    assert tokens == sum(answer["prompt_tokens"] for answer in found[: len(TEXTS)])
+    assert found == found[: len(TEXTS)] * 3
+    # One question and many documents, as a ranker is asked.
+    spec = make_spec("score", pair_column="other")
+    alone = [answers(embedder, spec, rows([TEXTS[0]], [other]))[0]["score"] for other in OTHERS]
+    ranked, copied, _ = counted(spec, rows([TEXTS[0]] * len(OTHERS), OTHERS))
+    np.testing.assert_allclose([answer["score"] for answer in ranked], alone, atol=1e-4)
+    assert copied == (len(OTHERS) - 1) // 2  # of a row's two requests, one
+    assert len(set(alone)) > 1
+
+
 def test_classes(classifier: VllmEngine, reference: Reference) -> None:
     (wanted,) = reference.answers()[1]
     found = answers(classifier, make_spec("classify"), rows(TEXTS))
