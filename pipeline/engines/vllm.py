@@ -27,16 +27,18 @@ from pipeline.engines.base import Cancellation, EngineContext, ResultBatch, RowB
 from pipeline.engines.sampling import check_sampling
 from pipeline.engines.vllm_adapters import Adapters, LoadedAdapters
 from pipeline.engines.vllm_answers import Answer, Answers
+from pipeline.engines.vllm_finished import Finished, Outcome
 from pipeline.engines.vllm_fit import check_fit
-from pipeline.engines.vllm_gauges import Gauges
+from pipeline.engines.vllm_measures import Measures
 from pipeline.engines.vllm_media import MediaInputs
+from pipeline.engines.vllm_model_check import check_model
 from pipeline.engines.vllm_once import Once, settled
 from pipeline.engines.vllm_options import OWN_OPTIONS, check_engine_options
 from pipeline.engines.vllm_params import JobParams
 from pipeline.engines.vllm_pooling import PooledRows, Pooling
 from pipeline.engines.vllm_process import STALL_SECONDS, RunningVllm, memory_bytes, prepare_environment
 from pipeline.engines.vllm_prompts import Prompt, Prompts, check_columns
-from pipeline.engines.vllm_requests import TOKEN_BYTES, Finished, Outcome, Requests, Waiting
+from pipeline.engines.vllm_requests import TOKEN_BYTES, Requests, Waiting
 from pipeline.engines.vllm_reuse import Reuse
 from pipeline.engines.vllm_room import MediaRoom, media_bytes
 from pipeline.engines.vllm_window import Window
@@ -97,7 +99,7 @@ class VllmEngine:
             able = ", ".join(sorted(cls.tasks))
             raise InvalidJob(f"engine 'vllm' does {able}; task '{spec.task}' runs on engine 'onnx'", field="task")
         pools = spec.task in vllm_pooling.TASKS
-        _check_model(model, spec, pools=pools)
+        check_model(model, spec, pools=pools)
         check_sampling(spec.sampling)
         check_engine_options(spec.engine_options)
         check_fit(model, spec.engine_options)
@@ -403,57 +405,6 @@ def _once(spec: JobSpec) -> Once[Finished, Prompt] | None:
     """For jobs in which equal prompts may have one answer: what is pooled, as the job says, or as a row may."""
     by_row = {"temperature", "seed"} & spec.sampling_columns.keys()
     return Once() if spec.task in vllm_pooling.TASKS or settled(spec.sampling) or by_row else None
-
-
-def _check_model(model: Model, spec: JobSpec, *, pools: bool) -> None:
-    def refuse(what: str) -> InvalidModel:
-        return InvalidModel(f"{model.name!r} {what}", field="model")
-
-    if model.path is None:
-        raise refuse("is built in; engine 'vllm' runs a model directory")
-    if not model.architectures:
-        if model.onnx_files or model.path.suffix == ".onnx":
-            raise refuse("is an ONNX graph; it runs on engine 'onnx', with task embed, classify, score or tensor")
-        raise refuse("has no config.json that names its architecture; vLLM needs one")
-    kind = ", ".join(model.architectures)
-    if not model.autoregressive and not pools:
-        raise refuse(
-            f"is a {kind}, which does not generate text; engine 'vllm' runs decoder language models (…ForCausalLM). "
-            "Use task embed, classify or score with engine 'onnx'"
-        )
-    if model.config.get("is_encoder_decoder") and (spec.task is not Task.GENERATE or spec.audio_column is None):
-        raise refuse(
-            f"is a {kind} with an encoder and a decoder; of these, engine 'vllm' runs those that transcribe, with task "
-            "generate, audio_column and a prompt for the decoder"
-        )
-    chosen = spec.engine_options.get("load_format", "auto") != "auto"
-    if not chosen and model.path.is_dir() and not any(model.path.glob("*.safetensors")):
-        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in model.path.glob(pattern))
-        if pickles:
-            raise refuse(f"has pickled weights only ({pickles[0]}), which can run code; convert them to safetensors")
-
-
-class Measures:
-    """What one call has measured and not handed on yet: its seconds of rendering, and the engine's gauges meanwhile.
-
-    Two calls at the same time measure the same engine: each of them its mean state while the call lasted. What happens
-    once (``preemptions``) is told to one of them.
-    """
-
-    def __init__(self, gauges: Gauges) -> None:
-        self._gauges = gauges
-        self._sums = gauges.sums()
-        self._given = 0.0
-        self.render_seconds = 0.0
-
-    def rest(self) -> dict[str, float]:
-        """What has been added since this was asked last."""
-        now, rendered = self._gauges.sums(), self.render_seconds
-        found = {name: value - self._sums[name] for name, value in now.items()}
-        found["preemptions"] = self._gauges.new_preemptions()
-        found["render_seconds"] = rendered - self._given
-        self._sums, self._given = now, rendered
-        return found
 
 
 def _read(

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.engines.base import RowFailure
 from pipeline.engines.structured_output import Form
-from pipeline.engines.vllm_requests import Finished, Outcome
+from pipeline.engines.vllm_finished import Finished, Outcome
 from pipeline.job_spec import JobSpec
 from pipeline.row_errors import MESSAGE_LIMIT, RowErrorCode
 

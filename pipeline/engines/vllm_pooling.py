@@ -17,10 +17,10 @@ from pipeline.engines import pooled_results as results
 from pipeline.engines.arrow_text import is_text, values
 from pipeline.engines.base import RowBatch, RowFailure
 from pipeline.engines.vllm_answers import Answer
+from pipeline.engines.vllm_finished import Finished, Outcome
 from pipeline.engines.vllm_params import Params
 from pipeline.engines.vllm_process import RunningVllm, first_lines
 from pipeline.engines.vllm_prompts import Prompt, column_type
-from pipeline.engines.vllm_requests import Finished, Outcome
 from pipeline.job_spec import JobSpec, Task
 from pipeline.row_errors import MESSAGE_LIMIT, RowErrorCode
 from storage.errors import InvalidInput, InvalidJob, InvalidModel

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.engines.base import ResultBatch, RowFailure
+from pipeline.engines.vllm_finished import Finished, Outcome
 from pipeline.engines.vllm_once import Once, identity, pooled_identity
 from pipeline.engines.vllm_process import STOP_SECONDS, RunningVllm, first_lines
 from pipeline.engines.vllm_prompts import Prompt
@@ -31,8 +32,6 @@ BYTES_PER_TOKEN = 16
 """Of a prompt that waits: its tokens in a list of Python integers, and once more as four bytes each, to sort by."""
 FOLLOWER_BYTES = 300
 """Of a row that waits for the answer to another one with the same prompt."""
-LOGPROB_BYTES = 260
-"""Of one of vLLM's ``Logprob`` objects, with its place in a dictionary and its text."""
 SHARE_TO_ORDER = 4
 """Windows full of prompts that are gathered before the first is run, so that there is something to put in order."""
 MOST_GIVEN = 2
@@ -41,58 +40,6 @@ GATHER_SECONDS = 2.0
 """How long that may take while the engine stands idle."""
 
 _calls = itertools.count()
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A request that vLLM has finished. ``output``: its ``RequestOutput`` or ``PoolingRequestOutput``.
-
-    ``copied``: it was run for another row, with the same prompt.
-    """
-
-    prompt: Prompt
-    output: Any
-    copied: bool = False
-
-    def for_row(self, prompt: Prompt) -> Finished:
-        """The same for another row with the same prompt."""
-        return replace(self, prompt=prompt, copied=True)
-
-    @property
-    def _completions(self) -> list[Any]:
-        return self.output.outputs if isinstance(self.output.outputs, list) else []
-
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.output.prompt_token_ids)
-
-    @property
-    def cached_tokens(self) -> int:
-        """Of these, the ones that the engine's cache had."""
-        return max(self.output.num_cached_tokens or 0, 0)
-
-    @property
-    def completion_tokens(self) -> int:
-        """Tokens of all answers; none where the model pools."""
-        return sum(len(completion.token_ids) for completion in self._completions)
-
-    @property
-    def given_up(self) -> bool:
-        """vLLM ended it by itself, and not because it was complete."""
-        return any(completion.finish_reason in ("error", "abort") for completion in self._completions)
-
-    @property
-    def n_bytes(self) -> int:
-        """Of its texts, tokens and probabilities, or what was pooled, about."""
-        texts = sum(len(completion.text) for completion in self._completions)
-        places = [at for completion in self._completions for at in completion.logprobs or ()]
-        probable = sum(len(at) for at in (*places, *(getattr(self.output, "prompt_logprobs", None) or ())) if at)
-        tokens = len(self.prompt.tokens) + self.completion_tokens
-        pooled = getattr(getattr(self.output.outputs, "data", None), "nbytes", 0)
-        return int(texts) + 8 * tokens + LOGPROB_BYTES * probable + int(pooled)
-
-
-Outcome = Finished | RowFailure
 
 
 @dataclass(frozen=True, slots=True)

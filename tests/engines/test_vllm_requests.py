@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 
 from pipeline.engines.base import RowFailure
-from pipeline.engines.vllm import Measures
+from pipeline.engines.vllm_finished import LOGPROB_BYTES, Finished
 from pipeline.engines.vllm_gauges import Gauges
+from pipeline.engines.vllm_measures import Measures
 from pipeline.engines.vllm_once import Once
 from pipeline.engines.vllm_params import Params
 from pipeline.engines.vllm_prompts import Prompt
-from pipeline.engines.vllm_requests import LOGPROB_BYTES, Finished, Requests, Waiting
+from pipeline.engines.vllm_requests import Requests, Waiting
 from pipeline.engines.vllm_room import MediaRoom
 from pipeline.engines.vllm_window import Window
 from pipeline.ordering import Backlog, Lengths
