@@ -76,7 +76,8 @@ def test_two_inputs_two_outputs_and_a_dynamic_axis(two_by_two: Path, tmp_path: P
         expected, total = session.run(None, {"a": a[row][None], "b": b[row][None]})
         assert np.array_equal(np.asarray(found, np.float32).reshape(-1, 3), expected[0])
         assert np.allclose(totals[row], total[0], atol=1e-6)
-    assert stats["row_mode"] == "stack" and stats["stacked"] and stats["runs"] < 40
+    assert stats["row_mode"] == "stack" and stats["stacked"]
+    assert stats["runs"] < 100  # five lengths, in each of four batches, and some rows once more alone
     pq.write_table(table, tmp_path / "out.parquet")
     assert pq.read_table(tmp_path / "out.parquet").equals(table)
 
