@@ -290,11 +290,11 @@ class Unreachable(ObjectStore):
 
     cut, asked = False, 0
 
-    def find(self, pattern: str) -> Any:
+    def find(self, pattern: str, *, changing: bool = False) -> Any:
         if self.cut:
             self.asked += 1
             raise TransientError("connection refused")
-        return super().find(pattern)
+        return super().find(pattern, changing=changing)
 
 
 def test_a_store_that_failed_is_left_alone_for_a_while(tmp_path: Path) -> None:
