@@ -116,7 +116,6 @@ class Bench:
         if not self._choose_sample(best):
             return None
         copies = memory_for_copies(self._pool.file)
-        self._began = time.monotonic()
         questions: list[Callable[[Layout], Iterable[Layout]]] = [
             lambda best: onnx_layout.rivals(best, options, cores, copies, on_cpu=on_cpu)
         ]
@@ -174,7 +173,8 @@ class Bench:
             fastest = min(seconds, key=lambda layout: seconds[layout])
             if fastest != champion:
                 won = self._duel(pools, champion, fastest)
-                ratios[fastest] = median(won) if won else 0.0
+                if won:
+                    ratios[fastest] = median(won)
                 if len(won) < _PAIRS or min(won) < 1.0 or ratios[fastest] < MARGIN:
                     fastest = champion
         for layout, rate in rates.items():
@@ -185,9 +185,10 @@ class Bench:
         """How many times as fast the rival is, by pairs of turns; ends with the first that it loses, or fails in."""
         won: list[float] = []
         while len(won) < _PAIRS and min(won, default=1.0) >= 1.0 and not self._late():
-            theirs = self._attempt(pools, rival) if len(won) % 2 else None
-            ours = self._turn(pools[champion], champion, warm=False)
-            theirs = theirs or self._attempt(pools, rival)
+            if len(won) % 2:
+                theirs, ours = self._attempt(pools, rival), self._turn(pools[champion], champion, warm=False)
+            else:
+                ours, theirs = self._turn(pools[champion], champion, warm=False), self._attempt(pools, rival)
             if theirs is None:
                 break
             won.append(ours / theirs)
@@ -195,8 +196,6 @@ class Bench:
 
     def _attempt(self, pools: dict[Layout, SessionPool], layout: Layout, *, warm: bool = False) -> float | None:
         """A rival's turn, in seconds; ``None`` when it fails: a layout that does not work here is out."""
-        if layout not in pools:
-            return None
         try:
             return self._turn(pools[layout], layout, warm=warm)
         except (Stopped, EngineDead):

@@ -77,7 +77,7 @@ def test_two_inputs_two_outputs_and_a_dynamic_axis(two_by_two: Path, tmp_path: P
         assert np.array_equal(np.asarray(found, np.float32).reshape(-1, 3), expected[0])
         assert np.allclose(totals[row], total[0], atol=1e-6)
     assert stats["row_mode"] == "stack" and stats["stacked"]
-    assert stats["runs"] < 100  # five lengths, in each of four batches, and some rows once more alone
+    assert stats["runs"] - stats["compared_rows"] < 40  # five lengths, in each of four batches
     pq.write_table(table, tmp_path / "out.parquet")
     assert pq.read_table(tmp_path / "out.parquet").equals(table)
 
