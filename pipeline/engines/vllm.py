@@ -32,7 +32,7 @@ from pipeline.engines.vllm_fit import check_fit
 from pipeline.engines.vllm_measures import Measures
 from pipeline.engines.vllm_media import MediaInputs
 from pipeline.engines.vllm_model_check import check_model
-from pipeline.engines.vllm_once import Once, settled
+from pipeline.engines.vllm_once import Once, identities, settled
 from pipeline.engines.vllm_options import OWN_OPTIONS, check_engine_options
 from pipeline.engines.vllm_params import JobParams
 from pipeline.engines.vllm_pooling import PooledRows, Pooling
@@ -184,8 +184,7 @@ class VllmEngine:
             waiting=Waiting(rows_waiting, bytes_waiting, whole=spec.order == "prefix"),
             lengths=lengths,
             once=_once(spec),
-            settled=settled(spec.sampling),
-            pools=spec.task in vllm_pooling.TASKS,
+            identity=identities(pools=spec.task in vllm_pooling.TASKS, settled=settled(spec.sampling)),
             room=self._room,
         )
         measures = Measures(running.gauges)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 from pipeline.engines.sampling_columns import key_of
@@ -12,6 +12,8 @@ from pipeline.engines.vllm_prompts import Prompt
 
 A = TypeVar("A")
 P = TypeVar("P")
+
+Identity = Callable[[Prompt, bytes], bytes | None]
 
 MEMORY_BYTES = 32 * 2**20
 """Most memory for the answers that are kept for prompts to come."""
@@ -38,10 +40,23 @@ def identity(prompt: Prompt, tokens: bytes, *, sampled: bool = False) -> bytes |
     return b"\0".join((adapter.encode(), b"" if own is None else own.key.encode(), tokens))
 
 
-def pooled_identity(prompt: Prompt, tokens: bytes) -> bytes:
-    """The same for a prompt that is pooled: its tokens, and the token types of a pair; the rest is the job's."""
-    own = prompt.params.sampling.extra_kwargs if prompt.params is not None else None
-    return b"\0".join((key_of(own or {}).encode(), tokens))
+def identities(*, pools: bool, settled: bool, sampled: bool = False) -> Identity:
+    """What tells a job's prompts apart, with the bytes of their tokens; ``None`` where nothing settles the answer.
+
+    ``pools``: they are pooled. ``settled``: the job's parameters settle the answer of rows without their own.
+    """
+
+    def pooled(prompt: Prompt, tokens: bytes) -> bytes:
+        # The token types of a pair; the rest is the job's.
+        own = prompt.params.sampling.extra_kwargs if prompt.params is not None else None
+        return b"\0".join((key_of(own or {}).encode(), tokens))
+
+    def generated(prompt: Prompt, tokens: bytes) -> bytes | None:
+        if prompt.params is None and not settled:
+            return None
+        return identity(prompt, tokens, sampled=sampled)
+
+    return pooled if pools else generated
 
 
 class Once(Generic[A, P]):

@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline.engines.base import ResultBatch, RowFailure
 from pipeline.engines.vllm_finished import Finished, Outcome
-from pipeline.engines.vllm_once import Once, identity, pooled_identity
+from pipeline.engines.vllm_once import Identity, Once
 from pipeline.engines.vllm_process import STOP_SECONDS, RunningVllm, first_lines
 from pipeline.engines.vllm_prompts import Prompt
 from pipeline.engines.vllm_room import MediaRoom
@@ -58,8 +58,8 @@ class Requests:
     """One call's requests. ``params``: vLLM's, for rows without own ones; ``work`` names what calls in turn share.
 
     ``backlog`` orders what waits, up to the limits of ``waiting``; ``lengths`` learns from what finishes; with
-    ``once``, a prompt that occurs again is not run again, where its own parameters settle its answer, or the job's do
-    (``settled``, or what is pooled: ``pools``); ``room`` is for the media of prompts.
+    ``once``, a prompt that occurs again is not run again, where ``identity`` knows it again; ``room`` is for the media
+    of prompts.
     """
 
     def __init__(
@@ -73,8 +73,7 @@ class Requests:
         waiting: Waiting,
         lengths: Lengths,
         once: Once[Finished, Prompt] | None,
-        settled: bool = True,
-        pools: bool = False,
+        identity: Identity,
         room: MediaRoom,
     ) -> None:
         self._engine, self._params, self._window = engine, params, window
@@ -85,8 +84,7 @@ class Requests:
         if backlog.orders:
             self._gather = waiting.rows if waiting.whole else SHARE_TO_ORDER * window.requests
         # Under the condition:
-        self._backlog, self._lengths, self._once = backlog, lengths, once
-        self._settled, self._pools = settled, pools
+        self._backlog, self._lengths, self._once, self._identity = backlog, lengths, once, identity
         self._finished: list[Outcome] = []
         self._given: list[ResultBatch] = []
         self._fed = False
@@ -137,11 +135,7 @@ class Requests:
             self._tell()
 
     def _must_run(self, prompt: Prompt, key: bytes) -> bool:
-        settles = None
-        if self._once is not None and self._pools:
-            settles = pooled_identity(prompt, key)
-        elif self._once is not None and (self._settled or prompt.params is not None):
-            settles = identity(prompt, key)
+        settles = None if self._once is None else self._identity(prompt, key)
         if self._once is None or settles is None:
             return True
         # What follows another row is not run: it needs no tokens.

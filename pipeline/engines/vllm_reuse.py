@@ -15,7 +15,7 @@ import pyarrow as pa
 from pipeline.engines import vllm_permissions, vllm_pooling
 from pipeline.engines.base import EngineContext, ResultBatch
 from pipeline.engines.vllm_answers import Answer
-from pipeline.engines.vllm_once import identity, pooled_identity, settled
+from pipeline.engines.vllm_once import identities, settled
 from pipeline.engines.vllm_options import OWN_OPTIONS
 from pipeline.engines.vllm_process import RunningVllm
 from pipeline.engines.vllm_prompts import Prompt
@@ -104,9 +104,10 @@ class Reuse:
         self._schema = schema
         self._cache = context.results.open(spec.tenant, facts(running, model, versions, spec), schema)
         self._per_row = 2 if pairs else 1
-        self._pools = spec.task in vllm_pooling.TASKS
-        self._settled = self._pools or spec.cache == "sampled" or settled(spec.sampling)
-        self._sampled = spec.cache == "sampled"
+        sampled = spec.cache == "sampled"
+        self._identity = identities(
+            pools=spec.task in vllm_pooling.TASKS, settled=sampled or settled(spec.sampling), sampled=sampled
+        )
         self._run: dict[int, bytes] = {}  # the rows that are being run → their keys
         self._aside: list[tuple[bytes, int, list[Prompt]]] = []
         self._tokens = 0
@@ -198,11 +199,8 @@ class Reuse:
         parts: list[bytes] = []
         for prompt in row:
             tokens = array("i", prompt.tokens).tobytes()
-            if self._pools:
-                parts.append(pooled_identity(prompt, tokens))
-                continue
-            settles = identity(prompt, tokens, sampled=self._sampled)
-            if settles is None or (prompt.params is None and not self._settled):
+            settles = self._identity(prompt, tokens)
+            if settles is None:
                 return None
             parts.append(settles)
         return row_key(*parts)

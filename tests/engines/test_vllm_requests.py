@@ -20,7 +20,7 @@ from pipeline.engines.base import RowFailure
 from pipeline.engines.vllm_finished import LOGPROB_BYTES, Finished
 from pipeline.engines.vllm_gauges import Gauges
 from pipeline.engines.vllm_measures import Measures
-from pipeline.engines.vllm_once import Once
+from pipeline.engines.vllm_once import Once, identities
 from pipeline.engines.vllm_params import Params
 from pipeline.engines.vllm_prompts import Prompt
 from pipeline.engines.vllm_requests import Requests, Waiting
@@ -118,7 +118,7 @@ class Call:
             waiting=Waiting(rows, 2**20),
             lengths=Lengths(16),
             once=Once() if once else None,
-            settled=settled,
+            identity=identities(pools=False, settled=settled),
             room=MediaRoom(2**20, lambda made: 1),
         )
         self._thread = threading.Thread(target=self.requests.feed)
