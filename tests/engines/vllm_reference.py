@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tests.engines import vllm_support as support
 
@@ -102,5 +105,10 @@ class Reference:
         return self._found
 
     def close(self) -> None:
-        self._process.kill()
+        """End it, with the engine that it may be running: that would hold its output open for ever."""
+        if self._process.poll() is None:
+            family = psutil.Process(self._process.pid)
+            for process in (*family.children(recursive=True), family):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
         self._process.communicate()
