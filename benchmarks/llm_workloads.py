@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from examples.tiny_llama import CORPUS
@@ -76,8 +76,6 @@ def workloads(rows: int, tokens: int) -> dict[str, Workload]:
         Workload("uniform", greedy, rows=rows),
         Workload("skewed", {**greedy, "max_tokens": 6 * tokens, "stop": STOPS}, rows=rows),
         Workload("duplicates", greedy, rows=rows, duplicates=0.2, against=(("floor", 1.15), ("chunks", 1.0))),
-        # vllm run-batch knows chats only.
-        Workload("chat", greedy, rows=rows, ours="rowmill_chat", against=(("run_batch", 1.1),), peers=()),
         Workload(
             "prefixes",
             {**greedy, "max_tokens": max(2, tokens // 4)},
@@ -87,5 +85,12 @@ def workloads(rows: int, tokens: int) -> dict[str, Workload]:
             rows_per_prefix=8,
             against=(("floor", 2.5), ("chunks", 1.0)),
         ),
+    ]
+    # vllm run-batch knows chats only.
+    chats = {"uniform": "chat", "duplicates": "chat-duplicates", "prefixes": "chat-prefixes"}
+    found += [
+        replace(one, name=chats[one.name], ours="rowmill_chat", against=(("run_batch", 1.1),), peers=())
+        for one in found
+        if one.name in chats
     ]
     return {workload.name: workload for workload in found}

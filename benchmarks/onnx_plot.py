@@ -16,6 +16,8 @@ NAMES = {
     "rowmill-int8": "Rowmill, int8",
     "st-torch": "sentence-transformers",
     "st-onnx": "sentence-transformers, ONNX",
+    "fastembed": "fastembed",
+    "infinity": "infinity, PyTorch",
     "ray": "Ray Data, the best loop's batches",
     "naive-pictures": "session.run, batches of 8",
     "torch-pictures": "Transformers' pipeline, PyTorch",

@@ -99,7 +99,7 @@ class OnnxEngine:
         if signature is None:  # too large to parse here: load finds out what is read, and every row is checked
             return checks.check_any_columns(spec, schema)
         mode = onnx_graph.row_mode(signature, options.row_mode)
-        return checks.check_tensor_columns(spec, signature, mode, schema)
+        return checks.check_tensor_columns(spec, options, signature, mode, schema)
 
     def load(self) -> None:
         """Export where needed, open the sessions, run one sample. See :meth:`pipeline.engines.base.Engine.load`."""
@@ -351,7 +351,7 @@ class OnnxEngine:
             facts |= {"output": image.output, "image_batch": image.batch}
             facts |= image.counts
         if tensor is not None:
-            facts |= {"row_mode": tensor.mode, "stacked": bool(tensor.stacks)}
+            facts |= {"row_mode": tensor.mode, "stacked": bool(tensor.stacks), "padded": bool(tensor.padding.proved)}
             facts |= tensor.counts
         if self._exported is not None:
             facts["export"] = {

@@ -13,8 +13,9 @@ from pipeline.engines.onnx_folder import read as read_folder
 from pipeline.engines.onnx_graph import GraphValue, RowMode, Signature
 from pipeline.engines.onnx_heads import head
 from pipeline.engines.onnx_image import POOLED, image_head, image_input, token_states
+from pipeline.engines.onnx_masks import Masks
 from pipeline.engines.onnx_options import OnnxOptions
-from pipeline.engines.onnx_tensor import column_of, row_dims
+from pipeline.engines.onnx_tensor import column_of, made_here, row_dims
 from pipeline.engines.onnx_tokens import is_text
 from pipeline.engines.tensors.kinds import lossless, tensor_kind
 from pipeline.job_spec import JobSpec, Task
@@ -166,8 +167,10 @@ def check_text_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def check_tensor_columns(spec: JobSpec, signature: Signature, mode: RowMode, schema: pa.Schema) -> tuple[str, ...]:
-    """The columns that feed the graph.
+def check_tensor_columns(
+    spec: JobSpec, options: OnnxOptions, signature: Signature, mode: RowMode, schema: pa.Schema
+) -> tuple[str, ...]:
+    """The columns that feed the graph, but for masks that are made.
 
     Raises :class:`~storage.errors.InvalidInput` when one is missing, holds no tensors, needs a lossy cast, or has a
     rank or fixed size that the graph does not take; :class:`~storage.errors.InvalidJob` for an input that the graph
@@ -178,8 +181,12 @@ def check_tensor_columns(spec: JobSpec, signature: Signature, mode: RowMode, sch
         raise InvalidJob(
             f"the graph has no input {', '.join(unknown)}; it has {', '.join(names) or 'none'}", field="inputs"
         )
+    Masks(signature, options.masks).check(mode)
+    unmasked = made_here(spec, options, schema)
     columns = []
     for value in signature.inputs:
+        if value.name in unmasked:
+            continue
         name = column_of(spec, value.name)
         kind = _column_type(schema, name, f"inputs.{value.name}")
         _fitting_type(value, mode, name, kind, _advice(signature, mode, value, kind))

@@ -50,6 +50,10 @@ class OnnxOptions(BaseModel):
     Two such windows are in memory at a time."""
     row_mode: Literal["auto", "stack", "whole"] = "auto"
     """``tensor``: is a row one item along the graph's first axis, or the whole input? ``auto`` reads the graph."""
+    masks: dict[str, str] = {}
+    """``tensor``: the name that the graph gives an axis → its input, [rows, axis], that is 1 where the axis is real:
+    rows of different size run together, padded with their last element, and outputs with that axis are cut. The mask
+    is made here where the rows have no column for it. Without it, rows of one shape run together."""
     row_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Seconds that a run may take: a batch that takes longer is halved, down to the row that does."""
     finite: StrictBool = False

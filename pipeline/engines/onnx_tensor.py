@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,9 @@ import pyarrow as pa
 from pipeline.engines import onnx_narrow
 from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
 from pipeline.engines.onnx_graph import Dim, GraphValue, RowMode, Signature, fixed_batch
+from pipeline.engines.onnx_masks import Masks
 from pipeline.engines.onnx_options import OnnxOptions
+from pipeline.engines.onnx_padding import Padding
 from pipeline.engines.onnx_session import Array, Run, RunFailed, SessionPool
 from pipeline.engines.onnx_stacking import Doubt, has_numbers, same, unlike
 from pipeline.engines.onnx_stream import Indices, Pack, Window, bisect, record_batch
@@ -32,6 +34,12 @@ PACK_BYTES = 64 * 2**20
 def row_dims(value: GraphValue, mode: RowMode) -> tuple[Dim, ...] | None:
     """The shape of one row of this input or output; ``None`` when the rank is open."""
     return value.dims if mode == "whole" or value.dims is None else value.dims[1:]
+
+
+def made_here(spec: JobSpec, options: OnnxOptions, schema: pa.Schema) -> dict[str, str]:
+    """Masks for which the rows have no column, and none was named → their axes."""
+    named = spec.inputs or {}
+    return {m: axis for axis, m in options.masks.items() if m not in named and m not in schema.names}
 
 
 def column_of(spec: JobSpec, name: str) -> str:
@@ -65,6 +73,9 @@ class TensorModel:
         self.mode = mode
         self.stacks: bool | None = None if self.mode == "stack" else False
         """Whether rows may be stacked: ``None`` until a batch has proved it."""
+        self._masks = Masks(signature, options.masks)
+        self._masks.check(mode)
+        self.padding = Padding(self._masks, notify)
         self._doubt = Doubt()
         self._types = {v.name: column_type(v.dtype, row_dims(v, self.mode)) for v in signature.outputs}
 
@@ -73,7 +84,7 @@ class TensorModel:
         return pa.schema([pa.field(name, kind) for name, kind in self._types.items()])
 
     def prepare(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[Window]:
-        """A window per row batch: rows that fit the graph, grouped by their exact shapes."""
+        """A window per row batch: rows that fit the graph, grouped by their exact shapes but for axes with a mask."""
         for batch in batches:
             yield self._window(spec, batch)
 
@@ -81,14 +92,21 @@ class TensorModel:
         n = len(batch.rows)
         failures: dict[int, Failure] = {}
         tensors: dict[str, RowTensors] = {}
+        unmasked = made_here(spec, self._options, batch.columns.schema)
         for value in self._signature.inputs:
+            if value.name in unmasked:
+                continue
             tensors[value.name] = rows = self._read(value, column_of(spec, value.name), batch)
             for at, failure in rows.failures.items():
                 failures.setdefault(at, failure)
         self._agree(tensors, failures)
+        for mask, axis in unmasked.items():
+            tensors[mask] = self._masks.made(axis, tensors)
+            failures = tensors[mask].failures | failures
+        self.padding.tell_made(unmasked)
         self._count(rows=n)
         good = np.setdiff1d(np.arange(n), np.fromiter(failures, np.int64, len(failures)))
-        packs = [self._pack(batch.rows, tensors, part) for part in self._parts(tensors, good)]
+        packs = [self._pack(batch.rows, tensors, part) for part in self._parts(tensors, good, unmasked)]
         return Window(packs, tuple(RowFailure(int(batch.rows[at]), *failure) for at, failure in failures.items()))
 
     def _agree(self, tensors: Mapping[str, RowTensors], failures: dict[int, Failure]) -> None:
@@ -99,6 +117,8 @@ class TensorModel:
         """
         named: dict[str, list[tuple[str, int, Indices]]] = {}
         for value in self._signature.inputs:
+            if value.name not in tensors:
+                continue
             rows, dims = tensors[value.name], row_dims(value, self.mode)
             if dims is None or rows.shapes.shape[1] < len(dims):
                 continue
@@ -152,25 +172,16 @@ class TensorModel:
             rows.below(self._limits[value.name], label)
         return rows
 
-    def _parts(self, tensors: Mapping[str, RowTensors], good: Indices) -> list[Indices]:
+    def _parts(self, tensors: Mapping[str, RowTensors], good: Indices, made: Collection[str]) -> list[Indices]:
         if not len(good):
             return []
         if self.stacks is False:
             # Run one by one, but handed to the sessions in pieces.
             return np.array_split(good, min(len(good), 4 * self._pool.size))
-        shapes = np.concatenate([rows.shapes[good] for rows in tensors.values()], axis=1)
-        _, group = (
-            np.unique(shapes, axis=0, return_inverse=True) if shapes.shape[1] else (None, np.zeros(len(good), int))
-        )
-        parts = []
-        for which in range(int(group.max()) + 1):
-            members = good[group.reshape(-1) == which]
-            row_bytes = sum(
-                int(np.prod(rows.shapes[members[0]], dtype=np.int64)) * rows.flat.itemsize for rows in tensors.values()
-            )
-            size = max(1, min(self._max_batch, PACK_BYTES // max(1, row_bytes)))
-            parts += [members[start : start + size] for start in range(0, len(members), size)]
-        return parts
+        # Once padding is known to change results, rows of one shape only.
+        masks = Masks(self._signature, {}) if self.padding.proved is False else self._masks
+        own = set(masks.of.values()) - set(made)
+        return masks.parts(tensors, good, self._max_batch, PACK_BYTES, own)
 
     def _pack(self, rows: Indices, tensors: Mapping[str, RowTensors], items: Indices) -> Pack:
         def compute(run: Run) -> ResultBatch:
@@ -196,29 +207,50 @@ class TensorModel:
         return compute
 
     def _compute(self, run: Run, tensors: Mapping[str, RowTensors], items: Indices) -> pa.RecordBatch:
+        if len(items) > 1 and self._masks.unequal(tensors, items):
+            return self._padded(run, tensors, items)
         if len(items) > 1 and self.stacks is not False:
             outputs = self._run(run, tensors, items)
             if self._legitimate(run, tensors, items, outputs):
                 return self._columns(outputs)
-        singles = [self._columns(self._alone(run, tensors, items[i : i + 1])) for i in range(len(items))]
-        return singles[0] if len(singles) == 1 else pa.concat_batches(singles)  # type: ignore[attr-defined]
+        return _joined([self._columns(self._alone(run, tensors, items[i : i + 1])) for i in range(len(items))])
+
+    def _padded(self, run: Run, tensors: Mapping[str, RowTensors], items: Indices) -> pa.RecordBatch:
+        """Rows of different size: together, or those of one size together."""
+        alike = self._masks.alike(tensors, items)
+        if self.stacks is not False and self.padding.may(lambda feed: self._fed(run, feed), tensors, items):
+            outputs = self._run(run, tensors, items)
+            if self._legitimate(run, tensors, items, outputs):
+                sizes = [self._masks.sizes(tensors, int(items[part.start])) for part in alike]
+                cut = [self._masks.cut([o[part] for o in outputs], s) for part, s in zip(alike, sizes, strict=True)]
+                return _joined([self._columns(part) for part in cut])
+        return _joined([self._compute(run, tensors, items[part]) for part in alike])
 
     def _run(self, run: Run, tensors: Mapping[str, RowTensors], items: Indices) -> list[Array]:
         """Graph outputs for the rows; for a graph whose row is the whole input, of the one row."""
+        outputs = self._fed(run, feed := self._masks.gather(tensors, items))
+        if self._sample is None and len(items) == 1:
+            self._sample = {name: array.copy() for name, array in self._feed(feed).items()}
+        return outputs
+
+    def _feed(self, rows: Mapping[str, Array]) -> dict[str, Array]:
+        """What the graph is given for rows that are stacked, [n, ...]."""
         feed = {}
         for value in self._signature.inputs:
-            stacked = tensors[value.name].gather(items).astype(value.dtype, copy=False)
+            stacked = rows[value.name].astype(value.dtype, copy=False)
             if self.mode == "whole" or (self.mode == "unit" and stacked.ndim == len(value.dims or ()) + 1):
                 stacked = stacked.reshape(stacked.shape[1:])  # of the one row
             if self._fixed is not None and len(stacked) < self._fixed:
                 stacked = np.concatenate([stacked, np.repeat(stacked[-1:], self._fixed - len(stacked), axis=0)])
             feed[value.name] = stacked
-        outputs = run(feed)
+        return feed
+
+    def _fed(self, run: Run, rows: Mapping[str, Array]) -> list[Array]:
+        outputs = run(self._feed(rows))
         if self._fixed is not None:
-            outputs = [output[: len(items)] for output in outputs]  # what filled the batch up is no row
+            n_rows = len(next(iter(rows.values())))
+            outputs = [output[:n_rows] for output in outputs]  # what filled the batch up is no row
         self._count(runs=1)
-        if self._sample is None and len(items) == 1:
-            self._sample = {name: array.copy() for name, array in feed.items()}
         return outputs
 
     def _alone(self, run: Run, tensors: Mapping[str, RowTensors], item: Indices) -> list[Array]:
@@ -236,27 +268,36 @@ class TensorModel:
         return outputs
 
     def _legitimate(self, run: Run, tensors: Mapping[str, RowTensors], items: Indices, outputs: list[Array]) -> bool:
-        """Whether stacking gives each row of the batch what it gets alone.
+        """Whether stacking gives each row of the batch what it gets alone; and padding, where the rows differ in size.
 
         Checked by size on every batch, and by value: two rows that differ are run alone until they prove it, then a
-        row at random for every new shape and now and then (see :class:`.onnx_stacking.Doubt`). A graph that
-        normalizes over its first axis, say, passes the one and fails the other. While nothing is proved (equal rows,
-        results without numbers) the rows are run alone.
+        row at random (the one that is padded most) for every new shape and now and then (see
+        :class:`.onnx_stacking.Doubt`). A graph that normalizes over its first axis, say, passes the one and fails the
+        other. While nothing is proved (equal rows, results without numbers) the rows are run alone.
         """
         fits = all(output.ndim and len(output) == len(items) for output in outputs)
+        padded = self._masks.unequal(tensors, items)
         with self._lock:
-            proved, known = self.stacks is True, self.counts["stacked_rows"]
-            shapes = [(name, *rows.shapes[items[0]].tolist()) for name, rows in tensors.items()]
-            probes = self._doubt.row(shapes, len(items)) if proved else []
+            proved = self.stacks is True
+            probes = self._doubt.row(self._masks.kind(tensors, items), len(items)) if proved else []
+        if padded and probes:
+            probes = [self._masks.most_padded(tensors, items)]
         if fits and not proved:
             probes = self._telling(tensors, items)
         telling = len(probes) > 1
         for at in probes if fits else ():
             alone = self._alone(run, tensors, items[at : at + 1])
-            fits = fits and all(same(out[at : at + 1], one) for out, one in zip(outputs, alone, strict=True))
+            found = [output[at : at + 1] for output in outputs]
+            if padded:
+                found = self._masks.cut(found, self._masks.sizes(tensors, int(items[at])))
+            fits = fits and all(same(out, one) for out, one in zip(found, alone, strict=True))
             telling = telling and all(map(has_numbers, alone))
             self._count(compared_rows=1)
-        if not fits and self._fixed is not None:
+        return self._judged(fits, telling, len(items), padded=padded)
+
+    def _judged(self, fits: bool, telling: bool, n_rows: int, *, padded: bool) -> bool:
+        """Whether the batch's outputs are good, by what its comparison gave; remembered for the next."""
+        if not fits and not padded and self._fixed is not None:
             raise InvalidJob(
                 f"rows change each other's result in the graph's batches of {self._fixed}; set it to 'whole', and let "
                 "each row hold a whole input",
@@ -264,13 +305,18 @@ class TensorModel:
             )
         with self._lock:
             told = self.stacks is False
+            known = self.counts["padded_rows" if padded else "stacked_rows"]
             if not fits:
-                self.stacks = False
+                # It may be the padding, or what was taken for proved: that has to be proved again.
+                self.stacks = None if padded and self.stacks is not False else False
             elif telling and self.stacks is None:
                 self.stacks = True
-            good = fits and self.stacks is True
-            self.counts["stacked_rows"] += len(items) if good else 0
-        if not fits and not told:
+            good = fits and self.stacks is True and not (padded and self.padding.proved is False)
+            self.counts["stacked_rows"] += n_rows if good else 0
+            self.counts["padded_rows"] += n_rows if good and padded else 0
+        if not fits and padded:
+            self.padding.give_up(known)
+        elif not fits and not told:
             self._notify(
                 "rows change each other's result when they are stacked in this graph; each is run alone"
                 + (f". {known} rows were stacked before that showed: run them again with max_batch 1" if known else "")
@@ -279,7 +325,9 @@ class TensorModel:
 
     def _telling(self, tensors: Mapping[str, RowTensors], items: Indices) -> list[int]:
         """Two positions in the batch whose rows differ, of numbers where there are such; one if all rows are equal."""
-        return unlike([tensors[value.name].gather(items) for value in self._signature.inputs])
+        stacked = self._masks.gather(tensors, items)
+        masks = set(self._masks.of.values())  # that their sizes differ tells nothing of what is in the rows
+        return unlike([array for name, array in stacked.items() if name not in masks])
 
     def _columns(self, outputs: list[Array]) -> pa.RecordBatch:
         columns = {}
@@ -310,3 +358,7 @@ class TensorModel:
     def _count(self, **numbers: int) -> None:
         with self._lock:
             self.counts.update(numbers)
+
+
+def _joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+    return batches[0] if len(batches) == 1 else pa.concat_batches(batches)  # type: ignore[attr-defined]
