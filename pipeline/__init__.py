@@ -13,17 +13,21 @@ if TYPE_CHECKING:
     from pipeline.client import JobHandle as JobHandle
     from pipeline.job_spec import JobSpec as JobSpec
     from pipeline.schedule_spec import ScheduleSpec as ScheduleSpec
+    from storage.errors import JobCancelled as JobCancelled
+    from storage.errors import JobFailed as JobFailed
     from storage.errors import RowmillError as RowmillError
 
 _HOMES = {
     "Client": "pipeline.client",
+    "JobCancelled": "storage.errors",
+    "JobFailed": "storage.errors",
     "JobHandle": "pipeline.client",
     "JobSpec": "pipeline.job_spec",
     "ScheduleSpec": "pipeline.schedule_spec",
     "RowmillError": "storage.errors",
 }
 
-__all__ = ["Client", "JobHandle", "JobSpec", "RowmillError", "ScheduleSpec"]
+__all__ = ["Client", "JobCancelled", "JobFailed", "JobHandle", "JobSpec", "RowmillError", "ScheduleSpec"]
 
 
 def __getattr__(name: str) -> Any:

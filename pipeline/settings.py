@@ -105,6 +105,7 @@ class Settings(BaseSettings):
     tick_seconds: Annotated[float, Field(gt=0)] = 15.0
     """How often beat has lost messages, lost shards, expired jobs and garbage looked after."""
     log_level: Annotated[LogLevel, BeforeValidator(_lower)] = "warning"
+    """``debug``, ``info``, ``warning``, ``error`` or ``critical``; to standard error."""
 
     @property
     def effective_database_url(self) -> str:

@@ -351,8 +351,7 @@ class OnnxEngine:
             facts |= {"output": image.output, "image_batch": image.batch}
             facts |= image.counts
         if tensor is not None:
-            facts |= {"row_mode": tensor.mode, "stacked": bool(tensor.stacks), "padded": bool(tensor.padding.proved)}
-            facts |= tensor.counts
+            facts |= tensor.facts()
         if self._exported is not None:
             facts["export"] = {
                 "exporter": self._exported.exporter,

@@ -40,7 +40,8 @@ class OnnxOptions(BaseModel):
     """On CPU, keep the graph as ONNX Runtime optimized it, and its packed weights, in the cache (up to twice the
     model's size): it loads in less than half of the time, and all sessions on a machine share the memory."""
     autotune: StrictBool = True
-    """Measure the first large window of rows in several layouts, and keep the fastest for what is ``None`` here."""
+    """Once the engine has worked for two minutes, measure a window of texts in several layouts, and keep the fastest
+    for what is ``None`` here."""
     token_budget: Annotated[StrictInt, Field(ge=1)] | None = None
     """Most padded tokens in a batch of texts; unless measured, 512 on CPU, 16,384 on a GPU."""
     max_batch: Annotated[StrictInt, Field(ge=1)] = 256

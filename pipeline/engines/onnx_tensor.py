@@ -12,12 +12,12 @@ import pyarrow as pa
 
 from pipeline.engines import onnx_narrow
 from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
+from pipeline.engines.onnx_batching import Batching
 from pipeline.engines.onnx_graph import Dim, GraphValue, RowMode, Signature, fixed_batch
 from pipeline.engines.onnx_masks import Masks
 from pipeline.engines.onnx_options import OnnxOptions
-from pipeline.engines.onnx_padding import Padding
+from pipeline.engines.onnx_proof import Proof
 from pipeline.engines.onnx_session import Array, Run, RunFailed, SessionPool
-from pipeline.engines.onnx_stacking import Doubt, has_numbers, same, unlike
 from pipeline.engines.onnx_stream import Indices, Pack, Window, bisect, record_batch
 from pipeline.engines.tensors.kinds import lossless, tensor_kind
 from pipeline.engines.tensors.reading import read
@@ -70,18 +70,23 @@ class TensorModel:
         self._max_batch = min(options.max_batch, self._fixed or options.max_batch)
         self._sample: dict[str, Array] | None = None
         self.counts: Counter[str] = Counter()
-        self.mode = mode
-        self.stacks: bool | None = None if self.mode == "stack" else False
-        """Whether rows may be stacked: ``None`` until a batch has proved it."""
+        self._mode = mode
         self._masks = Masks(signature, options.masks)
         self._masks.check(mode)
-        self.padding = Padding(self._masks, notify)
-        self._doubt = Doubt()
-        self._types = {v.name: column_type(v.dtype, row_dims(v, self.mode)) for v in signature.outputs}
+        self._batching = Batching(self._masks)
+        self._proof = Proof(mode, self._masks, self._fixed, notify, self.counts)
+        self._types = {v.name: column_type(v.dtype, row_dims(v, self._mode)) for v in signature.outputs}
 
     def result_schema(self) -> pa.Schema:
         """One column per graph output, under its own name."""
         return pa.schema([pa.field(name, kind) for name, kind in self._types.items()])
+
+    def facts(self) -> dict[str, Any]:
+        """For the engine's statistics."""
+        proof = self._proof
+        said = {"row_mode": self._mode, "stacked": bool(proof.stacks), "padded": bool(proof.padding.proved)}
+        with self._lock:
+            return said | dict(self.counts)
 
     def prepare(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[Window]:
         """A window per row batch: rows that fit the graph, grouped by their exact shapes but for axes with a mask."""
@@ -92,21 +97,21 @@ class TensorModel:
         n = len(batch.rows)
         failures: dict[int, Failure] = {}
         tensors: dict[str, RowTensors] = {}
-        unmasked = made_here(spec, self._options, batch.columns.schema)
+        made = made_here(spec, self._options, batch.columns.schema)
         for value in self._signature.inputs:
-            if value.name in unmasked:
+            if value.name in made:
                 continue
             tensors[value.name] = rows = self._read(value, column_of(spec, value.name), batch)
             for at, failure in rows.failures.items():
                 failures.setdefault(at, failure)
         self._agree(tensors, failures)
-        for mask, axis in unmasked.items():
+        for mask, axis in made.items():
             tensors[mask] = self._masks.made(axis, tensors)
             failures = tensors[mask].failures | failures
-        self.padding.tell_made(unmasked)
+        self._proof.padding.announce(made)
         self._count(rows=n)
         good = np.setdiff1d(np.arange(n), np.fromiter(failures, np.int64, len(failures)))
-        packs = [self._pack(batch.rows, tensors, part) for part in self._parts(tensors, good, unmasked)]
+        packs = [self._pack(batch.rows, tensors, part) for part in self._parts(tensors, good, made)]
         return Window(packs, tuple(RowFailure(int(batch.rows[at]), *failure) for at, failure in failures.items()))
 
     def _agree(self, tensors: Mapping[str, RowTensors], failures: dict[int, Failure]) -> None:
@@ -119,7 +124,7 @@ class TensorModel:
         for value in self._signature.inputs:
             if value.name not in tensors:
                 continue
-            rows, dims = tensors[value.name], row_dims(value, self.mode)
+            rows, dims = tensors[value.name], row_dims(value, self._mode)
             if dims is None or rows.shapes.shape[1] < len(dims):
                 continue
             extra = rows.shapes.shape[1] - len(dims)
@@ -158,10 +163,10 @@ class TensorModel:
             empty = np.zeros((len(column), 0), np.int64)
             failures: dict[int, Failure] = dict.fromkeys(range(len(column)), failure)
             return RowTensors(np.empty(0, value.dtype), np.zeros(len(column), np.int64), empty, failures)
-        dims = row_dims(value, self.mode)
-        if self.mode == "unit" and dims is not None and kind.dims is not None and len(kind.dims) == len(dims) + 1:
+        dims = row_dims(value, self._mode)
+        if self._mode == "unit" and dims is not None and kind.dims is not None and len(kind.dims) == len(dims) + 1:
             dims = value.dims  # the row brings the axis of size one itself
-        rows = read(column, None if dims is None else len(dims), label, unit=self.mode == "unit")
+        rows = read(column, None if dims is None else len(dims), label, unit=self._mode == "unit")
         if dims is not None:
             rows.fit(dims, label)
         if onnx_narrow.is_narrow(value.dtype):
@@ -175,20 +180,20 @@ class TensorModel:
     def _parts(self, tensors: Mapping[str, RowTensors], good: Indices, made: Collection[str]) -> list[Indices]:
         if not len(good):
             return []
-        if self.stacks is False:
+        if self._proof.stacks is False:
             # Run one by one, but handed to the sessions in pieces.
             return np.array_split(good, min(len(good), 4 * self._pool.size))
         # Once padding is known to change results, rows of one shape only.
-        masks = Masks(self._signature, {}) if self.padding.proved is False else self._masks
-        own = set(masks.of.values()) - set(made)
-        return masks.parts(tensors, good, self._max_batch, PACK_BYTES, own)
+        one_shape = self._proof.padding.proved is False
+        batching = Batching(Masks(self._signature, {})) if one_shape else self._batching
+        return batching.parts(tensors, good, self._max_batch, PACK_BYTES, set(self._options.masks.values()) - set(made))
 
     def _pack(self, rows: Indices, tensors: Mapping[str, RowTensors], items: Indices) -> Pack:
         def compute(run: Run) -> ResultBatch:
             batches: list[pa.RecordBatch] = []
             done: list[Indices] = []
             refused: list[tuple[int, str, str]] = []
-            pieces = [items] if self.stacks is not False else [items[i : i + 1] for i in range(len(items))]
+            pieces = [items] if self._proof.stacks is not False else [items[i : i + 1] for i in range(len(items))]
             for piece in pieces:
                 parts, bad = bisect(
                     lambda part: self._compute(run, tensors, part), piece, lambda: self._still_works(run)
@@ -207,38 +212,29 @@ class TensorModel:
         return compute
 
     def _compute(self, run: Run, tensors: Mapping[str, RowTensors], items: Indices) -> pa.RecordBatch:
-        if len(items) > 1 and self._masks.unequal(tensors, items):
-            return self._padded(run, tensors, items)
-        if len(items) > 1 and self.stacks is not False:
-            outputs = self._run(run, tensors, items)
-            if self._legitimate(run, tensors, items, outputs):
+        def alone(item: Indices) -> list[Array]:
+            return self._alone(run, tensors, item)
+
+        outputs = self._proof.outputs(lambda rows: self._fed(run, rows), alone, tensors, items)
+        if not self._batching.unequal(tensors, items):
+            if outputs is not None:
                 return self._columns(outputs)
-        return _joined([self._columns(self._alone(run, tensors, items[i : i + 1])) for i in range(len(items))])
-
-    def _padded(self, run: Run, tensors: Mapping[str, RowTensors], items: Indices) -> pa.RecordBatch:
-        """Rows of different size: together, or those of one size together."""
-        alike = self._masks.alike(tensors, items)
-        if self.stacks is not False and self.padding.may(lambda feed: self._fed(run, feed), tensors, items):
-            outputs = self._run(run, tensors, items)
-            if self._legitimate(run, tensors, items, outputs):
-                sizes = [self._masks.sizes(tensors, int(items[part.start])) for part in alike]
-                cut = [self._masks.cut([o[part] for o in outputs], s) for part, s in zip(alike, sizes, strict=True)]
-                return _joined([self._columns(part) for part in cut])
-        return _joined([self._compute(run, tensors, items[part]) for part in alike])
-
-    def _run(self, run: Run, tensors: Mapping[str, RowTensors], items: Indices) -> list[Array]:
-        """Graph outputs for the rows; for a graph whose row is the whole input, of the one row."""
-        outputs = self._fed(run, feed := self._masks.gather(tensors, items))
-        if self._sample is None and len(items) == 1:
-            self._sample = {name: array.copy() for name, array in self._feed(feed).items()}
-        return outputs
+            return _joined([self._columns(alone(items[i : i + 1])) for i in range(len(items))])
+        found = []
+        for part in self._batching.alike(tensors, items):
+            if outputs is None:
+                found.append(self._compute(run, tensors, items[part]))
+            else:
+                sizes = self._masks.sizes(tensors, int(items[part.start]))
+                found.append(self._columns(self._masks.cut([output[part] for output in outputs], sizes)))
+        return _joined(found)
 
     def _feed(self, rows: Mapping[str, Array]) -> dict[str, Array]:
         """What the graph is given for rows that are stacked, [n, ...]."""
         feed = {}
         for value in self._signature.inputs:
             stacked = rows[value.name].astype(value.dtype, copy=False)
-            if self.mode == "whole" or (self.mode == "unit" and stacked.ndim == len(value.dims or ()) + 1):
+            if self._mode == "whole" or (self._mode == "unit" and stacked.ndim == len(value.dims or ()) + 1):
                 stacked = stacked.reshape(stacked.shape[1:])  # of the one row
             if self._fixed is not None and len(stacked) < self._fixed:
                 stacked = np.concatenate([stacked, np.repeat(stacked[-1:], self._fixed - len(stacked), axis=0)])
@@ -255,8 +251,11 @@ class TensorModel:
 
     def _alone(self, run: Run, tensors: Mapping[str, RowTensors], item: Indices) -> list[Array]:
         """Outputs of one row, each with a leading axis of size one."""
-        outputs = self._run(run, tensors, item)
-        if self.mode == "whole":
+        rows = self._batching.gather(tensors, item)
+        outputs = self._fed(run, rows)
+        if self._sample is None:
+            self._sample = {name: array.copy() for name, array in self._feed(rows).items()}
+        if self._mode == "whole":
             return [output[None] for output in outputs]
         for value, output in zip(self._signature.outputs, outputs, strict=True):
             if not output.ndim or len(output) != 1:
@@ -266,68 +265,6 @@ class TensorModel:
                     field="engine_options.row_mode",
                 )
         return outputs
-
-    def _legitimate(self, run: Run, tensors: Mapping[str, RowTensors], items: Indices, outputs: list[Array]) -> bool:
-        """Whether stacking gives each row of the batch what it gets alone; and padding, where the rows differ in size.
-
-        Checked by size on every batch, and by value: two rows that differ are run alone until they prove it, then a
-        row at random (the one that is padded most) for every new shape and now and then (see
-        :class:`.onnx_stacking.Doubt`). A graph that normalizes over its first axis, say, passes the one and fails the
-        other. While nothing is proved (equal rows, results without numbers) the rows are run alone.
-        """
-        fits = all(output.ndim and len(output) == len(items) for output in outputs)
-        padded = self._masks.unequal(tensors, items)
-        with self._lock:
-            proved = self.stacks is True
-            probes = self._doubt.row(self._masks.kind(tensors, items), len(items)) if proved else []
-        if padded and probes:
-            probes = [self._masks.most_padded(tensors, items)]
-        if fits and not proved:
-            probes = self._telling(tensors, items)
-        telling = len(probes) > 1
-        for at in probes if fits else ():
-            alone = self._alone(run, tensors, items[at : at + 1])
-            found = [output[at : at + 1] for output in outputs]
-            if padded:
-                found = self._masks.cut(found, self._masks.sizes(tensors, int(items[at])))
-            fits = fits and all(same(out, one) for out, one in zip(found, alone, strict=True))
-            telling = telling and all(map(has_numbers, alone))
-            self._count(compared_rows=1)
-        return self._judged(fits, telling, len(items), padded=padded)
-
-    def _judged(self, fits: bool, telling: bool, n_rows: int, *, padded: bool) -> bool:
-        """Whether the batch's outputs are good, by what its comparison gave; remembered for the next."""
-        if not fits and not padded and self._fixed is not None:
-            raise InvalidJob(
-                f"rows change each other's result in the graph's batches of {self._fixed}; set it to 'whole', and let "
-                "each row hold a whole input",
-                field="engine_options.row_mode",
-            )
-        with self._lock:
-            told = self.stacks is False
-            known = self.counts["padded_rows" if padded else "stacked_rows"]
-            if not fits:
-                # It may be the padding, or what was taken for proved: that has to be proved again.
-                self.stacks = None if padded and self.stacks is not False else False
-            elif telling and self.stacks is None:
-                self.stacks = True
-            good = fits and self.stacks is True and not (padded and self.padding.proved is False)
-            self.counts["stacked_rows"] += n_rows if good else 0
-            self.counts["padded_rows"] += n_rows if good and padded else 0
-        if not fits and padded:
-            self.padding.give_up(known)
-        elif not fits and not told:
-            self._notify(
-                "rows change each other's result when they are stacked in this graph; each is run alone"
-                + (f". {known} rows were stacked before that showed: run them again with max_batch 1" if known else "")
-            )
-        return good
-
-    def _telling(self, tensors: Mapping[str, RowTensors], items: Indices) -> list[int]:
-        """Two positions in the batch whose rows differ, of numbers where there are such; one if all rows are equal."""
-        stacked = self._masks.gather(tensors, items)
-        masks = set(self._masks.of.values())  # that their sizes differ tells nothing of what is in the rows
-        return unlike([array for name, array in stacked.items() if name not in masks])
 
     def _columns(self, outputs: list[Array]) -> pa.RecordBatch:
         columns = {}

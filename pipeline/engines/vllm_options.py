@@ -26,18 +26,24 @@ OWN_OPTIONS: Mapping[str, Check] = MappingProxyType(
         "max_media_bytes": at_least(1),
     }
 )
-"""Engine options of our own.
+"""Engine options of our own."""
 
-``window``: most requests inside vLLM at a time (twice ``max_num_seqs``). ``window_tokens``: most tokens of their
-prompts (four million, or twice what the cache holds where that is more). ``stall_seconds``: an engine that has requests
-and takes no step for so long is ended and started again. ``recycle_bytes``: host memory of the worker and its engine
-above which the engine is started again after a shard (four fifths of the machine's memory, if it was a tenth of that
-less after the first shard).
-
-``media_window_bytes``: most bytes of prepared images, sounds and videos inside vLLM (a sixteenth of the machine's
-memory, at most 4 GiB). ``max_…``: what one sound or video of a row may be; beyond, it is the row error
-``media_too_long``: see :mod:`media_limits`.
-"""
+OWN_MEANINGS: Mapping[str, str] = MappingProxyType(
+    {
+        "window": "most requests inside vLLM at a time; twice ``max_num_seqs``",
+        "window_tokens": "most tokens of their prompts; four million, or twice what the cache holds where that is more",
+        "stall_seconds": "an engine that has requests and takes no step for so long is ended and started again",
+        "recycle_bytes": "host memory of the worker and its engine above which the engine is started again after a "
+        "shard; four fifths of the machine's memory, if it was a tenth of that less after the first shard",
+        "media_window_bytes": "most bytes of prepared images, sounds and videos inside vLLM; a sixteenth of the "
+        "machine's memory, at most 4 GiB",
+        "max_audio_seconds": "longest sound of a row; beyond, it is the row error ``media_too_long``",
+        "max_video_seconds": "longest video of a row, likewise",
+        "max_video_frames": "most frames of a video, likewise",
+        "max_media_bytes": "most decoded bytes of a sound or a video, likewise",
+    }
+)
+"""What they are, for people, with the defaults. (Those of media stand in :mod:`media_limits`.)"""
 
 COUNT = at_least(1)
 ENGINE_CHECKS: Mapping[str, Check] = MappingProxyType(

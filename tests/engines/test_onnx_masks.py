@@ -15,8 +15,9 @@ from onnx import helper, numpy_helper
 
 from pipeline.engines.base import Cancellation
 from pipeline.engines.onnx import OnnxEngine
+from pipeline.engines.onnx_batching import MOST_PADDING, Batching
 from pipeline.engines.onnx_graph import GraphValue, Signature
-from pipeline.engines.onnx_masks import MOST_PADDING, Masks
+from pipeline.engines.onnx_masks import Masks
 from pipeline.engines.tensors.rows import RowTensors
 from storage.errors import InvalidInput, InvalidJob
 from tests.engines.onnx_support import FLOAT, INT64, STRING, batches, engine, graph, job, model_at, run, value
@@ -222,7 +223,71 @@ def test_a_graph_in_which_rows_meet_is_found_out_among_padded_rows(tmp_path: Pat
     table, _ = run(made, SPEC, flat(rows))
     made.close()
     assert np.allclose(table.column("mean").to_numpy(), [row.sum() / 2 for row in rows], atol=1e-5)
-    assert any("when they are padded" in message for message in said)
+    assert any("when they are stacked" in message for message in said)
+    assert not any("padded" in message for message in said), "it is not the padding"
+
+
+def test_a_mask_that_means_the_opposite_ends_the_job(tmp_path: Path) -> None:
+    node = helper.make_node
+    path = simple(
+        tmp_path / "g.onnx",
+        [
+            node("Mul", ["x", "mask"], ["hidden"]),
+            node("Sub", ["x", "hidden"], ["kept"]),
+            node("ReduceSum", ["kept", "axis"], ["mean"], keepdims=0),
+        ],
+        ["N"],
+    )
+    rows = floats([6, 6, 6])
+    made = engine(path, SPEC, tmp_path, masks=MASKS)
+    with pytest.raises(InvalidJob, match="is 1 where the graph is to look away"):
+        run(made, SPEC, flat(rows))
+    made.close()
+    own = job("tensor", inputs={"mask": "hidden"}, engine_options={"masks": MASKS})
+    columns = flat(rows).append_column("hidden", pa.array([[0.0] * 6] * 3, pa.list_(pa.float32())))
+    made = engine(path, own, tmp_path, masks=MASKS)
+    table, failures = run(made, own, columns)
+    made.close()
+    assert not failures
+    assert np.allclose(table.column("mean").to_numpy(), [row.sum() for row in rows], atol=1e-5)
+
+
+def test_one_output_that_heeds_the_mask_proves_nothing_for_another(tmp_path: Path) -> None:
+    """Silence at the end of a sound is what hides that its energy heeds no mask."""
+    node = helper.make_node
+    path = graph(
+        tmp_path / "g.onnx",
+        [
+            node("Mul", ["x", "x"], ["squares"]),
+            node("ReduceSum", ["squares", "axis"], ["energy"], keepdims=0),
+            node("ReduceSum", ["mask", "axis"], ["count"], keepdims=0),
+        ],
+        [value("x", FLOAT, ["N", "L"]), value("mask", FLOAT, ["N", "L"])],
+        [value("energy", FLOAT, ["N"]), value("count", FLOAT, ["N"])],
+        [numpy_helper.from_array(np.array([1], np.int64), "axis")],
+    )
+    silent = [np.concatenate([row, np.zeros_like(row)]) for row in floats([10, 9, 10, 9])]
+    rows = [*silent, *floats(list(range(20, 60)))]
+    made = engine(path, SPEC, tmp_path, masks=MASKS)
+    table, _ = run(made, SPEC, flat(rows), size=4)
+    stats = made.stats()
+    made.close()
+    assert np.allclose(table.column("energy").to_numpy(), [np.square(row).sum() for row in rows], rtol=1e-4)
+    assert not stats["padded"] and not stats.get("padded_rows")
+
+
+def test_an_output_without_rows_is_named_as_ever(tmp_path: Path) -> None:
+    node = helper.make_node
+    path = graph(
+        tmp_path / "g.onnx",
+        [node("Mul", ["x", "mask"], ["kept"]), node("ReduceSum", ["kept"], ["sum"], keepdims=0)],
+        [value("x", FLOAT, ["N", "L"]), value("mask", FLOAT, ["N", "L"])],
+        [value("sum", FLOAT, ["N"])],
+    )
+    made = engine(path, SPEC, tmp_path, masks=MASKS)
+    with pytest.raises(InvalidJob, match="first axis does not count rows"):
+        run(made, SPEC, flat(floats([6, 5, 6])))
+    made.close()
 
 
 def test_whole_numbers_are_padded_with_what_they_may_be(tmp_path: Path) -> None:
@@ -355,7 +420,7 @@ def test_an_input_without_the_axis_does_not_hide_how_much_is_padded() -> None:
     masks = Masks(signature, MASKS)
     given_ = {"image": tensors([[1000], [1000]], np.float32), "ids": tensors([[1], [64]], np.int64)}
     given_["mask"] = masks.made("L", given_)
-    assert [part.tolist() for part in masks.parts(given_, np.arange(2), 16, 2**20)] == [[1], [0]]
+    assert [part.tolist() for part in Batching(masks).parts(given_, np.arange(2), 16, 2**20)] == [[1], [0]]
 
 
 def test_rows_without_elements_and_rows_of_all_elements(attention: Path, tmp_path: Path) -> None:
@@ -374,7 +439,7 @@ def test_rows_without_elements_and_rows_of_all_elements(attention: Path, tmp_pat
         ({"N": "mask"}, "no input but the mask has an axis 'N'"),
         ({"L": "m"}, "the graph has no input 'm'; it has x, mask"),
         ({"L": "x"}, "is [rows, L] in numbers or booleans; the graph has x: float32[N, L, 4]"),
-        ({"L": "mask", "K": "mask"}, "an input is the mask of one axis"),
+        ({"L": "mask", "K": "mask"}, "'mask' is named for L and K; each axis needs a mask of its own"),
     ],
 )
 def test_masks_that_the_graph_does_not_have(attention: Path, masks: dict[str, str], says: str) -> None:
@@ -419,6 +484,7 @@ AXES = Masks(
     ),
     {"H": "rows", "W": "columns"},
 )
+TOGETHER = Batching(AXES)
 
 
 def tensors(shapes: list[list[int]], dtype: Any) -> RowTensors:
@@ -438,12 +504,12 @@ def test_two_masked_axes(rows: list[tuple[int, int, int]], most_rows: int, most_
         "y": tensors([[k] for _, _, k in rows], np.int64),
     }
     given_ |= {mask: AXES.made(axis, given_) for axis, mask in AXES.of.items()}
-    parts = AXES.parts(given_, np.arange(len(rows)), most_rows, most_bytes)
+    parts = TOGETHER.parts(given_, np.arange(len(rows)), most_rows, most_bytes)
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(rows)))
     for part in parts:
         assert len(part) <= most_rows
         assert len({rows[at][2] for at in part}) == 1, "an axis without a mask is not padded"
-        stacked = AXES.gather(given_, part)
+        stacked = TOGETHER.gather(given_, part)
         assert len(part) == 1 or sum(array.nbytes for array in stacked.values()) <= most_bytes
         for name in ("x", "rows", "columns"):
             real = sum(given_[name].gather(part[i : i + 1]).size for i in range(len(part)))
@@ -453,13 +519,13 @@ def test_two_masked_axes(rows: list[tuple[int, int, int]], most_rows: int, most_
             x = stacked["x"][i]
             assert np.array_equal(x[:h, :w], given_["x"].gather(part[i : i + 1])[0])
             assert stacked["rows"][i].sum() == h and stacked["columns"][i].sum() == w
-            if len(part) > 1 and AXES.unequal(given_, part):
+            if len(part) > 1 and TOGETHER.unequal(given_, part):
                 assert h and w, "a row without elements is not padded"
                 assert (x[h:, :w] == x[h - 1, :w]).all() and (x[:, w:] == x[:, w - 1 : w]).all()
-        most = AXES.most_padded(given_, part)
+        most = TOGETHER.most_padded(given_, part)
         assert np.prod(rows[part[most]][:2]) == min(np.prod(rows[at][:2]) for at in part)
         output = np.zeros((len(part), stacked["x"].shape[2], stacked["x"].shape[1]), np.float32)
-        runs = AXES.alike(given_, part)
+        runs = TOGETHER.alike(given_, part)
         assert sum(len(part[alike]) for alike in runs) == len(part)
         for alike in runs:
             (cut,) = AXES.cut([output[alike]], AXES.sizes(given_, int(part[alike.start])))
