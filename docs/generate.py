@@ -1,4 +1,5 @@
-"""Writes the pages of ``docs/reference`` that follow from the code: states, row errors, the fake engine, job schema.
+"""Writes the pages of ``docs/reference`` that follow from the code: states, row errors, settings, engine options, the
+client, the fake engine, the job schema.
 
 ``make docs`` runs it; a test compares the committed files with what it would write. With ``--check`` it writes nothing
 and ends with 1 when a file is out of date.
@@ -18,8 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import row_errors
+from pipeline.client import Client, JobHandle
 from pipeline.engines.fake_faults import FakeOptions
+from pipeline.engines.onnx_options import OnnxOptions
+from pipeline.engines.vllm_options import OWN_MEANINGS, OWN_OPTIONS
 from pipeline.job_spec import JobSpec
+from pipeline.settings import Settings
 from storage import states
 
 REFERENCE = Path(__file__).resolve().parent / "reference"
@@ -101,6 +106,29 @@ Given as `engine_options` (`--set` on the command line). A row is matched by its
 column (for a pair, both), or the sum of the row's numbers."""
 
 
+SETTINGS = """\
+How a process runs; a job never carries any of it. Where they are set: [Configure it](../how-to/settings.md). A size \
+is in bytes."""
+
+ENGINE_OPTIONS = """\
+Given with `--set NAME=VALUE`, or as the job's `engine_options`."""
+
+ONNX = """\
+`engine="onnx"`. Another name for `threads` is `intra_op_num_threads`."""
+
+VLLM_ARGUMENTS = "https://docs.vllm.ai/en/latest/configuration/engine_args.html"
+VLLM = f"""\
+`engine="vllm"`: every [engine argument of vLLM]({VLLM_ARGUMENTS}) under its own name, with vLLM's defaults for \
+offline use, but for a few that Rowmill decides itself, and those that [the operator has to \
+allow](../how-to/engine-options.md). On a CPU the default of `enforce_eager` is true, and the cache takes 4 GiB, or a \
+quarter of the memory. And Rowmill's own:"""
+
+CLIENT = """\
+`from pipeline import Client, JobSpec, JobFailed, JobCancelled, RowmillError`. `Client(settings=Settings(…))` takes \
+[settings](settings.md) (`from pipeline.settings import Settings`); without, they are read as the command line reads \
+them. Whatever goes wrong is a `RowmillError`."""
+
+
 def states_page() -> str:
     parts = [ORIGIN.format(source="`storage/states.py`"), "# States", STATES]
     for heading, kind, moves, resting in MACHINES:
@@ -129,8 +157,7 @@ def fake_engine_page() -> str:
     docs = attribute_docs(FakeOptions)
     rows = []
     for name, field in FakeOptions.model_fields.items():
-        default = "–" if field.default is None else f"`{json.dumps(field.default)}`"
-        rows.append((f"`{name}`", default, docs[name]))
+        rows.append((f"`{name}`", default(field), docs[name]))
     parts = [
         ORIGIN.format(source="`pipeline/engines/fake_faults.py`"),
         "# The fake engine",
@@ -143,6 +170,67 @@ def fake_engine_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def default(field: Any) -> str:
+    """A field's default as a reader would type it."""
+    value = field.default
+    if field.default_factory is not None or value is None:
+        return "–"
+    return f"`{json.dumps(value, default=str)}`"
+
+
+def settings_page() -> str:
+    docs = attribute_docs(Settings)
+    places = {"data_dir": "`~/.local/share/rowmill`", "cache_dir": "`~/.cache/rowmill`"}
+    rows = [
+        (f"`{name}`", places.get(name) or default(field), docs.get(name, ""))
+        for name, field in Settings.model_fields.items()
+    ]
+    origin = ORIGIN.format(source="`pipeline/settings.py`")
+    return "\n\n".join([origin, "# Settings", SETTINGS, table(("Setting", "Default", "Meaning"), *rows)]) + "\n"
+
+
+def engine_options_page() -> str:
+    docs = attribute_docs(OnnxOptions)
+    onnx = [(f"`{name}`", default(field), docs[name]) for name, field in OnnxOptions.model_fields.items()]
+    own = [(f"`{name}`", markdown(OWN_MEANINGS[name])) for name in OWN_OPTIONS]
+    parts = [
+        ORIGIN.format(source="`pipeline/engines/onnx_options.py` and `vllm_options.py`"),
+        "# Engine options",
+        ENGINE_OPTIONS,
+        "## ONNX Runtime",
+        ONNX,
+        table(("Option", "Default", "Meaning"), *onnx),
+        "## vLLM",
+        VLLM,
+        table(("Option", "Meaning"), *own),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def client_page() -> str:
+    parts = [ORIGIN.format(source="`pipeline/client.py`"), "# The Python client", CLIENT]
+    for cls in (Client, JobHandle):
+        rows = []
+        for name, member in vars(cls).items():
+            function = member.fget if isinstance(member, property) else member
+            if name.startswith("_") or not inspect.isfunction(function):
+                continue
+            call = "" if isinstance(member, property) else signature(function)
+            rows.append((f"`{name}{call}`", markdown(inspect.getdoc(function) or "")))
+        parts += [f"## {cls.__name__}", markdown(inspect.getdoc(cls) or ""), table(("Call", "What it does"), *rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def signature(function: Any) -> str:
+    """Its parameters and defaults, without types."""
+    plain = [
+        parameter.replace(annotation=inspect.Parameter.empty)
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.name != "self"
+    ]
+    return str(inspect.Signature(plain))
+
+
 def job_schema() -> str:
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **JobSpec.model_json_schema()}
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
@@ -153,6 +241,9 @@ def pages() -> dict[Path, str]:
     return {
         REFERENCE / "states.md": states_page(),
         REFERENCE / "row-errors.md": row_errors_page(),
+        REFERENCE / "settings.md": settings_page(),
+        REFERENCE / "engine-options.md": engine_options_page(),
+        REFERENCE / "client.md": client_page(),
         REFERENCE / "fake-engine.md": fake_engine_page(),
         REFERENCE / "job-spec.schema.json": job_schema(),
     }
