@@ -21,8 +21,8 @@ TITLES = {
     "duplicates": "a fifth repeats",
     "chat": "chat",
     "prefixes": "shared prefixes,\nshuffled",
-    "chat-duplicates": "chat, a\nfifth repeats",
-    "chat-prefixes": "chat, shared\nprefixes",
+    "chat-duplicates": "chat,\nrepeats",
+    "chat-prefixes": "chat,\nprefixes",
 }
 
 
