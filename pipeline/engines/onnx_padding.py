@@ -61,7 +61,7 @@ class Padding:
             new = sorted(made.keys() - self._made)
             self._made |= made.keys()
         if new:
-            self._notify(f"no column {', '.join(map(repr, new))}: all of each row is real")
+            self._notify(f"no column {', '.join(map(repr, new))}: a mask is made, and all of each row taken for real")
 
     def allowed(self, compute: Compute, tensors: Tensors, items: Indices) -> bool:
         """Whether rows may be padded. Tries it on a row of this batch while that is not known.

@@ -32,7 +32,7 @@ def arrange(parallel: Any, options: Mapping[str, Any]) -> dict[str, str]:
 
     It also puts the model in a process of its own beside the scheduler's, to pin its threads to cores. On all cores
     there is nothing to pin: in one process the engine starts in half the time (14-18 s against 28-33 s on two cores,
-    most of it imports), with the same tokens; it decodes some 5% slower, which a job of five minutes makes up for.
+    most of it imports), with the same tokens; it decodes some 5% slower, so jobs of more than five minutes lose by it.
     """
     cores = few_cores()
     if cores is None:
