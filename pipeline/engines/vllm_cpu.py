@@ -8,6 +8,8 @@ from typing import Any
 
 import psutil
 
+from pipeline.engines import environ
+
 FEW_CORES = 4
 """Up to so many cores, none is kept free of a model's arithmetic."""
 ALL_CORES = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
@@ -23,24 +25,36 @@ def few_cores() -> int | None:
     return cores if cores <= FEW_CORES else None
 
 
-def arrange(parallel: Any, options: Mapping[str, Any]) -> dict[str, str]:
-    """Arrange it in vLLM's ``ParallelConfig``, and in the environment of its processes, which is returned.
+def pinned(config: Any) -> dict[str, str]:
+    """What vLLM sets where a model has a process of its own, so that each of its threads stays on a core of its own:
+    for all cores of ``config``'s only rank.
+
+    Without it, the same process took 4 to 8% longer (``benchmarks/README.md``).
+    """
+    from vllm.utils.ompmultiprocessing import OMPProcessManager
+
+    before = dict(os.environ)
+    with environ.holding(ALL_CORES), OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0):
+        return {name: value for name, value in os.environ.items() if before.get(name) != value}
+
+
+def arrange(config: Any, options: Mapping[str, Any]) -> dict[str, str]:
+    """Arrange it in vLLM's configuration, and in the environment of its processes, which is returned.
 
     vLLM leaves one core to its scheduler, which waits while the model runs: on few cores that is much of the machine.
     On two, a Llama of 110 million parameters ran 256 prompts 1.6 times as fast on both, and one of a few thousand
     parameters, whose load is Python, as fast as before (``benchmarks/llm.py --cores own``).
 
-    It also puts the model in a process of its own beside the scheduler's, to pin its threads to cores. On all cores
-    there is nothing to pin: in one process the engine starts in half the time (14-18 s against 28-33 s on two cores,
-    most of it imports), with the same tokens; it decodes some 5% slower, so jobs of more than five minutes lose by it.
+    It also puts the model in a process of its own beside the scheduler's, to pin its threads to cores. They are pinned
+    in one process just as well, if that is told before it starts: it starts in half the time (14-18 s against 28-33 s
+    on two cores, most of it imports), and gives the same tokens, as fast.
     """
-    cores = few_cores()
-    if cores is None:
+    if few_cores() is None:
         return {}
-    environment = dict(ALL_CORES)
+    parallel = config.parallel_config
     alone = parallel.world_size == 1 and parallel.data_parallel_size == 1
     # vLLM itself turns a user's "uni" into "mp" here.
     if alone and options.get("distributed_executor_backend") in (None, "uni"):
         parallel.distributed_executor_backend = "uni"
-        environment["OMP_NUM_THREADS"] = str(cores)
-    return environment
+        return ALL_CORES | pinned(config)
+    return dict(ALL_CORES)

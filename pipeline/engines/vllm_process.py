@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from pipeline.engines import vllm_child, vllm_cpu
+from pipeline.engines import environ, vllm_child, vllm_cpu
 from pipeline.engines.guardian import Guardian
 from pipeline.engines.vllm_gauges import Gauges
 from storage.errors import Blame, EngineDead, EngineMissing, InvalidJob, InvalidModel, RowmillError, TransientError
@@ -122,20 +122,6 @@ def prepare_environment() -> None:
         logger.addHandler(_ToOurLog())
         logger.setLevel(logging.WARNING)
         logger.propagate = False
-
-
-@contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextlib.contextmanager
@@ -367,13 +353,13 @@ class RunningVllm:
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         }
         if current_platform.is_cpu():
-            environment |= vllm_cpu.arrange(self.config.parallel_config, options)
+            environment |= vllm_cpu.arrange(self.config, options)
         # vLLM leaves its sockets behind, seven for each start: in our own folder they go with it. The name of a socket
         # has at most 107 bytes.
         if "VLLM_RPC_BASE_PATH" not in os.environ and len(folder := str(self._output.pipe.parent)) < 64:
             environment["VLLM_RPC_BASE_PATH"] = folder
         try:
-            with _environment(environment), _settled_children():
+            with environ.holding(environment), _settled_children():
                 llm = AsyncLLM.from_vllm_config(
                     self.config,
                     usage_context=UsageContext.LLM_CLASS,
