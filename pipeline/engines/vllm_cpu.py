@@ -29,7 +29,7 @@ def pinned(config: Any) -> dict[str, str]:
     """What vLLM sets where a model has a process of its own, so that each of its threads stays on a core of its own:
     for all cores of ``config``'s only rank.
 
-    Without it, one process took 3 to 5% longer over the same prompts (``benchmarks/README.md``).
+    Without it, one process took 3 to 5% longer (medians, noisy) over the same prompts (``benchmarks/README.md``).
     """
     from vllm.utils.ompmultiprocessing import OMPProcessManager
 
@@ -46,8 +46,8 @@ def arrange(config: Any, options: Mapping[str, Any]) -> dict[str, str]:
     parameters, whose load is Python, as fast as before (``benchmarks/llm.py --cores own``).
 
     It also puts the model in a process of its own beside the scheduler's, to pin its threads to cores. They are pinned
-    in one process just as well, if that is told before it starts: it starts some 12 s sooner (24 s against 36 on two
-    cores, most of it imports), and gives the same tokens at least as fast.
+    in one process just as well, if that is told before it starts: it starts some 10 s sooner (25 s against 31 to 37 on
+    two cores, most of it imports), and gives the same tokens at least as fast.
     """
     if few_cores() is None:
         return {}
