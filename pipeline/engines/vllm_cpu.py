@@ -13,6 +13,8 @@ from pipeline.engines import environ
 FEW_CORES = 4
 """Up to so many cores, none is kept free of a model's arithmetic."""
 ALL_CORES = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+OPENMP = ("OMP_", "GOMP_", "KMP_")
+"""What the variables of OpenMP begin with: the standard's, GNU's and Intel's."""
 BOUND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
@@ -33,9 +35,8 @@ def pinned(config: Any) -> dict[str, str]:
     """
     from vllm.utils.ompmultiprocessing import OMPProcessManager
 
-    before = dict(os.environ)
     with environ.holding(ALL_CORES), OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0):
-        return {name: value for name, value in os.environ.items() if before.get(name) != value}
+        return {name: value for name, value in os.environ.items() if name.startswith(OPENMP)}
 
 
 def arrange(config: Any, options: Mapping[str, Any]) -> dict[str, str]:
