@@ -33,7 +33,7 @@ LEAST_BYTES = 32 * 2**20
 """Graphs smaller than this, weights included, load in a moment, and are not kept."""
 FUSED_IN_A_JOB = 256 * 2**20
 """Graphs larger than this are fused on demand only: it takes too long for a job's first seconds."""
-LAYOUT = 1
+LAYOUT = 2
 _REPORT = "kept.json"
 
 

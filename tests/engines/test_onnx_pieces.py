@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import helper
 
 from pipeline.engines import onnx_folder, onnx_options, pooling
 from pipeline.engines.base import RowBatch
 from pipeline.engines.onnx_lane import RunFailed, RunTimedOut
-from pipeline.engines.onnx_runtime import CPU, TENSORRT, with_engine_cache
+from pipeline.engines.onnx_runtime import CPU, TENSORRT, GraphFile, open_session, with_engine_cache
 from pipeline.engines.onnx_stream import bisect, settle, windows
 from storage.errors import EngineDead, InvalidJob, InvalidModel
-from tests.engines.onnx_support import model_at
+from tests.engines.onnx_support import FLOAT, graph, model_at, value
 
 
 def test_options_have_names_pairs_and_aliases() -> None:
@@ -202,6 +204,15 @@ def test_tensorrt_keeps_its_engines_where_the_operator_caches(tmp_path: Path) ->
     assert settings["trt_engine_cache_path"] == str(tmp_path / "a" / "b") and (tmp_path / "a" / "b").is_dir()
     assert (settings["trt_fp16_enable"], settings["trt_engine_cache_enable"]) == ("True", "False")
     assert settings["trt_timing_cache_enable"] == "True"
+
+
+@pytest.mark.parametrize(("given", "kept"), [({}, "1"), ({"session.x64quantprecision": "0"}, "0")])
+def test_products_of_8_bits_do_not_saturate_unless_asked_to(tmp_path: Path, given: dict[str, str], kept: str) -> None:
+    x, y = value("x", FLOAT, ["N"]), value("y", FLOAT, ["N"])
+    file = GraphFile(graph(tmp_path / "model.onnx", [helper.make_node("Neg", ["x"], ["y"])], [x], [y]))
+    options = onnx_options.parse({"session_config": given})
+    session = open_session(onnxruntime, file, options, [(CPU, {})], 1)
+    assert session.get_session_options().get_session_config_entry("session.x64quantprecision") == kept
 
 
 @settings(deadline=None)  # a busy machine is no failure

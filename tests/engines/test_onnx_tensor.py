@@ -591,13 +591,16 @@ def test_weights_beside_the_graph_are_read_and_part_of_what_the_model_is(tmp_pat
         resolve(str(path), tmp_path / "cache")
 
 
-@pytest.mark.parametrize("kind", ["quantized", "half"])
+@pytest.mark.parametrize("kind", ["quantized", "dynamic", "half"])
 def test_quantized_and_mixed_precision_graphs(tmp_path: Path, kind: str) -> None:
-    """Inputs and outputs in float32, the arithmetic inside in 8 bits with scales, or in float16."""
+    """Inputs and outputs in float32, the arithmetic inside in 8 bits with scales, or in float16.
+
+    On a processor without VNNI this also shows that 8-bit products do not saturate, which costs an error above 1.
+    """
     weights = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    scale = float(np.abs(weights).max() / 127)
+    stored = np.rint(weights / scale).astype(np.int8)
     if kind == "quantized":
-        scale = float(np.abs(weights).max() / 127)
-        stored = np.rint(weights / scale).astype(np.int8)
         nodes = [
             helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["xq"]),
             helper.make_node("DequantizeLinear", ["xq", "xs", "xz"], ["xd"]),
@@ -607,6 +610,19 @@ def test_quantized_and_mixed_precision_graphs(tmp_path: Path, kind: str) -> None
         initializers = [
             helper.make_tensor("xs", FLOAT, [], [4 / 127]),
             helper.make_tensor("xz", TensorProto.UINT8, [], [128]),
+            helper.make_tensor("ws", FLOAT, [], [scale]),
+            helper.make_tensor("wz", TensorProto.INT8, [], [0]),
+            onnx.numpy_helper.from_array(stored, "wq"),
+        ]
+    elif kind == "dynamic":
+        nodes = [
+            helper.make_node("DynamicQuantizeLinear", ["x"], ["xq", "xs", "xz"]),
+            helper.make_node("MatMulInteger", ["xq", "wq", "xz", "wz"], ["yi"]),
+            helper.make_node("Cast", ["yi"], ["yf"], to=FLOAT),
+            helper.make_node("Mul", ["xs", "ws"], ["s"]),
+            helper.make_node("Mul", ["yf", "s"], ["y"]),
+        ]
+        initializers = [
             helper.make_tensor("ws", FLOAT, [], [scale]),
             helper.make_tensor("wz", TensorProto.INT8, [], [0]),
             onnx.numpy_helper.from_array(stored, "wq"),
@@ -624,9 +640,8 @@ def test_quantized_and_mixed_precision_graphs(tmp_path: Path, kind: str) -> None
     columns = pa.record_batch({"x": pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), 8)})
     made = engine(path, SPEC, tmp_path)
     table, failures = run(made, SPEC, columns)
-    assert not failures and made.stats()["stacked"]
+    # With a scale taken from the batch, a row's result would depend on its company: such rows run alone.
+    assert not failures and made.stats()["stacked"] == (kind != "dynamic")
     made.close()
     found = table.column("y").combine_chunks().to_numpy_ndarray()
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    assert np.allclose(found, session.run(None, {"x": rows})[0], rtol=1e-3, atol=1e-3)
     assert np.abs(found - rows @ weights).max() < 0.5
