@@ -15,7 +15,7 @@ from pipeline.doctor_check import Check
 _GIB = 2**30
 _SHM = Path("/dev/shm")  # noqa: S108 - looked at, not written to
 _FLAGS = (
-    "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8",
+    "avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8",
     "asimddp", "bf16", "i8mm", "sve", "sve2",
 )  # fmt: skip
 """Instruction sets that matrix kernels choose by (x86-64, then Arm)."""

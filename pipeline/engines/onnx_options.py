@@ -64,7 +64,8 @@ class OnnxOptions(BaseModel):
     custom_ops: tuple[str, ...] = ()
     """Libraries of custom operators, by path: only those that the setting ``custom_op_paths`` names."""
     session_config: dict[str, str] = {}
-    """``SessionOptions.add_session_config_entry``: key → value. ``session.x64quantprecision`` is ``1`` unless given."""
+    """``SessionOptions.add_session_config_entry``: key → value. Where quantized graphs would be clipped,
+    ``session.x64quantprecision`` is ``1`` unless given."""
 
     @field_validator("providers", mode="before")
     @classmethod

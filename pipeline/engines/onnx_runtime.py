@@ -23,6 +23,7 @@ import psutil
 
 from pipeline.engines.onnx_lane import QUIET, is_out_of_memory
 from pipeline.engines.onnx_options import OnnxOptions, Provider
+from pipeline.models import saturation
 from storage.errors import EngineMissing, InvalidModel, TransientError
 
 CPU = "CPUExecutionProvider"
@@ -32,9 +33,6 @@ KEPT_GRAPH = "optimized.onnx"
 KEPT_WEIGHTS = "optimized.weights"
 _TELEMETRY = "ORT_DISABLE_TELEMETRY"
 TENSORRT = "TensorrtExecutionProvider"
-EXACT = {"session.x64quantprecision": "1"}
-"""x86-64 processors without VNNI add products of unsigned and signed 8-bit numbers in 16 bits, which saturate: an error
-of 1.7 where rounding alone gives 0.1 (measured), without a word. With this ONNX Runtime makes the weights unsigned."""
 _MORE = ("gpu", "openvino", "migraphx", "rocm", "qnn", "training")
 _DISTRIBUTIONS = ("onnxruntime", *(f"onnxruntime-{name}" for name in _MORE))
 """All of them bring the module ``onnxruntime``."""
@@ -226,7 +224,7 @@ def open_session(
         settings.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
         settings.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    for key, value in {**EXACT, **options.session_config}.items():
+    for key, value in {**saturation.session_config(runtime), **options.session_config}.items():
         settings.add_session_config_entry(key, value)
     for library in options.custom_ops:
         try:

@@ -8,7 +8,6 @@ not reach it (the parent decides when it ends), and its id is reported, so that 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import time
@@ -32,10 +31,6 @@ def settle() -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)
-    # Told to pin its threads, OpenMP begins with this one, and does so again when there is something to compute. Until
-    # then it imports, and would share its core with every other engine that starts.
-    with contextlib.suppress(OSError):
-        os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
     # Progress bars are for terminals; every redraw would be a line of log.
     os.environ.setdefault("TQDM_DISABLE", "1")
 

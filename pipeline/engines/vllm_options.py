@@ -32,7 +32,8 @@ OWN_MEANINGS: Mapping[str, str] = MappingProxyType(
     {
         "window": "most requests inside vLLM at a time; twice ``max_num_seqs``",
         "window_tokens": "most tokens of their prompts; four million, or twice what the cache holds where that is more",
-        "stall_seconds": "an engine that has requests and takes no step for so long is ended and started again",
+        "stall_seconds": "an engine that has requests and takes no step for so long, or starts and does nothing, is "
+        "ended and started again",
         "recycle_bytes": "host memory of the worker and its engine above which the engine is started again after a "
         "shard; four fifths of the machine's memory, if it was a tenth of that less after the first shard",
         "media_window_bytes": "most bytes of prepared images, sounds and videos inside vLLM; a sixteenth of the "

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from pipeline.engines import environ, vllm_child, vllm_cpu
+from pipeline.engines import vllm_child, vllm_cpu
 from pipeline.engines.guardian import Guardian
 from pipeline.engines.vllm_gauges import Gauges
 from storage.errors import Blame, EngineDead, EngineMissing, InvalidJob, InvalidModel, RowmillError, TransientError
@@ -31,7 +31,10 @@ T = TypeVar("T")
 
 GIB = 2**30
 STALL_SECONDS = 900.0
-"""How long the engine may have requests and not take a step, before it counts as stuck. Far longer than any step."""
+"""How long the engine may have requests and not take a step, or do nothing while it starts, before it counts as stuck.
+Far longer than any step."""
+AT_WORK = 0.01
+"""Processor seconds in a second that an engine that starts takes unless it reads or writes; waiting takes less."""
 STOP_SECONDS = 10.0
 """How long the engine's processes may take to end when asked, before they are killed."""
 LOOK_SECONDS = 1.0
@@ -64,6 +67,8 @@ class Output:
         os.mkfifo(self.pipe, mode=0o600)
         self._on_process = on_process
         self._tail: deque[str] = deque(maxlen=400)
+        self.lines = 0
+        """How many came."""
         self._thread = threading.Thread(target=self._read, name="vllm-output", daemon=True)
         self._thread.start()
 
@@ -73,6 +78,7 @@ class Output:
                 if line.startswith(vllm_child.HELLO):
                     self._on_process(int(line.removeprefix(vllm_child.HELLO)))
                     continue
+                self.lines += 1
                 self._tail.append(_BEFORE.sub("", line.rstrip()))
                 log.info("vllm: %s", line.rstrip())
 
@@ -122,6 +128,20 @@ def prepare_environment() -> None:
         logger.addHandler(_ToOurLog())
         logger.setLevel(logging.WARNING)
         logger.propagate = False
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager
@@ -178,7 +198,7 @@ class RunningVllm:
         begun = time.monotonic()
         self.gauges = Gauges()
         self._stall_seconds = stall_seconds
-        self._stuck = False
+        self._stuck = self._started = False
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._processes: dict[int, psutil.Process] = {}
@@ -196,6 +216,8 @@ class RunningVllm:
         self._output = Output(self._watch)
         self._thread = threading.Thread(target=self._run_loop, name="vllm-loop", daemon=True)
         self._thread.start()
+        self._watchdog = threading.Thread(target=self._watch_for_stall, name="vllm-watchdog", daemon=True)
+        self._watchdog.start()
         try:
             with _starting:
                 self.call(self._start(model, options)).result()
@@ -203,9 +225,8 @@ class RunningVllm:
         except BaseException:
             self.stop()
             raise
+        self._started = True
         self.startup_seconds = time.monotonic() - begun
-        self._watchdog = threading.Thread(target=self._watch_for_stall, name="vllm-watchdog", daemon=True)
-        self._watchdog.start()
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -262,7 +283,7 @@ class RunningVllm:
         self._died_with_rows = self._died_with_rows or own or self.inside > 0
         blame = Blame.OWN if own else Blame.OTHERS if self._died_with_rows else Blame.NOBODY
         if self._stuck:
-            return EngineDead(f"vLLM's engine took no step for {self._stall_seconds:g} s, and was ended", blame=blame)
+            return EngineDead(self._stuck_message(), blame=blame)
         self._output.wait_for_end(1.0)
         reason = self._output.reason()
         detail = f"{reason[0]}: {reason[1]}" if reason else "killed, perhaps for want of memory"
@@ -305,14 +326,34 @@ class RunningVllm:
             self._kill()
 
     def _watch_for_stall(self) -> None:
-        while not self._ended.wait(min(10.0, self._stall_seconds / 4)):
-            if self.llm.get_num_unfinished_requests() == 0:
+        every = min(10.0, self._stall_seconds / 4)
+        said = done = 0.0
+        while not self._ended.wait(every):
+            if self._started:
+                fine = self.llm.get_num_unfinished_requests() == 0
+            else:  # what it says and does is the only sign; without a process, another engine starts before ours
+                before, (said, done) = (said, done), (self._output.lines, self._effort())
+                fine = not self._processes or said > before[0] or done > before[1] + AT_WORK * every
+            if fine:
                 self.gauges.touch()
             elif time.monotonic() - self.gauges.progress_at > self._stall_seconds:
                 self._stuck = True
-                log.error("vLLM's engine took no step for %g s: it is ended", self._stall_seconds)
+                log.error("%s", self._stuck_message())
                 self._kill()  # vLLM sees that it is gone, and every request raises
                 return
+
+    def _stuck_message(self) -> str:
+        what = "took no step" if self._started else "was starting and did nothing"
+        return f"vLLM's engine {what} for {self._stall_seconds:g} s, and was ended"
+
+    def _effort(self) -> float:
+        """What the processes have done up to now: processor seconds, and MiB read and written."""
+        done = 0.0
+        for process in self._family():
+            with contextlib.suppress(psutil.Error, OSError):
+                times, io = process.cpu_times(), process.io_counters()
+                done += times.user + times.system + (io.read_bytes + io.read_chars + io.write_bytes) / 2**20
+        return done
 
     def _family(self) -> list[psutil.Process]:
         family: list[psutil.Process] = []
@@ -353,13 +394,13 @@ class RunningVllm:
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         }
         if current_platform.is_cpu():
-            environment |= vllm_cpu.arrange(self.config, options)
+            environment |= vllm_cpu.arrange(self.config.parallel_config, options)
         # vLLM leaves its sockets behind, seven for each start: in our own folder they go with it. The name of a socket
         # has at most 107 bytes.
         if "VLLM_RPC_BASE_PATH" not in os.environ and len(folder := str(self._output.pipe.parent)) < 64:
             environment["VLLM_RPC_BASE_PATH"] = folder
         try:
-            with environ.holding(environment), _settled_children():
+            with _environment(environment), _settled_children():
                 llm = AsyncLLM.from_vllm_config(
                     self.config,
                     usage_context=UsageContext.LLM_CLASS,
@@ -380,6 +421,8 @@ class RunningVllm:
     def _failed_start(self, error: Exception) -> RowmillError:
         self._output.wait_for_end(5.0)
         reason = self._output.reason()
+        if self._stuck:
+            return EngineDead(self._stuck_message())
         if isinstance(error, TimeoutError):
             return TransientError(f"vLLM did not start in time: {first_lines(error)}")
         if reason is None and self._processes:

@@ -24,11 +24,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.drift import Comparison, Drift, Limits
-from pipeline.models import cache_entry
+from pipeline.models import cache_entry, saturation
 
 Array = npt.NDArray[Any]
 
-LAYOUT = 1
+LAYOUT = 2
 """Raised when what is made changes, so that older cache entries are not used any more."""
 LIMITS = Limits(min_cosine=0.9999, max_difference=1e-3)
 """How far a fused graph may be from the original, per token or text; measured: 5e-6."""
@@ -128,6 +128,8 @@ def compared(graph: Path, other: Path, said: Mapping[str, int]) -> Drift:
 
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4
+    for name, said_of_it in saturation.session_config(onnxruntime).items():
+        settings.add_session_config_entry(name, said_of_it)
     sessions = [
         onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"]) for path in (graph, other)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from pipeline.engines.base import RowBatch
 from pipeline.engines.onnx_lane import RunFailed, RunTimedOut
 from pipeline.engines.onnx_runtime import CPU, TENSORRT, GraphFile, open_session, with_engine_cache
 from pipeline.engines.onnx_stream import bisect, settle, windows
+from pipeline.models import saturation
+from pipeline.models.saturation import PRECISE
 from storage.errors import EngineDead, InvalidJob, InvalidModel
 from tests.engines.onnx_support import FLOAT, graph, model_at, value
 
@@ -206,13 +209,21 @@ def test_tensorrt_keeps_its_engines_where_the_operator_caches(tmp_path: Path) ->
     assert settings["trt_timing_cache_enable"] == "True"
 
 
-@pytest.mark.parametrize(("given", "kept"), [({}, "1"), ({"session.x64quantprecision": "0"}, "0")])
-def test_products_of_8_bits_do_not_saturate_unless_asked_to(tmp_path: Path, given: dict[str, str], kept: str) -> None:
+@pytest.mark.parametrize(
+    ("clips", "given", "asked"),
+    [(True, {}, "1"), (True, {PRECISE: "0"}, "0"), (False, {}, ""), (False, {PRECISE: "1"}, "1")],
+)
+def test_exact_products_of_8_bits_are_asked_for_where_they_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clips: bool, given: dict[str, str], asked: str
+) -> None:
+    monkeypatch.setattr(saturation, "clips", lambda runtime: clips)
     x, y = value("x", FLOAT, ["N"]), value("y", FLOAT, ["N"])
     file = GraphFile(graph(tmp_path / "model.onnx", [helper.make_node("Neg", ["x"], ["y"])], [x], [y]))
-    options = onnx_options.parse({"session_config": given})
-    session = open_session(onnxruntime, file, options, [(CPU, {})], 1)
-    assert session.get_session_options().get_session_config_entry("session.x64quantprecision") == kept
+    session = open_session(onnxruntime, file, onnx_options.parse({"session_config": given}), [(CPU, {})], 1)
+    kept = ""
+    with suppress(RuntimeError):  # when it has no such entry
+        kept = session.get_session_options().get_session_config_entry(PRECISE)
+    assert kept == asked
 
 
 @settings(deadline=None)  # a busy machine is no failure

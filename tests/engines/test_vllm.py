@@ -22,7 +22,6 @@ import pyarrow as pa
 import pytest
 
 from examples.tiny_llama import build_llama
-from pipeline.engines import vllm_cpu
 from pipeline.engines.base import Cancellation, Engine, RowBatch, RowFailure
 from pipeline.engines.vllm import VllmEngine
 from pipeline.engines.vllm_prompts import Prompts
@@ -108,19 +107,6 @@ def inside(engine: VllmEngine) -> int:
     running = engine._running
     assert running is not None
     return int(running.llm.get_num_unfinished_requests())
-
-
-@pytest.mark.skipif(vllm_cpu.few_cores() is None, reason="of many cores vLLM chooses")
-def test_threads_of_the_model_stay_on_a_core_each(engine: VllmEngine) -> None:
-    run(engine, support.make_spec(), [support.texts("a")])  # the threads are there when something was computed
-    assert engine._running is not None
-    (process,) = engine._running._processes.values()
-    affinity = {frozenset(os.sched_getaffinity(thread.id)) for thread in process.threads()}
-    siblings = {
-        Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
-        for cpu in os.sched_getaffinity(0)
-    }
-    assert len([cpus for cpus in affinity if len(cpus) == 1]) == len(siblings)  # one of each physical core's
 
 
 def failures(answers: dict[int, Any]) -> dict[int, str]:

@@ -16,6 +16,7 @@ from examples.tiny_llama import build_llama
 from pipeline.engines.base import Cancellation, EngineContext
 from pipeline.engines.pool import EnginePool
 from pipeline.engines.vllm import VllmEngine
+from pipeline.engines.vllm_process import RunningVllm
 from pipeline.models.resolve import resolve
 from storage.errors import EngineDead
 from tests.engines import vllm_support as support
@@ -73,3 +74,18 @@ def test_an_engine_that_has_grown_and_one_that_is_stuck(pool: EnginePool, tmp_pa
         waiting.join()
         assert "took no step for 10 s" in str(caught[0])
         assert not psutil.pid_exists(pid)
+
+
+def test_an_engine_that_hangs_while_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, watch, pids = build_llama(tmp_path / "llama"), RunningVllm._watch, []
+
+    def hang(self: RunningVllm, pid: int) -> None:
+        watch(self, pid)
+        os.kill(pid, signal.SIGSTOP)
+        pids.append(pid)
+
+    monkeypatch.setattr(RunningVllm, "_watch", hang)
+    with pytest.raises(EngineDead, match="was starting and did nothing for 5 s, and was ended"):
+        RunningVllm(str(model), support.OPTIONS, 5.0)
+    (pid,) = pids
+    assert not psutil.pid_exists(pid)

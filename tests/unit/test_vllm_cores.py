@@ -8,26 +8,19 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from pipeline.engines import vllm_cpu
 from pipeline.engines.vllm_cpu import ALL_CORES, BOUND, FEW_CORES, arrange
 
 (RESERVED,) = ALL_CORES
 
 
-PINS = {"GOMP_CPU_AFFINITY": "0 1"}
-
-
-def one(**more: int) -> SimpleNamespace:
-    """A configuration of one rank, or of ``more``."""
-    parallel = {"world_size": 1, "data_parallel_size": 1, "distributed_executor_backend": "mp"} | more
-    return SimpleNamespace(parallel_config=SimpleNamespace(**parallel))
+def one() -> SimpleNamespace:
+    return SimpleNamespace(world_size=1, data_parallel_size=1, distributed_executor_backend="mp")
 
 
 @pytest.fixture(autouse=True)
 def _nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (RESERVED, BOUND):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(vllm_cpu, "pinned", lambda config: PINS)
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, usable: int, cores: int | None) -> None:
@@ -38,37 +31,38 @@ def machine(monkeypatch: pytest.MonkeyPatch, usable: int, cores: int | None) -> 
 @pytest.mark.parametrize(("usable", "cores"), [(1, 64), (FEW_CORES, 64), (64, 2), (2, None)])
 def test_few_cores(monkeypatch: pytest.MonkeyPatch, usable: int, cores: int | None) -> None:
     machine(monkeypatch, usable, cores)
+    expected = ALL_CORES | {"OMP_NUM_THREADS": str(min(usable, cores or usable))}
     for said in (None, "0"):
         if said:
             monkeypatch.setenv(RESERVED, said)
-        config = one()
-        assert arrange(config, {}) == ALL_CORES | PINS
-        assert config.parallel_config.distributed_executor_backend == "uni"
+        parallel = one()
+        assert arrange(parallel, {}) == expected
+        assert parallel.distributed_executor_backend == "uni"
 
 
 @pytest.mark.parametrize("more", [{"world_size": 2}, {"data_parallel_size": 2}])
 def test_several_ranks_keep_their_processes(monkeypatch: pytest.MonkeyPatch, more: dict[str, int]) -> None:
     machine(monkeypatch, 2, 2)
-    config = one(**more)
-    assert arrange(config, {}) == ALL_CORES
-    assert config.parallel_config.distributed_executor_backend == "mp"
+    parallel = SimpleNamespace(**(vars(one()) | more))
+    assert arrange(parallel, {}) == ALL_CORES
+    assert parallel.distributed_executor_backend == "mp"
 
 
 def test_what_the_user_says_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 2, 2)
-    config = one()
-    assert arrange(config, {"distributed_executor_backend": "mp"}) == ALL_CORES
+    parallel = one()
+    assert arrange(parallel, {"distributed_executor_backend": "mp"}) == ALL_CORES
     for name in (RESERVED, BOUND):
         monkeypatch.setenv(name, "1")
-        assert arrange(config, {}) == {}
+        assert arrange(parallel, {}) == {}
         monkeypatch.delenv(name)
-    assert config.parallel_config.distributed_executor_backend == "mp"
-    arrange(config, {"distributed_executor_backend": "uni"})
-    assert config.parallel_config.distributed_executor_backend == "uni"
+    assert parallel.distributed_executor_backend == "mp"
+    arrange(parallel, {"distributed_executor_backend": "uni"})
+    assert parallel.distributed_executor_backend == "uni"
 
 
 def test_of_many_cores_vllm_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 64, FEW_CORES + 1)
-    config = one()
-    assert arrange(config, {}) == {}
-    assert config.parallel_config.distributed_executor_backend == "mp"
+    parallel = one()
+    assert arrange(parallel, {}) == {}
+    assert parallel.distributed_executor_backend == "mp"
