@@ -21,11 +21,12 @@ from statistics import median
 from typing import Any
 
 from pipeline.engines import onnx_layout
+from pipeline.engines.cores import available_cores
 from pipeline.engines.onnx_graphs import Graphs
 from pipeline.engines.onnx_lane import Call, Stopped
 from pipeline.engines.onnx_layout import Layout
 from pipeline.engines.onnx_options import OnnxOptions
-from pipeline.engines.onnx_runtime import available_cores, gpu_names, memory_total, processor
+from pipeline.engines.onnx_runtime import gpu_names, memory_total, processor
 from pipeline.engines.onnx_session import SessionPool, memory_for_copies
 from pipeline.engines.onnx_stream import Pack, settle
 from storage.errors import Blame, EngineDead

@@ -14,12 +14,12 @@ import pyarrow as pa
 from pipeline.engines import pooled_results as results
 from pipeline.engines import pooling
 from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
+from pipeline.engines.cores import available_cores
 from pipeline.engines.image_folder import ImageFolder
 from pipeline.engines.images import ImageReader
 from pipeline.engines.onnx_folder import class_activation, label
 from pipeline.engines.onnx_graph import GraphValue, Signature
 from pipeline.engines.onnx_options import OnnxOptions
-from pipeline.engines.onnx_runtime import available_cores
 from pipeline.engines.onnx_session import Array, Call, Run, RunFailed, SessionPool, is_out_of_memory
 from pipeline.engines.onnx_stream import Indices, Pack, Window, bisect, record_batch, windows
 from pipeline.job_spec import JobSpec, Task

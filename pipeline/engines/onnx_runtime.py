@@ -86,16 +86,6 @@ def import_runtime() -> Any:
     return onnxruntime
 
 
-def available_cores() -> int:
-    """Physical cores that this process may use: affinity and the container's CPU quota count."""
-    cores = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1024)
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        return max(1, cores)
-    return max(1, cores if quota == "max" else min(cores, int(quota) // int(period)))
-
-
 def memory_total(cgroup: Path = CGROUP) -> int:
     """Bytes of memory that this machine, or the container's limit, gives in all."""
     limit, _ = _cgroup_memory(cgroup)

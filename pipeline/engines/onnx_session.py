@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from pipeline.engines.cores import available_cores
 from pipeline.engines.onnx_graphs import Graphs, n_bytes
 from pipeline.engines.onnx_lane import KEPT_BYTES, Lane, Stopped
 from pipeline.engines.onnx_lane import Array as Array
@@ -28,7 +29,6 @@ from pipeline.engines.onnx_runtime import (
     CPU,
     CUDA,
     GraphFile,
-    available_cores,
     import_runtime,
     memory_left,
     open_session,

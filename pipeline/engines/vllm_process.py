@@ -411,12 +411,16 @@ class RunningVllm:
         except Exception as error:
             raise self._failed_start(error) from error
         self.llm = llm
-        asked = asyncio.ensure_future(llm.get_supported_tasks())
+        asked = asyncio.ensure_future(self._asked(llm))
         while not (await asyncio.wait({asked}, timeout=LOOK_SECONDS))[0]:
             if llm.errored:  # its process will not answer
                 asked.cancel()
                 raise self.death()
         self.supported_tasks = asked.result()
+
+    async def _asked(self, llm: Any) -> tuple[str, ...]:
+        await vllm_cpu.pin(llm, self.config)
+        return tuple(await llm.get_supported_tasks())
 
     def _failed_start(self, error: Exception) -> RowmillError:
         self._output.wait_for_end(5.0)

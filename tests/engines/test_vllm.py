@@ -22,7 +22,9 @@ import pyarrow as pa
 import pytest
 
 from examples.tiny_llama import build_llama
+from pipeline.engines import vllm_cpu
 from pipeline.engines.base import Cancellation, Engine, RowBatch, RowFailure
+from pipeline.engines.cores import one_of_each
 from pipeline.engines.vllm import VllmEngine
 from pipeline.engines.vllm_prompts import Prompts
 from pipeline.engines.vllm_window import Window
@@ -70,7 +72,13 @@ class Beside:
 
     def close(self) -> None:
         for process in self._running:
+            family: list[psutil.Process] = []
+            with contextlib.suppress(psutil.NoSuchProcess):  # its engine outlives it, and keeps its output open
+                family = psutil.Process(process.pid).children(recursive=True)
             process.kill()
+            for member in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
             process.communicate()
 
     def _start(self, name: str, code: str, *args: str) -> subprocess.Popen[str]:
@@ -107,6 +115,22 @@ def inside(engine: VllmEngine) -> int:
     running = engine._running
     assert running is not None
     return int(running.llm.get_num_unfinished_requests())
+
+
+@pytest.mark.skipif(
+    vllm_cpu.few_cores() != len(one_of_each()), reason="many cores, or a share of them: vLLM's own layout"
+)
+def test_threads_of_the_model_stay_on_a_core_each(engine: VllmEngine) -> None:
+    assert engine._running is not None
+    (process,) = engine._running._processes.values()
+    allowed = {}
+    for thread in process.threads():
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            allowed[thread.id] = frozenset(os.sched_getaffinity(thread.id))
+    assert len(allowed[process.pid]) == 1
+    assert sorted(cpus for cpus in map(sorted, allowed.values()) if len(cpus) == 1) == [[cpu] for cpu in one_of_each()]
+    # Whatever else the process does goes where there is room.
+    assert frozenset(os.sched_getaffinity(0)) in allowed.values()
 
 
 def failures(answers: dict[int, Any]) -> dict[int, str]:

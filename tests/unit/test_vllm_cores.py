@@ -2,50 +2,78 @@
 
 from __future__ import annotations
 
+import asyncio
+import ctypes
 import os
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 
-from pipeline.engines.vllm_cpu import ALL_CORES, BOUND, FEW_CORES, arrange
+from pipeline.engines import cores, vllm_cpu, vllm_threads
+from pipeline.engines.vllm_cpu import ALL_CORES, BOUND, FEW_CORES, arrange, pin
 
 (RESERVED,) = ALL_CORES
 
 
-def one() -> SimpleNamespace:
-    return SimpleNamespace(world_size=1, data_parallel_size=1, distributed_executor_backend="mp")
+def one(**more: Any) -> SimpleNamespace:
+    """What is configured for one rank, or for ``more``."""
+    parallel = {"world_size": 1, "data_parallel_size": 1, "distributed_executor_backend": "mp"}
+    return SimpleNamespace(**parallel | {"worker_extension_cls": ""} | more)
 
 
 @pytest.fixture(autouse=True)
-def _nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def _nothing_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in (RESERVED, BOUND):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cores, "QUOTA", tmp_path / "cpu.max")
 
 
-def machine(monkeypatch: pytest.MonkeyPatch, usable: int, cores: int | None) -> None:
+def machine(monkeypatch: pytest.MonkeyPatch, usable: int, physical: int | None) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(usable)))
-    monkeypatch.setattr(psutil, "cpu_count", lambda logical: cores)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: physical)
 
 
-@pytest.mark.parametrize(("usable", "cores"), [(1, 64), (FEW_CORES, 64), (64, 2), (2, None)])
-def test_few_cores(monkeypatch: pytest.MonkeyPatch, usable: int, cores: int | None) -> None:
-    machine(monkeypatch, usable, cores)
-    expected = ALL_CORES | {"OMP_NUM_THREADS": str(min(usable, cores or usable))}
+@pytest.mark.parametrize(
+    ("usable", "physical", "quota", "expected"),
+    [
+        (1, 64, None, 1),
+        (FEW_CORES, 64, None, FEW_CORES),
+        (64, 2, None, 2),
+        (2, None, None, 2),
+        (64, 64, "max 100000", None),
+        (64, 64, "300000 100000", 3),
+        (2, 2, "50000 100000", 1),
+        (64, FEW_CORES + 1, None, None),
+    ],
+)
+def test_few_cores(
+    monkeypatch: pytest.MonkeyPatch, usable: int, physical: int | None, quota: str | None, expected: int | None
+) -> None:
+    machine(monkeypatch, usable, physical)
+    if quota:
+        cores.QUOTA.write_text(quota)
     for said in (None, "0"):
         if said:
             monkeypatch.setenv(RESERVED, said)
         parallel = one()
-        assert arrange(parallel, {}) == expected
+        if expected is None:  # vLLM chooses
+            assert arrange(parallel, {}) == {}
+            assert (parallel.distributed_executor_backend, parallel.worker_extension_cls) == ("mp", "")
+            continue
+        assert arrange(parallel, {}) == ALL_CORES | {"OMP_NUM_THREADS": str(expected)}
         assert parallel.distributed_executor_backend == "uni"
+        assert parallel.worker_extension_cls == vllm_threads.NAME
 
 
 @pytest.mark.parametrize("more", [{"world_size": 2}, {"data_parallel_size": 2}])
 def test_several_ranks_keep_their_processes(monkeypatch: pytest.MonkeyPatch, more: dict[str, int]) -> None:
     machine(monkeypatch, 2, 2)
-    parallel = SimpleNamespace(**(vars(one()) | more))
+    parallel = one(**more)
     assert arrange(parallel, {}) == ALL_CORES
-    assert parallel.distributed_executor_backend == "mp"
+    assert (parallel.distributed_executor_backend, parallel.worker_extension_cls) == ("mp", "")
 
 
 def test_what_the_user_says_stands(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,13 +84,46 @@ def test_what_the_user_says_stands(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "1")
         assert arrange(parallel, {}) == {}
         monkeypatch.delenv(name)
-    assert parallel.distributed_executor_backend == "mp"
+    assert (parallel.distributed_executor_backend, parallel.worker_extension_cls) == ("mp", "")
     arrange(parallel, {"distributed_executor_backend": "uni"})
     assert parallel.distributed_executor_backend == "uni"
+    own = one(worker_extension_cls="mine.Worker")
+    arrange(own, {})
+    assert own.worker_extension_cls == "mine.Worker"
 
 
-def test_of_many_cores_vllm_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch, 64, FEW_CORES + 1)
-    parallel = one()
-    assert arrange(parallel, {}) == {}
-    assert parallel.distributed_executor_backend == "mp"
+@pytest.mark.parametrize(
+    ("extension", "asked"), [(vllm_threads.NAME, [("pin_threads", ([5, 7],))]), ("mine", []), ("", [])]
+)
+def test_only_our_own_worker_is_asked_to_pin(monkeypatch: pytest.MonkeyPatch, extension: str, asked: list[Any]) -> None:
+    monkeypatch.setattr(vllm_cpu, "one_of_each", lambda: [5, 7])
+    calls: list[Any] = []
+
+    async def collective_rpc(method: str, args: tuple[Any, ...]) -> None:
+        calls.append((method, args))
+
+    parallel = one(worker_extension_cls=extension)
+    asyncio.run(pin(SimpleNamespace(collective_rpc=collective_rpc), SimpleNamespace(parallel_config=parallel)))
+    assert calls == asked
+
+
+def test_one_processor_of_each_core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cores, "TOPOLOGY", tmp_path)
+    for cpu, siblings in {0: "0,4", 1: "1,5", 4: "0,4", 5: "1,5", 6: "6"}.items():
+        place = tmp_path / f"cpu{cpu}" / "topology"
+        place.mkdir(parents=True)
+        (place / "thread_siblings_list").write_text(siblings)
+    for allowed, chosen in {(0, 1, 4, 5): [4, 5], (0, 1, 5): [0, 5], (6, 9): [6]}.items():
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, allowed=allowed: set(allowed))
+        assert cores.one_of_each() == chosen
+
+
+@pytest.mark.parametrize(
+    "program",
+    [SimpleNamespace(), SimpleNamespace(GOMP_parallel=None, omp_get_thread_num=None, omp_get_max_threads=lambda: 3)],
+)
+def test_no_thread_is_pinned_without_openmp_or_with_another_team(
+    monkeypatch: pytest.MonkeyPatch, program: SimpleNamespace
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: program)
+    assert vllm_threads.PinnedThreads().pin_threads([0, 1]) == []

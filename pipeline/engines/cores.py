@@ -1,0 +1,32 @@
+"""The processors that this process may compute on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import psutil
+
+TOPOLOGY = Path("/sys/devices/system/cpu")
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def available_cores() -> int:
+    """Physical cores that this process may use: affinity and the container's CPU quota count."""
+    cores = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1024)
+    try:
+        quota, period = QUOTA.read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return max(1, cores)
+    return max(1, cores if quota == "max" else min(cores, int(quota) // int(period)))
+
+
+def one_of_each() -> list[int]:
+    """One logical processor of each physical core that affinity allows, in order: the last of a core's, as vLLM takes
+    it. A processor whose core the system does not tell is left out."""
+    chosen: dict[str, int] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        with contextlib.suppress(OSError):
+            chosen[(TOPOLOGY / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text(encoding="ascii")] = cpu
+    return sorted(chosen.values())
