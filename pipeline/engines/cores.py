@@ -14,7 +14,8 @@ QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 def available_cores() -> int:
     """Physical cores that this process may use: affinity and the container's CPU quota count."""
-    cores = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1024)
+    usable = len(os.sched_getaffinity(0))
+    cores = len(one_of_each()) or min(usable, psutil.cpu_count(logical=False) or usable)
     try:
         quota, period = QUOTA.read_text(encoding="ascii").split()
     except (OSError, ValueError):
@@ -28,5 +29,5 @@ def one_of_each() -> list[int]:
     chosen: dict[str, int] = {}
     for cpu in sorted(os.sched_getaffinity(0)):
         with contextlib.suppress(OSError):
-            chosen[(TOPOLOGY / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text(encoding="ascii")] = cpu
+            chosen[(TOPOLOGY / f"cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii")] = cpu
     return sorted(chosen.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from pipeline.engines.cores import available_cores, one_of_each
 FEW_CORES = 4
 """Up to so many cores, none is kept free of a model's arithmetic."""
 ALL_CORES = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+SHORT_WAITS = {"KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0"}
+"""As vLLM sets for Intel's OpenMP, whose threads would else spin for 200 ms after each of their tasks."""
 BOUND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
@@ -31,8 +34,8 @@ def arrange(parallel: Any, options: Mapping[str, Any]) -> dict[str, str]:
     parameters, whose load is Python, as fast as before (``benchmarks/llm.py --cores own``).
 
     It also puts the model in a process of its own beside the scheduler's, to pin its threads to cores. In one process
-    the engine starts some 10 s sooner (most of it imports), and gives the same tokens; its threads are pinned once it
-    has started (:func:`pin`).
+    the engine starts some 10 s sooner (most of it imports), and gives the same tokens; its threads are kept apart
+    once it has started (:func:`pin`).
     """
     cores = few_cores()
     if cores is None:
@@ -43,13 +46,15 @@ def arrange(parallel: Any, options: Mapping[str, Any]) -> dict[str, str]:
     if alone and options.get("distributed_executor_backend") in (None, "uni"):
         parallel.distributed_executor_backend = "uni"
         environment["OMP_NUM_THREADS"] = str(cores)
+        if re.search(r"lib(iomp|omp)", os.environ.get("LD_PRELOAD", "")):
+            environment |= {name: value for name, value in SHORT_WAITS.items() if name not in os.environ}
         if not parallel.worker_extension_cls:  # the user's own
             parallel.worker_extension_cls = vllm_threads.NAME
     return environment
 
 
 async def pin(llm: Any, config: Any) -> None:
-    """Keep each thread of an engine that :func:`arrange` put into one process on a core of its own, if it has as many.
+    """Keep the threads of an engine that :func:`arrange` put into one process apart, if there is a core for each.
 
     Their barriers wait for the slowest: two threads on one core, if only for a moment, cost the others that moment.
     """

@@ -199,6 +199,8 @@ class RunningVllm:
         self.gauges = Gauges()
         self._stall_seconds = stall_seconds
         self._stuck = self._started = False
+        self._elsewhere = options.get("distributed_executor_backend") == "ray"
+        """The work is done in processes that are none of ours."""
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._processes: dict[int, psutil.Process] = {}
@@ -225,6 +227,7 @@ class RunningVllm:
         except BaseException:
             self.stop()
             raise
+        self.gauges.touch()
         self._started = True
         self.startup_seconds = time.monotonic() - begun
 
@@ -333,7 +336,7 @@ class RunningVllm:
                 fine = self.llm.get_num_unfinished_requests() == 0
             else:  # what it says and does is the only sign; without a process, another engine starts before ours
                 before, (said, done) = (said, done), (self._output.lines, self._effort())
-                fine = not self._processes or said > before[0] or done > before[1] + AT_WORK * every
+                fine = self._elsewhere or not self._processes or said > before[0] or done > before[1] + AT_WORK * every
             if fine:
                 self.gauges.touch()
             elif time.monotonic() - self.gauges.progress_at > self._stall_seconds:
@@ -350,9 +353,13 @@ class RunningVllm:
         """What the processes have done up to now: processor seconds, and MiB read and written."""
         done = 0.0
         for process in self._family():
-            with contextlib.suppress(psutil.Error, OSError):
-                times, io = process.cpu_times(), process.io_counters()
-                done += times.user + times.system + (io.read_bytes + io.read_chars + io.write_bytes) / 2**20
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                done += times.user + times.system
+            # Some systems do not count it, and psutil has many ways to say so.
+            with contextlib.suppress(psutil.Error, OSError, AttributeError, ValueError, RuntimeError):
+                io = process.io_counters()
+                done += (io.read_bytes + io.read_chars + io.write_bytes) / 2**20
         return done
 
     def _family(self) -> list[psutil.Process]:

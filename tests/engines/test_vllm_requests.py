@@ -75,7 +75,9 @@ class Scripted:
     def death(self, *, own: bool = False) -> EngineDead:
         from pipeline.engines.vllm_process import RunningVllm
 
-        stuck = SimpleNamespace(_stuck=True, _stall_seconds=1, inside=self.inside, _died_with_rows=self._with_rows)
+        stuck = SimpleNamespace(
+            _stuck=True, _stuck_message=lambda: "scripted", inside=self.inside, _died_with_rows=self._with_rows
+        )
         found = RunningVllm.death(stuck, own=own)  # type: ignore[arg-type]
         self._with_rows = stuck._died_with_rows
         return found

@@ -29,6 +29,7 @@ def _nothing_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in (RESERVED, BOUND):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(cores, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(cores, "TOPOLOGY", tmp_path / "untold")
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, usable: int, physical: int | None) -> None:
@@ -66,6 +67,23 @@ def test_few_cores(
         assert arrange(parallel, {}) == ALL_CORES | {"OMP_NUM_THREADS": str(expected)}
         assert parallel.distributed_executor_backend == "uni"
         assert parallel.worker_extension_cls == vllm_threads.NAME
+
+
+@pytest.mark.parametrize(
+    ("preloaded", "more"),
+    [
+        ("/a/libgomp.so.1", {}),
+        ("/a/libtcmalloc.so /b/libiomp5.so", {"KMP_TPAUSE": "0"}),
+        ("/a/libomp.so", {"KMP_TPAUSE": "0"}),
+    ],
+)
+def test_intels_threads_do_not_wait_for_long(
+    monkeypatch: pytest.MonkeyPatch, preloaded: str, more: dict[str, str]
+) -> None:
+    machine(monkeypatch, 2, 2)
+    monkeypatch.setenv("LD_PRELOAD", preloaded)
+    monkeypatch.setenv("KMP_BLOCKTIME", "7")  # the user's stands
+    assert arrange(one(), {}) == ALL_CORES | {"OMP_NUM_THREADS": "2"} | more
 
 
 @pytest.mark.parametrize("more", [{"world_size": 2}, {"data_parallel_size": 2}])
@@ -116,6 +134,7 @@ def test_one_processor_of_each_core(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     for allowed, chosen in {(0, 1, 4, 5): [4, 5], (0, 1, 5): [0, 5], (6, 9): [6]}.items():
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid, allowed=allowed: set(allowed))
         assert cores.one_of_each() == chosen
+        assert cores.available_cores() == len(chosen)
 
 
 @pytest.mark.parametrize(
