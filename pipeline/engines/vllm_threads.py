@@ -1,4 +1,4 @@
-"""In vLLM's process: the threads of the model's arithmetic on cores of their own.
+"""In vLLM's process: each thread of the model's arithmetic on a core of its own.
 
 vLLM does so where a model has a process to itself, by variables that OpenMP reads when a program begins. Here the
 threads are there already: a parallel region of theirs is entered, and each of them says where it stays.
@@ -19,9 +19,8 @@ class PinnedThreads:
     def pin_threads(self, cpus: Sequence[int]) -> list[list[int]]:
         """Keep the n-th thread of this thread's OpenMP team on the n-th of ``cpus``; where each of them now may run.
 
-        This thread itself, the first of them, goes where there is room: threads inherit from it where they may run,
-        those of a team that OpenMP starts anew among them (as it does after a smaller one), and of several engines'
-        schedulers, which are such threads, none has to wait for a core while another idles.
+        For teams of two: of a larger one OpenMP ends threads when it needs fewer, and those that it starts later
+        inherit where this thread, the first, may run.
 
         Nothing is done, and the list is empty, without GNU's OpenMP or a compatible one, or where the team has not as
         many threads.
@@ -37,8 +36,7 @@ class PinnedThreads:
 
         def stay(_: object) -> None:
             mine = number()
-            if mine:
-                os.sched_setaffinity(0, {cpus[mine]})  # of the calling thread alone
+            os.sched_setaffinity(0, {cpus[mine]})  # of the calling thread alone
             found[mine] = sorted(os.sched_getaffinity(0))
 
         # https://github.com/gcc-mirror/gcc/blob/master/libgomp/parallel.c: the function, its argument, as many threads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import itertools
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,19 +111,24 @@ def test_what_the_user_says_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     assert own.worker_extension_cls == "mine.Worker"
 
 
-@pytest.mark.parametrize(
-    ("extension", "asked"), [(vllm_threads.NAME, [("pin_threads", ([5, 7],))]), ("mine", []), ("", [])]
-)
-def test_only_our_own_worker_is_asked_to_pin(monkeypatch: pytest.MonkeyPatch, extension: str, asked: list[Any]) -> None:
-    monkeypatch.setattr(vllm_cpu, "one_of_each", lambda: [5, 7])
+def test_our_own_worker_is_asked_to_pin_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
     async def collective_rpc(method: str, args: tuple[Any, ...]) -> None:
         calls.append((method, args))
 
-    parallel = one(worker_extension_cls=extension)
-    asyncio.run(pin(SimpleNamespace(collective_rpc=collective_rpc), SimpleNamespace(parallel_config=parallel)))
-    assert calls == asked
+    def pinned(extension: str, cpus: list[int]) -> list[Any]:
+        calls.clear()
+        monkeypatch.setattr(vllm_cpu, "one_of_each", lambda: cpus)
+        config = SimpleNamespace(parallel_config=one(worker_extension_cls=extension))
+        asyncio.run(pin(SimpleNamespace(collective_rpc=collective_rpc), config))
+        return calls.copy()
+
+    monkeypatch.setattr(vllm_cpu, "_engines", itertools.count(6))
+    assert pinned(vllm_threads.NAME, [5, 7]) == [("pin_threads", ([5, 7],))]
+    assert pinned(vllm_threads.NAME, [5, 7]) == [("pin_threads", ([7, 5],))]
+    for extension, cpus in (("mine", [5, 7]), ("", [5, 7]), (vllm_threads.NAME, [5]), (vllm_threads.NAME, [1, 2, 3])):
+        assert pinned(extension, cpus) == []
 
 
 def test_one_processor_of_each_core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
