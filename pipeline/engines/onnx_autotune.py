@@ -45,6 +45,8 @@ LEAST_ROWS = 1024
 """Distinct rows in a window that a measurement can be made on."""
 WORTH_SECONDS = 120.0
 """A measurement is worth its seconds once the engine has worked so long."""
+MEASURED = 2
+"""Raised when what was measured before holds no longer."""
 _PAIRS = 3
 """Turns of the leader and the champion, in alternation."""
 
@@ -251,7 +253,7 @@ class Bench:
 def key(digest: str, graph: Path, task: str, version: str, providers: Sequence[str], options: OnnxOptions) -> str:
     """Names what was measured: the model on this ONNX Runtime, its providers, the machine, the options set."""
     chosen = options.model_dump(mode="json", exclude={"window_rows", "autotune", "allow_fallback"})
-    parts = [digest, graph.name, task, version, *providers, processor(), available_cores(), chosen]
+    parts = [MEASURED, digest, graph.name, task, version, *providers, processor(), available_cores(), chosen]
     parts += [round(memory_total() / 2**30), gpu_names()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -10,6 +11,8 @@ from typing import Any
 
 from pipeline.engines import vllm_threads
 from pipeline.engines.cores import available_cores, one_of_each
+
+log = logging.getLogger(__name__)
 
 FEW_CORES = 4
 """Up to so many cores, none is kept free of a model's arithmetic."""
@@ -61,11 +64,17 @@ async def pin(llm: Any, config: Any) -> None:
 
     Their barriers wait for the slower: both on one core, if only for a moment, cost that moment. On two cores, the same
     prompts ran at 0.95 of the speed of ``LLM.generate``, which pins its threads, without it, at 0.89 with only the
-    second thread pinned, and at 0.98 so (medians of five; ``benchmarks/README.md``). More cores were not measured.
+    second thread pinned, and at 0.98 and 1.11 so (medians of five; ``benchmarks/README.md``). More cores were not
+    measured.
 
-    The first thread is vLLM's scheduler, too: the engines of a process begin with one core and the other in turn.
+    The first thread is vLLM's scheduler, too, and what it starts later stays on its core: the engines of a process
+    begin with one core and the other in turn.
     """
     cpus = one_of_each()
-    if config.parallel_config.worker_extension_cls == vllm_threads.NAME and len(cpus) == PINNED_CORES:
+    ours = config.parallel_config.worker_extension_cls == vllm_threads.NAME
+    if ours and few_cores() == len(cpus) == PINNED_CORES:
         first = next(_engines) % len(cpus)
-        await llm.collective_rpc("pin_threads", args=(cpus[first:] + cpus[:first],))
+        cpus = cpus[first:] + cpus[:first]
+        (found,) = await llm.collective_rpc("pin_threads", args=(cpus,))
+        if found != [[cpu] for cpu in cpus]:
+            log.info("vLLM's threads are not pinned to processors %s: they may run on %s", cpus, found)

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from pipeline.engines import cores, vllm_cpu, vllm_threads
-from pipeline.engines.vllm_cpu import ALL_CORES, BOUND, FEW_CORES, arrange, pin
+from pipeline.engines.vllm_cpu import ALL_CORES, BOUND, FEW_CORES, SHORT_WAITS, arrange, pin
 
 (RESERVED,) = ALL_CORES
 
@@ -27,7 +27,7 @@ def one(**more: Any) -> SimpleNamespace:
 
 @pytest.fixture(autouse=True)
 def _nothing_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in (RESERVED, BOUND):
+    for name in (RESERVED, BOUND, "LD_PRELOAD", *SHORT_WAITS):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(cores, "QUOTA", tmp_path / "cpu.max")
     monkeypatch.setattr(cores, "TOPOLOGY", tmp_path / "untold")
@@ -74,8 +74,8 @@ def test_few_cores(
     ("preloaded", "more"),
     [
         ("/a/libgomp.so.1", {}),
-        ("/a/libtcmalloc.so /b/libiomp5.so", {"KMP_TPAUSE": "0"}),
-        ("/a/libomp.so", {"KMP_TPAUSE": "0"}),
+        ("/a/libtcmalloc.so /b/libiomp5.so", dict(SHORT_WAITS)),
+        ("/a/libomp.so", dict(SHORT_WAITS)),
     ],
 )
 def test_intels_threads_do_not_wait_for_long(
@@ -83,7 +83,9 @@ def test_intels_threads_do_not_wait_for_long(
 ) -> None:
     machine(monkeypatch, 2, 2)
     monkeypatch.setenv("LD_PRELOAD", preloaded)
+    assert arrange(one(), {}) == ALL_CORES | {"OMP_NUM_THREADS": "2"} | more
     monkeypatch.setenv("KMP_BLOCKTIME", "7")  # the user's stands
+    more = {name: value for name, value in more.items() if name != "KMP_BLOCKTIME"}
     assert arrange(one(), {}) == ALL_CORES | {"OMP_NUM_THREADS": "2"} | more
 
 
@@ -114,12 +116,14 @@ def test_what_the_user_says_stands(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_our_own_worker_is_asked_to_pin_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
-    async def collective_rpc(method: str, args: tuple[Any, ...]) -> None:
+    async def collective_rpc(method: str, args: tuple[Any, ...]) -> list[Any]:
         calls.append((method, args))
+        return [[]]
 
-    def pinned(extension: str, cpus: list[int]) -> list[Any]:
+    def pinned(extension: str, cpus: list[int], quota: int | None = None) -> list[Any]:
         calls.clear()
         monkeypatch.setattr(vllm_cpu, "one_of_each", lambda: cpus)
+        monkeypatch.setattr(vllm_cpu, "few_cores", lambda: quota or len(cpus))
         config = SimpleNamespace(parallel_config=one(worker_extension_cls=extension))
         asyncio.run(pin(SimpleNamespace(collective_rpc=collective_rpc), config))
         return calls.copy()
@@ -129,6 +133,7 @@ def test_our_own_worker_is_asked_to_pin_two_threads(monkeypatch: pytest.MonkeyPa
     assert pinned(vllm_threads.NAME, [5, 7]) == [("pin_threads", ([7, 5],))]
     for extension, cpus in (("mine", [5, 7]), ("", [5, 7]), (vllm_threads.NAME, [5]), (vllm_threads.NAME, [1, 2, 3])):
         assert pinned(extension, cpus) == []
+    assert pinned(vllm_threads.NAME, [5, 7], quota=1) == []
 
 
 def test_one_processor_of_each_core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
