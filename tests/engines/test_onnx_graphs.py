@@ -165,6 +165,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(scope="module")
+def raw(encoder: Path, cache: Path) -> Path:
+    """The graph of ``encoder``, as it was exported."""
+    engine(encoder, job("embed"), cache, fused=False, autotune=False).close()
+    return next((cache / "onnx").glob("*/model.onnx"))
+
+
 class TestFused:
     def test_gives_what_the_raw_graph_gives(self, encoder: Path, cache: Path) -> None:
         texts = some_texts(80, seed=5)
@@ -192,8 +199,7 @@ class TestFused:
         assert told is not None
         assert {trial["layout"].rsplit(", ", 1)[1] for trial in told["trials"]} == {"raw graph", "fused graph"}
 
-    def test_beyond_the_drift_limits_there_is_none(self, encoder: Path, cache: Path, tmp_path: Path) -> None:
-        raw = next((cache / "onnx").glob("*/model.onnx"))
+    def test_beyond_the_drift_limits_there_is_none(self, raw: Path, tmp_path: Path) -> None:
         changed = onnx.load(str(raw))
         for tensor in changed.graph.initializer:
             weights = numpy_helper.to_array(tensor)
@@ -205,9 +211,8 @@ class TestFused:
         assert fuse.LIMITS.broken(fuse.compared(raw, tmp_path / "other.onnx", said))
 
     def test_one_that_is_refused_is_told_and_remembered(
-        self, encoder: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        raw = next((cache / "onnx").glob("*/model.onnx"))
         refused = fuse.fused(product(tmp_path / "p.onnx"), "p", "1", {}, tmp_path)
         assert refused == (None, "the optimizer finds nothing to fuse in it")
         monkeypatch.setattr(fuse, "SECONDS", 0.0)
