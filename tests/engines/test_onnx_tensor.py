@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from pipeline.engines import onnx_narrow, onnx_session
 from pipeline.engines.base import Cancellation, EngineContext
 from pipeline.engines.onnx import OnnxEngine
+from pipeline.models import saturation
 from pipeline.models.resolve import resolve
 from storage.errors import EngineDead, InvalidInput, InvalidJob, InvalidModel
 from tests.engines.onnx_support import BOOL, FLOAT, INT64, STRING, batches, engine, graph, job, model_at, run, value
@@ -644,4 +645,10 @@ def test_quantized_and_mixed_precision_graphs(tmp_path: Path, kind: str) -> None
     assert not failures and made.stats()["stacked"] == (kind != "dynamic")
     made.close()
     found = table.column("y").combine_chunks().to_numpy_ndarray()
+    settings = onnxruntime.SessionOptions()
+    for name, said in saturation.session_config(onnxruntime).items():
+        settings.add_session_config_entry(name, said)
+    session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    parts = np.split(rows, len(rows)) if kind == "dynamic" else [rows]
+    assert np.allclose(found, np.concatenate([session.run(None, {"x": x})[0] for x in parts]), rtol=1e-3, atol=1e-3)
     assert np.abs(found - rows @ weights).max() < {"quantized": 0.2, "dynamic": 0.2, "half": 0.01}[kind]
