@@ -16,10 +16,11 @@ import pyarrow as pa
 import uuid_utils
 
 from pipeline import inputs, permissions, planning, regrouping, routing
-from pipeline.engines import registry, vllm_adapters
+from pipeline.engines import registry
 from pipeline.engines.base import Cancellation
 from pipeline.flusher import patiently
 from pipeline.job_spec import NOT_PART_OF_THE_WORK, JobSpec, parse
+from pipeline.models import adapters
 from pipeline.models.model import Model
 from pipeline.models.resolve import resolve
 from pipeline.outputs import chunks_are_gone, refuse_existing
@@ -159,8 +160,8 @@ def _done_before(runtime: Runtime, spec: JobSpec, model: Model) -> Job | None:
     plan = PlanRecord.from_json(job.plan)
     if plan.model_digest != model.digest or not store.exists(locations.success(spec.output)):
         return None
-    adapters = vllm_adapters.digests(spec, runtime.settings.cache_dir)
-    if not all(plan.has_adapter(name, digest) for name, digest in adapters.items()):
+    found = adapters.digests(spec.adapters, runtime.settings.cache_dir)
+    if not all(plan.has_adapter(name, digest) for name, digest in found.items()):
         return None
     sources = finalizing.all_sources(runtime.database, job.id)
     if plan.converted or not inputs.unchanged(store, spec, sources):
@@ -170,10 +171,12 @@ def _done_before(runtime: Runtime, spec: JobSpec, model: Model) -> Job | None:
 
 def model_and_engine(runtime: Runtime, spec: JobSpec) -> tuple[Model, str]:
     """The model, and the name of the engine that will run it; loads neither. Raises :class:`InvalidJob` and its kin."""
-    permissions.check(spec, runtime.settings)
+    allowed = permissions.granted(runtime.settings)
+    permissions.check_adapters(spec, allowed)
     model = resolve(spec.model, runtime.settings.cache_dir)
     engine = routing.choose(spec.task, spec.engine, model)
     kind = registry.engine_class(engine)
+    registry.check_permissions(engine, spec.engine_options, allowed)
     if spec.profile and not issubclass(kind, Profiled):
         raise InvalidJob(f"engine {engine!r} writes no traces; 'onnx' does", field="profile")
     return model, engine
@@ -189,7 +192,7 @@ def absolute(spec: JobSpec) -> JobSpec:
             "input": tuple(locations.normalize(uri) for uri in spec.input),
             "output": locations.normalize(spec.output),
             "model": model,
-            "adapters": {name: str(vllm_adapters.directory(name, folder)) for name, folder in spec.adapters.items()},
+            "adapters": {name: str(adapters.directory(name, folder)) for name, folder in spec.adapters.items()},
         }
     )
 
@@ -236,9 +239,9 @@ def _prepare(
     runtime.store.put_bytes(probe, b"")
     runtime.store.delete([probe])
     converted = any(source.uri.startswith(work) for source in found.sources)
-    adapters = vllm_adapters.digests(spec, runtime.settings.cache_dir)
+    with_adapters = adapters.digests(spec.adapters, runtime.settings.cache_dir)
     record = PlanRecord(
-        found.schema, tuple(columns), keep, model.digest, model.architectures, converted, adapters=adapters
+        found.schema, tuple(columns), keep, model.digest, model.architectures, converted, adapters=with_adapters
     )
     return _Prepared(record, found)
 

@@ -1,13 +1,11 @@
-"""What the operator allows beyond a job's own input and model: files that rows name, libraries that graphs need, engine
-options that run code."""
+"""What the operator allows beyond a job's own input and model: files that rows name, directories of adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.engines import vllm_permissions
-from pipeline.engines.onnx_custom_ops import libraries
+from pipeline.engines.base import Permissions
 from pipeline.job_spec import JobSpec
 from pipeline.settings import Settings
 from storage.errors import InvalidInput, RowmillError, TransientError
@@ -65,20 +63,19 @@ class RowFiles:
         return path
 
 
-def engine_options(settings: Settings) -> frozenset[str]:
-    """The engine options that need to be allowed, and are. On one's own machine, without a broker, jobs may name its
-    directories."""
-    own = () if settings.broker_url is not None else vllm_permissions.PLACES
-    return frozenset(settings.allowed_engine_options).union(own)
+def granted(settings: Settings) -> Permissions:
+    """What the settings allow the jobs of this process."""
+    return Permissions(
+        engine_options=frozenset(settings.allowed_engine_options),
+        custom_op_paths=settings.custom_op_paths,
+        own_machine=settings.broker_url is None,
+    )
 
 
-def check(spec: JobSpec, settings: Settings) -> None:
-    """Refuse a job that asks for what the operator has not allowed, before anything is stored.
+def check_adapters(spec: JobSpec, permissions: Permissions) -> None:
+    """Refuse a job that names directories of a fleet's workers, unless the operator allows it.
 
     Raises :class:`~storage.errors.InvalidJob`.
     """
-    allowed = engine_options(settings)
-    libraries(spec.engine_options.get("custom_ops"), settings.custom_op_paths)
-    vllm_permissions.check(spec.engine_options, allowed)
-    if spec.adapters and "adapters" not in allowed:
-        raise vllm_permissions.refusal("adapters", vllm_permissions.PLACES["adapters"], "adapters")
+    if spec.adapters and not permissions.own_machine:
+        permissions.require("adapters", "they name directories of the worker", field="adapters")

@@ -15,7 +15,7 @@ import uuid_utils
 from pipeline.engines.base import EngineContext
 from pipeline.engines.pool import EnginePool
 from pipeline.isolation import Isolation
-from pipeline.permissions import RowFiles, engine_options
+from pipeline.permissions import RowFiles, granted
 from pipeline.result_cache import ResultCaches
 from pipeline.settings import Settings
 from storage import workers
@@ -96,10 +96,9 @@ def start(
                 settings.cache_dir,
                 notify,
                 fetch,
-                settings.custom_op_paths,
                 settings.order_rows,
                 settings.order_bytes,
-                engine_options(settings),
+                granted(settings),
                 results,
             ),
             settings.max_engines,

@@ -55,8 +55,9 @@ class Settings(BaseSettings):
     custom_op_paths: tuple[Annotated[Path, BeforeValidator(_expanded)], ...] = ()
     """Libraries of custom ONNX operators that jobs may load: files, each by its path. They run in the worker."""
     allowed_engine_options: tuple[str, ...] = ()
-    """Engine options of vLLM that jobs may set although they run code, open connections or name files of the worker:
-    ``trust_remote_code``, ``worker_cls``, …; in a fleet also ``tokenizer``, and ``adapters``, which are the job's."""
+    """Engine options that jobs may set although they run code, open connections or name files of the worker. Each
+    engine says which of its own need this; vLLM: ``trust_remote_code``, ``worker_cls``, …, and in a fleet also
+    ``tokenizer``. In a fleet ``adapters``, a field of the job, needs it too."""
     lease_seconds: Annotated[float, Field(gt=0)] = 60.0
     """A worker silent for this long may lose its shards. Heartbeats come at a third of it."""
     flush_rows: Annotated[int, Field(ge=1)] = 8192

@@ -18,7 +18,6 @@ from pyroaring import BitMap
 from pipeline import assembly, profiling
 from pipeline.bisection import Kind, rounds
 from pipeline.damage import forget_damaged
-from pipeline.engines import vllm_adapters
 from pipeline.engines.base import Cancellation, Engine, ResultBatch, RowBatch, RowFailure
 from pipeline.engines.pool import LeaseCancelled
 from pipeline.flusher import Flusher, patiently
@@ -26,6 +25,7 @@ from pipeline.job_spec import JobSpec
 from pipeline.leases import JOB_STOPPING, LEASE_LOST, LeaseKeeper
 from pipeline.ledger import Ledger
 from pipeline.measures import Measures
+from pipeline.models import adapters
 from pipeline.models.resolve import resolve
 from pipeline.outputs import published
 from pipeline.plan_record import PlanRecord
@@ -152,7 +152,7 @@ def _attempt(runtime: Runtime, claim: Claim, cancel: Cancellation, measured: dic
 
 def _check_adapters(runtime: Runtime, spec: JobSpec, plan: PlanRecord) -> None:
     """Raise :class:`InvalidModel` for an adapter that is not the one that the job was planned with."""
-    for name, found in vllm_adapters.digests(spec, runtime.settings.cache_dir).items():
+    for name, found in adapters.digests(spec.adapters, runtime.settings.cache_dir).items():
         if not plan.has_adapter(name, found):
             raise InvalidModel("it changed after the job was planned; submit a new job", field=f"adapters.{name}")
 

@@ -7,10 +7,10 @@ indices its rows have within the shard; results come back in any order, keyed by
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from pipeline.job_spec import JobSpec, Task
 from pipeline.models.model import Model
+from storage.errors import InvalidJob
 
 if TYPE_CHECKING:
     from pipeline.result_cache import ResultCaches
@@ -106,20 +107,40 @@ class Cancellation:
 
 
 @dataclass(frozen=True, slots=True)
+class Permissions:
+    """What the operator's settings allow jobs beyond reading their own input and model.
+
+    ``engine_options``: names in the setting ``allowed_engine_options``. ``custom_op_paths``: libraries of custom
+    operators. ``own_machine``: there is no fleet, so a job may name any directory of the machine of whoever runs it.
+    """
+
+    engine_options: frozenset[str] = frozenset()
+    custom_op_paths: tuple[Path, ...] = ()
+    own_machine: bool = False
+
+    def require(self, name: str, why: str, *, field: str) -> None:
+        """Raise :class:`~storage.errors.InvalidJob` unless ``allowed_engine_options`` names ``name``; ``why``: what
+        an option of this name can do that needs the operator's leave."""
+        if name not in self.engine_options:
+            raise InvalidJob(
+                f"only the operator may allow it, since {why}: the setting allowed_engine_options must name {name!r}",
+                field=field,
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class EngineContext:
     """What an engine gets from its host: where to cache exported and compiled models, how to tell the user, how to read
     a file that a row names (raises :class:`~storage.errors.InvalidInput` for one that the operator does not allow),
-    which libraries of custom operators may be loaded, how many rows, in how many bytes of memory, it may gather to put
-    them in order, which of the engine options that the operator has to allow are allowed, and where answers are kept
-    across jobs (``None``: nowhere)."""
+    how many rows, in how many bytes of memory, it may gather to put them in order, what the operator permits, and where
+    answers are kept across jobs (``None``: nowhere)."""
 
     cache_dir: Path
     notify: Callable[[str], None] = field(default=lambda message: None)
     fetch: Callable[[str], bytes] | None = None
-    custom_op_paths: tuple[Path, ...] = ()
     order_rows: int = 16_384
     order_bytes: int = 256 * 2**20
-    allowed_engine_options: Collection[str] = ()
+    permissions: Permissions = Permissions()
     results: ResultCaches | None = None
 
 
@@ -176,4 +197,15 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free memory and end processes. Safe to call twice, and after a failed ``load``."""
+        ...
+
+
+@runtime_checkable
+class RestrictsOptions(Protocol):
+    """An engine class with options that need the operator's leave: they run code, or reach beyond job and model."""
+
+    @classmethod
+    def check_permissions(cls, options: Mapping[str, Any], permissions: Permissions) -> None:
+        """Refuse options that the operator has not allowed. Called at submit, and by a worker before it loads the
+        engine. Raises :class:`~storage.errors.InvalidJob` (see :meth:`Permissions.require`)."""
         ...

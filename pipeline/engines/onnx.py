@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from pipeline.engines import onnx_autotune, onnx_custom_ops, onnx_graph, onnx_layout, onnx_options
 from pipeline.engines import onnx_checks as checks
-from pipeline.engines.base import Cancellation, EngineContext, ResultBatch, RowBatch
+from pipeline.engines.base import Cancellation, EngineContext, Permissions, ResultBatch, RowBatch
 from pipeline.engines.image_folder import read as read_image_folder
 from pipeline.engines.onnx_autotune import Bench, Tuned
 from pipeline.engines.onnx_feeds import Feed, feeds
@@ -101,12 +101,17 @@ class OnnxEngine:
         mode = onnx_graph.row_mode(signature, options.row_mode)
         return checks.check_tensor_columns(spec, options, signature, mode, schema)
 
+    @classmethod
+    def check_permissions(cls, options: Mapping[str, Any], permissions: Permissions) -> None:
+        """See :class:`~pipeline.engines.base.RestrictsOptions`."""
+        onnx_custom_ops.libraries(options.get("custom_ops"), permissions.custom_op_paths)
+
     def load(self) -> None:
         """Export where needed, open the sessions, run one sample. See :meth:`pipeline.engines.base.Engine.load`."""
         runtime = import_runtime()
         self._version = str(runtime.__version__)
         options, notify = self._options, self._context.notify
-        self._libraries = onnx_custom_ops.libraries(options.custom_ops, self._context.custom_op_paths)
+        self._libraries = onnx_custom_ops.libraries(options.custom_ops, self._context.permissions.custom_op_paths)
         # What was allowed is what is loaded: a loader looks names up elsewhere, and a link may change meanwhile.
         options = options.model_copy(update={"custom_ops": tuple(map(str, self._libraries))})
         self._options = options

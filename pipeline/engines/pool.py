@@ -181,6 +181,8 @@ class EnginePool:
                     entry = self._entries.get(key)
                     first = entry is None
                     if entry is None:
+                        # Again, because this may be another host than the one that took the job.
+                        registry.check_permissions(name, options, self._context.permissions)
                         engine = registry.engine_class(name)(model, task, options, self._context)
                         entry = self._entries[key] = _Entry(key, engine, model, _size(model))
                     entry.users += 2 if first else 1  # the thread that loads it is a user as well

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.engines.base import Engine
+from pipeline.engines.base import Engine, Permissions, RestrictsOptions
 from pipeline.job_spec import JobSpec, Task
 from pipeline.models.model import Model
 from storage.errors import EngineMissing, InvalidJob
@@ -71,6 +71,16 @@ def engine_class(name: str) -> type[Engine]:
     if not isinstance(found, type) or lacking:
         raise EngineMissing(f"{where} is no engine: it lacks {', '.join(lacking) or 'a class'}", field="engine")
     return found
+
+
+def check_permissions(name: str, options: Mapping[str, Any], permissions: Permissions) -> None:
+    """Refuse options that the engine says need the operator's leave, and have not got it.
+
+    Raises :class:`~storage.errors.InvalidJob`.
+    """
+    kind = engine_class(name)
+    if issubclass(kind, RestrictsOptions):
+        kind.check_permissions(options, permissions)
 
 
 def check(name: str, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:

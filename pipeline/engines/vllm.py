@@ -23,7 +23,7 @@ from pipeline.engines import (
     vllm_reuse,
 )
 from pipeline.engines.answer_fields import fields_of
-from pipeline.engines.base import Cancellation, EngineContext, ResultBatch, RowBatch, RowFailure
+from pipeline.engines.base import Cancellation, EngineContext, Permissions, ResultBatch, RowBatch, RowFailure
 from pipeline.engines.sampling import check_sampling
 from pipeline.engines.vllm_adapters import Adapters, LoadedAdapters
 from pipeline.engines.vllm_answers import Answer, Answers
@@ -112,6 +112,11 @@ class VllmEngine:
         vllm_chat_template.check(spec.chat_template_kwargs)
         return check_columns(spec, schema)
 
+    @classmethod
+    def check_permissions(cls, options: Mapping[str, Any], permissions: Permissions) -> None:
+        """See :class:`~pipeline.engines.base.RestrictsOptions`."""
+        vllm_permissions.check(options, permissions)
+
     def load(self) -> None:
         """See :meth:`Engine.load`. Raises :class:`EngineMissing` without vLLM, and what :class:`RunningVllm` raises."""
         prepare_environment()
@@ -125,8 +130,6 @@ class VllmEngine:
                 ) from None
             raise EngineMissing(f"vLLM is installed but cannot be imported: {error}", field="engine") from error
         check_engine_options(self._options)
-        # Again, because this may be another host than the one that took the job.
-        vllm_permissions.check(self._options, self._context.allowed_engine_options)
         # The build for CPUs goes by another name in the package index, but by the same one here.
         self._versions = {"vllm": vllm.__version__, **{name: importlib.metadata.version(name) for name in BESIDE}}
         self._context.notify(f"loading {self._model.name} into vLLM {vllm.__version__}")

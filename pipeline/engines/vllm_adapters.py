@@ -1,4 +1,4 @@
-"""LoRA adapters: checked at submit, made known to the engine, and chosen by row."""
+"""LoRA adapters in vLLM: checked at submit, made known to the engine, and chosen by row."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from typing import Any
 
 from pipeline.engines.vllm_process import RunningVllm, first_lines
 from pipeline.job_spec import JobSpec
-from pipeline.models.digest import digest
+from pipeline.models.adapters import WEIGHTS, digest, directory
 from pipeline.row_errors import RowErrorCode
 from storage.errors import EngineDead, InvalidJob, RowError
 
 RANK = 16
 """vLLM's default of ``max_lora_rank``."""
-WEIGHTS = "adapter_model.safetensors"
 _LINEAR = ("q_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "o_proj", "up_proj", "fc1")
 """Names of linear layers, of which every decoder has one."""
-_FILES = ("adapter_config.json", WEIGHTS)
 
 
 def check(spec: JobSpec) -> None:
@@ -37,26 +35,6 @@ def check(spec: JobSpec) -> None:
             f"an engine takes adapters only when it was started for them: set enable_lora=true{rank} ({options})",
             field="engine_options",
         )
-
-
-def digests(spec: JobSpec, cache_dir: Path) -> dict[str, str]:
-    """Of each of the job's adapters, by name: SHA-256 (hex) of its files. Raises :class:`InvalidJob` without them."""
-    return {name: _digest(name, directory(name, folder), cache_dir) for name, folder in spec.adapters.items()}
-
-
-def _digest(name: str, folder: Path, cache_dir: Path) -> str:
-    try:
-        return digest({file: folder / file for file in _FILES}, cache_dir)
-    except OSError as error:
-        raise InvalidJob(f"{error.filename} cannot be read: {error.strerror}", field=f"adapters.{name}") from error
-
-
-def directory(name: str, folder: str) -> Path:
-    """The directory of an adapter, made absolute. Raises :class:`InvalidJob` for the home of nobody."""
-    try:
-        return Path(folder).expanduser().resolve()
-    except RuntimeError:
-        raise InvalidJob(f"{folder}: there is no such user, or no such home", field=f"adapters.{name}") from None
 
 
 def _rank(name: str, folder: Path) -> int:
@@ -94,7 +72,7 @@ class LoadedAdapters:
         from vllm.lora.request import LoRARequest
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        content = _digest(name, folder, self._cache_dir)
+        content = digest(name, folder, self._cache_dir)
         with self._lock:
             # vLLM drops adapters for others, and reads them again from where they were: it must be this content still.
             known = self._known.get(content)
@@ -117,7 +95,7 @@ class LoadedAdapters:
 
     def _holds(self, name: str, folder: Path, content: str) -> bool:
         try:
-            return _digest(name, folder, self._cache_dir) == content
+            return digest(name, folder, self._cache_dir) == content
         except InvalidJob:
             return False
 

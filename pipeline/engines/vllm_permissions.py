@@ -9,9 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from storage.errors import InvalidJob
-
-SETTING = "allowed_engine_options"
+from pipeline.engines.base import Permissions
 
 _CODE = "it names code to run"
 _FILES = "it names files to read or to write"
@@ -56,7 +54,6 @@ OPERATORS: Mapping[str, str] = MappingProxyType(
 _PLACE = "it names a directory beside the model"
 PLACES: Mapping[str, str] = MappingProxyType(
     {
-        "adapters": "they name directories of the worker",
         "default_mm_loras": _PLACE,
         "hf_config_path": _PLACE,
         "spec_model": _PLACE,
@@ -64,7 +61,7 @@ PLACES: Mapping[str, str] = MappingProxyType(
     }
 )
 """What names directories, from which data is read and nothing is run. On one's own machine they are one's own; in a
-fleet they are the workers'. ``adapters`` are the job's."""
+fleet they are the workers'."""
 
 _LOADS = ("auto", "dummy", "fastsafetensors", "hf", "mistral", "safetensors", "sharded_state")
 _EXECUTORS = ("mp", "ray", "uni")
@@ -113,19 +110,12 @@ JUDGED: Mapping[str, Callable[[Any], str | None]] = MappingProxyType(
 """Options of which it depends on the value: what is wrong with it, or ``None``."""
 
 
-def check(options: Mapping[str, Any], allowed: Collection[str]) -> None:
-    """Raise :class:`InvalidJob` for an option that only the operator may allow, and has not. ``allowed``: names."""
+def check(options: Mapping[str, Any], permissions: Permissions) -> None:
+    """Raise :class:`~storage.errors.InvalidJob` for an option that only the operator may allow, and has not."""
     for name, value in options.items():
-        if name in allowed or value in (None, False, "", [], {}, ()):
+        if value in (None, False, "", [], {}, ()) or (permissions.own_machine and name in PLACES):
             continue
         judge = JUDGED.get(name)
         why = OPERATORS.get(name) or PLACES.get(name) if judge is None else judge(value)
         if why is not None:
-            raise refusal(name, why, f"engine_options.{name}")
-
-
-def refusal(name: str, why: str, field: str) -> InvalidJob:
-    """What to raise for something that the operator has not allowed, and why it needs that."""
-    return InvalidJob(
-        f"only the operator may allow it, since {why}: the setting {SETTING} must name {name!r}", field=field
-    )
+            permissions.require(name, why, field=f"engine_options.{name}")

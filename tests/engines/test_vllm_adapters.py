@@ -13,10 +13,11 @@ import pytest
 
 from examples.tiny_llama import build_llama
 from pipeline.engines.base import Cancellation
-from pipeline.engines.vllm_adapters import LoadedAdapters, check, digests
+from pipeline.engines.vllm_adapters import LoadedAdapters, check
 from pipeline.job import absolute, plan_job, submit_job
 from pipeline.job_spec import JobSpec
 from pipeline.leases import LeaseKeeper
+from pipeline.models.adapters import digests
 from pipeline.plan_record import PlanRecord
 from pipeline.runtime import start
 from pipeline.settings import Settings
@@ -100,6 +101,6 @@ def test_an_adapter_that_changed_is_not_mixed_into_the_job_that_was_planned_with
             execute(runtime, claim, keeper, Cancellation())
         stopped = jobs.get(runtime.database, planned.id)
         assert stopped.stop_reason == "failed" and "adapters.a: it changed" in str(stopped.error)
-        assert digests(JobSpec(**planned.spec), settings.cache_dir) != {"a": digest}
+        assert digests(JobSpec(**planned.spec).adapters, settings.cache_dir) != {"a": digest}
     finally:
         runtime.close()

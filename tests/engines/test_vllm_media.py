@@ -13,7 +13,7 @@ import PIL.Image
 import pyarrow as pa
 import pytest
 
-from pipeline.engines.base import EngineContext, RowBatch, RowFailure
+from pipeline.engines.base import EngineContext, Permissions, RowBatch, RowFailure
 from pipeline.engines.vllm import VllmEngine
 from pipeline.job_spec import JobSpec, Task
 from pipeline.permissions import RowFiles
@@ -121,9 +121,8 @@ def reference(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="module")
 def engine(folder: Path, reference: Reference) -> Iterator[VllmEngine]:
-    allowed = ("trust_remote_code",)
     fetch = RowFiles(ObjectStore({}), [str(folder)])
-    context = EngineContext(folder / "cache", fetch=fetch, allowed_engine_options=allowed)
+    context = EngineContext(folder / "cache", fetch=fetch, permissions=Permissions(frozenset({"trust_remote_code"})))
     engine = VllmEngine(support.model_at(folder / "omni"), Task.GENERATE, OPTIONS, context)
     engine.load()
     yield engine

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from pipeline import permissions
-from pipeline.engines import vllm_chat_template, vllm_permissions
-from pipeline.engines.base import EngineContext
+from pipeline.engines import registry, vllm_chat_template, vllm_permissions
+from pipeline.engines.base import EngineContext, Permissions
+from pipeline.engines.pool import EnginePool
 from pipeline.engines.vllm import VllmEngine
 from pipeline.engines.vllm_options import ENGINE_FIELDS, ENGINE_REFUSED
 from pipeline.engines.vllm_prompts import parse_messages
+from pipeline.job_spec import Task
 from pipeline.settings import Settings
 from storage.errors import InvalidJob, RowError
 from tests.engines.test_vllm_check import LLAMA, SCHEMA, make_spec
@@ -50,38 +52,49 @@ HARMLESS: dict[str, Any] = {
 }
 
 
+def checked(options: dict[str, Any], settings: Settings) -> None:
+    registry.check_permissions("vllm", options, permissions.granted(settings))
+
+
 @pytest.mark.parametrize("options", REFUSED, ids=lambda options: next(iter(options)))
 def test_what_runs_code_or_reaches_elsewhere_is_the_operators_to_allow(options: dict[str, Any], tmp_path: Path) -> None:
     [name] = options
-    spec = make_spec(engine_options=options)
     with pytest.raises(InvalidJob, match="allowed_engine_options must name") as caught:
-        permissions.check(spec, Settings(data_dir=tmp_path))
+        checked(options, Settings(data_dir=tmp_path))
     assert caught.value.field == f"engine_options.{name}"
-    permissions.check(spec, Settings(data_dir=tmp_path, allowed_engine_options=(name,)))
+    checked(options, Settings(data_dir=tmp_path, allowed_engine_options=(name,)))
     # The worker that would load it is asked as well: it may be another host.
-    engine = VllmEngine(LLAMA, spec.task, options, EngineContext(tmp_path))
-    with pytest.raises(InvalidJob):
-        vllm_permissions.check(engine._options, engine._context.allowed_engine_options)
+    engines = EnginePool(EngineContext(tmp_path, permissions=Permissions(own_machine=True)))
+    with (
+        pytest.raises(InvalidJob, match="allowed_engine_options"),
+        engines.lease("vllm", LLAMA, Task.GENERATE, options),
+    ):
+        pass
 
 
 def test_the_harmless_ones_pass(tmp_path: Path) -> None:
-    permissions.check(make_spec(engine_options=HARMLESS), Settings(data_dir=tmp_path))
+    checked(HARMLESS, Settings(data_dir=tmp_path))
 
 
 @pytest.mark.parametrize("fields", [{"engine_options": {"tokenizer": "/models/b"}}, {"adapters": {"a": "/models/a"}}])
 def test_directories_are_ones_own_only_without_a_fleet(fields: dict[str, Any], tmp_path: Path) -> None:
     spec = make_spec(**fields)
-    permissions.check(spec, Settings(data_dir=tmp_path))
+
+    def check(settings: Settings) -> None:
+        checked(spec.engine_options, settings)
+        permissions.check_adapters(spec, permissions.granted(settings))
+
+    check(Settings(data_dir=tmp_path))
     fleet = Settings(data_dir=tmp_path, broker_url="redis://localhost")
     with pytest.raises(InvalidJob, match="allowed_engine_options"):
-        permissions.check(spec, fleet)
-    permissions.check(spec, fleet.model_copy(update={"allowed_engine_options": ("tokenizer", "adapters")}))
+        check(fleet)
+    check(fleet.model_copy(update={"allowed_engine_options": ("tokenizer", "adapters")}))
 
 
 def test_the_names_are_vllms() -> None:
     known = {*vllm_permissions.OPERATORS, *vllm_permissions.JUDGED, *vllm_permissions.PLACES}
     # The tool parser's is an option of vLLM's server only, so far.
-    assert known - ENGINE_FIELDS == {"adapters", "tool_parser_plugin"}
+    assert known - ENGINE_FIELDS == {"tool_parser_plugin"}
     assert not known & ENGINE_REFUSED.keys()
 
 

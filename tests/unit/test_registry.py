@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.engines import registry
+from pipeline.engines.base import Permissions
 from pipeline.engines.fake import FakeEngine
 from pipeline.job_spec import Task
 from pipeline.models.model import Model
@@ -32,6 +33,13 @@ from pipeline.engines.fake import FakeEngine
 class Mine(FakeEngine):
     name = "mine"
 
+class Guarded(FakeEngine):
+    name = "guarded"
+    @classmethod
+    def check_permissions(cls, options, permissions):
+        if "shell" in options:
+            permissions.require("shell", "it runs commands", field="engine_options.shell")
+
 not_a_class = 1
 
 class Lacking:
@@ -41,6 +49,9 @@ class Lacking:
 ENTRY_POINTS = """[rowmill.engines]
 mine = rowmill_test_plugin:Mine
 fake = rowmill_test_plugin:Mine
+vllm = rowmill_test_plugin:Mine
+onnx = rowmill_test_plugin:Mine
+guarded = rowmill_test_plugin:Guarded
 gone = rowmill_test_gone:Mine
 typo = rowmill_test_plugin:Mein
 value = rowmill_test_plugin:not_a_class
@@ -90,6 +101,29 @@ def test_engines_are_plugged_in() -> None:
 def test_a_plug_in_takes_no_built_in_name() -> None:
     assert registry.engine_class("fake") is FakeEngine
     assert registry.names().count("fake") == 1
+
+
+@pytest.mark.usefixtures("plugged")
+def test_the_options_of_a_plug_in_are_its_own() -> None:
+    others = {"tokenizer": "mine", "download_dir": "/d", "load_format": "x", "custom_ops": "all", "shell": "ls"}
+    registry.check_permissions("mine", others, Permissions())
+
+
+@pytest.mark.usefixtures("plugged")
+def test_a_plug_in_says_which_options_need_the_operators_leave() -> None:
+    registry.check_permissions("guarded", {"tokenizer": "mine"}, Permissions())
+    with pytest.raises(InvalidJob, match="it runs commands: the setting allowed_engine_options must name 'shell'"):
+        registry.check_permissions("guarded", {"shell": "ls"}, Permissions(frozenset({"tokenizer"})))
+    registry.check_permissions("guarded", {"shell": "ls"}, Permissions(frozenset({"shell"})))
+
+
+@pytest.mark.usefixtures("plugged")
+@pytest.mark.parametrize(
+    ("name", "options"), [("vllm", {"worker_cls": "evil.Worker"}), ("onnx", {"custom_ops": ["/tmp/evil.so"]})]
+)
+def test_a_plug_in_of_a_built_in_name_lifts_no_restriction(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidJob, match="allow"):
+        registry.check_permissions(name, options, Permissions(own_machine=True))
 
 
 @pytest.mark.usefixtures("plugged")
