@@ -12,7 +12,8 @@ from __future__ import annotations
 import atexit
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline import job as job_calls
@@ -25,8 +26,9 @@ from pipeline.schedules import Schedules
 from pipeline.settings import Settings
 from pipeline.status import JobStatus, RequestStatus
 from pipeline.status_of import job_status, request_status
-from storage import jobs, locations, reports, tenants, workers
+from storage import job_lookup, jobs, locations, reports, tenants, workers
 from storage.errors import (
+    IllegalTransition,
     InvalidJob,
     JobCancelled,
     JobFailed,
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     import pyarrow.dataset as ds
 
 _POLL_SECONDS = 0.25
+_ID_LENGTH = 36
 S = TypeVar("S", JobState, ShardState)
 
 
@@ -117,19 +120,48 @@ class Client:
         )
 
     def job(self, id_or_prefix: str) -> JobHandle:
-        """A job by its id, or by the unambiguous beginning of it. Raises :class:`~storage.errors.NotFound`."""
-        return JobHandle(self, jobs.find(self._runtime.database, id_or_prefix).id)
+        """A job by its id, or by an unambiguous beginning or end of it. Raises :class:`~storage.errors.NotFound`."""
+        return JobHandle(self, job_lookup.find(self._runtime.database, id_or_prefix).id)
 
-    def jobs(self, state: str | None = None, limit: int = 20, after: str | None = None) -> list[JobStatus]:
-        """Jobs, newest first; ``after`` is the id of the last one of the page before."""
+    def jobs(
+        self,
+        state: str | None = None,
+        limit: int = 20,
+        after: str | None = None,
+        *,
+        tenant: str | None = None,
+        output: str | None = None,
+        since: float | datetime | None = None,
+        before: float | datetime | None = None,
+    ) -> list[JobStatus]:
+        """Jobs, newest first; ``after`` is the last one of the page before, by its id as :meth:`job` takes it.
+
+        ``output`` narrows them to jobs that write there or below; ``since`` and ``before`` to those submitted at that
+        time or later, and earlier than that (Unix seconds, or a ``datetime``).
+        """
         database = self._runtime.database
-        wanted = None if state is None else _state(JobState, state)
-        return [job_status(database, job) for job in jobs.listed(database, state=wanted, limit=limit, after=after)]
+        if after is not None and len(after) < _ID_LENGTH:  # a whole one need not be there any more
+            after = job_lookup.find(database, after).id
+        found = job_lookup.listed(
+            database,
+            state=None if state is None else _state(JobState, state),
+            tenant=tenant,
+            output_uri=None if output is None else locations.normalize(output),
+            since=since.timestamp() if isinstance(since, datetime) else since,
+            before=before.timestamp() if isinstance(before, datetime) else before,
+            limit=limit,
+            after=after,
+        )
+        return [job_status(database, job) for job in found]
+
+    def short_ids(self, ids: Sequence[str]) -> dict[str, str]:
+        """For each job's id an end of it that :meth:`job` accepts: eight characters, or more where two are alike."""
+        return job_lookup.short_ids(self._runtime.database, ids)
 
     def request(self, job: str, row: int) -> RequestStatus:
         """Where one row of a job stands; ``row`` counts from the start of the job's input."""
         database = self._runtime.database
-        return request_status(database, jobs.find(database, job), row)
+        return request_status(database, job_lookup.find(database, job), row)
 
     def tenants(self) -> list[Tenant]:
         """Everybody whose jobs these are, by name."""
@@ -220,8 +252,16 @@ class JobHandle:
                         raise background.error
 
     def cancel(self) -> JobStatus:
-        """Stop the job; its finished rows are published as partial. Harmless when it is being cancelled already."""
-        job_calls.cancel_job(self._runtime, self.id)
+        """Stop the job; its finished rows are published as partial.
+
+        Harmless when it is being cancelled already, or has ended: the status then says how.
+        """
+        try:
+            job_calls.cancel_job(self._runtime, self.id)
+        except IllegalTransition:
+            if not (status := self.status()).terminal:
+                raise
+            return status
         self._client._wakeups.finalize()
         lease = self._runtime.settings.lease_seconds
         if self._runtime.settings.broker_url is None or not workers.any_alive(self._runtime.database, within=lease):

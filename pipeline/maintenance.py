@@ -14,7 +14,7 @@ from typing import TypeVar
 from pipeline import result_cache
 from pipeline.runtime import Runtime, is_alive
 from pipeline.schedule_firing import fire_schedules
-from storage import failpoints, garbage, jobs, planners, reaping, workers
+from storage import failpoints, garbage, job_lookup, jobs, planners, reaping, workers
 from storage.errors import IllegalTransition, Interrupted, RowmillError
 from storage.garbage import Garbage
 from storage.reaping import Reaped
@@ -80,7 +80,7 @@ def expire(runtime: Runtime) -> list[str]:
 
 def wind_down(runtime: Runtime) -> None:
     """Cancel the shards that came back to jobs which are being wound down: reaped, or handed back by a worker."""
-    for job in jobs.listed(runtime.database, state=JobState.CANCELLING, limit=100):
+    for job in job_lookup.listed(runtime.database, state=JobState.CANCELLING, limit=100):
         while job.n_open and jobs.cancel_ready(runtime.database, job.id, actor=runtime.actor):
             pass
 

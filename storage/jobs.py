@@ -310,43 +310,6 @@ def get(database: Database, job_id: str) -> Job:
     return rows.job(row)
 
 
-def find(database: Database, prefix: str) -> Job:
-    """The one job whose id begins with ``prefix``, or :class:`NotFound` when there is none, or more than one."""
-    if not prefix:
-        raise NotFound("a job's id is missing: it is empty, which would fit every job")
-    job = tables.job
-    with database.read() as connection:
-        query = sa.select(job).where(job.c.id.startswith(prefix, autoescape=True)).order_by(job.c.id).limit(2)
-        found = connection.execute(query).all()
-    exact = [row for row in found if row.id == prefix]
-    if exact or len(found) == 1:
-        return rows.job((exact or found)[0])
-    if found:
-        raise NotFound(f"{prefix!r} begins the id of more than one job; give more of it")
-    raise NotFound(f"there is no job {prefix!r}")
-
-
-def listed(
-    database: Database,
-    *,
-    state: JobState | None = None,
-    tenant: str | None = None,
-    limit: int = 20,
-    after: str | None = None,
-) -> list[Job]:
-    """Jobs, newest first; ``after`` is the id of the last one of the page before."""
-    job = tables.job
-    query = sa.select(job).order_by(job.c.id.desc()).limit(limit)
-    if state is not None:
-        query = query.where(job.c.state == state)
-    if tenant is not None:
-        query = query.where(job.c.tenant == tenant)
-    if after is not None:
-        query = query.where(job.c.id < after)
-    with database.read() as connection:
-        return [rows.job(row) for row in connection.execute(query)]
-
-
 def expired(database: Database) -> list[str]:
     """Ids of live jobs whose completion window has passed."""
     job = tables.job

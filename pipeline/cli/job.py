@@ -6,13 +6,15 @@ import contextlib
 import sys
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pipeline.cli import errors, output
 from pipeline.cli.command import Invocation, command
 from pipeline.cli.foreground import Hooks, foreground
+from pipeline.cli.job_ids import JobId
+from pipeline.cli.job_list import list_jobs
 from pipeline.cli.progress import progress
 from pipeline.measures import derived
 from pipeline.status import JobStatus
@@ -25,37 +27,7 @@ app = typer.Typer(help="Jobs: submit, list, show, wait, cancel, retry.", no_args
 
 _POLL_SECONDS = 1.0
 
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, or an unambiguous beginning of it.")]
-StateName = Literal[
-    "validating", "queued", "in_progress", "finalizing", "cancelling", "completed", "failed", "cancelled", "expired"
-]
-
-
-@app.command(name="list")
-@command
-def list_jobs(
-    invocation: Invocation,
-    state: Annotated[StateName | None, typer.Option("-s", "--state", help="Only jobs in this state.")] = None,
-    limit: Annotated[int, typer.Option("-n", "--limit", min=1, max=1000, metavar="N", help="At most this many.")] = 20,
-    after: Annotated[str | None, typer.Option(metavar="JOB", help="Only jobs older than this one.")] = None,
-) -> None:
-    """Jobs, the newest first."""
-    with invocation.client() as client:
-        found = client.jobs(state=state, limit=limit, after=after)
-    if invocation.as_json:
-        last = found[-1].id if len(found) == limit else None
-        output.emit_json({"jobs": [status.to_json() for status in found], "after": last})
-        return
-    if not found:
-        invocation.notice("no jobs" + (f" that are {state}" if state else ""))
-        return
-    columns = ("id", "state", "task", "model", "rows", "done", "failed", "age", "output")
-    now = time.time()
-    rows = []
-    for s in found:
-        counts = [f"{n:,}" for n in (s.rows_total, s.rows_done, s.rows_failed)]
-        rows.append([s.id, s.state, s.task, s.model, *counts, output.duration(now - s.created_at), s.output])
-    output.emit(output.table(columns, rows, right=("rows", "done", "failed")))
+app.command(name="list")(list_jobs)
 
 
 @app.command()
@@ -253,9 +225,13 @@ def list_errors(
 @app.command()
 @command
 def cancel(invocation: Invocation, job: JobId) -> None:
-    """Stop a job. What is finished is published as a partial output."""
+    """Stop a job. What is finished is published as a partial output. Of a job that has ended it only says the state."""
     with invocation.client() as client:
-        _tell(invocation, client.job(job).cancel())
+        handle = client.job(job)
+        ended = handle.status().terminal
+        _tell(invocation, handle.cancel())
+    if ended:
+        invocation.notice("it had ended before: there was nothing to cancel")
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 import unicodedata
@@ -39,6 +40,57 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: Seque
     return "\n".join(
         "  ".join(_pad(cell, w, r) for cell, w, r in zip(line, widths, numeric, strict=True)).rstrip() for line in lines
     )
+
+
+def terminal_width() -> int | None:
+    """Cells that a line of stdout may take: ``COLUMNS``, or the terminal's; ``None`` where stdout is no terminal."""
+    if os.environ.get("COLUMNS", "").isdecimal() or sys.stdout.isatty():
+        return shutil.get_terminal_size().columns
+    return None
+
+
+def fitted(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    cells: int,
+    *,
+    shrink: Mapping[str, int],
+    leave_out: Sequence[str],
+) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of a :func:`table` that takes at most ``cells``, as far as these means allow.
+
+    ``shrink`` names columns whose values may be cut, in that order, to the number of cells given; their ends are kept.
+    Where that is not enough, the columns in ``leave_out`` go, one after the other.
+    """
+    named = {name: [printable(row[at]) for row in rows] for at, name in enumerate(columns)}
+    natural = {name: max(width(text) for text in (name, *cells_of)) for name, cells_of in named.items()}
+    least = {n: min(w, max(shrink[n], width(n))) if n in shrink else w for n, w in natural.items()}
+    for name in leave_out:
+        if _line(least.values()) <= cells:
+            break
+        del least[name]
+    over = _line(natural[name] for name in least) - cells
+    for name in shrink:
+        if name in least and over > 0:
+            cut = min(over, natural[name] - least[name])
+            named[name] = [_ending(text, natural[name] - cut) for text in named[name]]
+            over -= cut
+    kept = [name for name in columns if name in least]
+    return kept, [list(line) for line in zip(*(named[name] for name in kept), strict=True)]
+
+
+def _line(widths: Iterable[int]) -> int:
+    each = list(widths)
+    return sum(each) + 2 * (len(each) - 1)
+
+
+def _ending(text: str, cells: int) -> str:
+    """The text, or as much of its end as fits behind an ellipsis."""
+    if width(text) <= cells:
+        return text
+    while width(text) > cells - 1:
+        text = text[1:]
+    return f"…{text}"
 
 
 def pairs(items: Iterable[tuple[str, object]]) -> str:
@@ -80,8 +132,10 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
-def duration(seconds: float) -> str:
-    """``0.4 s``, ``12 s``, ``3 min 20 s``, ``2 h 05 min``, ``3 d 4 h``."""
+def duration(seconds: float, *, short: bool = False) -> str:
+    """``0.4 s``, ``12 s``, ``3 min 20 s``, ``2 h 05 min``, ``3 d 4 h``; ``short``: the first of the two only."""
+    if short:
+        return " ".join(duration(seconds).split(" ")[:2])
     if seconds < 9.95:
         return f"{max(seconds, 0):.1f} s"
     whole = round(seconds)

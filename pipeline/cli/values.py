@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,6 +50,22 @@ def key_values(items: Iterable[str], option: str, *, literal: bool = False) -> d
             raise InvalidJob(f"{key!r} is given twice", field=option)
         found[key] = text if literal else value_of(text)
     return found
+
+
+def moment(text: str, option: str, now: float) -> float:
+    """A time in Unix seconds: ``"2026-11-30"``, ``"2026-11-30T12:00+01:00"`` (local time without an offset), or how
+    long before ``now``: ``"90m"``, ``"24h"``, ``"7d"``. Raises :class:`InvalidJob` for anything else."""
+    from pipeline.job_spec import duration_seconds
+
+    try:
+        return now - duration_seconds(text)
+    except ValueError:
+        pass
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError, OSError):
+        what = f"{text!r} is no time; write a date (2026-11-30, 2026-11-30T12:00) or how long ago (90m, 24h, 7d)"
+        raise InvalidJob(what, field=option) from None
 
 
 def messages(items: Iterable[str]) -> list[dict[str, str]]:

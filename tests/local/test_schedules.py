@@ -20,7 +20,7 @@ from pipeline.runtime import Runtime
 from pipeline.schedule_loop import beat_and_run
 from pipeline.settings import Settings
 from pipeline.worker import Worker
-from storage import jobs, schedules, tables, tenants
+from storage import job_lookup, jobs, schedules, tables, tenants
 from storage.errors import Conflict, InvalidJob, NotFound, Unreachable
 from storage.records import Fire, Job
 from storage.schedules import Decided
@@ -137,7 +137,7 @@ def test_a_tick_that_is_late_does_nothing(house: House) -> None:
     house.run(fire)
     pending = replace(fire, state=FireState.PENDING, job_id=None, job_state=None)
     assert schedule_firing._submit(house.runtime, stale, pending) is None
-    assert [job.id for job in jobs.listed(house.runtime.database)] == [fire.job_id]
+    assert [job.id for job in job_lookup.listed(house.runtime.database)] == [fire.job_id]
     assert house.client.schedules.fires("daily") == [house.fire(1)]
     assert house.fire(1).job_id == fire.job_id
 
@@ -384,7 +384,7 @@ def test_a_quota_that_is_used_up_is_recorded_and_stops_nobody(house: House) -> N
     assert (unlucky.state, unlucky.job_id) == (FireState.FAILED, None)
     assert "tenant 'small' has 0 live jobs of the 0 it may" in str(unlucky.reason)
     assert house.fire(1, "lucky").state is FireState.SUBMITTED
-    assert len(jobs.listed(database)) == 1
+    assert len(job_lookup.listed(database)) == 1
 
 
 def test_an_output_that_is_taken_is_recorded(house: House) -> None:

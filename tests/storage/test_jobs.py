@@ -11,7 +11,7 @@ from alembic.runtime.migration import MigrationContext
 
 from storage import claims, finalizing, jobs, reports, retries, shards, tables
 from storage.database import Database
-from storage.errors import Conflict, IllegalTransition, InvalidJob, LeaseLost, NotFound, RowmillError, Unreachable
+from storage.errors import Conflict, IllegalTransition, InvalidJob, LeaseLost, RowmillError, Unreachable
 from storage.records import RowException
 from storage.states import JobState, ShardState
 from tests.storage.jobs_in_sql import LEASE, OWNER, output, part, planned_job, stored, take
@@ -186,19 +186,6 @@ def test_progress_counts_what_running_shards_have_flushed(database: Database) ->
     progress = reports.progress(database, jobs.get(database, job.id))
     assert (progress.rows_done, progress.rows_failed, progress.tokens["prompt_tokens"]) == (2, 1, 4)
     assert progress.shards == {ShardState.READY: 1, ShardState.RUNNING: 1}
-
-
-def test_jobs_are_found_by_the_beginning_of_their_id(database: Database) -> None:
-    job = planned_job(database)
-    assert jobs.find(database, job.id[:20]).id == job.id
-    other = planned_job(database)
-    shared = next(n for n in range(36) if job.id[n] != other.id[n])
-    with pytest.raises(NotFound, match="more than one"):
-        jobs.find(database, job.id[:shared])
-    with pytest.raises(NotFound):
-        jobs.find(database, "%")
-    assert [item.id for item in jobs.listed(database, limit=1)] == [other.id]
-    assert [item.id for item in jobs.listed(database, after=other.id)] == [job.id]
 
 
 def test_expired_jobs_are_found(database: Database) -> None:
