@@ -29,6 +29,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from storage import tables
+from storage.column_types import Text
 from storage.database import Database, now
 from storage.states import JobState, ShardState
 
@@ -121,7 +122,7 @@ def charge(database: Database, connection: sa.Connection, lane: Lane, rows: int)
     cost = sa.cast(max(1, rows), sa.Double()) / tenant.c.weight
     first = sa.select(
         tenant.c.name,
-        sa.literal(lane.queue, sa.Text()),
+        sa.literal(lane.queue, Text()),
         sa.literal(lane.priority, sa.Integer()),
         sa.literal(lane.start, sa.Double()) + cost,
         sa.literal(lane.floor, sa.Double()),
@@ -276,7 +277,7 @@ def _fronts(n_queues: int | None) -> sa.CTE:
     if n_queues is None:
         asked = sa.select(job.c.queue.label("queue")).where(job.c.state.in_(_CLAIMABLE)).distinct().subquery("asked")
     else:
-        each = [sa.select(sa.bindparam(f"queue_{n}", type_=sa.Text()).label("queue")) for n in range(n_queues)]
+        each = [sa.select(sa.bindparam(f"queue_{n}", type_=Text()).label("queue")) for n in range(n_queues)]
         asked = (sa.union_all(*each) if len(each) > 1 else each[0]).subquery("asked")
     columns = (here.c.id, here.c.queue, here.c.priority, here.c.tenant, here.c.engine_key, here.c.run_after)
     first = sa.select(*columns).join_from(asked, here, here.c.id == _first_id(asked.c.queue))

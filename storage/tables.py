@@ -7,8 +7,8 @@ PostgreSQL hold the same values. Bitmaps are serialised Roaring bitmaps of row i
 from __future__ import annotations
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import JSONB
 
+from storage.column_types import Id, Json, Text
 from storage.states import TERMINAL_JOB, FireState, JobState, ShardState
 
 metadata = sa.MetaData(
@@ -22,12 +22,10 @@ metadata = sa.MetaData(
 )
 
 Big = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-Json = sa.JSON().with_variant(JSONB(), "postgresql")
-Spec = sa.JSON()
-"""As it was given: JSONB would sort its keys, and a JSON Schema's properties are answered in their order."""
+ExactJson = sa.JSON()
+"""Read back as it was given. JSONB would sort the keys (a JSON Schema's properties are answered in their order) and
+refuses a NUL (a column's name may hold one)."""
 Seconds: sa.Double[float] = sa.Double()
-# Ids sort by bytes, so that the claim's order does not depend on the locale of the database.
-Id = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
 
 def _count(name: str) -> sa.Column[int]:
@@ -45,7 +43,7 @@ def _tokens() -> tuple[sa.Column[int], ...]:
 tenant = sa.Table(
     "tenant",
     metadata,
-    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("name", Text, primary_key=True),
     sa.Column("weight", sa.Double, nullable=False, server_default="1"),
     sa.Column("max_running", sa.Integer),
     sa.Column("max_jobs", sa.Integer),
@@ -59,9 +57,9 @@ tenant = sa.Table(
 tenant_share = sa.Table(
     "tenant_share",
     metadata,
-    sa.Column("queue", sa.Text, primary_key=True),
+    sa.Column("queue", Text, primary_key=True),
     sa.Column("priority", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("tenant", sa.Text, primary_key=True),
+    sa.Column("tenant", Text, primary_key=True),
     sa.Column("vtime", sa.Double, nullable=False),
     sa.Column("vstart", sa.Double, nullable=False),
     postgresql_with={"fillfactor": "70"},
@@ -72,7 +70,7 @@ where virtual time stood there at its last one (``storage.lanes``)."""
 tenant_usage = sa.Table(
     "tenant_usage",
     metadata,
-    sa.Column("tenant", sa.Text, primary_key=True),
+    sa.Column("tenant", Text, primary_key=True),
     sa.Column("day", sa.Integer, primary_key=True, autoincrement=False),
     _count("rows"),
     _count("tokens"),
@@ -87,19 +85,19 @@ job = sa.Table(
     "job",
     metadata,
     sa.Column("id", Id, primary_key=True),
-    sa.Column("tenant", sa.Text, nullable=False),
-    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("tenant", Text, nullable=False),
+    sa.Column("state", Text, nullable=False),
     sa.Column("priority", sa.Integer, nullable=False),
-    sa.Column("queue", sa.Text, nullable=False),
-    sa.Column("engine", sa.Text, nullable=False),
-    sa.Column("engine_key", sa.Text, nullable=False),
-    sa.Column("spec", Spec, nullable=False),
-    sa.Column("spec_hash", sa.Text, nullable=False),
-    sa.Column("idem_key", sa.Text),
-    sa.Column("plan", Json, nullable=False, server_default="{}"),
-    sa.Column("output_uri", sa.Text, nullable=False),
-    sa.Column("stop_reason", sa.Text),
-    sa.Column("error", sa.Text),
+    sa.Column("queue", Text, nullable=False),
+    sa.Column("engine", Text, nullable=False),
+    sa.Column("engine_key", Text, nullable=False),
+    sa.Column("spec", ExactJson, nullable=False),
+    sa.Column("spec_hash", Text, nullable=False),
+    sa.Column("idem_key", Text),
+    sa.Column("plan", ExactJson, nullable=False, server_default="{}"),
+    sa.Column("output_uri", Text, nullable=False),
+    sa.Column("stop_reason", Text),
+    sa.Column("error", Text),
     sa.Column("gen", sa.Integer, nullable=False, server_default="0"),
     _count("n_shards"),
     _count("n_open"),
@@ -112,7 +110,7 @@ job = sa.Table(
     sa.Column("finalize_epoch", sa.Integer, nullable=False, server_default="0"),
     sa.Column("publishing", sa.Boolean, nullable=False, server_default=sa.text("false")),
     sa.Column("touched", sa.Boolean, nullable=False, server_default=sa.text("false")),
-    sa.Column("finalize_owner", sa.Text),
+    sa.Column("finalize_owner", Text),
     sa.Column("finalize_until", Seconds),
     sa.Column("created_at", Seconds, nullable=False),
     sa.Column("started_at", Seconds),
@@ -133,11 +131,11 @@ source = sa.Table(
     metadata,
     sa.Column("job_id", Id, sa.ForeignKey("job.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("idx", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("uri", sa.Text, nullable=False),
-    sa.Column("etag", sa.Text, nullable=False),
+    sa.Column("uri", Text, nullable=False),
+    sa.Column("etag", Text, nullable=False),
     sa.Column("n_bytes", Big, nullable=False),
     sa.Column("n_rows", Big, nullable=False),
-    sa.Column("partition", Json, nullable=False),
+    sa.Column("partition", ExactJson, nullable=False),
     # Of a file that holds rows of the input in another order than the input's: which rows.
     sa.Column("rows_bm", sa.LargeBinary),
 )
@@ -155,11 +153,11 @@ shard = sa.Table(
     sa.Column("job_id", Id, sa.ForeignKey("job.id", ondelete="CASCADE"), nullable=False),
     sa.Column("gen", sa.Integer, nullable=False),
     sa.Column("idx", sa.Integer, nullable=False),
-    sa.Column("tenant", sa.Text, nullable=False),
-    sa.Column("queue", sa.Text, nullable=False),
+    sa.Column("tenant", Text, nullable=False),
+    sa.Column("queue", Text, nullable=False),
     sa.Column("priority", sa.Integer, nullable=False),
     sa.Column("engine_key", Id, nullable=False, server_default=sa.text("''")),
-    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("state", Text, nullable=False),
     sa.Column("row_start", Big, nullable=False),
     sa.Column("row_n", sa.Integer, nullable=False),
     sa.Column("slices", Json, nullable=False),
@@ -170,7 +168,7 @@ shard = sa.Table(
     _count("n_failed"),
     sa.Column("run_after", Seconds, nullable=False, server_default="0"),
     sa.Column("attempt_no", sa.Integer, nullable=False, server_default="0"),
-    sa.Column("lease_owner", sa.Text),
+    sa.Column("lease_owner", Text),
     sa.Column("lease_until", Seconds),
     sa.Column("committed_attempt", sa.Integer),
     sa.Column("n_fail", sa.Integer, nullable=False, server_default="0"),
@@ -178,7 +176,7 @@ shard = sa.Table(
     sa.Column("n_crash", sa.Integer, nullable=False, server_default="0"),
     sa.Column("suspect_bm", sa.LargeBinary),
     *_tokens(),
-    sa.Column("error", sa.Text),
+    sa.Column("error", Text),
     sa.CheckConstraint(f"state IN ({', '.join(repr(str(s)) for s in ShardState)})", name="state"),
     sa.CheckConstraint("state <> 'running' OR (lease_owner IS NOT NULL AND lease_until IS NOT NULL)", name="leased"),
     sa.UniqueConstraint("job_id", "gen", "idx"),
@@ -205,14 +203,14 @@ attempt = sa.Table(
     metadata,
     sa.Column("shard_id", Id, sa.ForeignKey("shard.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("attempt_no", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("worker_id", sa.Text, nullable=False),
-    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("worker_id", Text, nullable=False),
+    sa.Column("state", Text, nullable=False),
     sa.Column("started_at", Seconds, nullable=False),
     sa.Column("ended_at", Seconds),
     _count("rows_resumed"),
     _count("rows_computed"),
     sa.Column("stats", Json, nullable=False, server_default="{}"),
-    sa.Column("error", sa.Text),
+    sa.Column("error", Text),
 )
 
 part_file = sa.Table(
@@ -221,10 +219,10 @@ part_file = sa.Table(
     sa.Column("shard_id", Id, sa.ForeignKey("shard.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("attempt_no", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("seq", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("uri", sa.Text, nullable=False),
+    sa.Column("uri", Text, nullable=False),
     sa.Column("n_bytes", Big, nullable=False),
-    sa.Column("sha256", sa.Text, nullable=False),
-    sa.Column("etag", sa.Text, nullable=False),
+    sa.Column("sha256", Text, nullable=False),
+    sa.Column("etag", Text, nullable=False),
     sa.Column("rows_bm", sa.LargeBinary, nullable=False),
     sa.Column("failed_bm", sa.LargeBinary, nullable=False),
 )
@@ -234,8 +232,8 @@ row_exception = sa.Table(
     metadata,
     sa.Column("shard_id", Id, sa.ForeignKey("shard.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("row_idx", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("code", sa.Text, nullable=False),
-    sa.Column("message", sa.Text, nullable=False),
+    sa.Column("code", Text, nullable=False),
+    sa.Column("message", Text, nullable=False),
 )
 
 event = sa.Table(
@@ -245,9 +243,9 @@ event = sa.Table(
     sa.Column("job_id", Id, sa.ForeignKey("job.id", ondelete="CASCADE"), nullable=False),
     sa.Column("shard_id", Id),
     sa.Column("attempt_no", sa.Integer),
-    sa.Column("type", sa.Text, nullable=False),
+    sa.Column("type", Text, nullable=False),
     sa.Column("at", Seconds, nullable=False),
-    sa.Column("actor", sa.Text, nullable=False),
+    sa.Column("actor", Text, nullable=False),
     sa.Column("data", Json, nullable=False, server_default="{}"),
     sa.Index("ix_event_job_id_id", "job_id", "id"),
 )
@@ -255,11 +253,11 @@ event = sa.Table(
 worker = sa.Table(
     "worker",
     metadata,
-    sa.Column("id", sa.Text, primary_key=True),
-    sa.Column("host", sa.Text, nullable=False),
+    sa.Column("id", Text, primary_key=True),
+    sa.Column("host", Text, nullable=False),
     sa.Column("pid", sa.Integer, nullable=False),
     sa.Column("pid_started_at", Seconds, nullable=False),
-    sa.Column("boot_id", sa.Text),
+    sa.Column("boot_id", Text),
     sa.Column("start_ticks", Big),
     sa.Column("started_at", Seconds, nullable=False),
     sa.Column("heartbeat_at", Seconds, nullable=False),
@@ -267,7 +265,7 @@ worker = sa.Table(
     sa.Column("queues", Json, nullable=False, server_default="[]"),
     sa.Column("slots", sa.Integer, nullable=False, server_default="0"),
     sa.Column("lease_seconds", Seconds, nullable=False, server_default="60"),
-    sa.Column("version", sa.Text, nullable=False, server_default="unknown"),
+    sa.Column("version", Text, nullable=False, server_default="unknown"),
     sa.Column("draining", sa.Boolean, nullable=False, server_default=sa.text("false")),
     sa.Column("warm", Json, nullable=False, server_default="[]"),
 )
@@ -275,7 +273,7 @@ worker = sa.Table(
 gc_queue = sa.Table(
     "gc_queue",
     metadata,
-    sa.Column("uri", sa.Text, primary_key=True),
+    sa.Column("uri", Text, primary_key=True),
     sa.Column("job_id", Id, sa.ForeignKey("job.id", ondelete="CASCADE"), nullable=False, index=True),
     sa.Column("not_before", Seconds, nullable=False),
     sa.Column("n_fail", sa.Integer, nullable=False, server_default="0"),
@@ -285,7 +283,7 @@ gc_queue = sa.Table(
 tick = sa.Table(
     "tick",
     metadata,
-    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("name", Text, primary_key=True),
     sa.Column("at", Seconds, nullable=False),
 )
 
@@ -293,13 +291,13 @@ schedule = sa.Table(
     "schedule",
     metadata,
     sa.Column("id", Id, primary_key=True),
-    sa.Column("tenant", sa.Text, nullable=False),
+    sa.Column("tenant", Text, nullable=False),
     sa.Column("name", Id, nullable=False),
-    sa.Column("cron", sa.Text, nullable=False),
-    sa.Column("tz", sa.Text, nullable=False),
-    sa.Column("spec", Spec, nullable=False),
-    sa.Column("overlap", sa.Text, nullable=False),
-    sa.Column("misfire", sa.Text, nullable=False),
+    sa.Column("cron", Text, nullable=False),
+    sa.Column("tz", Text, nullable=False),
+    sa.Column("spec", ExactJson, nullable=False),
+    sa.Column("overlap", Text, nullable=False),
+    sa.Column("misfire", Text, nullable=False),
     sa.Column("misfire_grace", Seconds),
     sa.Column("incremental", sa.Boolean, nullable=False),
     sa.Column("paused", sa.Boolean, nullable=False, server_default=sa.text("false")),
@@ -314,9 +312,9 @@ schedule_fire = sa.Table(
     metadata,
     sa.Column("schedule_id", Id, sa.ForeignKey("schedule.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("fire_at", Seconds, primary_key=True, autoincrement=False),
-    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("state", Text, nullable=False),
     sa.Column("job_id", Id, sa.ForeignKey("job.id", ondelete="SET NULL")),
-    sa.Column("reason", sa.Text),
+    sa.Column("reason", Text),
     _count("missed"),
     sa.Column("decided_at", Seconds, nullable=False),
     sa.Column("settled_at", Seconds),
@@ -333,7 +331,7 @@ schedule_file = sa.Table(
     sa.Column("job_id", Id, sa.ForeignKey("job.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("uri", Id, primary_key=True),
     sa.Column("schedule_id", Id, sa.ForeignKey("schedule.id", ondelete="CASCADE"), nullable=False),
-    sa.Column("etag", sa.Text, nullable=False),
+    sa.Column("etag", Text, nullable=False),
     sa.Column("done_at", Seconds),
     sa.Index("ix_schedule_file_schedule_id_uri", "schedule_id", "uri"),
 )

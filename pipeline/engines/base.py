@@ -19,6 +19,7 @@ import pyarrow as pa
 from pipeline.job_spec import JobSpec, Task
 from pipeline.models.model import Model
 from storage.errors import InvalidJob
+from storage.storable import storable
 
 if TYPE_CHECKING:
     from pipeline.result_cache import ResultCaches
@@ -36,11 +37,14 @@ class RowBatch:
 
 @dataclass(frozen=True, slots=True)
 class RowFailure:
-    """One row that cannot be computed. ``code`` is a ``RowErrorCode``."""
+    """One row that cannot be computed. ``code`` is a ``RowErrorCode``; ``message`` is made storable."""
 
     row: int
     code: str
     message: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", storable(self.message))
 
 
 @dataclass(frozen=True, slots=True)
