@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from pipeline import local, maintenance
+from pipeline import beat_health, local, maintenance
 from pipeline.engines.base import Cancellation
 from pipeline.runtime import Runtime
 from pipeline.settings import Settings
@@ -24,6 +24,7 @@ def wake_workers(settings: Settings, interrupt: Cancellation) -> None:
     wakeups = Wakeups(settings.broker_url)
     while not interrupt.cancelled:
         wakeups.tick()
+        beat_health.note_round(settings)
         interrupt.wait(settings.tick_seconds)
 
 
@@ -35,7 +36,7 @@ def beat_and_run(runtime: Runtime, interrupt: Cancellation) -> None:
     """
     while not interrupt.cancelled:
         try:
-            maintenance.tick(runtime)
+            _tick(runtime)
             for job_id in schedules.live_jobs(runtime.database):
                 _run(runtime, job_id, interrupt)
         except TransientError as error:
@@ -45,12 +46,17 @@ def beat_and_run(runtime: Runtime, interrupt: Cancellation) -> None:
         interrupt.wait(runtime.settings.tick_seconds)
 
 
+def _tick(runtime: Runtime) -> None:
+    maintenance.tick(runtime)
+    beat_health.note_round(runtime.settings)
+
+
 def _run(runtime: Runtime, job_id: str, interrupt: Cancellation) -> None:
     job = jobs.get(runtime.database, job_id)
     if job.state in TERMINAL_JOB:
         return
     try:
-        status = local.run_job(runtime, job, interrupt=interrupt, tick=maintenance.tick)
+        status = local.run_job(runtime, job, interrupt=interrupt, tick=_tick)
     except (Conflict, IllegalTransition):
         return  # another process is at it
     except (TransientError, Interrupted):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
-from storage.errors import CommitUnknown, InvalidJob, RowmillError, TransientError, Unreachable
+from storage.errors import CommitUnknown, InvalidJob, RowmillError, TransientError, Unreachable, WaitTimeout
 
 _MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
 _BUSY_SECONDS = 60
@@ -159,24 +160,30 @@ class Database:
 
     def ensure_schema(self) -> None:
         """Bring an embedded database up to date; on a server only check, since upgrades are the operator's step."""
+        if (missing := self.schema_gap()) is None:
+            return
+        if not self.sqlite:
+            raise RowmillError(missing)
+        self.upgrade()
+
+    def schema_gap(self) -> str | None:
+        """What this version needs of the database's schema and does not find there; ``None`` when all of it is there.
+
+        Raises :class:`RowmillError` when the schema is a newer version's: no migration of this one helps.
+        """
         scripts = ScriptDirectory(str(_MIGRATIONS))
         head = scripts.get_current_head()
         current = self.revision()
         if current == head:
-            return
+            return None
+        where = self.url.render_as_string()
         if current is not None and current not in {script.revision for script in scripts.walk_revisions()}:
             raise RowmillError(
-                f"the database at {self.url.render_as_string()} is at revision {current}, which this version does not "
+                f"the database at {where} is at revision {current}, which this version does not "
                 f"know (its newest is {head}): upgrade Rowmill, or use another data_dir or database_url"
             )
-        if self.sqlite:
-            self.upgrade()
-            return
         at = f"at revision {current}" if current else "empty"
-        raise RowmillError(
-            f"the database at {self.url.render_as_string()} is {at}, this version needs {head}: "
-            "run 'rowmill db upgrade'"
-        )
+        return f"the database at {where} is {at}, this version needs {head}: run 'rowmill db upgrade'"
 
     def upgrade(self, target: str = "head") -> None:
         """Run the migrations up to ``target``; processes that do so at the same time take turns."""
@@ -204,12 +211,54 @@ def _limit_idle(connection: Any, record: Any) -> None:
 
 def upgrade(url: str) -> str:
     """Bring the database at ``url`` to the newest schema; returns the revision it is at now."""
-    database = Database(url)
-    try:
+    with closing(Database(url)) as database:
         database.upgrade()
         return str(database.revision())
-    finally:
-        database.close()
+
+
+def downgrade(url: str, revision: str) -> str:
+    """Take the database at ``url`` back to an earlier ``revision``; returns the revision it is at now.
+
+    Raises :class:`InvalidJob` when this version has no such revision, or the database is not beyond it.
+    """
+    with closing(Database(url)) as database:
+        at = database.revision()
+        earlier = revisions_before(at)
+        if revision not in earlier:
+            known = f"it is at {at}; earlier ones are {', '.join(earlier)}" if earlier else f"it is at {at}, the first"
+            raise InvalidJob(f"the database cannot go back to {revision!r}: {known}", field="REVISION")
+        database.downgrade(revision)
+        return str(database.revision())
+
+
+def revisions_before(revision: str | None) -> list[str]:
+    """The revisions that this version knows before ``revision``, the newest of them first."""
+    known = [script.revision for script in ScriptDirectory(str(_MIGRATIONS)).walk_revisions()]
+    return known[known.index(revision) + 1 :] if revision in known else []
+
+
+def await_schema(url: str, *, timeout: float | None, notice: Callable[[str], None], poll_seconds: float = 2.0) -> None:
+    """Wait until the database at ``url`` answers and has this version's schema.
+
+    ``notice`` is told what is waited for, once for each reason. Raises :class:`WaitTimeout` after ``timeout`` seconds,
+    and :class:`RowmillError` at once when the schema is a newer version's.
+    """
+    end = None if timeout is None else time.monotonic() + timeout
+    said = None
+    with closing(Database(url)) as database:
+        while True:
+            try:
+                missing = database.schema_gap()
+            except TransientError as error:
+                missing = str(error)
+            if missing is None:
+                return
+            if end is not None and time.monotonic() >= end:
+                raise WaitTimeout(f"gave up after {timeout:g} seconds: {missing}")
+            if missing != said:
+                notice(f"waiting: {missing}")
+                said = missing
+            time.sleep(poll_seconds if end is None else max(0.0, min(poll_seconds, end - time.monotonic())))
 
 
 def _alembic(connection: sa.Connection) -> Config:

@@ -176,7 +176,7 @@ def test_compose_file_holds_together() -> None:
             has_health = "healthcheck" in services[needed]
             assert how["condition"] != "service_healthy" or has_health, f"{name} waits for the health of {needed}"
         for volume in service.get("volumes", []):
-            source = volume.split(":")[0]
+            source = volume["source"] if isinstance(volume, dict) else volume.split(":")[0]
             assert source.startswith(".") or source in compose["volumes"], f"{name}: volume {source} is not declared"
         for variable in service.get("environment", {}):
             if variable.startswith("ROWMILL_"):

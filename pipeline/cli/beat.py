@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import TYPE_CHECKING, Annotated
 
-from pipeline.cli import errors
+import typer
+
+from pipeline.cli import errors, output
 from pipeline.cli.command import Invocation, command
 from pipeline.cli.interrupts import InterruptWatch, end_now
 
+if TYPE_CHECKING:
+    from pipeline.settings import Settings
+
 
 @command
-def beat(invocation: Invocation) -> None:
+def beat(
+    invocation: Invocation,
+    health: Annotated[
+        bool, typer.Option("--health", help="Only say whether a beat of this machine keeps time: exit code 0, else 1.")
+    ] = False,
+) -> int:
     """Keep time: fire schedules, and have lost shards, expired jobs and garbage looked after. Runs until it is stopped.
 
     With a broker it wakes the workers, which do all this. Without one this process does it, and also runs the jobs of
@@ -22,6 +33,8 @@ def beat(invocation: Invocation) -> None:
     from pipeline.runtime import start
 
     settings = invocation.loaded.settings
+    if health:
+        return _health(invocation, settings)
     logging.basicConfig(
         level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -39,10 +52,25 @@ def beat(invocation: Invocation) -> None:
         if settings.broker_url is not None:
             invocation.notice(f"waking the workers {every}")
             schedule_loop.wake_workers(settings, interrupt)
-            return
+            return errors.OK
         runtime = start(settings, invocation.notice)
         try:
             invocation.notice(f"looking for what is due {every}")
             schedule_loop.beat_and_run(runtime, interrupt)
         finally:
             runtime.close()
+    return errors.OK
+
+
+def _health(invocation: Invocation, settings: Settings) -> int:
+    from pipeline import beat_health
+
+    silent = beat_health.silent_seconds(settings)
+    late = beat_health.is_late(settings, silent)
+    if invocation.as_json:
+        output.emit_json({"healthy": not late, "silent_seconds": silent})
+    elif silent is None:
+        output.emit(f"no beat has run on this machine with the cache folder {settings.cache_dir}")
+    else:
+        output.emit(f"last round {output.duration(silent)} ago, one every {settings.tick_seconds:g} s")
+    return errors.ERROR if late else errors.OK

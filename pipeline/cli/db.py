@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from pipeline.cli import output
 from pipeline.cli.command import Invocation, command
 from pipeline.redaction import redact_text
+from storage.errors import InvalidJob
 
 app = typer.Typer(help="The database.", no_args_is_help=True)
 
@@ -23,3 +26,42 @@ def upgrade(invocation: Invocation) -> None:
         output.emit_json({"database": redact_text(url), "revision": revision})
     else:
         output.emit(f"{redact_text(url)} is at revision {revision}")
+
+
+@app.command()
+@command
+def wait(
+    invocation: Invocation,
+    timeout: Annotated[
+        float | None, typer.Option(min=0, metavar="SECONDS", help="Give up waiting then, with exit code 124.")
+    ] = None,
+) -> None:
+    """Wait until the database answers and has this version's schema: for a container that starts before it."""
+    from storage import database
+
+    url = invocation.loaded.settings.effective_database_url
+    database.await_schema(url, timeout=timeout, notice=invocation.notice)
+    if invocation.as_json:
+        output.emit_json({"database": redact_text(url), "ready": True})
+
+
+@app.command()
+@command
+def downgrade(
+    invocation: Invocation,
+    revision: Annotated[str, typer.Argument(metavar="REVISION", help="An earlier revision, such as 0008.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Really: what the later revisions keep is lost.")] = False,
+) -> None:
+    """Take the schema back to an earlier version's, with the later version's Rowmill. Drain all workers first."""
+    from storage import database
+
+    url = invocation.loaded.settings.effective_database_url
+    if not yes:
+        raise InvalidJob(
+            f"going back to {revision} drops what later revisions keep; make a backup first", field="--yes"
+        )
+    at = database.downgrade(url, revision)
+    if invocation.as_json:
+        output.emit_json({"database": redact_text(url), "revision": at})
+    else:
+        output.emit(f"{redact_text(url)} is at revision {at}")

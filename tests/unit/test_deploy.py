@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import sqlalchemy as sa
 import typer.main
@@ -28,15 +30,17 @@ PODS = {m["metadata"]["name"]: m["spec"]["template"]["spec"] for m in MANIFESTS 
 
 def _commands() -> list[tuple[str, list[str]]]:
     found = [(f"compose {name}", s["command"]) for name, s in COMPOSE.items() if "rowmill" in s.get("image", "")]
-    found += [(f"compose {n}, health", s["healthcheck"]["test"][1:]) for n, s in COMPOSE.items() if "worker" in n]
+    found += [(f"compose {n}, health", s["healthcheck"]["test"][1:]) for n, s in COMPOSE.items() if "healthcheck" in s]
     how_to = (ROOT / "docs/how-to/deploy.md").read_text()
     for line in re.findall(r"^(?:docker compose exec control )?(rowmill [^#\n…]*)", how_to, re.MULTILINE):
         found.append((f"deploy.md {line}", shlex.split(line)))
     for name, pod in PODS.items():
         container = pod["containers"][0]
         found.append((f"kubernetes {name}", container["command"]))
-        if "livenessProbe" in container:
-            found.append((f"kubernetes {name}, health", container["livenessProbe"]["exec"]["command"]))
+        found += [(f"kubernetes {name}, {c['name']}", c["command"]) for c in pod.get("initContainers", [])]
+        for probe in ("startupProbe", "livenessProbe"):
+            if probe in container:
+                found.append((f"kubernetes {name}, {probe}", container[probe]["exec"]["command"]))
     return [(where, words) for where, words in found if words[0] == "rowmill"]
 
 
@@ -149,7 +153,7 @@ def test_manifests_hold_together() -> None:
         if manifest["kind"] == "Kustomization":
             listed = set(manifest["resources"])
             files = {path.name for path in (ROOT / "deploy/kubernetes").glob("*.yaml")}
-            assert listed == files - {"kustomization.yaml", "secret.example.yaml"}
+            assert listed == {name for name in files if ".example." not in name} - {"kustomization.yaml"}
             used = {pod["containers"][0]["image"] for pod in PODS.values()}
             assert {image["name"] for image in manifest["images"]} == used
         if manifest["kind"] == "Deployment":
@@ -161,12 +165,81 @@ def test_manifests_hold_together() -> None:
                     assert name.removeprefix("ROWMILL_").lower() in Settings.model_fields, name
         if manifest["kind"] == "ScaledObject":
             assert ("Deployment", manifest["spec"]["scaleTargetRef"]["name"]) in kinds
+        if manifest["kind"] == "PodDisruptionBudget":
+            labels = manifest["spec"]["selector"]["matchLabels"]
+            assert ("Deployment", f"rowmill-{labels['app.kubernetes.io/component']}") in kinds
     for name, pod in PODS.items():
         assert pod["securityContext"]["runAsNonRoot"] is True, name
         [container] = pod["containers"]
         assert container["resources"]["requests"] and container["resources"]["limits"]["memory"], name
         mounted = {mount["name"] for mount in container.get("volumeMounts", [])}
         assert mounted == {volume["name"] for volume in pod.get("volumes", [])}, name
+        for volume in pod["volumes"]:
+            if claim := volume.get("persistentVolumeClaim"):
+                assert ("PersistentVolumeClaim", claim["claimName"]) in kinds, f"{name}: nothing makes {claim}"
+
+
+OTHERS = ("Kustomization", "ScaledObject")
+"""Kinds that do not come with Kubernetes."""
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [manifest for manifest in MANIFESTS if manifest["kind"] not in OTHERS],
+    ids=lambda manifest: f"{manifest['kind']} {manifest['metadata']['name']}",
+)
+def test_kubernetes_knows_every_field(manifest: dict[str, Any]) -> None:
+    """By the API's own schemas: a field that is misspelt, or stands in the wrong place, is refused."""
+    kubernetes_validate.validate(manifest, "1.33", strict=True)
+
+
+def test_pods_may_do_nothing_that_they_need_not() -> None:
+    for name, pod in PODS.items():
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        assert pod["automountServiceAccountToken"] is False, name
+        for container in (*pod["containers"], *pod.get("initContainers", [])):
+            context = container["securityContext"]
+            assert context["readOnlyRootFilesystem"] and not context["allowPrivilegeEscalation"], name
+            assert context["capabilities"] == {"drop": ["ALL"]}, name
+            writable = {m["mountPath"] for m in container["volumeMounts"] if not m.get("readOnly")}
+            assert {"/tmp", "/cache"} <= writable, f"{name}: it has nowhere to write"
+    config = next(m for m in MANIFESTS if m["kind"] == "ConfigMap")["data"]
+    for variable in ("HOME", "XDG_CACHE_HOME", "ROWMILL_CACHE_DIR", "ROWMILL_DATA_DIR"):
+        assert config[variable].startswith("/cache"), variable
+
+
+def test_each_deployment_can_be_disrupted_by_one_pod_at_a_time() -> None:
+    names = {m["metadata"]["name"]: m for m in MANIFESTS if m["kind"] == "PodDisruptionBudget"}
+    assert set(names) == {m["metadata"]["name"] for m in MANIFESTS if m["kind"] == "Deployment"}
+    for manifest in names.values():
+        assert manifest["spec"]["maxUnavailable"] == 1, "a budget of one pod that must stay would block a drain"
+
+
+def test_the_schema_has_a_job_for_this_version_and_pods_wait_for_it() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"rowmill-migrate-{project['version']}" in PODS
+    for name, pod in PODS.items():
+        if not name.startswith("rowmill-migrate"):
+            assert [c["command"] for c in pod["initContainers"]] == [["rowmill", "db", "wait"]], name
+            assert pod["initContainers"][0]["image"] == pod["containers"][0]["image"], name
+            assert "startupProbe" in pod["containers"][0], name
+
+
+def test_containers_are_bounded() -> None:
+    for name, service in COMPOSE.items():
+        assert service["logging"]["options"].keys() >= {"max-size", "max-file"}, f"{name}: its logs grow for ever"
+        assert "mem_limit" in service or service.get("restart") == "no", f"{name}: it may take all memory"
+        if service.get("restart") != "no" and name != "flower":
+            assert "healthcheck" in service, name
+
+
+def test_models_are_not_made_as_root() -> None:
+    text = (ROOT / "docker-compose.yml").read_text()
+    for name, service in COMPOSE.items():
+        for volume in service.get("volumes", []):
+            if isinstance(volume, dict) and volume["type"] == "bind":
+                assert volume["bind"] == {"create_host_path": False} and volume["read_only"], name
+    assert "mkdir -p models" in text and "mkdir -p models" in (ROOT / "docs/how-to/deploy.md").read_text()
 
 
 @pytest.mark.postgres
