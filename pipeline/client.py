@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pipeline import deletion, local, maintenance, measures
 from pipeline import job as job_calls
-from pipeline import local, maintenance, measures
 from pipeline.engines.base import Cancellation
 from pipeline.leases import INTERRUPTED
 from pipeline.progress import shown
@@ -267,6 +267,14 @@ class JobHandle:
         if self._runtime.settings.broker_url is None or not workers.any_alive(self._runtime.database, within=lease):
             local.cancel_idle(self._runtime, self.id)
         return self.status()
+
+    def delete(self) -> None:
+        """Forget the job, which must have ended: its rows in the database and its work files. What it published stays.
+
+        Its idempotency key is free again, and it cannot be retried any more. Raises :class:`~storage.errors.Conflict`
+        for a job that is live.
+        """
+        deletion.delete_job(self._runtime, self.id)
 
     def retry(self, failed_only: bool = True) -> JobStatus:
         """Queue the ended job again: its unfinished shards, and its failed rows (or all rows)."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from pipeline import result_cache
+from pipeline import deletion, result_cache
 from pipeline.runtime import Runtime, is_alive
 from pipeline.schedule_firing import fire_schedules
 from storage import failpoints, garbage, job_lookup, jobs, planners, reaping, workers
@@ -119,6 +119,11 @@ def _collect(runtime: Runtime, item: Garbage, end: float) -> bool:
     return True
 
 
+def delete_jobs(runtime: Runtime, *, budget: float = GARBAGE_SECONDS) -> int:
+    """Delete the jobs whose ``job_retention_days`` are over, for ``budget`` seconds at most; returns how many."""
+    return deletion.delete_old(runtime, budget=budget)
+
+
 def collect_results(runtime: Runtime) -> tuple[int, int]:
     """Delete kept answers that are past their limits; returns how many files, and their bytes. All of them are listed:
     this is for now and then, and not for every tick."""
@@ -134,7 +139,7 @@ def collect_results(runtime: Runtime) -> tuple[int, int]:
 def tend(runtime: Runtime) -> None:
     """One round, but for the schedules."""
     _look_after_shards(runtime)
-    apart(collect_garbage, runtime)
+    clean(runtime)
 
 
 def urgent(runtime: Runtime) -> list[str]:
@@ -146,8 +151,14 @@ def urgent(runtime: Runtime) -> list[str]:
 def tick(runtime: Runtime) -> list[str]:
     """One round, for whoever sees to it that their jobs are run; returns the submitted jobs."""
     submitted = urgent(runtime)
-    apart(collect_garbage, runtime)
+    clean(runtime)
     return submitted
+
+
+def clean(runtime: Runtime) -> None:
+    """The steps of a round that can wait: garbage, and jobs past their retention."""
+    apart(collect_garbage, runtime)
+    apart(delete_jobs, runtime)
 
 
 def _look_after_shards(runtime: Runtime) -> None:

@@ -97,6 +97,9 @@ class Settings(BaseSettings):
     """Most memory to know by heart which answers there are, at 16 bytes an answer: the newest are known."""
     attempt_retention_hours: Annotated[float, Field(ge=0)] = 24.0
     """How long the files of ended attempts are kept outside the embedded mode."""
+    job_retention_days: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Jobs that ended longer ago are deleted with their work files, by beat and ``rowmill admin gc``; what they
+    published stays. ``None``: they stay until ``rowmill job delete``."""
     max_failures: Annotated[int, Field(ge=1)] = 4
     """Failures after which a shard is given up."""
     max_losses: Annotated[int, Field(ge=1)] = 8

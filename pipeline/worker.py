@@ -131,7 +131,7 @@ class Worker:
         apart(self.wake)
         apart(self.wakeups.plan)
         apart(self.wakeups.finalize)
-        apart(maintenance.collect_garbage, runtime)
+        maintenance.clean(runtime)
 
     def wake(self, queues: Collection[str] | None = None) -> None:
         """Wake workers for the shards that are ready, on all queues or on some: no more than they have free slots."""

@@ -30,6 +30,7 @@ POINTS = {
     "finalize.put": "the finalizer has looked at its lease for the last time before it puts the manifest",
     "finalize.success": "the manifest is published, _SUCCESS is not",
     "finalize.complete": "everything is published; the job is not completed yet",
+    "delete.marked": "an ended job is marked as deleted; its files and rows are there",
     "garbage.given_up": "the part files of an ended job are forgotten; none is deleted",
 }
 """Every point, and what is true when it is hit."""

@@ -50,7 +50,8 @@ def claim_finalize(database: Database, *, owner: str, lease_seconds: float, job_
     newer = job.alias()
     ready = sa.or_(job.c.state == JobState.FINALIZING, sa.and_(job.c.state == JobState.CANCELLING, job.c.n_open == 0))
     overtaken = sa.exists().where(newer.c.output_uri == job.c.output_uri, newer.c.id > job.c.id, newer.c.publishing)
-    touched = sa.and_(job.c.touched, job.c.state.in_(TERMINAL_JOB), ~overtaken)
+    stands = sa.and_(~job.c.overtaken, job.c.deleted_at.is_(None))
+    touched = sa.and_(job.c.touched, job.c.state.in_(TERMINAL_JOB), ~overtaken, stands)
     free = sa.or_(job.c.finalize_until.is_(None), job.c.finalize_until < now())
     with database.write() as connection:
         for which in (ready, touched):
@@ -82,7 +83,9 @@ def report_touched(database: Database, output_uri: str, *, actor: str) -> None:
     with database.write() as connection:
         job_id = connection.execute(newest.limit(1)).scalar()
         if job_id is not None:
-            connection.execute(job.update().where(job.c.id == job_id).values(touched=True))
+            there = (job.c.id == job_id, job.c.deleted_at.is_(None))
+            if not connection.execute(job.update().where(*there).values(touched=True)).rowcount:
+                return  # it was deleted
             record(connection, job_id, "finalize.touched", actor)
 
 

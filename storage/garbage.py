@@ -31,10 +31,15 @@ class Garbage:
 
 
 def enqueue(database: Database, job_id: str, uri: str, *, delay: float) -> None:
-    """Queue what is below ``uri`` for deletion in ``delay`` seconds. What is queued already keeps its time."""
+    """Queue what is below ``uri`` for deletion in ``delay`` seconds. What is queued already keeps its time.
+
+    Nothing, when the job is being deleted: its files go with it.
+    """
     insert = sqlite.insert if database.sqlite else postgresql.insert
+    job = tables.job
+    mine = sa.select(sa.literal(uri), job.c.id, now() + delay).where(job.c.id == job_id, job.c.deleted_at.is_(None))
     with database.write() as connection:
-        statement = insert(tables.gc_queue).values(uri=uri, job_id=job_id, not_before=now() + delay)
+        statement = insert(tables.gc_queue).from_select(["uri", "job_id", "not_before"], mine)
         connection.execute(statement.on_conflict_do_nothing())
 
 

@@ -28,12 +28,13 @@ def find(database: Database, part: str) -> Job:
     if not part:
         raise NotFound("a job's id is missing: it is empty, which would fit every job")
     job = tables.job
+    there = sa.select(job).where(job.c.deleted_at.is_(None))
     fits = sa.or_(job.c.id.startswith(part, autoescape=True), job.c.id.endswith(part, autoescape=True))
     with database.read() as connection:
-        exact = connection.execute(sa.select(job).where(job.c.id == part)).first()
+        exact = connection.execute(there.where(job.c.id == part)).first()
         if exact is not None:
             return rows.job(exact)
-        found = connection.execute(sa.select(job).where(fits).order_by(job.c.id).limit(_NAMED + 1)).all()
+        found = connection.execute(there.where(fits).order_by(job.c.id).limit(_NAMED + 1)).all()
     if len(found) == 1:
         return rows.job(found[0])
     if found:
@@ -84,7 +85,7 @@ def listed(
     database's clock: jobs submitted at ``since`` or later, and earlier than ``before``.
     """
     job = tables.job
-    wanted: list[sa.ColumnElement[bool]] = []
+    wanted: list[sa.ColumnElement[bool]] = [job.c.deleted_at.is_(None)]
     if state is not None:
         wanted.append(job.c.state == state)
     if tenant is not None:

@@ -133,7 +133,8 @@ def live_on_output(database: Database, output_uri: str) -> Job | None:
 def newest_on_output(database: Database, output_uri: str) -> Job | None:
     """The job that was the last to write to ``output_uri``, whatever became of it."""
     job = tables.job
-    query = sa.select(job).where(job.c.output_uri == output_uri).order_by(job.c.id.desc()).limit(1)
+    mine = (job.c.output_uri == output_uri, job.c.deleted_at.is_(None))
+    query = sa.select(job).where(*mine).order_by(job.c.id.desc()).limit(1)
     with database.read() as connection:
         row = connection.execute(query).first()
     return None if row is None else rows.job(row)
@@ -305,7 +306,7 @@ def get(database: Database, job_id: str) -> Job:
     """The job, or :class:`NotFound`."""
     with database.read() as connection:
         row = connection.execute(sa.select(tables.job).where(tables.job.c.id == job_id)).first()
-    if row is None:
+    if row is None or row.deleted_at is not None:
         raise NotFound(f"there is no job {job_id}")
     return rows.job(row)
 

@@ -29,7 +29,7 @@ def reopen(database: Database, job_id: str, *, failed_only: bool, window_seconds
     try:
         with database.write() as connection:
             found = connection.execute(database.locked(sa.select(job).where(job.c.id == job_id))).first()
-            if found is None:
+            if found is None or found.deleted_at is not None:
                 raise NotFound(f"there is no job {job_id}")
             state = JobState(found.state)
             if state not in TERMINAL_JOB:
@@ -37,8 +37,9 @@ def reopen(database: Database, job_id: str, *, failed_only: bool, window_seconds
             newer = connection.execute(
                 sa.select(job.c.id).where(job.c.output_uri == found.output_uri, job.c.id > job_id).limit(1)
             ).scalar()
-            if newer is not None:
-                raise Conflict(f"the output {found.output_uri} belongs to the newer job {newer}; submit a new job")
+            if newer is not None or found.overtaken:
+                whose = f"to the newer job {newer}" if newer else "to a newer job, which was deleted"
+                raise Conflict(f"the output {found.output_uri} belongs {whose}; submit a new job")
             again = 0
             if not found.plan and state is not JobState.COMPLETED:
                 # It never got past planning.

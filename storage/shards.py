@@ -164,8 +164,8 @@ def _committed(database: Database, claim: Claim) -> JobState | None:
             sa.select(shard.c.committed_attempt, job.c.state)
             .join(job, job.c.id == shard.c.job_id)
             .where(shard.c.id == claim.shard.id)
-        ).one()
-    return JobState(row.state) if row.committed_attempt == claim.attempt_no else None
+        ).first()
+    return JobState(row.state) if row is not None and row.committed_attempt == claim.attempt_no else None
 
 
 def fail(
@@ -382,8 +382,14 @@ def failed_so_far(connection: sa.Connection, job_id: str) -> sa.Row[Any]:
 
 
 def locked_job(database: Database, connection: sa.Connection, job_id: str) -> sa.Row[Any]:
-    """The job's row, locked until the transaction ends: always before any of its shards."""
-    return connection.execute(database.locked(sa.select(tables.job).where(tables.job.c.id == job_id))).one()
+    """The job's row, locked until the transaction ends: always before any of its shards.
+
+    Raises :class:`LeaseLost` when it was deleted: it had ended, so that whoever still works on it is too late.
+    """
+    row = connection.execute(database.locked(sa.select(tables.job).where(tables.job.c.id == job_id))).first()
+    if row is None:
+        raise LeaseLost(f"job {job_id} was deleted")
+    return row
 
 
 def held_row(database: Database, connection: sa.Connection, claim: Claim) -> sa.Row[Any]:

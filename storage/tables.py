@@ -80,6 +80,7 @@ tenant_usage = sa.Table(
 
 _terminal = ", ".join(f"'{state}'" for state in sorted(TERMINAL_JOB))
 _LIVE_JOB = sa.text(f"state NOT IN ({_terminal})")
+_DELETED = sa.text("deleted_at IS NOT NULL")
 
 job = sa.Table(
     "job",
@@ -117,7 +118,12 @@ job = sa.Table(
     sa.Column("ended_at", Seconds),
     sa.Column("expires_at", Seconds),
     sa.Column("cancel_requested_at", Seconds),
+    # Set for a job that is being deleted: nobody sees it any more (storage.deletion).
+    sa.Column("deleted_at", Seconds),
+    # A newer job has published at the same output, and was deleted.
+    sa.Column("overtaken", sa.Boolean, nullable=False, server_default=sa.text("false")),
     sa.CheckConstraint(f"state IN ({', '.join(repr(str(s)) for s in JobState)})", name="state"),
+    sa.Index("ix_job_deleted_at", "deleted_at", sqlite_where=_DELETED, postgresql_where=_DELETED),
     sa.Index("uq_job_tenant_idem_key", "tenant", "idem_key", unique=True),
     sa.Index("uq_job_live_output", "output_uri", unique=True, sqlite_where=_LIVE_JOB, postgresql_where=_LIVE_JOB),
     sa.Index("ix_job_output_uri", "output_uri"),
@@ -324,11 +330,12 @@ schedule_fire = sa.Table(
 )
 
 # The files that a fire's job took when it was planned, under the names the user knows (input that is converted has
-# chunks for sources). done_at: when that job completed for the first time; a retry of it does not take that back.
+# chunks for sources). done_at: when that job completed for the first time; a retry of it does not take that back, nor
+# does its deletion: job_id may name a job that is gone.
 schedule_file = sa.Table(
     "schedule_file",
     metadata,
-    sa.Column("job_id", Id, sa.ForeignKey("job.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("job_id", Id, primary_key=True),
     sa.Column("uri", Id, primary_key=True),
     sa.Column("schedule_id", Id, sa.ForeignKey("schedule.id", ondelete="CASCADE"), nullable=False),
     sa.Column("etag", Text, nullable=False),

@@ -61,17 +61,20 @@ def reap(invocation: Invocation) -> None:
 def gc(invocation: Invocation) -> None:
     """Delete the files of ended attempts whose retention is over, and kept answers that are old or too many.
 
-    The limits are settings: attempt_retention_hours, result_cache_days and result_cache_bytes.
+    Jobs that ended longer ago than job_retention_days are deleted, too. The other limits are settings as well:
+    attempt_retention_hours, result_cache_days and result_cache_bytes.
     """
     from pipeline import maintenance
 
     with _runtime(invocation) as runtime:
         deleted = maintenance.collect_garbage(runtime, budget=math.inf)
+        jobs = maintenance.delete_jobs(runtime, budget=math.inf)
         files, n_bytes = maintenance.collect_results(runtime)
     if invocation.as_json:
-        output.emit_json({"deleted": deleted, "result_cache": {"files": files, "bytes": n_bytes}})
+        output.emit_json({"deleted": deleted, "deleted_jobs": jobs, "result_cache": {"files": files, "bytes": n_bytes}})
     else:
         output.emit(f"{deleted} locations were deleted")
+        output.emit(f"{output.plural(jobs, 'ended job')} past the retention deleted")
         output.emit(f"{files} files of kept answers were deleted ({output.size(n_bytes)})")
 
 

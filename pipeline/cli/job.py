@@ -13,7 +13,7 @@ import typer
 from pipeline.cli import errors, output
 from pipeline.cli.command import Invocation, command
 from pipeline.cli.foreground import Hooks, foreground
-from pipeline.cli.job_ids import JobId
+from pipeline.cli.job_ids import JobId, JobIds
 from pipeline.cli.job_list import list_jobs
 from pipeline.cli.progress import progress
 from pipeline.measures import derived
@@ -232,6 +232,23 @@ def cancel(invocation: Invocation, job: JobId) -> None:
         _tell(invocation, handle.cancel())
     if ended:
         invocation.notice("it had ended before: there was nothing to cancel")
+
+
+@app.command()
+@command
+def delete(invocation: Invocation, jobs: JobIds) -> None:
+    """Forget jobs that have ended: database rows and work files. What they published stays.
+
+    'job retry' cannot go on with them any more, and their idempotency keys are free again.
+    """
+    with invocation.client() as client:
+        handles = [client.job(job) for job in jobs]
+        for handle in handles:
+            handle.delete()
+            if not invocation.as_json:
+                output.emit(f"{handle.id}  deleted")
+    if invocation.as_json:
+        output.emit_json({"deleted": [handle.id for handle in handles]})
 
 
 @app.command()

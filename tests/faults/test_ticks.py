@@ -91,18 +91,19 @@ def test_garbage_takes_no_longer_than_it_may(world: World, worker: Worker) -> No
     assert queued_garbage(world) == {}
 
 
-@pytest.mark.parametrize("step", ["reap", "expire", "wind_down", "collect_garbage", "fire_schedules"])
+@pytest.mark.parametrize("step", ["reap", "expire", "wind_down", "collect_garbage", "delete_jobs", "fire_schedules"])
 def test_a_step_that_fails_holds_up_no_other(
     world: World, worker: Worker, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
-    names = ("reap", "expire", "wind_down", "fire_schedules", "collect_garbage")
+    names = ("reap", "expire", "wind_down", "fire_schedules", "collect_garbage", "delete_jobs")
     for name in names:
         monkeypatch.setattr(maintenance, name, _noted(getattr(maintenance, name), done, fails=name == step))
     monkeypatch.setattr(worker.wakeups, "plan", lambda: done.append("plan"))
     monkeypatch.setattr(worker.wakeups, "finalize", lambda: done.append("finalize"))
     worker.tick()
-    assert done == ["reap", "expire", "wind_down", "fire_schedules", "plan", "finalize", "collect_garbage"]
+    rest = ["plan", "finalize", "collect_garbage", "delete_jobs"]
+    assert done == ["reap", "expire", "wind_down", "fire_schedules", *rest]
 
 
 def test_what_ends_a_process_ends_a_round(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
