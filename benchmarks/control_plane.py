@@ -117,7 +117,7 @@ def _plan(url: str, n_files: int, result: Connection) -> None:
     def find(store: ObjectStore, pattern: str) -> list[ObjectInfo]:
         return [ObjectInfo(f"{pattern}/part-{n:07d}.parquet", 2_000_000 + n, f"etag-{n:032d}") for n in range(n_files)]
 
-    def stats(store: ObjectStore, uri: str) -> parquet.FileStats:
+    def stats(store: ObjectStore, uri: str, *, check: bool) -> parquet.FileStats:
         return parquet.FileStats(10_000, schema, tuple((1000, len(uri) * 1000 + n) for n in range(10)))
 
     store = ObjectStore({})

@@ -44,7 +44,7 @@ _TABLES = (
 )  # fmt: skip
 """What may well hold rows, or be a file on its way: passing over one would lose them."""
 _SUFFIX = re.compile(r"\.[a-z][a-z0-9_-]{0,9}$")
-_MAGIC = {b"PAR1": Kind.PARQUET, b"ARRO": Kind.IPC}
+_MAGIC = {b"PAR1": Kind.PARQUET, b"PARE": Kind.PARQUET, b"ARRO": Kind.IPC}
 
 
 def format_of(store: ObjectStore, uri: str) -> Format:

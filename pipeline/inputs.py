@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -47,7 +47,8 @@ class InputSpec(Protocol):
 class Inputs:
     """``sources`` in row order; ``files`` are their row groups, for planning; ``schema`` covers all of them.
 
-    ``originals`` are URI and etag of every file that was read, before any was converted.
+    ``originals`` are URI and etag of every file that was read, before any was converted. ``unreadable`` says, by the
+    name of a column that nobody can read, where and why.
     Sources and row groups lie on disk, so that planning takes no more memory than the names of the files do.
     """
 
@@ -55,6 +56,7 @@ class Inputs:
     files: Spool[InputFile]
     schema: pa.Schema
     originals: list[tuple[str, str]]
+    unreadable: Mapping[str, str] = field(default_factory=dict)
 
 
 Processed = Callable[[Sequence[str]], set[tuple[str, str]]]
@@ -98,8 +100,11 @@ def discover(
     files = list(_parquet_files(store, found, work_dir_uri))
     sources: Spool[Source] = Spool()
     groups: Spool[InputFile] = Spool()
+    unreadable: dict[str, str] = {}
     for idx, (file, stats) in enumerate(zip(files, _footers(store, files), strict=True)):
         unified.add(stats.schema, file.origin)
+        for name, why in stats.unreadable.items():
+            unreadable.setdefault(name, f"{file.origin} ({why})")
         sources.append(Source(idx, file.info.uri, file.info.etag, file.info.n_bytes, stats.n_rows, file.partition))
         groups.append(InputFile(idx, stats.row_groups))
     keys = dict.fromkeys(key for file in files for key in file.partition if key not in unified)
@@ -110,7 +115,7 @@ def discover(
     schema = pa.schema([*fields, *partition], metadata=unified.metadata)
     if not schema.names and any(source.n_rows for source in sources):
         raise InvalidInput("the input has rows and no columns", field="input")
-    return Inputs(sources, groups, schema, [(file.info.uri, file.info.etag) for file, _ in found])
+    return Inputs(sources, groups, schema, [(file.info.uri, file.info.etag) for file, _ in found], unreadable)
 
 
 def _typed(item: pa.Field[pa.DataType]) -> pa.Field[pa.DataType]:
@@ -121,8 +126,11 @@ def _typed(item: pa.Field[pa.DataType]) -> pa.Field[pa.DataType]:
 def _footers(store: ObjectStore, files: Sequence[_File]) -> Iterator[parquet.FileStats]:
     with ThreadPoolExecutor(_READERS, thread_name_prefix="rowmill-footers") as pool:
         for start in range(0, len(files), _AHEAD):
-            uris = [file.info.uri for file in files[start : start + _AHEAD]]
-            yield from pool.map(partial(parquet.stats, store), uris)
+            yield from pool.map(partial(_stats, store), files[start : start + _AHEAD])
+
+
+def _stats(store: ObjectStore, file: _File) -> parquet.FileStats:
+    return parquet.stats(store, file.info.uri, check=not file.converted)
 
 
 def _parquet_files(store: ObjectStore, found: Sequence[tuple[_File, Format]], work_dir_uri: str) -> Iterator[_File]:

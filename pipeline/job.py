@@ -80,6 +80,7 @@ def estimate(runtime: Runtime, fields: dict[str, Any]) -> Estimate:
     try:
         found = inputs.discover(runtime.store, spec, work)
         columns = registry.check(engine, spec, model, found.schema)
+        _refuse_unreadable(found, columns, _kept(spec, tuple(found.schema.names)))
     finally:
         runtime.store.delete_tree(work)
     return Estimate(
@@ -234,6 +235,7 @@ def _prepare(
     found = inputs.discover(runtime.store, spec, work, runtime.notify, done)
     columns = registry.check(engine, spec, model, found.schema)
     keep = _kept(spec, tuple(found.schema.names))
+    _refuse_unreadable(found, columns, keep)
     # An output that cannot be written is refused now, not after the engine was loaded and rows were computed.
     probe = f"{work}writable-{secrets.token_hex(4)}"
     runtime.store.put_bytes(probe, b"")
@@ -347,6 +349,17 @@ def _kept(spec: JobSpec, names: tuple[str, ...]) -> tuple[str, ...]:
             field="keep_columns" if ERROR_COLUMN in clash else "output_prefix",
         )
     return tuple(keep)
+
+
+def _refuse_unreadable(found: inputs.Inputs, columns: Iterable[str], keep: Iterable[str]) -> None:
+    """Raise :class:`InvalidInput` for a column that is read or kept and that nobody can read."""
+    for name, where in found.unreadable.items():
+        if name in columns:
+            raise InvalidInput(f"column {name!r} cannot be read in {where}; decrypt or mend the file", field="input")
+        if name in keep:
+            what = f"column {name!r} cannot be read in {where}"
+            advice = "leave it out: name the columns to copy in keep_columns (--keep), or decrypt or mend the file"
+            raise InvalidInput(f"{what}; {advice}", field="keep_columns")
 
 
 def cancel_job(runtime: Runtime, job_id: str) -> Job:

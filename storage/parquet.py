@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from types import TracebackType
 from typing import IO, cast
@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyroaring import BitMap
 
+from storage import footer_check
 from storage.errors import CorruptFile, InputChanged, InvalidInput, RowmillError
 from storage.locations import protocol
 from storage.objects import NewFile, ObjectStore, Written
-from storage.parquet_batches import Readable, conform, readable, row_groups, without_columns
+from storage.parquet_batches import Readable, conform, readable, row_groups, unreadable_columns, without_columns
 from storage.records import Slice, Source
 
 RowIds = npt.NDArray[np.int64]
@@ -30,21 +31,38 @@ ROW_GROUP_BYTES = 32 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class FileStats:
-    """What a footer says. ``row_groups``: (rows, uncompressed bytes) of each."""
+    """What a footer says. ``row_groups``: (rows, uncompressed bytes) of each.
+
+    ``unreadable``: why a column cannot be read, by its name; only of a file that was asked for with ``check``.
+    """
 
     n_rows: int
     schema: pa.Schema
     row_groups: tuple[tuple[int, int], ...]
+    unreadable: Mapping[str, str] = field(default_factory=dict)
 
 
-def stats(store: ObjectStore, uri: str) -> FileStats:
-    """The footer's facts; no data is read. Raises :class:`InvalidInput`, saying why, when this is no Parquet file."""
+def stats(store: ObjectStore, uri: str, *, check: bool = False) -> FileStats:
+    """The footer's facts; no data is read. Raises :class:`InvalidInput`, saying why, when this is no Parquet file.
+
+    With ``check``, for files of others: also which columns nobody can read, encrypted ones for instance.
+    """
     with store.open(uri) as file, readable(uri, InvalidInput, "it is not a readable Parquet file"):
-        parquet = pq.ParquetFile(file)
+        try:
+            parquet = pq.ParquetFile(file)
+        except OSError:
+            if footer_check.is_encrypted(file):
+                raise InvalidInput(f"{uri}: its footer is encrypted; decrypt the file first", field="input") from None
+            raise
         footer = parquet.metadata
         groups = (footer.row_group(i) for i in range(footer.num_row_groups))
         sizes = tuple((group.num_rows, max(0, group.total_byte_size)) for group in groups)
-        return FileStats(footer.num_rows, parquet.schema_arrow, sizes)
+        unreadable: dict[str, str] = {}
+        if check and not footer_check.is_safe(footer_check.raw_footer(file)):
+            unreadable = unreadable_columns(parquet)
+            if not unreadable:
+                raise InvalidInput(f"{uri}: its footer is damaged", field="input")
+        return FileStats(footer.num_rows, parquet.schema_arrow, sizes, unreadable)
 
 
 def read(

@@ -37,6 +37,23 @@ def readable(where: str, kind: type[RowmillError], what: str) -> Iterator[None]:
         raise kind(f"{where}: {what} ({_on_one_line(error)})") from error
 
 
+def unreadable_columns(parquet: pq.ParquetFile) -> dict[str, str]:
+    """Why a top-level column cannot be read, by its name. Reads the first value of each column chunk.
+
+    Never looks at a column chunk's metadata itself: see ``storage.footer_check``.
+    """
+    found: dict[str, str] = {}
+    names = set(parquet.schema_arrow.names)
+    for index in range(parquet.metadata.num_columns):
+        path = parquet.metadata.schema.column(index).path
+        for number in range(parquet.metadata.num_row_groups):
+            try:
+                next(parquet.iter_batches(batch_size=1, row_groups=[number], columns=[path], use_threads=False), None)
+            except (OSError, pa.ArrowException) as error:
+                found.setdefault(path if path in names else path.split(".")[0], _on_one_line(error))
+    return found
+
+
 def _on_one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
