@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline import assembly, manifest, measures, restoring
+from pipeline import assembly, manifest, measures, output_owner, restoring
 from pipeline.flusher import patiently
 from pipeline.job_spec import JobSpec
 from pipeline.outputs import chunks_are_gone, earlier_parts, is_free
@@ -26,7 +26,7 @@ from pipeline.renewals import renewals
 from pipeline.result_columns import known_fields
 from pipeline.runtime import Runtime
 from storage import failpoints, finalizing, garbage, input_rows, locations, parquet, reports
-from storage.errors import CorruptFile, LeaseLost
+from storage.errors import Conflict, CorruptFile, LeaseLost
 from storage.finalizing import Lost
 from storage.records import Job
 from storage.states import TERMINAL_JOB, JobState
@@ -61,18 +61,29 @@ def finalize_job(runtime: Runtime, job_id: str | None = None) -> Job | None:
 
 def _finalize(runtime: Runtime, job: Job) -> Job:
     while True:
-        job = _publish(runtime, job)
-        target = finalizing.end_state(job)
+        job, target, error = _published(runtime, job)
         failpoints.hit("finalize.complete")
-        error = job.error or _why(runtime, job, target)
         useless = _useless(runtime, job, target)
         # Listed before the job ends: from then on a retry may begin, whose attempts write below the same place.
         files = runtime.store.list_tree(useless) if useless is not None and _is_embedded(runtime) else []
+        output_owner.release(runtime, job)
         ended = _complete(runtime, job, target, error)
         if ended is not None:
             break
     _let_go(runtime, ended, useless, files)
     return ended
+
+
+def _published(runtime: Runtime, job: Job) -> tuple[Job, JobState, str | None]:
+    """Publish what there is. Returns the job as it is afterwards, what it ends as, and why it does not complete."""
+    try:
+        job = _publish(runtime, job)
+    except Conflict as error:
+        # The output is another job's by now, and is left alone. The work stays, for a retry.
+        target = JobState.FAILED if job.state is JobState.FINALIZING else finalizing.end_state(job)
+        return job, target, job.error or str(error)
+    target = finalizing.end_state(job)
+    return job, target, job.error or _why(runtime, job, target)
 
 
 def _complete(runtime: Runtime, job: Job, target: JobState, error: str | None) -> Job | None:
@@ -95,6 +106,8 @@ def _publish(runtime: Runtime, job: Job) -> Job:
         return job
     finalizing.begin_publishing(runtime.database, job, actor=runtime.actor)
     failpoints.hit("finalize.publishing")
+    if job.plan:  # else it has no row to publish, and may not be able to write there at all
+        output_owner.check(runtime, job)
     if job.state in TERMINAL_JOB and chunks_are_gone(store, input_rows.chunks(runtime.database, job.id)):
         runtime.notify(f"{output} cannot be published once more: what it was made of has been deleted")
         return job
@@ -111,7 +124,7 @@ def _publish(runtime: Runtime, job: Job) -> Job:
         names.add(_publish_empty(runtime, job))
     if whole and (rows := sum(entry["rows"] for entry in entries)) != job.rows_total:
         raise CorruptFile(f"job {job.id} has {job.rows_total:,} rows, and its files {rows:,}: it is not published")
-    _renew(runtime, job)
+    _guard(runtime, job)
     _remove_stale(runtime, output, names)
     if not entries and not whole:
         return job
@@ -125,11 +138,12 @@ def _publish(runtime: Runtime, job: Job) -> Job:
         measured=measures.of_job(reports.measured(runtime.database, job.id)),
         versions={"python": platform.python_version()} | {name: metadata.version(name) for name in _LIBRARIES},
     )
-    _renew(runtime, job)
+    _guard(runtime, job)
     failpoints.hit("finalize.put")
     _put_manifest(runtime, job, json.dumps(document, indent=2).encode())
     failpoints.hit("finalize.success")
     if whole:
+        _guard(runtime, job)
         store.put_bytes(locations.success(output), b"")
     return job
 
@@ -151,7 +165,7 @@ def _publish_shards(
             sources_of=lambda shard: finalizing.shard_sources(runtime.database, shard),
             partial=lambda closed: assemble_partial(runtime, job, closed),
             notify=runtime.notify,
-            renew=lambda: _renew(runtime, job),
+            renew=lambda: _guard(runtime, job),
         )
         return made.entries, made.names, made.lost
     entries: list[dict[str, Any]] = []
@@ -159,7 +173,7 @@ def _publish_shards(
     lost: dict[str, Lost] = {}
     for count, closed in enumerate(closed_shards):
         if count % _RENEW_EVERY == 0:
-            _renew(runtime, job)
+            _guard(runtime, job)
         try:
             entry = publish_shard(runtime, job, closed, earlier)
         except CorruptFile as error:
@@ -182,7 +196,7 @@ def _put_manifest(runtime: Runtime, job: Job, content: bytes) -> None:
         try:
             runtime.store.put_bytes(uri, content, if_absent=True)
         except FileExistsError:
-            _renew(runtime, job)  # it is a late one's, if this finalizer is still the one
+            _guard(runtime, job)  # it is a late one's, if this finalizer is still the one
             runtime.store.delete([uri])
         else:
             return
@@ -212,6 +226,13 @@ def _renewals(runtime: Runtime, job: Job) -> AbstractContextManager[None]:
 
 def _renew(runtime: Runtime, job: Job) -> None:
     finalizing.renew(runtime.database, job, lease_seconds=runtime.settings.lease_seconds)
+
+
+def _guard(runtime: Runtime, job: Job) -> None:
+    """Before a step that changes the output: :class:`LeaseLost`, or :class:`Conflict` where it is another job's."""
+    _renew(runtime, job)
+    if job.plan:
+        output_owner.check(runtime, job)
 
 
 def _is_embedded(runtime: Runtime) -> bool:

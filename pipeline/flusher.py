@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from pyroaring import BitMap
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 
-from pipeline import assembly
+from pipeline import assembly, output_owner
 from pipeline.engines.base import ResultBatch
 from pipeline.runtime import Runtime
 from storage import failpoints, parquet, shards
@@ -114,6 +114,7 @@ class Flusher:
     def _flush(self, seq: int, buffer: list[ResultBatch], rows: BitMap, failed: BitMap) -> PartFile:
         began = time.monotonic()
         runtime, claim = self._runtime, self._claim
+        output_owner.check(runtime, claim.job)
         table = assembly.result_table(self._schema, buffer)
         with parquet.writer(runtime.store, f"{self._directory}/part-{seq:05d}.parquet", table.schema) as file:
             file.write(table)

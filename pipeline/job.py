@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import uuid_utils
 
-from pipeline import inputs, permissions, planning, regrouping, routing
+from pipeline import inputs, output_owner, permissions, planning, regrouping, routing
 from pipeline.engines import registry
 from pipeline.engines.base import Cancellation
 from pipeline.flusher import patiently
@@ -23,7 +23,7 @@ from pipeline.job_spec import NOT_PART_OF_THE_WORK, JobSpec, parse
 from pipeline.models import adapters
 from pipeline.models.model import Model
 from pipeline.models.resolve import resolve
-from pipeline.outputs import chunks_are_gone, refuse_existing
+from pipeline.outputs import chunks_are_gone
 from pipeline.plan_record import PlanRecord
 from pipeline.profiling import Profiled
 from pipeline.result_columns import known_names
@@ -32,6 +32,7 @@ from storage import failpoints, finalizing, input_rows, jobs, locations, planner
 from storage.errors import (
     CommitUnknown,
     Conflict,
+    IllegalTransition,
     InputChanged,
     Interrupted,
     InvalidInput,
@@ -108,6 +109,8 @@ def submit_job(
     live = jobs.live_on_output(runtime.database, spec.output)
     if live is not None and resume:
         if live.spec_hash == spec.work_hash():
+            if spec.overwrite:
+                output_owner.acquire(runtime, live, overwrite=True)
             return live
         raise Conflict(
             f"job {live.id} ({live.state}) already writes there, with other settings ({_differences(live, spec)}); "
@@ -118,8 +121,8 @@ def submit_job(
         runtime.notify(f"job {done.id} has done this already; --overwrite (overwrite=True) does it again")
         return done
     known = jobs.has_key(runtime.database, spec.tenant, spec.idempotency_key)
-    if live is None and not known and not spec.overwrite:
-        refuse_existing(runtime.store, spec.output)
+    if live is None and not known:
+        output_owner.refuse_taken(runtime, spec.output, overwrite=spec.overwrite)
     job_id = str(uuid_utils.uuid7())
     try:
         prepared = _prepare(runtime, job_id, spec, engine, model) if plan and live is None and not known else None
@@ -148,10 +151,26 @@ def submit_job(
     if job.id != job_id:
         runtime.store.delete_tree(locations.work_dir(spec.output, job_id))
         return job
+    failpoints.hit("submit.inserted")
+    _own_output(runtime, job, spec)
     # Regrouping reads all of the input: that is for whoever runs the job, who begins again after a crash.
     if prepared is None or _limits_if_regrouped(runtime, spec, prepared.found) is not None:
         return job
     return _store_plan(runtime, job, spec, prepared)
+
+
+def _own_output(runtime: Runtime, job: Job, spec: JobSpec) -> None:
+    """After the job was stored: an owner that its database does not know would stand in everybody's way."""
+    try:
+        output_owner.acquire(runtime, job, overwrite=spec.overwrite)
+    except RowmillError as error:
+        if runtime.settings.broker_url is not None and (error.elsewhere or isinstance(error, TransientError)):
+            runtime.notify(f"the output is left to a worker to take, since it cannot be reached from here: {error}")
+            return
+        if isinstance(error, InvalidJob):
+            with suppress(IllegalTransition):  # a planner has refused it already
+                _refuse(runtime, job, spec, error)
+        raise
 
 
 def _done_before(runtime: Runtime, spec: JobSpec, model: Model) -> Job | None:
@@ -216,12 +235,13 @@ def plan_job(runtime: Runtime, job: Job, interrupt: Cancellation | None = None, 
     schedule_id = schedules.incremental_of(runtime.database, job.id)
     done = None if schedule_id is None else partial(schedules.processed, runtime.database, schedule_id)
     try:
+        output_owner.check(runtime, job, over_rows=spec.overwrite)
         model = resolve(spec.model, runtime.settings.cache_dir)
         prepared = _prepare(runtime, job.id, spec, job.engine, model, done)
         if (limits := _limits_if_regrouped(runtime, spec, prepared.found)) is not None:
             prepared = _regrouped(runtime, job, spec, prepared, limits, interrupt, owner)
     except InvalidJob as error:
-        _refuse(runtime, job.id, spec, error)
+        _refuse(runtime, job, spec, error)
         raise
     taken = None if schedule_id is None else Taken(schedule_id, tuple(prepared.found.originals))
     return _store_plan(runtime, job, spec, prepared, taken)
@@ -318,18 +338,19 @@ def _store_plan(runtime: Runtime, job: Job, spec: JobSpec, prepared: _Prepared, 
             taken=taken,
         )
     except QuotaExceeded as error:
-        _refuse(runtime, job.id, spec, error)
+        _refuse(runtime, job, spec, error)
         raise
 
 
 def refuse_job(runtime: Runtime, job: Job, error: RowmillError) -> None:
     """End a job that waits for its plan, for this reason. Raises :class:`IllegalTransition` when it waits no more."""
-    _refuse(runtime, job.id, JobSpec(**job.spec), error)
+    _refuse(runtime, job, JobSpec(**job.spec), error)
 
 
-def _refuse(runtime: Runtime, job_id: str, spec: JobSpec, error: RowmillError) -> None:
-    jobs.refuse(runtime.database, job_id, str(error), actor=runtime.actor)
-    runtime.store.delete_tree(locations.work_dir(spec.output, job_id))
+def _refuse(runtime: Runtime, job: Job, spec: JobSpec, error: RowmillError) -> None:
+    output_owner.release(runtime, job)
+    jobs.refuse(runtime.database, job.id, str(error), actor=runtime.actor)
+    runtime.store.delete_tree(locations.work_dir(spec.output, job.id))
 
 
 def _kept(spec: JobSpec, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -375,5 +396,11 @@ def retry_job(runtime: Runtime, job_id: str, *, failed_only: bool = True) -> Job
             f"what job {job_id} was made of has been deleted (its rows lay in another order, in files of its own); "
             "submit it again with --overwrite (overwrite=True)"
         )
-    window = JobSpec(**job.spec).window_seconds
-    return retries.reopen(runtime.database, job_id, failed_only=failed_only, window_seconds=window, actor=runtime.actor)
+    spec = JobSpec(**job.spec)
+    if job.state in TERMINAL_JOB:
+        output_owner.refuse_retry(runtime, job, overwrite=spec.overwrite)
+    reopened = retries.reopen(
+        runtime.database, job_id, failed_only=failed_only, window_seconds=spec.window_seconds, actor=runtime.actor
+    )
+    output_owner.check(runtime, reopened, over_rows=True)
+    return reopened

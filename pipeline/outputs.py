@@ -36,6 +36,16 @@ def _of_a_partial_job(store: ObjectStore, output: str) -> str:
     return f" of job {job}, which did not complete: 'rowmill job retry {job}' goes on from there" if partial else ""
 
 
+def manifest_job(store: ObjectStore, output: str) -> str | None:
+    """The job whose manifest is there; ``None`` without one, ``""`` for one that does not say."""
+    if not store.exists(locations.manifest(output)):
+        return None
+    try:
+        return str(json.loads(store.read_bytes(locations.manifest(output)))["job"]["id"])
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
 def is_free(store: ObjectStore, output: str) -> bool:
     """Whether nobody has published anything at ``output``."""
     marks = (locations.success(output), locations.manifest(output))

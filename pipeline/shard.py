@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from pyroaring import BitMap
 
-from pipeline import assembly, profiling
+from pipeline import assembly, output_owner, profiling
 from pipeline.bisection import Kind, rounds
 from pipeline.damage import forget_damaged
 from pipeline.engines.base import Cancellation, Engine, ResultBatch, RowBatch, RowFailure
@@ -128,6 +128,7 @@ def _last_line(error: BaseException) -> str:
 def _attempt(runtime: Runtime, claim: Claim, cancel: Cancellation, measured: dict[str, Any]) -> None:
     spec = JobSpec(**claim.job.spec)
     plan = PlanRecord.from_json(claim.job.plan)
+    output_owner.check(runtime, claim.job)
     model = resolve(spec.model, runtime.settings.cache_dir)
     if model.digest != plan.model_digest:
         raise InvalidModel(f"{spec.model} changed after the job was planned; submit a new job", field="model")

@@ -5,6 +5,7 @@
     <output>/data/part-00042.parquet          final files, and nothing else
     <output>/_manifest.json, _SUCCESS
     <output>/_profile/…                       traces of a job that asked for them
+    <output>/.rowmill/owner.json               which job it belongs to, until that job ends
     <output>/.rowmill/<job>/attempts/…         what attempts write
     <output>/.rowmill/<job>/input/…            input that was converted to Parquet, or put in another order
     <output>/.rowmill/<job>/published.json     its manifest, while it is published once more
@@ -64,6 +65,19 @@ def earlier_manifest(output: str, job_id: str) -> str:
 def success(output: str) -> str:
     """The empty object that says: all of it is there."""
     return f"{_base(output)}/_SUCCESS"
+
+
+def owner(output: str) -> str:
+    """Which job the output belongs to."""
+    return f"{_base(output)}/{WORK_FOLDER}/owner.json"
+
+
+def outer_outputs(output: str) -> list[str]:
+    """The outputs among whose own files ``output`` would lie, if there are outputs at these places."""
+    scheme, _, path = output.rpartition("://")
+    names = path.split("/")
+    inner = [at for at, name in enumerate(names) if at > 0 and name in ("data", WORK_FOLDER)]
+    return [f"{scheme}://{'/'.join(names[:at])}" if scheme else "/".join(names[:at]) for at in inner]
 
 
 def profile(output: str, shard_idx: int, attempt_no: int) -> str:
