@@ -173,7 +173,8 @@ def _publish_shards(
     lost: dict[str, Lost] = {}
     for count, closed in enumerate(closed_shards):
         if count % _RENEW_EVERY == 0:
-            _guard(runtime, job)
+            _renew(runtime, job)
+        output_owner.check(runtime, job)
         try:
             entry = publish_shard(runtime, job, closed, earlier)
         except CorruptFile as error:

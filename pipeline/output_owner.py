@@ -37,15 +37,12 @@ class Owner:
 
 def read(store: ObjectStore, output: str) -> Owner | None:
     """The owner of ``output``, or ``None``. One whose file cannot be understood has an empty job."""
-    uri = locations.owner(output)
-    if not store.exists(uri):
-        return None
     try:
-        content = store.read_bytes(uri)
-    except InvalidInput:
-        if store.exists(uri):
-            raise
-        return None  # given up in between
+        content = store.read_bytes(locations.owner(output))  # one request: it is looked at before every step
+    except InvalidInput as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
     try:
         document = json.loads(content)
         return Owner(str(document["job"]), str(document["where"]), str(document["since"]))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 POINTS = {
     "plan.claimed": "a planner of a fleet has its lease; nothing was read yet",
     "plan.prepared": "the input was read; neither the job nor its shards are stored yet",
+    "submit.inserted": "the job is stored; its output does not know yet whose it is",
     "plan.sampled": "regrouping by prefix: it is decided where to cut; nothing was copied",
     "plan.spilled": "regrouping by prefix: every row lies in the temporary file; no chunk is written",
     "plan.chunk": "regrouping by prefix: one more chunk is written; the database does not know of it",

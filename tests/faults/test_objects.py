@@ -18,7 +18,7 @@ import s3fs
 from pipeline import Client, maintenance
 from pipeline.settings import Settings
 from pipeline.worker import Worker
-from storage import failpoints, finalizing, jobs, local_files
+from storage import failpoints, finalizing, jobs, local_files, locations
 from storage.new_file import NewLocalFile, Written
 from storage.objects import ObjectStore
 from storage.states import AttemptState, JobState
@@ -35,8 +35,10 @@ def _disarmed() -> Iterator[None]:
 
 
 def files(world: World) -> list[str]:
-    """Everything below the output, hidden and temporary files too."""
-    return sorted(str(path.relative_to(world.output)) for path in world.output.rglob("*") if path.is_file())
+    """Everything below the output, hidden and temporary files too; not what says whose the output is."""
+    owner = Path(locations.owner(str(world.output)))
+    paths = [path for path in world.output.rglob("*") if path.is_file() and path != owner]
+    return sorted(str(path.relative_to(world.output)) for path in paths)
 
 
 def part_names(world: World) -> list[str]:

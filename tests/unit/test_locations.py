@@ -68,3 +68,18 @@ def test_layout() -> None:
     assert locations.manifest("/o") == "/o/_manifest.json"
     assert locations.success("/o") == "/o/_SUCCESS"
     assert locations.work_dir("/o", "j") == "/o/.rowmill/j/"
+    assert locations.owner("/o/") == "/o/.rowmill/owner.json"
+
+
+@pytest.mark.parametrize(
+    ("output", "outer"),
+    [
+        ("/o/data", ["/o"]),
+        ("/data/o/.rowmill/x", ["", "/data/o"]),
+        ("s3://b/data/o", ["s3://b"]),
+        ("s3://data/o", []),
+        ("/o/database", []),
+    ],
+)
+def test_the_outputs_that_one_would_lie_in(output: str, outer: list[str]) -> None:
+    assert locations.outer_outputs(output) == outer
