@@ -18,9 +18,9 @@ from typing import TypeVar
 
 from pipeline import doctor_engines, doctor_machine
 from pipeline.doctor_check import Check
-from pipeline.redaction import redact
 from pipeline.settings import LoadedSettings, Settings
 from storage.errors import RowmillError, Unreachable
+from storage.redaction import redact
 
 _PACKAGES = (
     "rowmill", "pyarrow", "numpy", "sqlalchemy", "alembic", "celery", "redis", "fsspec", "pydantic", "typer",

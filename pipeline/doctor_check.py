@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pipeline.redaction import redact_text
+from storage.redaction import redact_text
 
 Status = Literal["ok", "warn", "fail", "skip"]
 """``skip``: not installed, not configured or not asked for; nothing to worry about."""

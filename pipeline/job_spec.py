@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipeline.template import Template
 from storage.errors import InvalidJob
+from storage.redaction import holds_credentials
 
 
 class Task(StrEnum):
@@ -168,12 +169,20 @@ class JobSpec(BaseModel):
     @classmethod
     def _plain_paths(cls, value: Any) -> Any:
         for uri in value if isinstance(value, tuple) else (value,):
+            _refuse_credentials(uri)
             if not uri.strip():
                 raise ValueError("the path is empty; '.' is the working directory")
             if _NOWHERE.match(uri):
                 raise ValueError(f"{uri!r} names no bucket or folder")
             if "::" in uri:
                 raise ValueError(f"{uri!r} chains filesystems with '::', which is refused; give one plain path or URL")
+        return value
+
+    @field_validator("model", "adapters")
+    @classmethod
+    def _no_credentials(cls, value: Any) -> Any:
+        for uri in value.values() if isinstance(value, dict) else (value,):
+            _refuse_credentials(uri)
         return value
 
     @field_validator("engine_options", "sampling", "chat_template_kwargs", "tools")
@@ -284,6 +293,16 @@ _READS: dict[Task, frozenset[str]] = {
 }
 _SHAPING = frozenset().union(*_READS.values())
 """Fields that only some tasks read."""
+
+
+def _refuse_credentials(uri: str) -> None:
+    # A job is stored, shown and listed. Its text is not repeated here either.
+    if holds_credentials(uri):
+        scheme = uri.partition("://")[0].lower()
+        raise ValueError(
+            f"the {scheme}:// URL holds a password or a key, and a job is no place for one: leave it out of the URL, "
+            f"and set storage_options.{scheme} (ROWMILL_STORAGE_OPTIONS)"
+        )
 
 
 _SAY_ENOUGH = ("extra_forbidden", "missing", "value_error")

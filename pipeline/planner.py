@@ -21,6 +21,7 @@ from storage.errors import (
     TransientError,
 )
 from storage.records import Job
+from storage.redaction import redact_text
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def _plan(runtime: Runtime, job: Job, owner: str, interrupt: Cancellation) -> Jo
         _refuse(runtime, job, error)
     except Exception as error:
         log.exception("job %s could not be planned, trying again in %.0f s", job.id, AGAIN_SECONDS)
-        _postpone(runtime, job, owner, f"{type(error).__name__}: {error}")
+        _postpone(runtime, job, owner, redact_text(f"{type(error).__name__}: {error}"))
     return None
 
 

@@ -21,6 +21,7 @@ from pipeline.schedule_times import MOST_WAITING, CronTimes, due, local
 from storage import failpoints, schedules
 from storage.errors import CommitUnknown, IllegalTransition, RowmillError, TransientError
 from storage.records import Fire, Schedule
+from storage.redaction import redact_text
 from storage.schedules import Decided
 from storage.states import FireState, JobState
 
@@ -97,7 +98,7 @@ def _submit(runtime: Runtime, schedule: Schedule, fire: Fire) -> str | None:
         return None
     except Exception as error:
         log.exception("schedule %s: a fire could not be submitted", schedule.name)
-        reason = f"unexpected {type(error).__name__}: {error}"
+        reason = redact_text(f"unexpected {type(error).__name__}: {error}")
         schedules.settle(runtime.database, fire.key, FireState.FAILED, reason)
         return None
     failpoints.hit("fire.submitted")

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import platformdirs
-from pydantic import BeforeValidator, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from pipeline import settings_sources as sources
-from pipeline.redaction import redact
+from storage import redaction, urls
 from storage.errors import InvalidSettings
 
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
@@ -26,6 +26,17 @@ def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
+def _without_credentials(value: str) -> str:
+    if redaction.holds_credentials(value):
+        raise ValueError("the URL holds a password or a key: leave it out, and set storage_options")
+    return value
+
+
+def _database(value: str) -> str:
+    urls.database_url(value)
+    return value
+
+
 class Settings(BaseSettings):
     """How this process runs. Frozen; jobs never carry any of it.
 
@@ -33,7 +44,12 @@ class Settings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix=sources.PREFIX, env_nested_delimiter="__", env_ignore_empty=True, frozen=True, extra="forbid"
+        env_prefix=sources.PREFIX,
+        env_nested_delimiter="__",
+        env_ignore_empty=True,
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
     )
 
     data_dir: Annotated[Path, BeforeValidator(_expanded)] = Field(
@@ -44,13 +60,13 @@ class Settings(BaseSettings):
         default_factory=lambda: Path(platformdirs.user_cache_dir("rowmill"))
     )
     """Exported graphs, model digests: all of it can be deleted."""
-    database_url: Annotated[str | None, Field(repr=False)] = None
+    database_url: Annotated[Annotated[str, AfterValidator(_database)] | None, Field(repr=False)] = None
     """SQLAlchemy URL; ``None`` is SQLite at ``data_dir/rowmill.db``."""
-    broker_url: Annotated[str | None, Field(repr=False)] = None
+    broker_url: Annotated[Annotated[str, AfterValidator(urls.broker_url)] | None, Field(repr=False)] = None
     """Celery broker URL; ``None`` is the embedded mode."""
     storage_options: Annotated[dict[str, dict[str, Any]], Field(repr=False)] = {}
     """Per protocol, fsspec's own options: ``{"s3": {"endpoint_url": …}}``."""
-    uri_prefixes: tuple[str, ...] = ()
+    uri_prefixes: tuple[Annotated[str, AfterValidator(_without_credentials)], ...] = ()
     """Places below which a row may name a file (an image by URI): folders, buckets. None are allowed by default."""
     custom_op_paths: tuple[Annotated[Path, BeforeValidator(_expanded)], ...] = ()
     """Libraries of custom ONNX operators that jobs may load: files, each by its path. They run in the worker."""
@@ -86,7 +102,7 @@ class Settings(BaseSettings):
     ``order="prefix"``."""
     order_bytes: Annotated[int, Field(ge=1)] = 256 * 2**20
     """Most memory for these prompts, and for rows that are dealt out to shards."""
-    result_cache: str | None = None
+    result_cache: Annotated[str, AfterValidator(_without_credentials)] | None = None
     """Where answers are kept for later jobs (``cache`` of a job): a folder, or a URL that all workers reach. ``None``
     is ``results`` below ``cache_dir``, where each machine has its own."""
     result_cache_days: Annotated[float, Field(gt=0)] = 30.0
@@ -113,7 +129,10 @@ class Settings(BaseSettings):
 
     @property
     def effective_database_url(self) -> str:
-        return self.database_url or f"sqlite:///{self.data_dir / 'rowmill.db'}"
+        if self.database_url is not None:
+            return self.database_url
+        path = str(self.data_dir / "rowmill.db").replace("%", "%25").replace("?", "%3F")
+        return f"sqlite:///{path}"
 
     @property
     def effective_result_cache(self) -> str:
@@ -140,10 +159,18 @@ class Settings(BaseSettings):
     @model_validator(mode="wrap")
     @classmethod
     def _a_bad_value_names_its_source(cls, data: Any, handler: ModelWrapValidatorHandler[Settings]) -> Settings:
+        if isinstance(data, Mapping):
+            for name in _SECRET:
+                given = data.get(name)
+                redaction.remember(redaction.secrets_of(given), shown=_shown(given))
         try:
             return handler(data)
         except ValidationError as error:
             raise _explained(error) from None
+
+
+_SECRET = ("database_url", "broker_url", "storage_options")
+"""Settings that may hold secrets: their values are never repeated, and what is secret in them is hidden everywhere."""
 
 
 def _explained(error: ValidationError) -> InvalidSettings:
@@ -155,10 +182,14 @@ def _explained(error: ValidationError) -> InvalidSettings:
     # A flag or argument has already won the merge, so a layer is at fault only if it holds the very value refused.
     at_fault = next((x for x in sources.layers(Settings) if sources.dig(x.values, path) == problem["input"]), None)
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    shown = redact(problem["input"], path[-1])
-    return InvalidSettings(
-        f"{message}, not {shown!r}", field=".".join(path), source=at_fault.label(path) if at_fault else None
-    )
+    if path[0] not in _SECRET and problem["type"] != "value_error":
+        message += f", not {problem['input']!r}"
+    return InvalidSettings(message, field=".".join(path), source=at_fault.label(path) if at_fault else None)
+
+
+def _shown(value: object) -> str:
+    """What is no secret in a setting that holds some."""
+    return redaction.redact_url(value) if isinstance(value, str) else ""
 
 
 @dataclass(frozen=True, slots=True)

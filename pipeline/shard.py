@@ -47,6 +47,7 @@ from storage.errors import (
     TransientError,
 )
 from storage.records import OUTPUT_SEQ, Claim, PartFile
+from storage.redaction import redact_text
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ def _report(write: Any) -> None:
 
 
 def _last_line(error: BaseException) -> str:
-    return traceback.format_exception_only(error)[-1].strip()
+    return redact_text(traceback.format_exception_only(error)[-1].strip())
 
 
 def _attempt(runtime: Runtime, claim: Claim, cancel: Cancellation, measured: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -15,14 +16,26 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from pyroaring import BitMap
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
-from storage.errors import CommitUnknown, InvalidJob, RowmillError, TransientError, Unreachable, WaitTimeout
+from storage import urls
+from storage.errors import (
+    CommitUnknown,
+    CorruptDatabase,
+    InvalidJob,
+    InvalidSettings,
+    RowmillError,
+    TransientError,
+    Unreachable,
+    WaitTimeout,
+)
 
 _MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
 _BUSY_SECONDS = 60
+_CONNECT_SECONDS = 10
+"""How long PostgreSQL may take to accept a connection, where the URL does not say (``connect_timeout``)."""
 _IDLE_SECONDS = 30.0
 """How long PostgreSQL lets a process that has stopped answering keep a transaction, and the locks in it, open."""
 
@@ -81,27 +94,46 @@ def unpack(data: bytes | None) -> BitMap:
 class Database:
     """One database. ``write()`` and ``read()`` are the only ways in; both yield a connection inside a transaction.
 
-    Raises :class:`Unreachable` when the server does not answer, :class:`TransientError` when SQLite stays locked or
-    PostgreSQL reports a serialisation failure or deadlock, :class:`CommitUnknown` when the connection breaks during
-    COMMIT.
+    Raises :class:`InvalidSettings` for a URL that cannot be used, :class:`Unreachable` when the server does not answer,
+    :class:`TransientError` when SQLite stays locked or PostgreSQL reports a serialisation failure or deadlock,
+    :class:`CommitUnknown` when the connection breaks during COMMIT, :class:`CorruptDatabase` when a SQLite file does
+    not hold what was written to it.
     """
 
     def __init__(self, url: str) -> None:
         self.url = _parse(url)
         self.sqlite = self.url.get_backend_name() == "sqlite"
         if self.sqlite:
-            if self.url.database in (None, "", ":memory:"):
-                raise InvalidJob(
-                    "an in-memory SQLite database cannot survive a crash; give a file", field="database_url"
-                )
-            Path(str(self.url.database)).parent.mkdir(parents=True, exist_ok=True)
+            self._make_room(Path(str(self.url.database)))
             self._writer = self._sqlite_engine("BEGIN IMMEDIATE")
             self._reader = self._sqlite_engine("BEGIN")
         else:
             self._writer = self._reader = sa.create_engine(
-                self.url, pool_pre_ping=True, pool_size=5, max_overflow=20, json_serializer=_dump
+                self.url,
+                pool_pre_ping=True,
+                pool_size=5,
+                max_overflow=20,
+                json_serializer=_dump,
+                connect_args={} if "connect_timeout" in self.url.query else {"connect_timeout": _CONNECT_SECONDS},
             )
             sa.event.listen(self._writer, "connect", _limit_idle)
+
+    @property
+    def place(self) -> str:
+        """What to call this database to a person: the file, or the URL without its password."""
+        return str(self.url.database) if self.sqlite else self.url.render_as_string()
+
+    def _make_room(self, file: Path) -> None:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.is_dir():
+                raise InvalidSettings(f"{file} is a folder, and a database is a file", field="database_url")
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise InvalidSettings(
+                f"the folder {file.parent} cannot be made ({reason.lower()}); set data_dir or database_url to a place "
+                "that can be written"
+            ) from error
 
     def _sqlite_engine(self, begin: str) -> sa.Engine:
         engine = sa.create_engine(self.url, connect_args={"timeout": _BUSY_SECONDS}, json_serializer=_dump)
@@ -121,7 +153,7 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
         """A transaction that may write. On SQLite it holds the write lock from its first statement."""
-        with _translated(), self._writer.connect() as connection:
+        with self._translated(), self._writer.connect() as connection:
             transaction = connection.begin()
             try:
                 yield connection
@@ -137,8 +169,73 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
         """A transaction that only reads; on SQLite it never waits for a writer."""
-        with _translated(), self._reader.connect() as connection, connection.begin():
+        with self._translated(), self._reader.connect() as connection, connection.begin():
             yield connection
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except RowmillError:
+            raise
+        except (DBAPIError, sqlite3.Error) as error:
+            if (ours := self._explained(error)) is not None:
+                raise ours from error
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            # What was read makes no sense. Either the file is damaged, or this is a mistake of ours.
+            if (damage := self._damage()) is not None:
+                raise CorruptDatabase(self.place, damage) from error
+            raise
+
+    def _explained(self, error: DBAPIError | sqlite3.Error) -> RowmillError | None:
+        """Our error for one of the driver's; ``None`` for one that tells of a wrong statement."""
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        if self.sqlite:
+            return self._explained_sqlite(error, getattr(cause, "sqlite_errorname", None) or "")
+        sqlstate = getattr(cause, "sqlstate", None)
+        if sqlstate in _RETRYABLE_SQLSTATES:
+            return TransientError(f"the database is busy: {_reason(error)}")
+        gone = isinstance(error, sa.exc.OperationalError) and (sqlstate is None or sqlstate[:2] in _PG_GONE)
+        if gone or getattr(error, "connection_invalidated", False):
+            return Unreachable(f"the database at {self.place} does not answer: {_reason(error)}")
+        if sqlstate is not None and sqlstate.startswith(_PG_REFUSED):
+            return Unreachable(f"the database at {self.place} refuses the connection: {_reason(error)}")
+        if sqlstate is None and isinstance(error, (sa.exc.NotSupportedError, sa.exc.ProgrammingError)):
+            # The driver's own words, before anything was asked of the server: an encoding that it does not know.
+            return InvalidSettings(f"PostgreSQL's client cannot use it: {_reason(error)}", field="database_url")
+        return None
+
+    def _explained_sqlite(self, error: DBAPIError | sqlite3.Error, code: str) -> RowmillError | None:
+        if code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+            return TransientError(
+                f"the database is busy: {self.place} was locked by another process for {_BUSY_SECONDS} s"
+            )
+        if code.startswith(("SQLITE_READONLY", "SQLITE_PERM", "SQLITE_AUTH")):
+            return Unreachable(
+                f"the database file {self.place} cannot be written ({_reason(error)}); correct its permissions, or set "
+                "data_dir to a folder that can be written"
+            )
+        if code.startswith(_SQLITE_GONE):
+            return Unreachable(f"the database file {self.place} cannot be used: {_reason(error)}")
+        if code.startswith(_SQLITE_DAMAGED):
+            return CorruptDatabase(self.place, _reason(error))
+        if isinstance(error, (sa.exc.IntegrityError, sqlite3.IntegrityError)):
+            return None
+        damage = self._damage()
+        return None if damage is None else CorruptDatabase(self.place, damage)
+
+    def _damage(self) -> str | None:
+        """What SQLite's own check finds wrong with the file; ``None`` when nothing is, or on PostgreSQL."""
+        if not self.sqlite:
+            return None
+        uri = f"{Path(str(self.url.database)).absolute().as_uri()}?mode=ro"
+        try:
+            with closing(sqlite3.connect(uri, uri=True)) as connection:
+                found = connection.execute("PRAGMA integrity_check(1)").fetchone()
+        except (sqlite3.Error, UnicodeError) as error:
+            return _first_line(error)
+        return None if found is None or found[0] == "ok" else str(found[0]).splitlines()[-1]
 
     def locked(self, query: sa.Select[Any], *, skip: bool = False) -> sa.Select[Any]:
         """The query with its rows locked until the transaction ends. SQLite's write lock already covers them.
@@ -176,7 +273,7 @@ class Database:
         current = self.revision()
         if current == head:
             return None
-        where = self.url.render_as_string()
+        where = self.place
         if current is not None and current not in {script.revision for script in scripts.walk_revisions()}:
             raise RowmillError(
                 f"the database at {where} is at revision {current}, which this version does not "
@@ -270,21 +367,9 @@ def _alembic(connection: sa.Connection) -> Config:
 
 def _parse(url: str) -> sa.URL:
     try:
-        parsed = sa.make_url(url)
-        parsed.get_dialect()
-    except (ArgumentError, NoSuchModuleError) as error:
-        raise InvalidJob(f"not a database URL: {_first_line(error)}", field="database_url") from None
-    except ModuleNotFoundError as error:
-        raise InvalidJob(
-            f"the driver {error.name!r} is not installed: pip install 'rowmill[postgres]'", field="database_url"
-        ) from None
-    if parsed.get_backend_name() == "postgresql" and parsed.drivername == "postgresql":
-        parsed = parsed.set(drivername="postgresql+psycopg")
-    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
-        raise InvalidJob(
-            f"{parsed.get_backend_name()} is not supported; use sqlite:/// or postgresql://", field="database_url"
-        )
-    return parsed
+        return urls.database_url(url)
+    except ValueError as error:
+        raise InvalidSettings(str(error), field="database_url") from None
 
 
 def _dump(value: Any) -> str:
@@ -294,27 +379,14 @@ def _dump(value: Any) -> str:
 _RETRYABLE_SQLSTATES: Sequence[str] = ("40001", "40P01", "55P03")
 _PG_GONE = ("08", "53", "57")
 """Classes of SQLSTATE: connection failure, out of resources, shut down by an operator."""
-_SQLITE_GONE = ("SQLITE_CANTOPEN", "SQLITE_IOERR", "SQLITE_FULL", "SQLITE_READONLY", "SQLITE_PROTOCOL")
+_PG_REFUSED = ("28", "3D", "42501")
+"""SQLSTATEs of a wrong password, a database that is not there, and a missing right."""
+_SQLITE_GONE = ("SQLITE_CANTOPEN", "SQLITE_IOERR", "SQLITE_FULL", "SQLITE_PROTOCOL", "SQLITE_NOLFS")
+_SQLITE_DAMAGED = ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_FORMAT")
 
 
-@contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except DBAPIError as error:
-        sqlstate = getattr(error.orig, "sqlstate", None)
-        sqlite_code = getattr(error.orig, "sqlite_errorname", None) or ""
-        if sqlstate in _RETRYABLE_SQLSTATES or sqlite_code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-            raise TransientError(f"the database is busy: {_reason(error)}") from error
-        gone = sqlite_code.startswith(_SQLITE_GONE) if sqlite_code else sqlstate is None or sqlstate[:2] in _PG_GONE
-        lost = error.connection_invalidated or (isinstance(error, sa.exc.OperationalError) and gone)
-        if lost:
-            raise Unreachable(f"the database does not answer: {_reason(error)}") from error
-        raise
-
-
-def _reason(error: DBAPIError) -> str:
-    return _first_line(error.orig or error)
+def _reason(error: DBAPIError | sqlite3.Error) -> str:
+    return _first_line((error.orig if isinstance(error, DBAPIError) else None) or error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -19,6 +19,7 @@
     │   └── EngineDead        the engine's process is gone: rebuild it, then retry
     ├── InputChanged          an input file is not the one that was planned: the job fails
     ├── CorruptFile           a file is not what was written: never committed
+    ├── CorruptDatabase       the SQLite file does not hold what was written to it
     ├── LeaseLost             another attempt may own the shard: stop, write nothing
     ├── CommitUnknown         the connection broke during COMMIT: re-read, delete nothing
     ├── JobFailed             raised by waiting on a job that failed                (exit 3)
@@ -31,6 +32,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from storage.redaction import redact_text
+
 
 class RowmillError(Exception):
     """Base of the tree. ``exit_code`` is what the command line ends with.
@@ -41,6 +44,10 @@ class RowmillError(Exception):
 
     exit_code = 1
     elsewhere = False
+
+    def __init__(self, *args: object) -> None:
+        # Here, so that no message that is shown, logged or stored holds a secret.
+        super().__init__(*(redact_text(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class InvalidJob(RowmillError):
@@ -54,7 +61,7 @@ class InvalidJob(RowmillError):
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(f"{field}: {message}" if field else message)
         self.field = field
-        self.message = message
+        self.message = redact_text(message)
 
 
 class InvalidInput(InvalidJob):
@@ -112,7 +119,7 @@ class InvalidSettings(RowmillError):
     def __init__(self, reason: str, *, field: str | None = None, source: str | None = None) -> None:
         where = f" (from {source})" if source else ""
         super().__init__(f"setting {field}: {reason}{where}" if field else f"{reason}{where}")
-        self.field, self.source, self.reason = field, source, reason
+        self.field, self.source, self.reason = field, source, redact_text(reason)
 
 
 class NotFound(RowmillError):
@@ -135,7 +142,7 @@ class RowError(RowmillError):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
-        self.message = message
+        self.message = redact_text(message)
 
 
 class TransientError(RowmillError):
@@ -180,6 +187,16 @@ class InputChanged(RowmillError):
 
 class CorruptFile(RowmillError):
     """A file does not hold what was written to it."""
+
+
+class CorruptDatabase(RowmillError):
+    """The file of the embedded database does not hold what was written to it: a damaged disk, or another program."""
+
+    def __init__(self, file: str, reason: str = "it cannot be read") -> None:
+        super().__init__(
+            f"the database file {file} is damaged, or is none of Rowmill's ({reason}); restore it from a backup, "
+            "or move it away with its -wal and -shm files and submit the jobs again: outputs are not touched"
+        )
 
 
 class LeaseLost(RowmillError):

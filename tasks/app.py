@@ -7,6 +7,7 @@ engine is one (docs/adr/0003).
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import signal
@@ -15,13 +16,20 @@ from contextlib import suppress
 from typing import Any
 
 from celery import Celery
-from celery.signals import worker_ready, worker_shutdown, worker_shutting_down
+from celery.signals import (
+    after_setup_logger,
+    after_setup_task_logger,
+    worker_ready,
+    worker_shutdown,
+    worker_shutting_down,
+)
 from celery.worker import state
 from kombu.transport import TRANSPORT_ALIASES
 
 from pipeline.engines import registry
 from pipeline.settings import Settings
 from pipeline.worker import Worker
+from storage import logs
 from storage.errors import TransientError
 from storage.wakeups import CONTROL_QUEUE, TICK
 
@@ -75,6 +83,12 @@ def _end(worker: Worker) -> None:
     worker.drain()
     _signals.get()
     worker.flush()
+
+
+@after_setup_logger.connect
+@after_setup_task_logger.connect
+def _log_no_secrets(logger: logging.Logger, **_: Any) -> None:
+    logs.hide_secrets(logger.handlers)
 
 
 @worker_ready.connect

@@ -12,8 +12,8 @@ import platform
 import sys
 from collections.abc import Sequence
 
-from pipeline.redaction import redact_text
 from storage.errors import RowmillError
+from storage.redaction import redact_text
 from storage.wakeups import CONTROL_QUEUE
 from tasks import app as celery_app
 from tasks import control

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,13 +29,12 @@ def beat(
     from pipeline import schedule_loop
     from pipeline.engines.base import Cancellation
     from pipeline.runtime import start
+    from storage import logs
 
     settings = invocation.loaded.settings
     if health:
         return _health(invocation, settings)
-    logging.basicConfig(
-        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.set_up(settings.log_level)
     interrupt = Cancellation()
 
     def first() -> None:

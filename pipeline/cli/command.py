@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.cli import errors, output
+from pipeline.cli.streams import OutputError
 from pipeline.cli.values import setting_values
-from pipeline.redaction import redact_text
+from storage.redaction import redact_text
 
 if TYPE_CHECKING:
     from pipeline.client import Client
@@ -59,6 +60,8 @@ class Invocation:
     setting: list[str] | None = None
     failure_details: dict[str, Any] = field(default_factory=dict)
     """Put into the JSON document when the command fails: what is known at that point."""
+    job_id: str | None = None
+    """A job that this command has stored; told when what follows fails."""
 
     @functools.cached_property
     def loaded(self) -> LoadedSettings:
@@ -74,15 +77,10 @@ class Invocation:
 
     def client(self) -> Client:
         """The client of the database that the settings name, with logging set up first."""
-        import logging
-
         from pipeline.client import Client
+        from storage import logs
 
-        logging.basicConfig(
-            level=self.loaded.settings.log_level.upper(),
-            stream=sys.stderr,
-            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        )
+        logs.set_up(self.loaded.settings.log_level)
         return Client(settings=self.loaded.settings)
 
     def notice(self, message: str) -> None:
@@ -103,10 +101,13 @@ class Invocation:
         if self.debug:
             import traceback
 
-            traceback.print_exception(error, file=sys.stderr)
+            say("".join(traceback.format_exception(error)))
+        if self.job_id is not None:
+            message += f"\nJob {self.job_id} is stored: 'rowmill job show {self.job_id}' says how it goes on."
         say(message, error=True)
-        if self.as_json:
-            output.emit_json({"error": failure.to_json(), **self.failure_details})
+        if self.as_json and not isinstance(error, OutputError):
+            with contextlib.suppress(OutputError):
+                output.emit_json({"error": failure.to_json(), **self.failure_details})
         return failure.exit_code
 
 
@@ -114,11 +115,12 @@ def say(message: str, *, error: bool = False) -> None:
     """A message on stderr, as it is: no markup, no wrapping; ``error:`` before it is red on a terminal."""
     from rich.console import Console
 
-    console = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
-    if error:
-        console.print("error:", style="bold red", end=" ")
     text = "\n".join(output.printable(line) for line in redact_text(message).splitlines())
-    console.print(text)
+    console = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
+    with contextlib.suppress(OSError):  # a stderr that is full or closed keeps nothing from being done
+        if error:
+            console.print("error:", style="bold red", end=" ")
+        console.print(text)
 
 
 def command(function: Callable[..., int | None]) -> Callable[..., None]:

@@ -8,7 +8,7 @@ import typer
 
 from pipeline.cli import output
 from pipeline.cli.command import Invocation, command
-from pipeline.redaction import redact
+from storage.redaction import redact, redact_url
 
 app = typer.Typer(help="The settings of this machine and directory.", no_args_is_help=True)
 
@@ -25,7 +25,7 @@ def show(invocation: Invocation) -> None:
     for warning in loaded.warnings:
         invocation.notice(f"warning: {warning}")
     shown = [(origin, redact(origin.value, origin.name.rpartition(".")[2])) for origin in loaded.origins]
-    effective = redact(loaded.settings.effective_database_url)
+    effective = redact_url(loaded.settings.effective_database_url)
     if invocation.as_json:
         settings: dict[str, Any] = {
             origin.name: {"value": value, "kind": origin.kind, "source": origin.source} for origin, value in shown

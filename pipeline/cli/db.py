@@ -8,8 +8,8 @@ import typer
 
 from pipeline.cli import output
 from pipeline.cli.command import Invocation, command
-from pipeline.redaction import redact_text
 from storage.errors import InvalidJob
+from storage.redaction import redact_url
 
 app = typer.Typer(help="The database.", no_args_is_help=True)
 
@@ -23,9 +23,9 @@ def upgrade(invocation: Invocation) -> None:
     url = invocation.loaded.settings.effective_database_url
     revision = database.upgrade(url)
     if invocation.as_json:
-        output.emit_json({"database": redact_text(url), "revision": revision})
+        output.emit_json({"database": redact_url(url), "revision": revision})
     else:
-        output.emit(f"{redact_text(url)} is at revision {revision}")
+        output.emit(f"{redact_url(url)} is at revision {revision}")
 
 
 @app.command()
@@ -42,7 +42,7 @@ def wait(
     url = invocation.loaded.settings.effective_database_url
     database.await_schema(url, timeout=timeout, notice=invocation.notice)
     if invocation.as_json:
-        output.emit_json({"database": redact_text(url), "ready": True})
+        output.emit_json({"database": redact_url(url), "ready": True})
 
 
 @app.command()
@@ -62,6 +62,6 @@ def downgrade(
         )
     at = database.downgrade(url, revision)
     if invocation.as_json:
-        output.emit_json({"database": redact_text(url), "revision": at})
+        output.emit_json({"database": redact_url(url), "revision": at})
     else:
-        output.emit(f"{redact_text(url)} is at revision {at}")
+        output.emit(f"{redact_url(url)} is at revision {at}")

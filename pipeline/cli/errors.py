@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.redaction import redact_text
 from storage import errors
+from storage.redaction import redact_text
 from storage.states import JobState
 
 OK, ERROR, USAGE, JOB_FAILED, FAILED_ROWS, CANCELLED, NOT_FOUND, UNREACHABLE, QUOTA = range(9)

@@ -14,9 +14,9 @@ from pipeline.cli import errors, output
 from pipeline.cli.command import Invocation, say
 from pipeline.cli.interrupts import InterruptWatch, end_now
 from pipeline.cli.progress import progress
-from pipeline.redaction import redact_text
 from pipeline.status import JobStatus
 from storage.errors import Interrupted
+from storage.redaction import redact_text
 
 if TYPE_CHECKING:
     from pipeline.client import Client

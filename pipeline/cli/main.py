@@ -2,17 +2,65 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from pipeline.cli import admin, config, db, doctor, job, model, model_benchmark, schedule, tenant, worker
+from pipeline.cli import (
+    admin,
+    config,
+    db,
+    doctor,
+    errors,
+    job,
+    model,
+    model_benchmark,
+    schedule,
+    streams,
+    tenant,
+    worker,
+)
 from pipeline.cli.beat import beat
+from pipeline.cli.command import Invocation
 from pipeline.cli.run import run
+from pipeline.cli.streams import OutputError
 from pipeline.cli.submit import estimate, submit
+from storage.redaction import redact_text
+
+
+class _Group(TyperGroup):
+    """Typer's group of commands, whose words about wrong usage repeat no secret."""
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        """See Typer."""
+        with _redacted():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        """See Typer."""
+        with _redacted():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _redacted() -> Iterator[None]:
+    try:
+        yield
+    except _USAGE_ERROR as error:
+        error.message = redact_text(error.message)
+        raise
+
+
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
+"""The base of all that Typer says about wrong usage; it has no public name."""
 
 app = typer.Typer(
     name="rowmill",
+    cls=_Group,
     help="Rows of Parquet in, a model over every row, rows of Parquet out.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -55,7 +103,19 @@ app.add_typer(model.app, name="model")
 
 def main() -> None:
     """The entry point: run the command line in ``sys.argv``, and end the process with its exit code."""
-    app(prog_name="rowmill")
+    streams.prepare()
+    sys.exit(streams.finish(_run()))
+
+
+def _run() -> int:
+    try:
+        app(prog_name="rowmill")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else errors.OK if end.code is None else errors.ERROR
+    except Exception as error:  # outside of every command: the help could not be printed
+        wrapped = OutputError(error) if isinstance(error, OSError) and error.filename is None else error
+        return Invocation().fail(wrapped)
+    return errors.OK
 
 
 if __name__ == "__main__":

@@ -12,20 +12,26 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from pipeline.cli import streams
+from storage.redaction import redact_known, redact_known_values
+
 VERSION = 1
 """Version of every JSON shape. It rises when a field goes, or changes its meaning; not when one is added."""
 
 
 def emit_json(document: Mapping[str, Any]) -> None:
     """One JSON document, with its version, on stdout."""
-    text = json.dumps({"version": VERSION, **document}, indent=2, ensure_ascii=False, allow_nan=False, default=str)
-    emit(text.encode("utf-8", "replace").decode())
+    shown = redact_known_values({"version": VERSION, **document})
+    text = json.dumps(shown, indent=2, ensure_ascii=False, allow_nan=False, default=str)
+    streams.write(text.encode("utf-8", "replace").decode() + "\n")
 
 
 def emit(text: str) -> None:
-    """One piece of text on stdout, and out of the buffer, so that a closed pipe is noticed here."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    """One piece of text on stdout, and out of the buffer, so that a closed pipe is noticed here. Secrets are hidden.
+
+    Raises ``BrokenPipeError`` when nobody reads on, and :class:`~pipeline.cli.streams.OutputError` for a full disk.
+    """
+    streams.write(redact_known(text) + "\n")
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> str:

@@ -21,6 +21,7 @@ def submit(invocation: Invocation, fields: dict[str, Any]) -> None:
     """
     with invocation.client() as client:
         handle = client.submit(start=False, **fields)
+        invocation.job_id = handle.id
         status = handle.status()
     if invocation.as_json:
         output.emit_json({"job": status.to_json()})

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.redaction import redact, redact_text
 from pipeline.settings import Origin, Settings, load_settings
 from storage.errors import InvalidSettings
+from storage.redaction import redact, redact_text
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from alembic.runtime.migration import MigrationContext
 
 from storage import claims, finalizing, jobs, reports, retries, shards, tables
 from storage.database import Database
-from storage.errors import Conflict, IllegalTransition, InvalidJob, LeaseLost, RowmillError, Unreachable
+from storage.errors import Conflict, IllegalTransition, InvalidSettings, LeaseLost, RowmillError, Unreachable
 from storage.records import RowException
 from storage.states import JobState, ShardState
 from tests.storage.jobs_in_sql import LEASE, OWNER, output, part, planned_job, stored, take
@@ -219,8 +219,8 @@ def test_an_old_schema_on_a_server_is_refused(postgres_empty: str) -> None:
 
 
 def test_bad_database_urls_are_refused(tmp_path: Path) -> None:
-    for url, reason in (("nonsense", "not a database URL"), ("mysql://x/y", "not supported"), ("sqlite://", "file")):
-        with pytest.raises(InvalidJob, match=reason):
+    for url, reason in (("nonsense", "not a database URL"), ("mysql://x/y", "mysql"), ("sqlite://", "file")):
+        with pytest.raises(InvalidSettings, match=reason):
             Database(url)
 
 
