@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import row_errors
-from pipeline.client import Client, JobHandle
+from pipeline.client import Client
 from pipeline.engines.fake_faults import FakeOptions
 from pipeline.engines.onnx_options import OnnxOptions
 from pipeline.engines.vllm_options import OWN_MEANINGS, OWN_OPTIONS
+from pipeline.job_handle import JobHandle
 from pipeline.job_spec import JobSpec
 from pipeline.settings import Settings
 from storage import states
@@ -124,9 +125,9 @@ allow](../how-to/engine-options.md). On a CPU the default of `enforce_eager` is 
 quarter of the memory. And Rowmill's own:"""
 
 CLIENT = """\
-`from pipeline import Client, JobSpec, JobFailed, JobCancelled, RowmillError`. `Client(settings=Settings(…))` takes \
-[settings](settings.md) (`from pipeline.settings import Settings`); without, they are read as the command line reads \
-them. Whatever goes wrong is a `RowmillError`."""
+`from pipeline import Client, JobSpec, JobFailed, JobCancelled, RowmillError`. `Client(data_dir="…")` takes any of the \
+[settings](settings.md) by its name; the others are read as the command line reads them. Whatever goes wrong is a \
+`RowmillError`: a wrong argument too, and the call of a client that is closed."""
 
 
 def states_page() -> str:
@@ -208,7 +209,7 @@ def engine_options_page() -> str:
 
 
 def client_page() -> str:
-    parts = [ORIGIN.format(source="`pipeline/client.py`"), "# The Python client", CLIENT]
+    parts = [ORIGIN.format(source="`pipeline/client.py` and `job_handle.py`"), "# The Python client", CLIENT]
     for cls in (Client, JobHandle):
         rows = []
         for name, member in vars(cls).items():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.client import Client as Client
-    from pipeline.client import JobHandle as JobHandle
+    from pipeline.job_handle import JobHandle as JobHandle
     from pipeline.job_spec import JobSpec as JobSpec
     from pipeline.schedule_spec import ScheduleSpec as ScheduleSpec
     from storage.errors import JobCancelled as JobCancelled
@@ -21,7 +21,7 @@ _HOMES = {
     "Client": "pipeline.client",
     "JobCancelled": "storage.errors",
     "JobFailed": "storage.errors",
-    "JobHandle": "pipeline.client",
+    "JobHandle": "pipeline.job_handle",
     "JobSpec": "pipeline.job_spec",
     "ScheduleSpec": "pipeline.schedule_spec",
     "RowmillError": "storage.errors",

@@ -54,6 +54,7 @@ class Flusher:
     def __init__(self, runtime: Runtime, claim: Claim, directory: str, schema: pa.Schema) -> None:
         self._runtime, self._claim, self._directory, self._schema = runtime, claim, directory, schema
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="rowmill-flush")
+        self._pool.submit(int)  # starts its thread: an interpreter that is ending starts none, and has yet to flush
         self._pending: Future[PartFile] | None = None
         self._seq = 0
         self._clear()

@@ -11,7 +11,7 @@ from pipeline import maintenance
 from pipeline.engines.base import Cancellation
 from pipeline.finalize import finalize_job
 from pipeline.job import plan_job
-from pipeline.leases import JOB_STOPPING, LeaseKeeper
+from pipeline.leases import INTERRUPTED, JOB_STOPPING, LeaseKeeper
 from pipeline.runtime import Runtime
 from pipeline.shard import execute
 from pipeline.status import JobStatus
@@ -95,13 +95,19 @@ def _work(
     slots = [_Slot(runtime, job_id, keeper, interrupt, ended) for _ in range(count)]
     for slot in slots:
         slot.start()
-    for slot in slots:
-        while slot.is_alive():
-            slot.join(PROGRESS_SECONDS)
-            status = job_status(runtime.database, jobs.get(runtime.database, job_id))
-            on_progress(_with_unflushed(runtime, status))
-            if status.state is JobState.CANCELLING:
-                keeper.stop_all(JOB_STOPPING)
+    try:
+        for slot in slots:
+            while not slot.done.wait(PROGRESS_SECONDS):
+                status = job_status(runtime.database, jobs.get(runtime.database, job_id))
+                on_progress(_with_unflushed(runtime, status))
+                if status.state is JobState.CANCELLING:
+                    keeper.stop_all(JOB_STOPPING)
+    except BaseException:
+        # Ctrl-C in this thread, or an error of ``on_progress``: the shards are flushed and handed back all the same.
+        interrupt.cancel(INTERRUPTED)
+        for slot in slots:
+            slot.done.wait()
+        raise
     for slot in slots:
         if slot.error is not None:
             raise slot.error
@@ -142,6 +148,8 @@ class _Slot(threading.Thread):
         self._runtime, self._job_id, self._keeper, self._interrupt = runtime, job_id, keeper, interrupt
         # Notified when an attempt has ended: those that found nothing to do look again, or are done as well.
         self._ended = ended
+        # Not ``join``: Ctrl-C in the midst of one makes Python 3.11 believe that the thread has ended.
+        self.done = threading.Event()
         self.error: BaseException | None = None
 
     def run(self) -> None:
@@ -153,6 +161,7 @@ class _Slot(threading.Thread):
         finally:
             forget()
             self._wake()
+            self.done.set()
 
     def _wake(self) -> None:
         with self._ended:

@@ -9,6 +9,7 @@ from typing import Any
 
 import uuid_utils
 
+from pipeline.boundary import Limit, Text, boundary
 from pipeline.inputs import refuse_output_inside
 from pipeline.job import absolute, model_and_engine
 from pipeline.job_spec import JobSpec, parse
@@ -31,13 +32,14 @@ class Upcoming:
     output: str
 
 
+@boundary
 class Schedules:
     """The schedules in the database of a client: ``client.schedules``."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
 
-    def add(self, name: str, *, cron: str, job: Mapping[str, Any], **options: Any) -> Schedule:
+    def add(self, name: Text, *, cron: Text, job: Mapping[str, Any], **options: Any) -> Schedule:
         """Store a schedule; it comes due from now on. The fields are those of :class:`~pipeline.ScheduleSpec`.
 
         Raises :class:`~storage.errors.InvalidJob` naming the field and the reason; nothing is stored then.
@@ -59,42 +61,42 @@ class Schedules:
         )
 
     def preview(
-        self, name: str, *, cron: str, job: Mapping[str, Any], count: int = 5, **options: Any
+        self, name: Text, *, cron: Text, job: Mapping[str, Any], count: Limit = 5, **options: Any
     ) -> builtins.list[Upcoming]:
         """The next fires that :meth:`add` would bring, after the same checks; stores nothing."""
         spec, parsed = self._checked(name, cron, job, options)
         fields = parsed.model_dump(mode="json")
         return _upcoming(fields, name, CronTimes(spec.cron, spec.tz), self._runtime.database.clock(), count)
 
-    def get(self, name: str, tenant: str = "default") -> Schedule:
+    def get(self, name: Text, tenant: Text = "default") -> Schedule:
         """The schedule of this name. Raises :class:`~storage.errors.NotFound`."""
         return schedules.get(self._runtime.database, tenant, name)
 
-    def list(self, tenant: str | None = None) -> builtins.list[Schedule]:
+    def list(self, tenant: Text | None = None) -> builtins.list[Schedule]:
         """Every schedule, by name; of one tenant if it is given."""
         return schedules.listed(self._runtime.database, tenant=tenant)
 
-    def fires(self, name: str, tenant: str = "default", limit: int = 20) -> builtins.list[Fire]:
+    def fires(self, name: Text, tenant: Text = "default", limit: Limit = 20) -> builtins.list[Fire]:
         """What came of the last times that it came due, the newest first."""
         return schedules.fires(self._runtime.database, self.get(name, tenant).id, limit=limit)
 
-    def upcoming(self, name: str, tenant: str = "default", count: int = 5) -> builtins.list[Upcoming]:
+    def upcoming(self, name: Text, tenant: Text = "default", count: Limit = 5) -> builtins.list[Upcoming]:
         """Its next fires, as if it were not paused."""
         found = self.get(name, tenant)
         times = CronTimes(found.cron, found.tz)
         return _upcoming(found.spec, found.name, times, self._runtime.database.clock(), count)
 
-    def pause(self, name: str, tenant: str = "default") -> Schedule:
+    def pause(self, name: Text, tenant: Text = "default") -> Schedule:
         """Let nothing come due until it is resumed; jobs that were submitted go on."""
         return schedules.pause(self._runtime.database, tenant, name)
 
-    def resume(self, name: str, tenant: str = "default") -> Schedule:
+    def resume(self, name: Text, tenant: Text = "default") -> Schedule:
         """Go on from now; what would have come due meanwhile is not made up for."""
         found = self.get(name, tenant)
         times = CronTimes(found.cron, found.tz)
         return schedules.resume(self._runtime.database, found, times.next_after(self._runtime.database.clock()))
 
-    def remove(self, name: str, tenant: str = "default") -> None:
+    def remove(self, name: Text, tenant: Text = "default") -> None:
         """Delete it with its fires; the jobs stay as they are. Raises :class:`~storage.errors.NotFound`."""
         schedules.remove(self._runtime.database, tenant, name)
 

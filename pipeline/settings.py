@@ -19,6 +19,8 @@ LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
 
 def _expanded(value: object) -> object:
+    if "\0" in str(value):
+        raise ValueError("a path cannot contain a NUL character")
     return Path(value).expanduser() if isinstance(value, (str, Path)) else value
 
 

@@ -97,7 +97,11 @@ def execute(
         if not isinstance(error, RowmillError):
             log.exception("attempt %d of shard %s failed", claim.attempt_no, claim.shard.id)
         text = str(error) if isinstance(error, RowmillError) else _last_line(error)
-        _fail(runtime, claim, text, measured, crash=isinstance(error, _DiedRunning))
+        if interrupt.cancelled:
+            # While everything around it ends, anything may break; what does on its own account will do so again.
+            _report(lambda: shards.release(runtime.database, claim, stats=measured, error=text))
+        else:
+            _fail(runtime, claim, text, measured, crash=isinstance(error, _DiedRunning))
     finally:
         forget()
         keeper.drop(claim)

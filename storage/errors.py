@@ -25,7 +25,8 @@
     ├── JobFailed             raised by waiting on a job that failed                (exit 3)
     ├── JobCancelled          raised by waiting on a job that was cancelled         (exit 5)
     ├── Interrupted           stopped by the user, everything finished is flushed   (exit 5)
-    └── WaitTimeout           the job was still going when the wait ended           (exit 124)
+    ├── WaitTimeout           the job was still going when the wait ended           (exit 124)
+    └── Unexpected            raised by the client where nothing of this tree fits
 """
 
 from __future__ import annotations
@@ -229,3 +230,7 @@ class WaitTimeout(RowmillError):
     """The job was still going when the wait ended."""
 
     exit_code = 124
+
+
+class Unexpected(RowmillError):
+    """Something that Rowmill did not foresee; ``__cause__`` is what was raised first."""

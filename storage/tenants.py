@@ -165,8 +165,9 @@ def _check(values: dict[str, Any]) -> None:
     if unknown:
         raise InvalidJob(f"a tenant has no {', '.join(unknown)}; it has weight, {', '.join(LIMITS)}", field=unknown[0])
     weight = values.get("weight", 1.0)
-    if not 0.001 <= weight <= 1000.0:
-        raise InvalidJob(f"a weight lies between 0.001 and 1000, not {weight}", field="weight")
+    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not number or not 0.001 <= weight <= 1000.0:
+        raise InvalidJob(f"a weight is a number between 0.001 and 1000, not {weight!r}", field="weight")
     for name in LIMITS:
         limit = values.get(name)
         if limit is not None and not 0 <= limit <= _MOST[name]:

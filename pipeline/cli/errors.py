@@ -43,6 +43,8 @@ class Failure:
 
 def describe(error: BaseException) -> Failure:
     """The failure that ``error`` means. Never raises."""
+    if isinstance(error, errors.Unexpected) and error.__cause__ is not None:
+        error = error.__cause__
     kind = type(error).__name__
     if isinstance(error, errors.RowmillError):
         text = str(error) or (type(error).__doc__ or kind).splitlines()[0]

@@ -17,7 +17,7 @@ from pipeline import Client, maintenance
 from pipeline.engines.base import Cancellation
 from pipeline.settings import Settings
 from storage import failpoints, jobs
-from storage.errors import Conflict, Interrupted, InvalidInput, InvalidJob, JobCancelled
+from storage.errors import Conflict, Interrupted, InvalidInput, InvalidJob, JobCancelled, Unexpected
 from storage.states import AttemptState, JobState, RequestState
 from tests.faults.driver import wait_until
 
@@ -377,10 +377,11 @@ def test_what_was_published_stays_when_a_retry_has_less(settings: Settings, text
         handle.retry()
         failpoints.arm("finalize.manifest", _die)
         try:
-            with pytest.raises(_Died):
+            with pytest.raises(Unexpected) as raised:
                 handle.cancel()
         finally:
             failpoints.disarm()
+        assert isinstance(raised.value.__cause__, _Died)
         assert not (out / "_manifest.json").exists()
         wait_until(lambda: handle.cancel().state is JobState.CANCELLED, "the end of the lease of the one that died")
         after = json.loads((out / "_manifest.json").read_text())

@@ -525,7 +525,7 @@ def test_beat_without_a_broker_runs_what_it_fires(house: House) -> None:
         if len(told) == count + 1:
             ended.set()
 
-    house.client._notice = notify
+    house.client._session.notify(notify)
     beat = threading.Thread(target=beat_and_run, args=(house.runtime, interrupt))
     beat.start()
     try:

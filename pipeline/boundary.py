@@ -1,0 +1,139 @@
+"""Where a user's Python meets Rowmill: arguments are checked, and whatever goes wrong is a ``RowmillError``."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+import types
+from collections.abc import Callable
+from datetime import datetime
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, validate_call
+
+from storage.errors import InvalidJob, RowmillError, Unexpected
+
+T = TypeVar("T")
+C = TypeVar("C", bound=Callable[..., Any])
+
+_STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
+_OWN = "_rowmill_user_code"
+
+
+def _whole(value: object) -> object:
+    """Whole numbers of any library (NumPy's are no ``int``); the rest is left to the check of the type."""
+    if isinstance(value, (bool, int)):
+        return value
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return value
+
+
+def storable(value: str) -> str:
+    """The text, if a database can hold it. Raises ``ValueError`` for a NUL and for half a surrogate pair."""
+    if "\0" in value:
+        raise ValueError("it contains a NUL character")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it contains half of a surrogate pair, which is no character") from None
+    return value
+
+
+Text = Annotated[str, AfterValidator(storable)]
+Whole = Annotated[int, BeforeValidator(_whole)]
+Limit = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**31 - 1)]
+"""How many things to list."""
+Seconds = Annotated[float, Field(ge=0)]
+Moment = Annotated[float, Field(allow_inf_nan=False)] | datetime
+"""Unix seconds, or a ``datetime``."""
+
+
+def boundary(cls: type[T]) -> type[T]:
+    """Check the arguments of a class's public methods by their annotations, and translate what they raise.
+
+    A wrong argument raises :class:`~storage.errors.InvalidJob` naming it. Whatever is no :class:`RowmillError` becomes
+    :class:`~storage.errors.Unexpected`, except what the user's own callbacks (see :func:`own`) raise.
+    """
+    for name, member in list(vars(cls).items()):
+        if isinstance(member, property) and not name.startswith("_"):
+            assert member.fget is not None
+            setattr(cls, name, property(_translated(member.fget), doc=member.__doc__))
+        elif inspect.isfunction(member) and (not name.startswith("_") or name in _SPECIAL):
+            checked = name == "__init__" or not name.startswith("_")
+            setattr(cls, name, _translated(member, _checked(member) if checked else None))
+    return cls
+
+
+_SPECIAL = frozenset({"__init__", "__len__", "__iter__", "__getitem__"})
+
+
+def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    # What it returns is not checked, and may be named by types that are imported for type checkers only.
+    copy = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__annotations__ = {name: kind for name, kind in function.__annotations__.items() if name != "return"}
+    return validate_call(config=_STRICT)(copy)
+
+
+def _translated(function: C, checked: Callable[..., Any] | None = None) -> C:
+    call = checked or function
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        except RowmillError:
+            raise
+        except ValidationError as error:
+            raise _refusal(function, error) from None
+        except (LookupError, StopIteration) as error:
+            if function.__name__ == "__getitem__":
+                raise  # how a sequence says where it ends
+            raise _unexpected(error) from error
+        except Exception as error:
+            if getattr(error, _OWN, False):
+                raise
+            raise _unexpected(error) from error
+
+    return wrapper  # type: ignore[return-value]
+
+
+def _unexpected(error: Exception) -> Unexpected:
+    return Unexpected(f"unexpected {type(error).__name__}: {error}")
+
+
+def _refusal(function: Callable[..., Any], error: ValidationError) -> InvalidJob:
+    problem = error.errors(include_url=False)[0]
+    parameters = list(inspect.signature(function).parameters)
+    at = problem["loc"][0] if problem["loc"] else None
+    name = parameters[at] if isinstance(at, int) and at < len(parameters) else at if isinstance(at, str) else None
+    names = ", ".join(parameters[1:])
+    match problem["type"]:
+        case "unexpected_keyword_argument":
+            message = f"{function.__name__}() has no such argument; it takes: {names or 'nothing'}"
+        case "unexpected_positional_argument" | "missing_argument" | "missing_keyword_only_argument":
+            name, message = None, f"{function.__name__}() takes {names or 'nothing'}: {problem['msg'].lower()}"
+        case _:
+            shown = repr(problem["input"])
+            shown = shown if len(shown) <= 100 else f"{shown[:100]}…"
+            message = f"{problem['msg'].removeprefix('Value error, ').removeprefix('Input ')}, not {shown}"
+    return InvalidJob(message, field=name)
+
+
+def own(callback: Callable[..., Any]) -> Callable[..., None]:
+    """A user's callback: what it raises is the user's to see, as it was raised."""
+
+    @functools.wraps(callback)
+    def called(*args: Any) -> None:
+        try:
+            callback(*args)
+        except Exception as error:
+            setattr(error, _OWN, True)
+            raise
+
+    return called

@@ -1,0 +1,193 @@
+"""One job, as its owner holds it in Python."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+from pipeline import deletion, local, measures, process_end
+from pipeline import job as job_calls
+from pipeline.boundary import Limit, Seconds, Text, Whole, boundary, own
+from pipeline.engines.base import Cancellation
+from pipeline.progress import shown
+from pipeline.runtime import Runtime
+from pipeline.session import Session
+from pipeline.status import JobStatus, RequestStatus
+from pipeline.status_of import job_status, request_status
+from storage import jobs, locations, reports, workers
+from storage.errors import IllegalTransition, InvalidJob, JobCancelled, JobFailed, NotFound, WaitTimeout
+from storage.records import Attempt, Event, RowException, Shard
+from storage.states import JobState, ShardState
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.dataset as ds
+
+_POLL_SECONDS = 0.25
+S = TypeVar("S", JobState, ShardState)
+
+
+@boundary
+class JobHandle:
+    """One job. Every call reads the database anew."""
+
+    def __init__(self, session: Session, job_id: str) -> None:
+        self._session = session
+        self.id = job_id
+
+    def __repr__(self) -> str:
+        return f"JobHandle({self.id!r})"
+
+    @property
+    def _runtime(self) -> Runtime:
+        return self._session.runtime
+
+    def status(self) -> JobStatus:
+        """The job at this moment."""
+        return job_status(self._runtime.database, jobs.get(self._runtime.database, self.id))
+
+    def wait(self, timeout: Seconds | None = None, progress: bool = False) -> JobStatus:
+        """Block until the job has ended; in the embedded mode this process runs it if no other does.
+
+        Returns the status of a job that completed (perhaps with failed rows). Raises
+        :class:`~storage.errors.JobFailed`, :class:`~storage.errors.JobCancelled` (cancelled or expired) or
+        :class:`~storage.errors.WaitTimeout` after ``timeout`` seconds. Ctrl-C ends the waiting; the job goes on in the
+        background as long as the process does.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with shown(progress) as show:
+            while True:
+                status = self.status()
+                show(status)
+                if status.terminal:
+                    return _completed(status)
+                background = self._session.start(self.id)
+                left = _POLL_SECONDS if deadline is None else min(_POLL_SECONDS, deadline - time.monotonic())
+                if left <= 0:
+                    raise WaitTimeout(f"job {self.id} is still {status.state} after {timeout} seconds")
+                if background is None:
+                    threading.Event().wait(left)
+                else:
+                    background.done.wait(left)
+                    if background.error is not None:
+                        process_end.await_signal()
+                        raise background.error
+
+    def cancel(self) -> JobStatus:
+        """Stop the job; its finished rows are published as partial.
+
+        Harmless when it is being cancelled already, or has ended: the status then says how.
+        """
+        try:
+            job_calls.cancel_job(self._runtime, self.id)
+        except IllegalTransition:
+            if not (status := self.status()).terminal:
+                raise
+            return status
+        self._session.wakeups.finalize()
+        lease = self._runtime.settings.lease_seconds
+        if self._runtime.settings.broker_url is None or not workers.any_alive(self._runtime.database, within=lease):
+            local.cancel_idle(self._runtime, self.id)
+        return self.status()
+
+    def delete(self) -> None:
+        """Forget the job, which must have ended: its rows in the database and its work files. What it published stays.
+
+        Its idempotency key is free again, and it cannot be retried any more. Raises :class:`~storage.errors.Conflict`
+        for a job that is live.
+        """
+        deletion.delete_job(self._runtime, self.id)
+
+    def retry(self, failed_only: bool = True) -> JobStatus:
+        """Queue the ended job again: its unfinished shards, and its failed rows (or all rows)."""
+        job = job_calls.retry_job(self._runtime, self.id, failed_only=failed_only)
+        if job.state is JobState.VALIDATING:
+            self._session.wakeups.plan()
+        else:
+            free = workers.free_slots(self._runtime.database, job.queue)
+            self._session.wakeups.run(job.queue, min(job.n_open, free))
+        return self.status()
+
+    def resume(
+        self,
+        *,
+        on_progress: Callable[[JobStatus], None] | None = None,
+        on_notice: Callable[[str], None] | None = None,
+        interrupt: Cancellation | None = None,
+    ) -> JobStatus:
+        """Run the job in the foreground of this process until it has ended, as :meth:`Client.run` does."""
+        self._session.notify(on_notice)
+        return local.run_job(
+            self._runtime,
+            jobs.get(self._runtime.database, self.id),
+            interrupt=interrupt or Cancellation(),
+            on_progress=own(on_progress or (lambda status: None)),
+        )
+
+    def request(self, row: Whole) -> RequestStatus:
+        """Where one row stands; ``row`` counts from the start of the job's input, from 0.
+
+        Raises :class:`~storage.errors.NotFound` for a row that the job does not have.
+        """
+        return request_status(self._runtime.database, jobs.get(self._runtime.database, self.id), row)
+
+    def errors(self, limit: Limit | None = None) -> Iterator[RowException]:
+        """Failed rows in input order: the first hundred of each shard (all of them are in the output's ``error``)."""
+        return reports.row_exceptions(self._runtime.database, self.id, limit=limit)
+
+    def events(self) -> list[Event]:
+        """The audit trail, oldest first."""
+        return jobs.events(self._runtime.database, self.id)
+
+    def attempts(self) -> list[Attempt]:
+        """Every attempt at every shard."""
+        return reports.attempts(self._runtime.database, self.id)
+
+    def measured(self) -> dict[str, float]:
+        """What the attempts measured, added up; :func:`pipeline.measures.derived` makes rates and shares of it."""
+        return measures.of_job(reports.measured(self._runtime.database, self.id))
+
+    @property
+    def regrouped(self) -> bool:
+        """Whether the shards hold rows in another order than the input's (``order="prefix"``)."""
+        return bool(jobs.get(self._runtime.database, self.id).plan.get("part_rows"))
+
+    def shards(self, state: Text | None = None) -> list[Shard]:
+        """The job's shards in row order; ``state="failed"`` lists those that were given up, with their ``error``."""
+        wanted = None if state is None else state_named(ShardState, state)
+        return reports.shards(self._runtime.database, self.id, state=wanted)
+
+    def dataset(self) -> ds.Dataset:
+        """The published output, read lazily. Raises :class:`~storage.errors.NotFound` before it is published."""
+        import pyarrow.dataset as ds
+
+        output = jobs.get(self._runtime.database, self.id).output_uri
+        store = self._runtime.store
+        files = [item.uri for item in store.find(f"{locations.data_dir(output)}/*.parquet")]
+        if not files or not self.status().terminal:
+            raise NotFound(f"job {self.id} has not published any output at {output} yet")
+        filesystem, paths = store.arrow_filesystem(files)
+        return ds.dataset(paths, format="parquet", filesystem=filesystem)
+
+    def table(self) -> pa.Table:
+        """The published output, in memory, in input order."""
+        return self.dataset().to_table()
+
+
+def state_named(kind: type[S], name: str) -> S:
+    """The state of this name, or :class:`InvalidJob`."""
+    try:
+        return kind(name)
+    except ValueError:
+        raise InvalidJob(f"no such state {name!r}; one of {', '.join(kind)}", field="state") from None
+
+
+def _completed(status: JobStatus) -> JobStatus:
+    if status.state is JobState.FAILED:
+        raise JobFailed(f"job {status.id} failed: {status.error}")
+    if status.state is not JobState.COMPLETED:
+        done = f"{status.rows_done} of {status.rows_total} rows are done"
+        raise JobCancelled(f"job {status.id} was {status.state}: {done}")
+    return status

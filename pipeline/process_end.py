@@ -1,0 +1,146 @@
+"""What has to be ended before this process does, whichever way it ends.
+
+``atexit`` is too late: before it, Python shuts down every ``concurrent.futures`` pool, and nothing can be flushed any
+more. A signal whose action is Python's default ends the process without any of it. So the end is watched for in both
+places, as long as there is something to end. Only ``SIGKILL`` and ``os._exit`` come without warning.
+"""
+
+from __future__ import annotations
+
+import _thread
+import atexit
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Final, Protocol
+
+log = logging.getLogger(__name__)
+
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+_SAME_KEY_PRESS_SECONDS = 0.5
+"""Wrappers pass on a Ctrl-C that this process already got from the terminal: the second one is not a second wish."""
+
+
+class Endable(Protocol):
+    """Something at work in threads of this process. Compared by identity."""
+
+    def stop(self) -> None:
+        """Tell it to end. Returns at once; safe to repeat."""
+
+    def close(self) -> None:
+        """Tell it to end, and wait until it has. Safe to repeat, and from several threads."""
+
+
+_lock = threading.Lock()
+_at_work: set[Endable] = set()
+_hooked = False
+ending = threading.Event()
+"""Set once the process has begun to end."""
+_killed_by: list[int] = []
+"""The signal that ends the process, once there is one."""
+
+
+def add(work: Endable) -> None:
+    """End ``work`` before the process ends. Called again, it changes nothing.
+
+    In the main thread, signals that would kill the process at once (``SIGTERM``, ``SIGHUP``, and ``SIGINT`` where it
+    is not Ctrl-C) are watched for, unless somebody else handles or ignores them already.
+    """
+    global _hooked
+    with _lock:
+        _at_work.add(work)
+        if not _hooked:
+            # Private, but what concurrent.futures itself goes by. Without it, the end of pools comes first.
+            register = getattr(threading, "_register_atexit", atexit.register)
+            register(_end)
+            _hooked = True
+    if threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, _on_signal)
+
+
+def discard(work: Endable) -> None:
+    """``work`` has ended by itself. Once nothing is at work, the main thread stops watching for signals."""
+    with _lock:
+        _at_work.discard(work)
+        left = bool(_at_work)
+    if not left and threading.current_thread() is threading.main_thread():
+        _unwatch()
+
+
+def await_signal() -> None:
+    """Once a signal is ending the process: wait for that. Otherwise return at once."""
+    while _killed_by:
+        time.sleep(1.0)
+
+
+def _end() -> None:
+    ending.set()
+    began = time.monotonic()
+    while True:
+        try:
+            _end_work()
+            break
+        except KeyboardInterrupt:
+            if time.monotonic() - began > _SAME_KEY_PRESS_SECONDS:
+                raise
+    await_signal()
+
+
+def _end_work() -> None:
+    with _lock:
+        found = list(_at_work)
+    for work in found:
+        work.stop()
+    for work in found:
+        try:
+            work.close()
+        except Exception:
+            log.exception("work in the background did not end cleanly")
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    # It may have come while the main thread held any lock, so no lock is taken here, and no threading.Thread is made.
+    _unwatch()  # the same signal once more ends the process at once
+    if not _at_work:
+        os.kill(os.getpid(), number)
+        return
+    _killed_by.append(number)
+    ending.set()
+    try:
+        _thread.start_new_thread(_end_and_die, (number,))
+    except RuntimeError:  # the interpreter is ending already, and what is at work with it
+        _killed_by.clear()
+
+
+def _end_and_die(number: int) -> None:
+    """End as the signal's default action would have: others see by which signal the process ended."""
+    try:
+        _end_work()
+    finally:
+        os.kill(os.getpid(), number)
+
+
+def _unwatch() -> None:
+    for number in _SIGNALS:
+        if signal.getsignal(number) is _on_signal:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _in_child() -> None:
+    """A forked child has none of the threads that were at work, and ends by itself."""
+    global _lock
+    _lock = threading.Lock()
+    _at_work.clear()
+    _killed_by.clear()
+    ending.clear()
+    with contextlib.suppress(ValueError):  # not the main thread of the main interpreter
+        _unwatch()
+
+
+os.register_at_fork(after_in_child=_in_child)
