@@ -124,6 +124,8 @@ class Settings(BaseSettings):
     """Lost attempts after which a shard is given up."""
     unknown_tenants: Literal["create", "refuse"] = "create"
     """What the first job of a tenant that nobody has registered does: make it, without limits, or be refused."""
+    poll_seconds: Annotated[float, Field(gt=0)] = 5.0
+    """How long an idle worker waits at most before it looks for work in the database although no message came."""
     tick_seconds: Annotated[float, Field(gt=0)] = 15.0
     """How often beat has lost messages, lost shards, expired jobs and garbage looked after."""
     log_level: Annotated[LogLevel, BeforeValidator(_lower)] = "warning"

@@ -1,7 +1,7 @@
 """A worker that lacks what a queue's shards need leaves them to the others for a while.
 
 It would else be the first to ask each time, because it fails at once, and spend the budgets of one shard after the
-other. A wake-up that it lets pass is sent again by the next tick.
+other. It looks again by itself when the time is over.
 """
 
 from __future__ import annotations

@@ -98,6 +98,14 @@ def attempts(database: Database, job_id: str) -> list[Attempt]:
         return [rows.attempt(row) for row in found]
 
 
+def attempt(database: Database, shard_id: str, attempt_no: int) -> Attempt:
+    """One attempt."""
+    table = tables.attempt
+    query = sa.select(table).where(table.c.shard_id == shard_id, table.c.attempt_no == attempt_no)
+    with database.read() as connection:
+        return rows.attempt(connection.execute(query).one())
+
+
 def shards(database: Database, job_id: str, *, state: ShardState | None = None) -> list[Shard]:
     """The job's shards in row order, all generations; ``state`` narrows them (``failed``: the dead letters)."""
     table = tables.shard

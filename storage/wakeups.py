@@ -1,12 +1,14 @@
 """Publishing wake-ups to the broker: "there may be work on this queue".
 
-A wake-up carries nothing and may be lost, doubled or late: the database says what there is to do, and the beat tick
-publishes again. So a broker that does not answer costs latency, never work, and is logged rather than raised.
+A wake-up carries nothing and may be lost, doubled or late: the database says what there is to do, and idle workers ask
+it by themselves every few seconds. So a broker that does not answer costs latency, never work, and is logged rather
+than raised.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import InvalidSettings, Unreachable
@@ -18,6 +20,8 @@ log = logging.getLogger(__name__)
 
 CONTROL_QUEUE = "control"
 """Planning, publishing and maintenance. Shards wait on a queue named after their engine."""
+PAUSE_SECONDS = 5.0
+"""For how long nothing is sent after the broker did not answer: finding that out may take a thread seconds."""
 PLAN, RUN, FINALIZE, TICK = "rowmill.plan", "rowmill.run", "rowmill.finalize", "rowmill.tick"
 
 
@@ -26,6 +30,7 @@ class Wakeups:
 
     def __init__(self, broker_url: str | None) -> None:
         self._app: Celery | None = None
+        self._silent_until = 0.0
         if broker_url is not None:
             from celery import Celery
 
@@ -35,7 +40,7 @@ class Wakeups:
                 task_ignore_result=True,
                 task_default_queue=CONTROL_QUEUE,
                 broker_connection_timeout=2.0,
-                broker_transport_options=_transport_options(broker_url),
+                brokertransport_options=transport_options(broker_url),
             )
 
     def plan(self) -> None:
@@ -77,7 +82,7 @@ class Wakeups:
             raise InvalidSettings(f"not a broker that can be used: {error}", field="broker_url") from error
 
     def _send(self, name: str, queue: str, count: int) -> None:
-        if self._app is None:
+        if self._app is None or time.monotonic() < self._silent_until:
             return
         from kombu.exceptions import OperationalError
 
@@ -86,11 +91,15 @@ class Wakeups:
             for _ in range(count):
                 self._app.send_task(name, args=args, queue=queue, retry=False)
         except (OperationalError, OSError) as error:
-            log.warning("the broker does not answer; nothing is lost, the next tick will wake the workers: %s", error)
+            self._silent_until = time.monotonic() + PAUSE_SECONDS
+            log.warning("the broker does not answer; workers find the work in the database, a little later: %s", error)
 
 
-def _transport_options(broker_url: str) -> dict[str, Any]:
-    """What only one transport understands; everything else that is asked of a broker, each of them can do."""
+def transport_options(broker_url: str) -> dict[str, Any]:
+    """How long to wait for a broker that does not answer: options that only Redis understands.
+
+    Everything else that is asked of a broker, each of them can do.
+    """
     if broker_url.startswith(("redis", "sentinel")):
         return {"socket_connect_timeout": 2.0, "socket_timeout": 5.0}
     return {}

@@ -46,6 +46,7 @@ class Seen:
     """A worker as the database knows it. ``silent_seconds``: since its last heartbeat, by the database's clock.
 
     ``warm``: the engines it has loaded (``key``, ``engine``, ``model``, ``bytes``); ``holds``: ids of its shards.
+    ``trouble``: why it gets no work, by its own account. ``dropped_messages``: how many made no sense to it.
     """
 
     worker: Worker
@@ -54,6 +55,8 @@ class Seen:
     draining: bool
     warm: tuple[Mapping[str, Any], ...]
     holds: tuple[str, ...]
+    trouble: str | None = None
+    dropped_messages: int = 0
 
     @property
     def state(self) -> str:
@@ -93,14 +96,25 @@ def unregister(database: Database, worker_id: str) -> None:
 
 
 def touch(
-    database: Database, worker_id: str, *, draining: bool = False, warm: Sequence[Mapping[str, Any]] = ()
+    database: Database,
+    worker_id: str,
+    *,
+    draining: bool = False,
+    warm: Sequence[Mapping[str, Any]] = (),
+    trouble: str | None = None,
+    dropped_messages: int = 0,
 ) -> bool | None:
-    """Say that the worker is alive, what it has loaded, and whether it is draining by itself.
+    """Say that the worker is alive, and how it is: see :class:`Seen`; and whether it is draining by itself.
 
     Returns whether it is to drain (it said so, or somebody asked for it); ``None`` when nobody knows the worker.
     """
     table = tables.worker
-    values: dict[str, Any] = {"heartbeat_at": now(), "warm": [dict(item) for item in warm]}
+    values: dict[str, Any] = {
+        "heartbeat_at": now(),
+        "warm": [dict(item) for item in warm],
+        "trouble": trouble,
+        "dropped_messages": dropped_messages,
+    }
     if draining:
         values["draining"] = True
     update = table.update().where(table.c.id == worker_id).values(**values).returning(table.c.draining)
@@ -152,6 +166,8 @@ def listed(database: Database) -> list[Seen]:
             draining=row.draining,
             warm=tuple(row.warm),
             holds=tuple(item.id for item in held if item.lease_owner == row.id),
+            trouble=row.trouble,
+            dropped_messages=row.dropped_messages,
         )
         for row in found
     ]

@@ -12,17 +12,10 @@ import os
 import queue
 import signal
 import threading
-from contextlib import suppress
 from typing import Any
 
 from celery import Celery
-from celery.signals import (
-    after_setup_logger,
-    after_setup_task_logger,
-    worker_ready,
-    worker_shutdown,
-    worker_shutting_down,
-)
+from celery.signals import after_setup_logger, after_setup_task_logger, worker_shutdown, worker_shutting_down
 from celery.worker import state
 from kombu.transport import TRANSPORT_ALIASES
 
@@ -30,10 +23,11 @@ from pipeline.engines import registry
 from pipeline.settings import Settings
 from pipeline.worker import Worker
 from storage import logs
-from storage.errors import TransientError
-from storage.wakeups import CONTROL_QUEUE, TICK
+from storage.wakeups import CONTROL_QUEUE, TICK, transport_options
+from tasks import redis_transport
 
 TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "tasks.redis_transport:Transport"))
+TRANSPORT_ALIASES["sentinel"] = "tasks.redis_transport:SentinelTransport"
 
 settings = Settings()
 app = Celery("rowmill", broker=settings.broker_url, include=["tasks.jobs", "tasks.shards", "tasks.beat"])
@@ -44,12 +38,16 @@ app.conf.update(
     task_default_queue=CONTROL_QUEUE,
     task_create_missing_queues=True,
     worker_prefetch_multiplier=1,
-    # A worker that is busy must leave wake-ups to those that are not. (Only Redis can do so.)
-    worker_disable_prefetch=(settings.broker_url or "").startswith("redis"),
     worker_pool="threads",
+    worker_consumer="tasks.consumer:Consumer",
+    worker_enable_remote_control=False,  # whoever can write to the broker must not be able to stop a worker
     worker_send_task_events=True,  # for Flower
     worker_redirect_stdouts=False,
+    # For as long as it takes: work is found in the database meanwhile.
     broker_connection_retry_on_startup=True,
+    broker_connection_max_retries=None,
+    broker_channel_error_retry=True,
+    broker_transport_options=transport_options(settings.broker_url or ""),
     timezone="UTC",
     # Without ``expires``, which would compare beat's clock with the worker's (``storage.ticks`` drops what piles up).
     beat_schedule={"tick": {"task": TICK, "schedule": settings.tick_seconds}},
@@ -69,7 +67,7 @@ def configure(**role: Any) -> None:
 
 
 def worker() -> Worker:
-    """This process's worker, made by the first task that needs it: after any fork, and never in beat."""
+    """This process's worker, made by the first who needs it: after any fork, and never in beat."""
     global _worker
     with _lock:
         if _worker is None:
@@ -91,26 +89,22 @@ def _log_no_secrets(logger: logging.Logger, **_: Any) -> None:
     logs.hide_secrets(logger.handlers)
 
 
-@worker_ready.connect
-def _ready(sender: Any, **_: Any) -> None:
+def begin(consumer: Any) -> None:
+    """Take the signals, and look for work from now on, whether the broker answers or not. By Celery's consumer."""
     # Celery's own handlers would treat a second signal in ways that lose what is finished (and SIGINT otherwise than
     # SIGTERM): here the first one drains, the next one flushes at once.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
         signal.signal(number, _asked_to_end)
     # Celery would start itself anew in its place.
     signal.signal(signal.SIGHUP, signal.SIG_IGN if _NOHUP else _asked_to_end)
-    consumed = tuple(sender.app.amqp.queues.consume_from)
-    kinds = tuple(name for name in consumed if name in registry.names())
     if not _role:
-        slots = sender.controller.concurrency if any(name != CONTROL_QUEUE for name in consumed) else 0
+        consumed = tuple(consumer.app.amqp.queues.consume_from)
+        kinds = tuple(name for name in consumed if name in registry.names())
+        slots = consumer.controller.concurrency if any(name != CONTROL_QUEUE for name in consumed) else 0
         _role.update(engines=kinds, queues=consumed, slots=slots)
-    threading.Thread(target=_wake, args=(consumed,), name="rowmill-first", daemon=True).start()
-
-
-def _wake(queues: tuple[str, ...]) -> None:
-    """Ask for shards that became ready when nobody was there, or while the broker was away."""
-    with suppress(TransientError):  # the tick does so, too
-        worker().wake(queues=queues)
+    mine = worker()
+    redis_transport.on_messages(mine.drop_message, lambda: mine.takes_messages)
+    mine.start()
 
 
 def _asked_to_end(number: int, frame: Any) -> None:
@@ -121,13 +115,13 @@ def _asked_to_end(number: int, frame: Any) -> None:
 
 @worker_shutting_down.connect
 def _begin_to_end(**_: Any) -> None:
-    # A signal before the worker was ready, which Celery's own handler still took.
+    # A signal that Celery's own handler took, before it began to listen.
     _signals.put(None)
 
 
 @worker_shutdown.connect
 def close(**_: Any) -> None:
-    """End the ``Worker``, if there is one. Celery waits for the running tasks first."""
+    """End the ``Worker``, if there is one, once its shards have finished or their grace is over."""
     global _worker
     with _lock:
         ended, _worker = _worker, None

@@ -8,4 +8,4 @@ from tasks.app import app, worker
 
 @app.task(name=TICK)
 def tick() -> None:
-    worker().tick()
+    worker().wake_up(TICK)

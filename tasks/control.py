@@ -13,12 +13,9 @@ import threading
 from contextlib import suppress
 
 from pipeline.engines.guardian import Guardian
-from pipeline.worker import PLANNERS, PUBLISHERS
 
 log = logging.getLogger(__name__)
 
-THREADS = PLANNERS + PUBLISHERS + 1
-"""Enough to plan and to publish as many jobs at a time as a process does, and one for the tick."""
 STOP_SECONDS = 10.0
 """How much longer than the grace it may take to end, before it is killed."""
 _LONGEST_PAUSE_SECONDS = 30.0

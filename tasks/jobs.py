@@ -8,9 +8,9 @@ from tasks.app import app, worker
 
 @app.task(name=PLAN)
 def plan() -> None:
-    worker().plan()
+    worker().wake_up(PLAN)
 
 
 @app.task(name=FINALIZE)
 def finalize() -> None:
-    worker().finalize()
+    worker().wake_up(FINALIZE)

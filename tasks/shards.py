@@ -1,4 +1,4 @@
-"""The task that does the work."""
+"""The task about shards."""
 
 from __future__ import annotations
 
@@ -8,4 +8,5 @@ from tasks.app import app, worker
 
 @app.task(name=RUN)
 def run(queue: str) -> None:
-    worker().run(queue)
+    """``queue`` is for people who look at the broker: the worker looks at all of its own."""
+    worker().wake_up(RUN)

@@ -1,4 +1,4 @@
-"""One worker process: Celery's worker in its thread pool, as ``rowmill worker start`` has it.
+"""One worker process, as ``rowmill worker start`` has it: a ``Worker``, and Celery's, which listens for wake-ups.
 
 ``python -m tasks.worker --queues onnx --engines onnx --slots 2 --control``; the settings come from the environment.
 ``rowmill worker start`` checks everything first and then turns into this; see there for what a user is told.
@@ -24,7 +24,6 @@ def run(queues: Sequence[str], engines: Sequence[str], slots: int, *, beside: bo
 
     ``slots`` shards at once, 0 for control work only; ``beside``: with a process of its own for control work.
     """
-    threads = slots or control.THREADS
     celery_app.configure(engines=tuple(engines), queues=tuple(queues), slots=slots)
     celery_app.worker()  # registered before it takes anything; what is wrong is raised here
     other = control.ControlProcess() if beside else None
@@ -32,7 +31,7 @@ def run(queues: Sequence[str], engines: Sequence[str], slots: int, *, beside: bo
         worker = celery_app.app.Worker(
             hostname=f"{'-'.join(queues)}-{os.getpid()}@{platform.node()}",
             queues=list(queues),
-            concurrency=threads,
+            concurrency=1,  # its tasks only pass wake-ups on
             pool="threads",
             loglevel=celery_app.settings.log_level.upper(),
             without_gossip=True,

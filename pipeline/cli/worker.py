@@ -47,6 +47,8 @@ def start(
 ) -> None:
     """Run shards of jobs until SIGTERM, Ctrl-C or 'rowmill worker drain'; plan and publish jobs beside it.
 
+    It works from the database while the broker does not answer, and listens to the broker as soon as it does.
+
     Asked to end, it claims nothing more, lets its shards run for drain_grace_seconds, flushes and hands back the rest,
     and ends with 0; asked again, it flushes at once.
     """
@@ -105,7 +107,10 @@ def _check_servers(invocation: Invocation) -> None:
 
     with _database(invocation) as database:
         database.ensure_schema()
-    Wakeups(invocation.loaded.settings.broker_url).check()
+    try:
+        Wakeups(invocation.loaded.settings.broker_url).check()
+    except Unreachable as error:
+        invocation.notice(f"{error}; until it does, work is looked for in the database every few seconds")
 
 
 @app.command(name="list")
@@ -123,6 +128,11 @@ def list_workers(invocation: Invocation) -> None:
     if not found:
         invocation.notice("no workers")
         return
+    for seen in found:
+        if seen.trouble:
+            invocation.notice(f"{seen.worker.id} gets no work: {seen.trouble}")
+        if seen.dropped_messages:
+            invocation.notice(f"{seen.worker.id} dropped {output.plural(seen.dropped_messages, 'malformed message')}")
     columns = ("id", "state", "queues", "slots", "shards", "warm", "heartbeat", "up", "version")
     now = time.time()
     lines = [
@@ -154,6 +164,8 @@ def _worker(seen: Seen) -> dict[str, Any]:
         "slots": worker.slots,
         "shards": list(seen.holds),
         "warm": [dict(item) for item in seen.warm],
+        "trouble": seen.trouble,
+        "dropped_messages": seen.dropped_messages,
         "version": worker.version,
         "started_at": seen.started_at,
         "silent_seconds": round(seen.silent_seconds, 3),
@@ -189,12 +201,16 @@ def drain(
         else:
             ids = [seen.worker.id for seen in workers.listed(database) if seen.worker.queues and seen.state != "silent"]
         asked = workers.drain(database, ids)
+        dead = {seen.worker.id: why for seen in workers.listed(database) if (why := _death(seen))}
         if wait:
             _wait(lambda: {seen.worker.id: seen for seen in workers.listed(database)}, asked, timeout)
     if invocation.as_json:
-        output.emit_json({"drained" if wait else "draining": asked})
+        output.emit_json(
+            {"drained" if wait else "draining": asked} | {"dead": [each for each in asked if each in dead]}
+        )
     elif asked:
-        output.emit("\n".join(f"{worker_id}  {'ended' if wait else 'is asked to drain'}" for worker_id in asked))
+        done = "ended" if wait else "is asked to drain"
+        output.emit("\n".join(f"{worker_id}  {dead.get(worker_id, done)}" for worker_id in asked))
     else:
         invocation.notice("no workers")
 
@@ -202,21 +218,36 @@ def drain(
 def _wait(known: Callable[[], dict[str, Seen]], asked: list[str], timeout: float | None) -> None:
     deadline = None if timeout is None else time.monotonic() + timeout
     while left := [seen for worker_id, seen in known().items() if worker_id in asked]:
-        if silent := [seen.worker.id for seen in left if seen.state == "silent"]:
-            raise NotFound(f"{', '.join(silent)} gave no sign of life for longer than its lease; it may be dead")
+        if dead := [f"{seen.worker.id} {why}" for seen in left if (why := _death(seen))]:
+            raise NotFound("; ".join(dead))
         if deadline is not None and time.monotonic() > deadline:
             names = ", ".join(seen.worker.id for seen in left)
             raise WaitTimeout(f"still draining after {timeout:g} seconds: {names}")
         time.sleep(_POLL_SECONDS)
 
 
+def _death(seen: Seen) -> str | None:
+    """What there is to say of a worker that is dead, or seems to be; ``None`` of one that lives."""
+    import platform
+
+    from pipeline.runtime import is_alive
+
+    silence = f"it gave no sign of life for {output.duration(seen.silent_seconds)}"
+    if seen.worker.host == platform.node() and not is_alive(seen.worker):
+        return f"is dead, its process has ended: {silence}; others take its shards when its lease is over"
+    if seen.state == "silent":
+        return f"may be dead: {silence}; others take its shards. If it lives after all, it will drain"
+    return None
+
+
 @app.command()
 @command
 def health(invocation: Invocation) -> int:
-    """Whether the workers that run on this machine are alive, by their heartbeats: for health checks of containers.
+    """Whether the workers that run on this machine are alive and look for work: for health checks of containers.
 
-    Exit code 0 when there is one and all of them are, 1 otherwise. While the database does not answer, nothing can be
-    said of them, and restarting them would not help: that is 0 too.
+    Exit code 0 when there is one and all of them do, 1 otherwise. It says so when a worker can get no work although
+    restarting it would not help, and ends with 0: while it drains, and while the database does not answer. A broker
+    that is away keeps no worker from its work.
     """
     import platform
 
@@ -227,15 +258,26 @@ def health(invocation: Invocation) -> int:
         with _database(invocation) as database:
             found = [s for s in workers.listed(database) if s.worker.host == platform.node() and is_alive(s.worker)]
     except Unreachable as error:
-        invocation.notice(f"nothing is known of them: {error}")
+        if invocation.as_json:
+            output.emit_json({"healthy": True, "gets_work": False, "workers": []})
+        invocation.notice(f"no work can be had, and nothing is known of the workers: {error}")
         return errors.OK
-    silent = [seen.worker.id for seen in found if seen.state == "silent"]
-    healthy = bool(found) and not silent
+    healthy = bool(found) and not any(seen.state == "silent" or seen.trouble for seen in found)
+    gets_work = healthy and any(seen.state == "alive" for seen in found)
     if invocation.as_json:
-        output.emit_json({"healthy": healthy, "workers": [_worker(seen) for seen in found]})
+        output.emit_json({"healthy": healthy, "gets_work": gets_work, "workers": [_worker(seen) for seen in found]})
     else:
-        output.emit("\n".join(f"{seen.worker.id}  {seen.state}" for seen in found) or "no worker runs here")
+        output.emit("\n".join(map(_health, found)) or "no worker runs here")
     return errors.OK if healthy else errors.ERROR
+
+
+def _health(seen: Seen) -> str:
+    said = f"{seen.worker.id}  {seen.state}"
+    if seen.state == "silent":
+        return f"{said}: no work can be had, it gave no sign of life for {output.duration(seen.silent_seconds)}"
+    if seen.trouble:
+        return f"{said}: no work can be had, {seen.trouble}"
+    return f"{said}: it takes no more work" if seen.state == "draining" else said
 
 
 @contextmanager

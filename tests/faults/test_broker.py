@@ -1,22 +1,29 @@
-"""Faults 8 to 11: a broker that forgets, is away, repeats itself or is ahead of the database. Real Celery and Redis.
+"""Faults 8 to 11, 30 and 31: a broker that forgets, is away, repeats itself, is ahead of the database, or brings
+nonsense. Real Celery and Redis.
 
 Only on PostgreSQL: workers that share a broker share a database server too.
 """
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import hypothesis
 import pytest
 import redis
 import sqlalchemy as sa
 from celery import Celery
+from hypothesis import strategies
 
-from storage import tables
-from storage.states import AttemptState, JobState, ShardState
-from storage.wakeups import PLAN, RUN
+from pipeline.worker import Worker
+from storage import tables, workers
+from storage.states import AttemptState, JobState
+from storage.wakeups import RUN
 from tests.faults.driver import World, wait_until
 from tests.servers import Server
 
@@ -45,33 +52,52 @@ def test_08_flushall(broker_world: World, tmp_path: Path) -> None:
 
 
 def test_09_no_broker(broker_world: World, redis_server: Server, tmp_path: Path) -> None:
-    """Fault 9: Redis is down. A submit succeeds, shards that run commit; once it is back, all complete."""
+    """Fault 9: Redis goes away under a job at work. It is run to its end, and so is a job that is submitted meanwhile.
+
+    Once it is back the workers listen again (celery#10205): a job is planned and run that only messages tell of.
+    """
     world, gate = broker_world, tmp_path / "gate"
-    world.celery("worker")
-    world.celery("beat")
-    job = world.client.submit(
-        **world.fields(shard_rows=50, engine_options={"gate_file": str(gate), "gate_after_rows": 20})
-    ).id
+    worker = world.celery("worker")
+    fields = world.fields(shard_rows=10, engine_options={"gate_file": str(gate), "gate_after_rows": 25})
+    job = world.client.submit(**fields).id
     world.wait_for_flushes(job, 20)
-    running = [shard.id for shard in world.shards(job) if shard.state == ShardState.RUNNING]
-    assert running
     redis_server.kill()
     try:
         gate.touch()
         other = world.client.submit(**world.fields(output=str(tmp_path / "other"))).id
-        assert world.job(other).state is JobState.VALIDATING
-
-        def committed() -> bool:
-            states = {shard.id: shard.state for shard in world.shards(job)}
-            return all(states[shard] == ShardState.COMMITTED for shard in running)
-
-        wait_until(committed, "the commit of the shards that were running")
+        world.wait(job, JobState.COMPLETED)
+        world.wait(other, JobState.COMPLETED)
     finally:
         redis_server.start()
-    world.wait(job, JobState.COMPLETED)
-    world.wait(other, JobState.COMPLETED)
     assert set(world.attempt_states(job)) == {AttemptState.SUCCEEDED}
     world.check(job)
+    assert worker.end() == 0, worker.err
+
+    listening = world.celery("worker", poll_seconds=3600.0, tick_seconds=3600.0)
+    broker = redis.Redis.from_url(str(world.settings.broker_url))
+    for number in range(2):
+        _wait_until_taken(broker)
+        redis_server.kill()
+        redis_server.start()
+        world.client._wakeups._silent_until = 0.0
+        late = world.submit(output=str(tmp_path / f"late-{number}"))
+        wait_until(lambda: _sent(world), "a message that the broker took")
+        world.wait(late, JobState.COMPLETED)
+    assert listening.running()
+
+
+def _wait_until_taken(broker: redis.Redis) -> None:
+    """Until somebody listens and has taken a message: one that says nothing to anybody."""
+    broker.lpush("fake", "nobody")
+    wait_until(lambda: not broker.exists("fake"), "a worker that listens")
+
+
+def _sent(world: World) -> bool:
+    """Whether a wake-up for a shard could be sent."""
+    wakeups = world.client._wakeups
+    wakeups.run("fake")
+    sent, wakeups._silent_until = wakeups._silent_until == 0.0, 0.0
+    return sent
 
 
 def test_10_every_message_ten_times(broker_world: World, tmp_path: Path) -> None:
@@ -98,42 +124,142 @@ def test_10_every_message_ten_times(broker_world: World, tmp_path: Path) -> None
 
 
 def test_11_a_message_before_its_commit(broker_world: World) -> None:
-    """Fault 11: a message arrives before the commit that it follows. It starts nothing; the next tick picks it up."""
+    """Fault 11: a message arrives before the commit that it follows. It starts nothing; the next look finds it."""
     world = broker_world
-    world.celery("worker")
-    control = Celery(broker=str(world.settings.broker_url), set_as_current=False).control
-
-    def handled(name: str) -> int:
-        """How many of these tasks the worker has been through; 0 while it is at one."""
-        inspect = control.inspect(timeout=0.2)
-        active = inspect.active()
-        if not active or any(active.values()):
-            return 0
-        return sum(worker["total"].get(name, 0) for worker in (inspect.stats() or {}).values())
-
-    sent: list[str] = []
-    wakeups = world.client._wakeups
+    worker = Worker(world.settings, engines=["fake"], queues=["control", "fake"], slots=1)
+    woken: list[JobState] = []
 
     def before_commit(connection: sa.Connection) -> None:
         state = connection.execute(sa.select(tables.job.c.state)).scalar()
-        if state == JobState.VALIDATING and not sent:
-            sent.append(PLAN)
-            wakeups.plan()
-            wait_until(lambda: handled(PLAN) == 1, "the message that asks for a plan")
-        elif state == JobState.QUEUED and RUN not in sent:
-            sent.append(RUN)
-            wakeups.run("fake", 4)
-            wait_until(lambda: handled(RUN) == 4, "the messages that ask for a claim")
+        if state in (JobState.VALIDATING, JobState.QUEUED) and state not in woken:
+            woken.append(state)
+            worker.plan()
+            worker.run("fake")
 
-    with _before_each_commit(world, before_commit):
-        job = world.submit(shard_rows=50)
-    assert sent == [PLAN, RUN]
-    assert world.job(job).state is JobState.QUEUED
-    assert world.attempts(job) == []
-    world.celery("beat")
-    world.wait(job, JobState.COMPLETED)
+    try:
+        with _before_each_commit(world, before_commit):
+            job = world.submit(shard_rows=50)
+        assert woken == [JobState.VALIDATING, JobState.QUEUED]
+        assert world.job(job).state is JobState.QUEUED
+        assert world.attempts(job) == []
+        worker.start()
+        world.wait(job, JobState.COMPLETED)
+    finally:
+        worker.close()
     assert world.events(job, "job.queued") == 1
     world.check(job)
+
+
+def _message(body: object = "W1siZmFrZSJdLCB7fSwge31d", **more: Any) -> dict[str, Any]:
+    """A wake-up as Celery writes it (its body: ``[["fake"], {}, {}]``), and what is different in it."""
+    headers = {"lang": "py", "task": RUN, "id": "1", "root_id": "1", "parent_id": None, "group": None}
+    properties = {
+        "correlation_id": "1",
+        "delivery_mode": 2,
+        "delivery_info": {"exchange": "", "routing_key": "fake"},
+        "priority": 0,
+        "body_encoding": "base64",
+        "delivery_tag": "1",
+    }
+    message = {"body": body, "content-encoding": "utf-8", "content-type": "application/json"}
+    return message | {"headers": headers, "properties": properties} | more
+
+
+def _encoded(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+JSON = strategies.recursive(
+    strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats() | strategies.text(),
+    lambda inner: strategies.lists(inner, max_size=3) | strategies.dictionaries(strategies.text(), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = ("body", "content-encoding", "content-type", "headers", "properties")
+HEADERS = (*_message()["headers"], "eta", "expires", "timelimit", "compression", "retries", "args")
+PROPERTIES = tuple(_message()["properties"])
+NONSENSE = strategies.one_of(
+    strategies.binary(min_size=1),
+    JSON.map(json.dumps),
+    JSON.map(lambda value: json.dumps(_message(_encoded(json.dumps(value))))),
+    strategies.builds(
+        lambda field, value: json.dumps(_message() | {field: value}), strategies.sampled_from(FIELDS), JSON
+    ),
+    strategies.builds(
+        lambda name, value: json.dumps(_message(headers=_message()["headers"] | {name: value})),
+        strategies.sampled_from(HEADERS),
+        JSON,
+    ),
+    strategies.builds(
+        lambda name, value: json.dumps(_message(properties=_message()["properties"] | {name: value})),
+        strategies.sampled_from(PROPERTIES),
+        JSON,
+    ),
+    strategies.sampled_from(FIELDS).map(lambda field: json.dumps({k: v for k, v in _message().items() if k != field})),
+)
+FORGED = (
+    "[" * 100_000,
+    json.dumps(_message("A" * 10_000_000)),
+    json.dumps(_message(_encoded("[" * 50_000))),
+    json.dumps(_message(headers=_message()["headers"] | {"task": "celery.backend_cleanup"})),
+    json.dumps(_message(_encoded('[[], {}, {"chain": [{"task": "rowmill.run", "args": ["fake"]}]}]'))),
+)
+
+
+def test_30_messages_that_make_no_sense(broker_world: World) -> None:
+    """Fault 30: whatever lies on a queue, the worker drops it, counts it, and goes on; it does not come back."""
+    world = broker_world
+    worker = world.celery("worker")
+    broker = redis.Redis.from_url(str(world.settings.broker_url))
+    pushed = len(FORGED)
+    broker.lpush("fake", *FORGED)
+
+    @hypothesis.settings(max_examples=150, database=None)
+    @hypothesis.given(strategies.sampled_from(["fake", "control"]), NONSENSE)
+    def push(queue: str, message: bytes | str) -> None:
+        nonlocal pushed
+        pushed += broker.lpush(queue, message) > 0
+
+    push()
+    wait_until(lambda: not broker.exists("fake", "control") or not worker.running(), "the end of the messages")
+    assert worker.running(), worker.err
+    Celery(broker=str(world.settings.broker_url), set_as_current=False).control.shutdown()
+    job = world.submit()
+    world.wait(job, JobState.COMPLETED)
+    world.check(job)
+    assert worker.running(), worker.err
+    assert "Traceback" not in worker.err
+    assert not broker.exists("unacked", "unacked_index"), "nothing is kept aside"
+    # Some of what was drawn at random is a wake-up after all, such as one with another id.
+    dropped = wait_until(lambda: workers.listed(world.database)[0].dropped_messages, "the count, at a heartbeat")
+    assert len(FORGED) < dropped <= pushed
+    assert worker.end() == 0, worker.err
+    assert not broker.exists("fake", "control"), "nothing is given back"
+
+
+def test_30_a_queue_that_is_none(broker_world: World) -> None:
+    """A key of another type where the queue should be: Redis answers each request with an error."""
+    world = broker_world
+    broker = redis.Redis.from_url(str(world.settings.broker_url))
+    broker.set("fake", "not a list")
+    worker = world.celery("worker")
+    job = world.client.submit(**world.fields()).id
+    world.wait(job, JobState.COMPLETED)
+    assert worker.end() == 0, worker.err
+
+
+def test_31_work_begins_without_a_broker(broker_world: World, redis_server: Server) -> None:
+    """Fault 31: Redis is away from the start. Worker and beat wait for it, and work; and end when they are told to."""
+    world = broker_world
+    redis_server.kill()
+    try:
+        worker = world.celery("worker")
+        job = world.client.submit(**world.fields(shard_rows=10)).id
+        world.wait(job, JobState.COMPLETED)
+        world.check(job)
+        assert worker.end() == 0, worker.err
+        assert workers.listed(world.database) == []
+    finally:
+        redis_server.start()
 
 
 @contextmanager

@@ -6,13 +6,17 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from storage import workers
+from pipeline.runtime import start as start_runtime
+from pipeline.settings import Settings
+from storage import tables, workers
+from storage.database import now
 from storage.states import AttemptState, JobState
 from storage.workers import Seen
 from tests.cli.conftest import Rowmill, rowmill  # noqa: F401 - a fixture
@@ -152,13 +156,66 @@ def test_what_it_refuses(
         assert code == 2 and said_of_it in said
     code, said = refused("--engines", "none", "--no-control", **there)
     assert code == 2 and "nothing to do" in said
-    away = {"ROWMILL_BROKER_URL": "redis://:secret@127.0.0.1:9/0"}
-    code, said = refused("--engines", "fake", **away)
-    assert code == 7 and "127.0.0.1:9" in said and "secret" not in said
     code, said = refused("--engines", "fake", "--setting", "broker_url=nonsense://x")
     assert code == 2 and "nonsense" in said
     gone = {**there, "ROWMILL_DATABASE_URL": "postgresql://postgres@127.0.0.1:9/none"}
     assert refused("--engines", "fake", **gone)[0] == 7
+
+
+def test_it_does_not_wait_for_the_broker(
+    rowmill: Rowmill,  # noqa: F811
+    postgres_database: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr("pipeline.cli.worker.become", lambda *arguments: started.append(arguments))
+    there = {"ROWMILL_BROKER_URL": "redis://:secret@127.0.0.1:9/0", "ROWMILL_DATABASE_URL": postgres_database}
+    done = Rowmill(rowmill.home, rowmill.environment | there).inside("worker", "start", "--engines", "fake")
+    assert len(started) == 1
+    assert "127.0.0.1:9" in done.err and "does not answer" in done.err and "secret" not in done.err
+
+
+def test_what_is_said_of_a_dead_worker_and_of_one_in_trouble(
+    rowmill: Rowmill,  # noqa: F811
+    settings: Settings,
+) -> None:
+    runtime = start_runtime(settings, queues=["fake"], slots=1)
+    mine, database = runtime.worker, runtime.database
+    elsewhere = replace(mine, id="elsewhere:1:aaaa", host="elsewhere", lease_seconds=30.0)
+    gone = replace(mine, id="gone:1:bbbb", start_ticks=1, pid_started_at=1.0)
+    for worker in (mine, elsewhere, gone):
+        workers.register(database, worker)
+    with database.write() as connection:
+        table = tables.worker
+        connection.execute(table.update().where(table.c.id == elsewhere.id).values(heartbeat_at=now() - 100))
+    here = Rowmill(rowmill.home, rowmill.environment | {"ROWMILL_DATA_DIR": str(settings.data_dir)})
+
+    def said(*arguments: str) -> tuple[int, str]:
+        done = here.inside("worker", *arguments)
+        return done.code, done.out + done.err
+
+    assert said("health") == (0, f"{mine.id}  alive\n")
+    code, text = said("drain", elsewhere.id)
+    assert code == 0 and "may be dead: it gave no sign of life for 1 min 40 s" in text
+    code, text = said("drain", gone.id)
+    assert code == 0 and "is dead, its process has ended" in text
+    code, text = said("drain", gone.id, "--wait")
+    assert code == 6 and "is dead" in text
+    assert here.inside("worker", "drain", gone.id, "--json").document["dead"] == [gone.id]
+    workers.touch(database, mine.id, trouble="1 of 2 shard threads have ended", dropped_messages=3)
+    code, text = said("health")
+    assert code == 1 and "no work can be had, 1 of 2 shard threads have ended" in text
+    assert "dropped 3 malformed messages" in said("list")[1]
+    workers.touch(database, mine.id)
+    assert said("drain", mine.id) == (0, f"{mine.id}  is asked to drain\n")
+    code, text = said("health")
+    assert code == 0 and "takes no more work" in text
+    health = here.inside("worker", "health", "--json").document
+    assert (health["healthy"], health["gets_work"]) == (True, False)
+    away = Rowmill(rowmill.home, here.environment | {"ROWMILL_DATABASE_URL": "postgresql://postgres@127.0.0.1:9/none"})
+    done = away.inside("worker", "health")
+    assert done.code == 0 and "no work can be had" in done.err
+    runtime.close()
 
 
 def test_without_workers(rowmill: Rowmill) -> None:  # noqa: F811
