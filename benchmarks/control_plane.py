@@ -7,6 +7,8 @@
 * ``lanes``: the same by how many tenants have shards ready, because that is what a claim's cost does grow with.
 * ``planning``: 10⁹ rows in 10⁵ files, and 10⁸ in 10⁴. The footers are made up, all else is real; promised is that peak
   memory grows by less than ``PER_FILE`` bytes for every file more.
+* ``poll``: what a look into the database costs that finds nothing to do: for a shard, for a job to plan, for one to
+  publish. So much an idle worker costs every few seconds (``poll_seconds``).
 * ``idle``: statements per tick of beat and per heartbeat of a worker that have nothing to do.
 """
 
@@ -19,6 +21,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -32,7 +36,7 @@ from pipeline import inputs, planning
 from pipeline.input_formats import Format, Kind
 from pipeline.settings import Settings
 from pipeline.worker import Worker
-from storage import jobs, parquet
+from storage import claims, finalizing, jobs, parquet, planners
 from storage.database import Database
 from storage.objects import ObjectInfo, ObjectStore
 
@@ -144,6 +148,39 @@ def _plan(url: str, n_files: int, result: Connection) -> None:
     database.close()
 
 
+def measure_poll(url: str, kind: str) -> None:
+    """On an empty database, and beside a million shards that are ready on another queue."""
+    for name, n_shards in (("empty", 0), ("10⁶ shards of others", 10**6)):
+        at = fresh(url, f"poll{n_shards}")
+        if n_shards:
+            fill(at, n_shards)
+        database = Database(at)
+        who: dict[str, Any] = {"owner": "w", "lease_seconds": 60.0}
+        looks: dict[str, Callable[[], object]] = {
+            "shard": partial(claims.claim, database, queues=["idle"], **who),
+            "plan": partial(planners.claim, database, **who),
+            "publish": partial(finalizing.claim_finalize, database, **who),
+        }
+        shown = []
+        for what, look in looks.items():
+            statements: list[str] = []
+
+            def count(connection: Any, cursor: Any, statement: str, *_: Any, into: list[str] = statements) -> None:
+                into.append(statement)
+
+            sa.event.listen(database._writer, "before_cursor_execute", count)
+            assert look() is None
+            sa.event.remove(database._writer, "before_cursor_execute", count)
+            seconds = []
+            for _ in range(300):
+                began = time.perf_counter()
+                look()
+                seconds.append(time.perf_counter() - began)
+            shown.append(f"{what} {1000 * statistics.median(seconds):.2f} ms in {len(statements)} statements")
+        database.close()
+        print(f"  {kind:10} {name:>20}: {', '.join(shown)}", flush=True)
+
+
 def measure_idle() -> None:
     with tempfile.TemporaryDirectory(prefix="rowmill-idle-") as folder:
         settings = Settings(data_dir=Path(folder) / "data", cache_dir=Path(folder) / "cache")
@@ -169,7 +206,7 @@ def measure_idle() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parts = ("throughput", "growth", "lanes", "planning", "idle")
+    parts = ("throughput", "growth", "lanes", "planning", "poll", "idle")
     parser.add_argument("--only", choices=parts, action="append")
     parser.add_argument("--database", choices=("postgresql", "sqlite"), action="append")
     options = parser.parse_args()
@@ -196,6 +233,8 @@ def measure(part: str, url: str, kind: str, rounds: int) -> bool:
         return measure_planning(url, kind)
     if part == "lanes":
         measure_lanes(url, kind, rounds)
+    elif part == "poll":
+        measure_poll(url, kind)
     else:
         measure_throughput(url, kind)
     return True

@@ -1,6 +1,6 @@
 """What a worker process does: plan, run shards, publish, tidy up. One per process.
 
-Its threads ask the database for work by themselves (docs/adr/0030). A wake-up is a hint to ask now rather than in a few
+Its threads ask the database for work by themselves (docs/adr/0031). A wake-up is a hint to ask now rather than in a few
 seconds: Celery's tasks call :meth:`Worker.wake_up` and nothing else.
 """
 

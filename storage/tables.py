@@ -274,7 +274,7 @@ worker = sa.Table(
     sa.Column("version", Text, nullable=False, server_default="unknown"),
     sa.Column("draining", sa.Boolean, nullable=False, server_default=sa.text("false")),
     sa.Column("warm", Json, nullable=False, server_default="[]"),
-    sa.Column("trouble", sa.Text),
+    sa.Column("trouble", Text),
     sa.Column("dropped_messages", Big, nullable=False, server_default="0"),
 )
 
