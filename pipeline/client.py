@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline import job as job_calls
 from pipeline import local
+from pipeline.attendance import with_attendance
 from pipeline.boundary import Limit, Moment, Text, Whole, boundary, own
 from pipeline.engines.base import Cancellation
 from pipeline.job_handle import JobHandle, state_named
@@ -148,7 +149,7 @@ class Client:
             limit=limit,
             after=after,
         )
-        return [job_status(database, job) for job in found]
+        return with_attendance(self._runtime, found, [job_status(database, job) for job in found])
 
     def short_ids(self, ids: Sequence[str]) -> dict[str, str]:
         """For each job's id an end of it that :meth:`job` accepts: eight characters, or more where two are alike."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pipeline import deletion, local, measures, process_end
 from pipeline import job as job_calls
+from pipeline.attendance import with_attendance
 from pipeline.boundary import Limit, Seconds, Text, Whole, boundary, own
 from pipeline.engines.base import Cancellation
 from pipeline.progress import shown
@@ -46,7 +47,9 @@ class JobHandle:
 
     def status(self) -> JobStatus:
         """The job at this moment."""
-        return job_status(self._runtime.database, jobs.get(self._runtime.database, self.id))
+        runtime = self._runtime
+        job = jobs.get(runtime.database, self.id)
+        return with_attendance(runtime, [job], [job_status(runtime.database, job)])[0]
 
     def wait(self, timeout: Seconds | None = None, progress: bool = False) -> JobStatus:
         """Block until the job has ended; in the embedded mode this process runs it if no other does.
@@ -66,7 +69,8 @@ class JobHandle:
                 background = self._session.start(self.id)
                 left = _POLL_SECONDS if deadline is None else min(_POLL_SECONDS, deadline - time.monotonic())
                 if left <= 0:
-                    raise WaitTimeout(f"job {self.id} is still {status.state} after {timeout} seconds")
+                    why = f" ({status.message})" if status.message else ""
+                    raise WaitTimeout(f"job {self.id} is still {status.state} after {timeout} seconds{why}")
                 if background is None:
                     threading.Event().wait(left)
                 else:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from pipeline import maintenance
+from pipeline.attendance import attending
 from pipeline.engines.base import Cancellation
 from pipeline.finalize import finalize_job
 from pipeline.job import plan_job
@@ -53,17 +54,18 @@ def run_job(
     runtime.register()
     settings = runtime.settings
     try:
-        while job.state is JobState.VALIDATING:
-            job = _planned(runtime, job, interrupt)
-        on_progress(job_status(runtime.database, job))
-        with LeaseKeeper(
-            runtime.database,
-            worker_id=runtime.worker.id,
-            lease_seconds=settings.lease_seconds,
-            heartbeat_seconds=min(HEARTBEAT_SECONDS, settings.lease_seconds / 3),
-            tick=lambda: tick(runtime),
-        ) as keeper:
-            return _work(runtime, job, keeper, interrupt, on_progress)
+        with attending(runtime, job.id):
+            while job.state is JobState.VALIDATING:
+                job = _planned(runtime, job, interrupt)
+            on_progress(job_status(runtime.database, job))
+            with LeaseKeeper(
+                runtime.database,
+                worker_id=runtime.worker.id,
+                lease_seconds=settings.lease_seconds,
+                heartbeat_seconds=min(HEARTBEAT_SECONDS, settings.lease_seconds / 3),
+                tick=lambda: tick(runtime),
+            ) as keeper:
+                return _work(runtime, job, keeper, interrupt, on_progress)
     finally:
         with suppress(TransientError):
             workers.unregister(runtime.database, runtime.worker.id)

@@ -17,6 +17,9 @@ class JobStatus:
     ``rows_resumed`` are rows that an attempt found finished by an earlier one. ``shards`` is keyed by ``ShardState``,
     ``tokens`` holds ``prompt_tokens``, ``cached_tokens`` and ``completion_tokens`` so far. ``stop_reason`` says why a
     job was wound down, ``error`` why it failed, ``message`` what a person should know or do.
+
+    ``attended`` is false for a job that has not ended and that nobody works on, or would: in the embedded mode its
+    process is gone, in a fleet no worker is alive for it. ``interrupted`` is true where such a process had begun.
     """
 
     id: str
@@ -40,6 +43,8 @@ class JobStatus:
     stop_reason: str | None = None
     error: str | None = None
     message: str | None = None
+    attended: bool = True
+    interrupted: bool = False
     created_at: float
     started_at: float | None = None
     ended_at: float | None = None

@@ -278,6 +278,14 @@ worker = sa.Table(
     sa.Column("dropped_messages", Big, nullable=False, server_default="0"),
 )
 
+# Of processes in the embedded mode, from before their first claim to the end of the job. A killed one leaves its row.
+attendance = sa.Table(
+    "attendance",
+    metadata,
+    sa.Column("job_id", Id, sa.ForeignKey("job.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("worker_id", Text, primary_key=True),
+)
+
 gc_queue = sa.Table(
     "gc_queue",
     metadata,

@@ -18,7 +18,7 @@ from pipeline.cli.job_list import list_jobs
 from pipeline.cli.progress import progress
 from pipeline.measures import derived
 from pipeline.status import JobStatus
-from storage.errors import JobCancelled, JobFailed
+from storage.errors import Interrupted, JobCancelled, JobFailed
 
 if TYPE_CHECKING:
     from pipeline.client import Client
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Jobs: submit, list, show, wait, cancel, retry.", no_args_is_help=True)
 
 _POLL_SECONDS = 1.0
+_LOOKS = 3
+"""How often in a row a job is seen without anybody before that is believed: a job may just have been submitted."""
 
 app.command(name="list")(list_jobs)
 
@@ -85,7 +87,7 @@ def describe(status: JobStatus) -> list[tuple[str, object]]:
         took = output.duration(status.ended_at - status.started_at)
     return [
         ("id", status.id),
-        ("state", status.state + (" (partial output)" if status.partial and status.rows_done else "")),
+        ("state", status.state + _remark(status)),
         ("reason", status.stop_reason),
         ("error", status.error),
         ("message", status.message),
@@ -110,6 +112,12 @@ def describe(status: JobStatus) -> list[tuple[str, object]]:
         ("expires", None if status.terminal else output.moment(status.expires_at)),
         ("took", took),
     ]
+
+
+def _remark(status: JobStatus) -> str:
+    if status.interrupted:
+        return " (interrupted)"
+    return " (partial output)" if status.partial and status.rows_done else ""
 
 
 def describe_measured(measured: Mapping[str, float]) -> list[tuple[str, object]]:
@@ -342,6 +350,9 @@ def wait(
     """Wait until a job has ended; the exit code says how. Without a broker, a job that nobody runs is run here."""
     with output.only_ours(), invocation.client() as client:
         handle = client.job(job)
+        if not (status := handle.status()).attended:
+            embedded = invocation.loaded.settings.broker_url is None
+            invocation.notice(f"{status.message}; it is run here now" if embedded else str(status.message))
         with contextlib.suppress(JobFailed, JobCancelled):  # told by the status, like every other end
             handle.wait(timeout=timeout, progress=not invocation.quiet and sys.stderr.isatty())
         status = handle.status()
@@ -351,16 +362,30 @@ def wait(
 @app.command()
 @command
 def watch(invocation: Invocation, job: JobId) -> int:
-    """Show a job's progress until it has ended. Ctrl-C only stops the watching."""
+    """Show a job's progress until it has ended. Ctrl-C only stops the watching.
+
+    A job that was interrupted and that nobody runs is not watched any longer: exit code 5. In a fleet without a worker
+    for the job, watching goes on, and says so.
+    """
+    embedded = invocation.loaded.settings.broker_url is None
+    alone, told = 0, False
     with invocation.client() as client, progress(quiet=invocation.quiet) as shown:
         handle = client.job(job)
         try:
             while not (status := handle.status()).terminal:
+                alone = 0 if status.attended else alone + 1
+                if alone >= _LOOKS and embedded:
+                    break
+                if alone >= _LOOKS and not told:
+                    shown.notice(str(status.message))
+                told = alone >= _LOOKS
                 shown.update(status)
                 time.sleep(_POLL_SECONDS)
         except KeyboardInterrupt:
             shown.notice(f"no longer watching; the job is not touched. To stop it: rowmill job cancel {handle.id}")
             return errors.SIGNALLED
+    if not status.terminal:
+        raise Interrupted(f"job {status.id} is {status.state}: {status.message}")
     return _end(invocation, status)
 
 

@@ -67,9 +67,12 @@ def list_jobs(
     if not wide and (cells := output.terminal_width()) is not None:
         columns, lines = output.fitted(_COLUMNS, rows, cells, shrink=_SHRINK, leave_out=_LEAVE_OUT)
     output.emit(output.table(columns, lines, right=[name for name in _RIGHT if name in columns]))
+    if any(status.interrupted for status in found):
+        invocation.notice("interrupted: nobody is running it; resume with 'rowmill job resume ID'")
 
 
 def _row(status: JobStatus, shown: str, now: float) -> list[str]:
     counts = [f"{n:,}" for n in (status.rows_total, status.rows_done, status.rows_failed)]
     age = output.duration(now - status.created_at, short=True)
-    return [shown, status.state.value, status.tenant, status.task, status.model, *counts, age, status.output]
+    state = "interrupted" if status.interrupted else status.state.value
+    return [shown, state, status.tenant, status.task, status.model, *counts, age, status.output]

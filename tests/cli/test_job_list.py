@@ -115,3 +115,28 @@ def test_times_are_read_as_written() -> None:
     for wrong in ("", "soon", "-1h", "2026-13-01"):
         with pytest.raises(InvalidJob):
             values.moment(wrong, "--since", now)
+
+
+def test_an_interrupted_job_is_said_to_be(rowmill: Rowmill, run: Callable[..., str]) -> None:
+    """By every command that shows it; ``watch`` ends, since there is nothing to be seen, and ``wait`` runs it."""
+    table = pa.table({"text": [f"text {n}" for n in range(100)]})
+    pq.write_table(table, rowmill.home / "in.parquet")
+    options = ("--set", "crash_after_rows=50", "--set", "crash_times=1", "--set", "counts_dir=.")
+    killed = rowmill("run", "in.parquet", "-o", "out", *PROMPT, *options, "--setting", "read_batch_rows=10")
+    assert killed.code == 137
+    (job,) = rowmill.inside("job", "list", "--json").document["jobs"]
+    assert (job["state"], job["interrupted"], job["attended"]) == ("in_progress", True, False)
+    listed = rowmill.inside("job", "list")
+    assert "interrupted" in listed.out.splitlines()[1]
+    assert "rowmill job resume ID" in listed.err
+    shown = rowmill.inside("job", "show", job["id"]).out
+    assert "in_progress (interrupted)" in shown
+    assert f"nobody is running it; resume with 'rowmill job resume {job['id']}'" in shown
+    watched = rowmill.inside("job", "watch", job["id"])
+    assert watched.code == 5
+    assert f"rowmill job resume {job['id']}" in watched.err
+    waited = rowmill.inside("job", "wait", job["id"])
+    assert waited.code == 0
+    assert "it is run here now" in waited.err
+    assert "(interrupted)" not in waited.out
+    assert rowmill.inside("job", "watch", job["id"]).code == 0
