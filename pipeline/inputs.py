@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
-from pipeline import input_conversion
+from pipeline import input_conversion, planning
 from pipeline.input_formats import Format, Kind, format_of, is_beside_the_point
 from pipeline.input_schema import UnifiedSchema
 from pipeline.planning import InputFile
@@ -48,7 +48,7 @@ class Inputs:
     """``sources`` in row order; ``files`` are their row groups, for planning; ``schema`` covers all of them.
 
     ``originals`` are URI and etag of every file that was read, before any was converted. ``unreadable`` says, by the
-    name of a column that nobody can read, where and why.
+    name of a column that nobody can read, where and why. ``files`` may leave out rows, and whole sources.
     Sources and row groups lie on disk, so that planning takes no more memory than the names of the files do.
     """
 
@@ -57,6 +57,18 @@ class Inputs:
     schema: pa.Schema
     originals: list[tuple[str, str]]
     unreadable: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """Rows that are to be computed: those of ``files``."""
+        return sum(file.rows for file in self.files)
+
+    def narrowed(self, *, limit: int | None, sample: int | None) -> Inputs:
+        """The first ``limit`` rows, or ``sample`` rows spread evenly over all; the sources stay what they are."""
+        if limit is None and sample is None:
+            return self
+        ranges = [(0, limit)] if limit is not None else planning.sample_ranges(self.rows, sample or 0)
+        return replace(self, files=Spool(planning.select(self.files, ranges)))
 
 
 Processed = Callable[[Sequence[str]], set[tuple[str, str]]]

@@ -84,9 +84,10 @@ def estimate(runtime: Runtime, fields: dict[str, Any]) -> Estimate:
         _refuse_unreadable(found, columns, _kept(spec, tuple(found.schema.names)))
     finally:
         runtime.store.delete_tree(work)
+    found = found.narrowed(limit=spec.limit, sample=spec.sample)
     return Estimate(
         files=sum(1 for _ in found.files),
-        rows=sum(rows for file in found.files for rows, _ in file.row_groups),
+        rows=found.rows,
         n_bytes=sum(n_bytes for file in found.files for _, n_bytes in file.row_groups),
         shards=sum(1 for _ in planning.plan(found.files, shard_rows=spec.shard_rows, shard_bytes=spec.shard_bytes)),
         engine=engine,
@@ -199,6 +200,9 @@ def model_and_engine(runtime: Runtime, spec: JobSpec) -> tuple[Model, str]:
     registry.check_permissions(engine, spec.engine_options, allowed)
     if spec.profile and not issubclass(kind, Profiled):
         raise InvalidJob(f"engine {engine!r} writes no traces; 'onnx' does", field="profile")
+    if spec.request_timeout is not None and not getattr(kind, "times_out_requests", False):
+        remedy = "set its option row_timeout (--set row_timeout=SECONDS)" if engine == "onnx" else "leave it out"
+        raise InvalidJob(f"engine {engine!r} aborts no single rows; {remedy}", field="request_timeout")
     return model, engine
 
 
@@ -263,9 +267,16 @@ def _prepare(
     converted = any(source.uri.startswith(work) for source in found.sources)
     with_adapters = adapters.digests(spec.adapters, runtime.settings.cache_dir)
     record = PlanRecord(
-        found.schema, tuple(columns), keep, model.digest, model.architectures, converted, adapters=with_adapters
+        found.schema,
+        tuple(columns),
+        keep,
+        model.digest,
+        model.architectures,
+        converted,
+        adapters=with_adapters,
+        input_rows=found.rows,
     )
-    return _Prepared(record, found)
+    return _Prepared(record, found.narrowed(limit=spec.limit, sample=spec.sample))
 
 
 def _limits_if_regrouped(runtime: Runtime, spec: JobSpec, found: inputs.Inputs) -> regrouping.Limits | None:
@@ -277,7 +288,7 @@ def _limits_if_regrouped(runtime: Runtime, spec: JobSpec, found: inputs.Inputs) 
         batch_rows=settings.read_batch_rows,
         batch_bytes=settings.read_batch_bytes,
     )
-    return limits if regrouping.wanted(spec, sum(source.n_rows for source in found.sources), limits) else None
+    return limits if regrouping.wanted(spec, found.rows, limits) else None
 
 
 def _regrouped(

@@ -53,6 +53,10 @@ NOT_PART_OF_THE_WORK = frozenset(
 """Fields that do not change what is computed: a job may be resumed under other values of them."""
 
 
+_LATER = frozenset({"limit", "sample", "request_timeout"})
+_MOST = 2**63 - 1
+
+
 class JobSpec(BaseModel):
     """Everything that says what a job computes and where to put it. Immutable, and complete: same spec, same work."""
 
@@ -129,6 +133,12 @@ class JobSpec(BaseModel):
     """Keep the answers, for this tenant's later jobs with the same model, parameters and prompts, and take those that
     are there (engine ``vllm``). ``on`` (or ``true``): where the prompt settles the answer, by temperature 0 or a seed;
     ``sampled``: answers that are drawn at random too, so that the same ones come again."""
+    limit: Annotated[int, Field(ge=1, le=_MOST)] | None = None
+    """Compute only the first so many rows of the input, as a job of its own."""
+    sample: Annotated[int, Field(ge=1, le=_MOST)] | None = None
+    """Compute only so many rows, spread evenly over the input: the same ones each time."""
+    request_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Seconds that a row may spend inside the engine (``vllm``): one that takes longer is aborted and fails."""
     keep_columns: tuple[str, ...] | None = None
     """Input columns copied to the output; ``None`` keeps all."""
     output_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*$")] = ""
@@ -241,6 +251,8 @@ class JobSpec(BaseModel):
             )
         if task is Task.CHAT and [self.prompt, self.messages, self.column].count(None) != 2:
             raise ValueError("task 'chat' needs exactly one of messages, prompt and column")
+        if self.limit is not None and self.sample is not None:
+            raise ValueError("limit and sample exclude each other: the first rows, or some from everywhere")
         if self.overlong == "split" and task is not Task.EMBED:
             raise ValueError(f"overlong 'split' averages embeddings; task '{task}' has none")
         if task in (Task.EMBED, Task.CLASSIFY, Task.SCORE) and self.column is None:
@@ -267,6 +279,8 @@ class JobSpec(BaseModel):
     def work_hash(self) -> str:
         """SHA-256 (hex) of the fields that decide what is computed: two specs that agree may share one job."""
         work = {k: v for k, v in self.model_dump(mode="json").items() if k not in NOT_PART_OF_THE_WORK}
+        # Jobs of versions that did not know these fields go on.
+        work = {k: v for k, v in work.items() if k not in _LATER or v is not None}
         if self.sampling.get("structured_outputs"):
             # The properties of a JSON Schema are answered in its order, which sorting would hide.
             work["form"] = json.dumps(self.sampling["structured_outputs"])

@@ -16,7 +16,8 @@ class PlanRecord:
 
     ``converted``: the sources are Parquet chunks in the job's work folder, made from other formats. ``part_rows``: the
     shards hold rows that begin alike, and the output has so many rows in a file; ``None``: each shard becomes one file.
-    ``adapters``: the digest of each LoRA adapter, by name.
+    ``adapters``: the digest of each LoRA adapter, by name. ``input_rows``: rows of the whole input, of which the job
+    has some (``limit``, ``sample``); plans of older versions do not say.
     """
 
     schema: pa.Schema
@@ -27,6 +28,7 @@ class PlanRecord:
     converted: bool = False
     part_rows: int | None = None
     adapters: Mapping[str, str] = field(default_factory=dict)
+    input_rows: int | None = None
 
     def has_adapter(self, name: str, digest: str) -> bool:
         """Whether an adapter is the one that was planned with; plans of older versions do not say."""
@@ -42,6 +44,7 @@ class PlanRecord:
             "converted": self.converted,
             "part_rows": self.part_rows,
             "adapters": dict(self.adapters),
+            "input_rows": self.input_rows,
         }
 
     @classmethod
@@ -55,4 +58,5 @@ class PlanRecord:
             converted=data["converted"],
             part_rows=data.get("part_rows"),
             adapters=data.get("adapters") or {},
+            input_rows=data.get("input_rows"),
         )

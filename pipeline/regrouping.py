@@ -26,7 +26,7 @@ from pipeline.spool import Spool
 from storage import failpoints, locations, parquet
 from storage.errors import InvalidInput
 from storage.objects import ObjectStore
-from storage.records import ShardPlan, Slice, Source
+from storage.records import ShardPlan, Source
 
 MOST_ROWS = 2**32
 """Row numbers are kept in 32-bit bitmaps."""
@@ -87,7 +87,7 @@ def regroup(
     ``going_on`` is called often, and ends the work by raising. Raises :class:`InputChanged` when a file is not the one
     that was found, and :class:`InvalidInput` when it is damaged.
     """
-    n_rows = sum(source.n_rows for source in found.sources)
+    n_rows = found.rows
     n_bytes = sum(size for file in found.files for _, size in file.row_groups)
     by_bytes = max(1, spec.shard_bytes * n_rows // max(1, n_bytes))
     most = min(spec.shard_rows, limits.cluster_rows, by_bytes)
@@ -138,13 +138,14 @@ class _Reader:
     going_on: Callable[[], object]
 
     def rows(self, names: Sequence[str]) -> Iterator[tuple[npt.NDArray[np.int64], pa.RecordBatch]]:
-        """All rows of the input with these columns: (their numbers in the input, the columns)."""
+        """All rows of the job with these columns: (their numbers in the job, the columns)."""
         first = 0
-        for source in self.found.sources:
+        for file in self.found.files:
+            source = self.found.sources[file.source]
             for rows, batch in parquet.read(
                 self.store,
                 {source.idx: source},
-                [Slice(source.idx, 0, source.n_rows)],
+                file.slices(),
                 schema=self.found.schema,
                 columns=names,
                 only=None,
@@ -153,12 +154,14 @@ class _Reader:
             ):
                 self.going_on()
                 yield rows + first, batch
-            first += source.n_rows
+            first += file.rows
 
 
 def _key(found: Inputs, spec: JobSpec, columns: Sequence[str], cuts: Sequence[bytes]) -> str:
     """Tells apart chunks that hold other rows: made of other files, or cut elsewhere."""
-    digest = hashlib.sha256(repr((_VERSION, KEY_BYTES, key_columns(spec), tuple(columns), *cuts)).encode())
+    some = () if spec.limit is None and spec.sample is None else ((spec.limit, spec.sample),)
+    made_of = (_VERSION, KEY_BYTES, key_columns(spec), tuple(columns), *some, *cuts)
+    digest = hashlib.sha256(repr(made_of).encode())
     for source in found.sources:
         digest.update(f"\0{source.uri}\0{source.etag}".encode())
     return digest.hexdigest()[:12]

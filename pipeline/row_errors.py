@@ -36,8 +36,15 @@ class RowErrorCode(StrEnum):
     """The engine rejected this row alone; the message is the engine's."""
     TIMED_OUT = "timed_out"
     """The row alone took longer than the job allows."""
+    REQUEST_TIMEOUT = "request_timeout"
+    """The row was inside the engine for longer than the job's ``request_timeout``, and was aborted."""
     POISON_ROW = "poison_row"
     """The row killed the engine each time it was tried."""
+
+
+def request_timed_out(seconds: float | None) -> str:
+    """The message of ``request_timeout``."""
+    return f"the row took longer than request_timeout, {seconds:g} s"
 
 
 MESSAGE_LIMIT = 500

@@ -109,6 +109,11 @@ def parse_schedule(fields: Mapping[str, Any]) -> ScheduleSpec:
 def parse_job(spec: ScheduleSpec) -> JobSpec:
     """The job with its templates as they are, or :class:`InvalidJob` naming the field and the reason."""
     job = parse(dict(spec.job))
+    if spec.incremental and (some := next((n for n in ("limit", "sample") if getattr(job, n) is not None), None)):
+        what = (
+            "the files of an incremental fire count as processed, so all of their rows must be computed; leave it out"
+        )
+        raise InvalidJob(what, field=some)
     for field, texts in (("input", job.input), ("output", (job.output,))):
         for text in texts:
             _checked(text, field)

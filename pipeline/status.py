@@ -13,6 +13,8 @@ from storage.states import TERMINAL_JOB, JobState, RequestState
 class JobStatus:
     """A job at one moment. Times are Unix seconds by the database's clock.
 
+    ``rows_total`` are the job's rows, ``input_rows`` those of its whole input, of which ``limit`` and ``sample`` take
+    some (``None`` before it is planned).
     ``rows_done`` counts finished rows, failed ones included, and the flushed rows of shards that still run;
     ``rows_resumed`` are rows that an attempt found finished by an earlier one. ``shards`` is keyed by ``ShardState``,
     ``tokens`` holds ``prompt_tokens``, ``cached_tokens`` and ``completion_tokens`` so far. ``stop_reason`` says why a
@@ -31,6 +33,7 @@ class JobStatus:
     output: str
     input: tuple[str, ...]
     rows_total: int = 0
+    input_rows: int | None = None
     rows_done: int = 0
     rows_failed: int = 0
     rows_resumed: int = 0

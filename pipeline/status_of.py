@@ -23,6 +23,7 @@ def job_status(database: Database, job: Job) -> JobStatus:
         output=job.output_uri,
         input=tuple(spec["input"]),
         rows_total=job.rows_total,
+        input_rows=job.plan.get("input_rows"),
         rows_done=progress.rows_done,
         rows_failed=progress.rows_failed,
         rows_resumed=progress.rows_resumed,

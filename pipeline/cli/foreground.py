@@ -70,6 +70,7 @@ def foreground(invocation: Invocation, work: Callable[[Client, Hooks], JobStatus
                     if seen:
                         seen.append(client.job(seen[-1].id).status())  # with what the interruption flushed
                     raise
+                whole = projected(status, client.job(status.id).measured())
                 if status.rows_failed:
                     codes.update(row.code for row in client.job(status.id).errors(limit=_COUNTED_ERRORS))
         except Interrupted as error:
@@ -78,9 +79,12 @@ def foreground(invocation: Invocation, work: Callable[[Client, Hooks], JobStatus
             raise Interrupted(_interrupted(error, seen)) from error
     measures = measured(seen[0] if seen else status, status, time.monotonic() - began)
     if invocation.as_json:
-        output.emit_json({"job": status.to_json(), "run": measures, "failed_codes": dict(codes.most_common())})
+        more = {} if whole is None else {"all_rows": whole}
+        output.emit_json({"job": status.to_json(), "run": measures, "failed_codes": dict(codes.most_common()), **more})
     else:
         output.emit(summary(status, codes, measures))
+        if whole is not None:
+            invocation.notice(describe_projected(whole))
         if status.message and not invocation.quiet:
             say(status.message)
     return errors.exit_code(status.state, status.rows_failed)
@@ -111,6 +115,25 @@ def measured(first: JobStatus, last: JobStatus, seconds: float) -> dict[str, flo
         "rows_per_second": round(rows / seconds, 3) if seconds else 0.0,
         "tokens_per_second": round(tokens / seconds, 3) if seconds else 0.0,
     }
+
+
+def projected(status: JobStatus, measured: Mapping[str, float]) -> dict[str, float] | None:
+    """What all rows of the input would take, by what some of them took (``limit``, ``sample``): ``rows``, ``seconds``,
+    and tokens by kind. ``None`` for a job over the whole input, and where nothing was measured."""
+    rows, busy = measured.get("rows", 0), measured.get("busy_seconds", 0)
+    if status.input_rows is None or status.input_rows <= status.rows_total or not rows or not busy:
+        return None
+    times = status.input_rows / rows
+    tokens = {name: round(n * status.input_rows / status.rows_done) for name, n in status.tokens.items() if n}
+    seconds = busy * times + measured.get("loading_seconds", 0)
+    return {"rows": status.input_rows, "seconds": round(seconds, 1), **tokens}
+
+
+def describe_projected(whole: Mapping[str, float]) -> str:
+    """:func:`projected` in words."""
+    tokens = [f"{output.count(whole[n])} {n.removesuffix('_tokens')}" for n in whole if n.endswith("_tokens")]
+    spent = f", {' and '.join(tokens)} tokens" if tokens else ""
+    return f"all {output.plural(int(whole['rows']), 'row')} would take about {output.duration(whole['seconds'])}{spent}"
 
 
 def summary(status: JobStatus, codes: Mapping[str, int], measures: Mapping[str, float]) -> str:

@@ -183,6 +183,18 @@ def _fields(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a finished output.", rich_help_panel=_OUT)
     ] = False,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Only the first N rows, as a job of its own.", rich_help_panel=_ROWS)
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option(metavar="N", help="Only N rows, spread evenly.", rich_help_panel=_ROWS)
+    ] = None,
+    request_timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS", help="vllm: fail a row that takes longer inside the engine.", rich_help_panel=_ROWS
+        ),
+    ] = None,
     shard_rows: Annotated[
         int | None, typer.Option(metavar="N", help="Most rows in a shard.", rich_help_panel=_ROWS)
     ] = None,
@@ -274,6 +286,9 @@ def _fields(
         "output_prefix": output_prefix,
         "overwrite": overwrite or None,
         "profile": profile or None,
+        "limit": limit,
+        "sample": sample,
+        "request_timeout": request_timeout,
         "shard_rows": shard_rows,
         "order": order,
         "cache": "sampled" if cache_sampled else cache,

@@ -156,12 +156,13 @@ class Engine(Protocol):
     rebuilt, :class:`~storage.errors.TransientError` when a retry may help, :class:`~storage.errors.InvalidJob` (from
     ``check`` and ``load``) when no retry can help.
 
-    Four parts may be left out. ``shared_tasks: ClassVar[frozenset[Task]]``: tasks that one instance does, whichever of
+    Five parts may be left out. ``shared_tasks: ClassVar[frozenset[Task]]``: tasks that one instance does, whichever of
     them it was made for, so that they share it. ``cached_tasks``, likewise: tasks whose answers it keeps across jobs
-    in the context's ``results``, where a job asks for it (``JobSpec.cache``). ``memory_bytes() -> int | None``:
-    resident memory of the processes that it has started, now; what this process grew by while it loaded is measured by
-    its host. ``worn: bool``, a property: when true after a lease, the engine is closed once nobody uses it, and made
-    anew for whoever asks next.
+    in the context's ``results``, where a job asks for it (``JobSpec.cache``). ``times_out_requests: ClassVar[bool]``:
+    whether it aborts a row after ``JobSpec.request_timeout``; a job that asks for it is refused otherwise.
+    ``memory_bytes() -> int | None``: resident memory of the processes that it has started, now; what this process grew
+    by while it loaded is measured by its host. ``worn: bool``, a property: when true after a lease, the engine is
+    closed once nobody uses it, and made anew for whoever asks next.
     """
 
     name: ClassVar[str]

@@ -22,7 +22,7 @@ from pipeline.engines.base import Cancellation, EngineContext, ResultBatch, RowB
 from pipeline.engines.sampling import check_sampling
 from pipeline.job_spec import JobSpec, Task
 from pipeline.models.model import Model
-from pipeline.row_errors import RowErrorCode
+from pipeline.row_errors import RowErrorCode, request_timed_out
 from pipeline.template import Template
 from storage.errors import Blame, EngineDead, InvalidInput, InvalidJob
 
@@ -34,6 +34,7 @@ class FakeEngine:
     """See the module, and :class:`pipeline.engines.fake_faults.FakeOptions` for what can be made to go wrong."""
 
     name: ClassVar[str] = "fake"
+    times_out_requests: ClassVar[bool] = True
     tasks: ClassVar[frozenset[Task]] = frozenset(Task)
 
     def __init__(self, model: Model, task: Task, options: Mapping[str, Any], context: EngineContext) -> None:
@@ -100,7 +101,11 @@ class FakeEngine:
             self._faults.after_rows(n)
 
     def _computed(self, spec: JobSpec, batches: Iterable[RowBatch], cancel: Cancellation) -> Iterator[ResultBatch]:
-        compute = _Tensor(spec) if spec.task is Task.TENSOR else _Text(spec, self._options, self.result_schema(spec))
+        compute = (
+            _Tensor(spec, cancel)
+            if spec.task is Task.TENSOR
+            else _Text(spec, self._options, self.result_schema(spec), cancel)
+        )
         for batch in batches:
             self._check_alive(Blame.OTHERS)
             if not self._faults.before_batch(cancel):
@@ -145,8 +150,10 @@ class FakeEngine:
 class _Text:
     """One call's rows to results, for every task but ``tensor``."""
 
-    def __init__(self, spec: JobSpec, options: fake_faults.FakeOptions, schema: pa.Schema) -> None:
-        self._spec = spec
+    def __init__(
+        self, spec: JobSpec, options: fake_faults.FakeOptions, schema: pa.Schema, cancel: Cancellation
+    ) -> None:
+        self._spec, self._cancel = spec, cancel
         self._options = options
         self._schema = schema
         self._read = fake_rows.reader(spec)
@@ -159,6 +166,7 @@ class _Text:
                     failures[at] = (RowErrorCode.INVALID_VALUE, "the prompt is empty")
         faults.on_texts(texts)
         self._limit(texts, failures)
+        _time_out(self._spec, texts, faults, failures, self._cancel)
         refused = self._options.fail_rows_matching
         if refused is not None:
             for at, text in enumerate(texts):
@@ -198,7 +206,8 @@ class _Text:
 class _Tensor:
     """One call's rows to results, for ``tensor``."""
 
-    def __init__(self, spec: JobSpec) -> None:
+    def __init__(self, spec: JobSpec, cancel: Cancellation) -> None:
+        self._spec, self._cancel = spec, cancel
         self._names = tuple(spec.inputs.values()) if spec.inputs else None
 
     def __call__(self, batch: RowBatch, faults: fake_faults.Faults) -> tuple[list[str | None], ResultBatch]:
@@ -211,9 +220,21 @@ class _Tensor:
                 failures.setdefault(at, (RowErrorCode.MISSING_VALUE, f"column {name!r} is null, or holds a null"))
         texts: list[str | None] = [str(number) for number in total.tolist()]
         faults.on_texts(texts)
+        _time_out(self._spec, texts, faults, failures, self._cancel)
         good = np.ones(len(total), dtype=bool)
         good[list(failures)] = False
         return texts, _result(batch, pa.RecordBatch.from_arrays([pa.array(total[good])], ["output"]), failures)
+
+
+def _time_out(
+    spec: JobSpec,
+    texts: list[str | None],
+    faults: fake_faults.Faults,
+    failures: dict[int, fake_rows.Failure],
+    cancel: Cancellation,
+) -> None:
+    for at in faults.aborted(texts, spec.request_timeout, cancel):
+        failures.setdefault(at, (RowErrorCode.REQUEST_TIMEOUT, request_timed_out(spec.request_timeout)))
 
 
 _MEDIA = ("image_column", "audio_column", "video_column")

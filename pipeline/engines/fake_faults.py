@@ -51,6 +51,10 @@ class FakeOptions(BaseModel):
     """Loading fails (``InvalidModel``) with this message."""
     max_prompt_tokens: Count | None = None
     """Longer texts, in words, fail with ``prompt_too_long``, or are truncated: as the job's ``overlong`` has it."""
+    slow_row: Text | None = None
+    """A row whose text contains this takes …"""
+    slow_row_ms: Annotated[StrictInt | StrictFloat, Field(ge=0, le=3_600_000)] = 0
+    """… this long inside the engine, unless cancelled, or aborted after the job's ``request_timeout``."""
     delay_ms_per_batch: Annotated[StrictInt | StrictFloat, Field(ge=0, le=60_000)] = 0
     """Waits this long before each batch, unless cancelled."""
     gate_file: Text | None = None
@@ -127,6 +131,20 @@ class Faults:
                 if cancel.wait(GATE_POLL_SECONDS):
                     return False
         return not cancel.cancelled
+
+    def aborted(self, texts: Sequence[str | None], timeout: float | None, cancel: Cancellation) -> list[int]:
+        """Wait for the slow rows, one after the other; those that the timeout (seconds) ends before they are done."""
+        options, late = self._options, []
+        for at, text in enumerate(texts):
+            if options.slow_row is None or text is None or options.slow_row not in text:
+                continue
+            seconds = options.slow_row_ms / 1000
+            if timeout is not None and seconds > timeout:
+                late.append(at)
+                seconds = timeout
+            if cancel.wait(seconds):
+                break
+        return late
 
     def on_texts(self, texts: Sequence[str | None]) -> None:
         """Raise :class:`TransientError` or :class:`EngineDead`, or end the process, if one of these rows says so."""

@@ -73,6 +73,7 @@ class VllmEngine:
     """
 
     name: ClassVar[str] = "vllm"
+    times_out_requests: ClassVar[bool] = True
     tasks: ClassVar[frozenset[Task]] = frozenset({Task.GENERATE, Task.CHAT}) | vllm_pooling.TASKS
     shared_tasks: ClassVar[frozenset[Task]] = frozenset({Task.GENERATE, Task.CHAT})
     cached_tasks: ClassVar[frozenset[Task]] = tasks
@@ -189,6 +190,7 @@ class VllmEngine:
             once=_once(spec),
             identity=identities(pools=spec.task in vllm_pooling.TASKS, settled=settled(spec.sampling)),
             room=self._room,
+            timeout=spec.request_timeout,
         )
         measures = Measures(running.gauges)
         reuse = self._reuse(running, spec, schema)

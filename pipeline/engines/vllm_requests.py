@@ -24,7 +24,7 @@ from pipeline.engines.vllm_prompts import Prompt
 from pipeline.engines.vllm_room import MediaRoom
 from pipeline.engines.vllm_window import Window
 from pipeline.ordering import Backlog, Lengths
-from pipeline.row_errors import MESSAGE_LIMIT, RowErrorCode
+from pipeline.row_errors import MESSAGE_LIMIT, RowErrorCode, request_timed_out
 from storage.errors import Blame, EngineDead, RowError, TransientError
 
 TOKEN_BYTES = array("i").itemsize
@@ -59,7 +59,7 @@ class Requests:
 
     ``backlog`` orders what waits, up to the limits of ``waiting``; ``lengths`` learns from what finishes; with
     ``once``, a prompt that occurs again is not run again, where ``identity`` knows it again; ``room`` is for the media
-    of prompts.
+    of prompts. ``timeout``: seconds that a request may be inside the engine, its queue included.
     """
 
     def __init__(
@@ -75,12 +75,13 @@ class Requests:
         once: Once[Finished, Prompt] | None,
         identity: Identity,
         room: MediaRoom,
+        timeout: float | None = None,
     ) -> None:
         self._engine, self._params, self._window = engine, params, window
         self._name = f"c{next(_calls)}"
         self._changed = window.changed
         self._place = window.join(work)
-        self._waiting, self._gather, self._room = waiting, 0, room
+        self._waiting, self._gather, self._room, self._timeout = waiting, 0, room, timeout
         if backlog.orders:
             self._gather = waiting.rows if waiting.whole else SHARE_TO_ORDER * window.requests
         # Under the condition:
@@ -289,7 +290,7 @@ class Requests:
         from vllm.exceptions import GracefulHTTPError, VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        entered = 0
+        entered, limit = 0, asyncio.timeout(self._timeout)
         try:
             prepared: Any = {"type": "token", "prompt_token_ids": prompt.tokens}
             if prompt.make is not None:
@@ -301,11 +302,12 @@ class Requests:
             # Into an engine that is known to be dead nothing goes: this row has not killed it.
             entered = int(not self._engine.dead)
             self._count(entered)
-            queue = await self._engine.llm.add_request(name, prepared, params, lora_request=prompt.adapter)
-            # Inside, it is vLLM's: what it was made of would be kept here until it has finished.
-            del prepared
-            prompt = replace(prompt, make=None)
-            output = await queue.get()
+            async with limit:
+                queue = await self._engine.llm.add_request(name, prepared, params, lora_request=prompt.adapter)
+                # Inside, it is vLLM's: what it was made of would be kept here until it has finished.
+                del prepared
+                prompt = replace(prompt, make=None)
+                output = await queue.get()
         except RowError as error:
             self._finish(prompt, RowFailure(prompt.row, error.code, error.message))
         # OverflowError: a number that does not fit into a message to vLLM's process.
@@ -319,6 +321,10 @@ class Requests:
             self._fail(lambda: refusal)
         except Exception as error:
             await self._forget(name)
+            if limit.expired():
+                message = request_timed_out(self._timeout)
+                self._finish(prompt, RowFailure(prompt.row, RowErrorCode.REQUEST_TIMEOUT, message))
+                return
             # Not a row's fault, and not one that is known: it ends the call, as itself.
             unknown = error
             self._fail(self._death if self._engine.dead else lambda: unknown)

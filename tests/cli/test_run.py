@@ -315,3 +315,24 @@ def test_on_a_terminal_there_is_a_bar_on_stderr_and_data_alone_on_stdout(
     assert json.loads(out)["job"]["state"] == "completed"
     assert "\u2501" in err.decode()  # the bar
     assert b"\x1b[?25h" in err  # the cursor is shown again
+
+
+def test_some_rows_and_what_all_would_take(rowmill: Rowmill, texts: Callable[..., Path]) -> None:
+    texts(400)
+    done = rowmill.inside("run", "texts.parquet", "-o", "some", *PROMPT, "--limit", "40")
+    assert done.code == 0, done.err
+    assert re.search(
+        r"^all 400 rows would take about [\d.]+ \w+, [\d,]+ prompt and [\d,]+ completion tokens$", done.err, re.M
+    )
+    document = rowmill.inside("run", "texts.parquet", "-o", "more", *PROMPT, "--sample", "40", "--json").document
+    assert (document["job"]["rows_total"], document["job"]["input_rows"]) == (40, 400)
+    assert document["all_rows"]["rows"] == 400
+    assert document["all_rows"]["seconds"] > 0
+    assert document["all_rows"]["prompt_tokens"] == 10 * document["job"]["tokens"]["prompt_tokens"]
+    whole = rowmill.inside("run", "texts.parquet", "-o", "all", *PROMPT, "--limit", "400", "--json")
+    assert "all_rows" not in whole.document
+    assert "would take" not in whole.err
+    for wrong in ("0", "-1", str(2**63)):
+        refused = rowmill.inside("run", "texts.parquet", "-o", "none", *PROMPT, "--limit", wrong)
+        assert (refused.code, refused.out) == (2, "")
+        assert "limit" in refused.err

@@ -494,6 +494,20 @@ def test_cancel_and_close_take_the_requests_out_of_vllm(engine: VllmEngine) -> N
     assert len(run(engine, support.make_spec(), [support.texts("a")])) == 1
 
 
+def test_rows_that_take_too_long_are_aborted(engine: VllmEngine) -> None:
+    long = support.make_spec(sampling={"max_tokens": 60, "ignore_eos": True}, request_timeout=0.001)
+    rows = support.texts("a", "b")
+    with closing(results(engine, long, [rows])) as found:
+        failures = [failure for batch in found for failure in batch.failures]
+    assert [(failure.row, failure.code) for failure in sorted(failures, key=lambda f: f.row)] == [
+        (0, "request_timeout"),
+        (1, "request_timeout"),
+    ]
+    assert inside(engine) == 0
+    patient = support.make_spec(request_timeout=3600.0)
+    assert len(run(engine, patient, [rows])) == 2
+
+
 def children_of(script: subprocess.Popen[str]) -> list[psutil.Process]:
     """The processes of a script that has loaded an engine and has rows in it."""
     assert script.stdin is not None and script.stdout is not None and script.stderr is not None

@@ -109,7 +109,14 @@ class Call:
     """One call's requests, fed by a thread until the block ends."""
 
     def __init__(
-        self, engine: Scripted, window: Window, *, rows: int = 100, once: bool = False, settled: bool = True
+        self,
+        engine: Scripted,
+        window: Window,
+        *,
+        rows: int = 100,
+        once: bool = False,
+        settled: bool = True,
+        timeout: float | None = None,
     ) -> None:
         self.requests = Requests(
             engine,  # type: ignore[arg-type]
@@ -122,6 +129,7 @@ class Call:
             once=Once() if once else None,
             identity=identities(pools=False, settled=settled),
             room=MediaRoom(2**20, lambda made: 1),
+            timeout=timeout,
         )
         self._thread = threading.Thread(target=self.requests.feed)
 
@@ -174,6 +182,27 @@ def test_an_engine_that_dies_empty_is_nobodys_fault_and_one_that_is_closed_is_no
         with pytest.raises(EngineDead, match="closed") as caught:
             list(first.results())
         assert caught.value.blame is Blame.OTHERS
+
+
+def test_a_request_that_takes_too_long_is_aborted_and_the_others_go_on(engine: Scripted) -> None:
+    with Call(engine, Window(requests=8, tokens=1000), once=True, timeout=0.2) as requests:
+        same = [Prompt(row, [7], params=None) for row in (0, 1)]  # the second follows the first
+        requests.offer(same, [])
+        requests.end_offering()
+        outcomes = [outcome for some in requests.results() for outcome in some]
+        assert [type(outcome) for outcome in outcomes] == [RowFailure, RowFailure]
+        assert {outcome.code for outcome in outcomes} == {"request_timeout"}
+        assert "0.2 s" in outcomes[0].message
+        assert len(engine.aborted) == 1
+        assert engine.inside == 0
+    with Call(engine, Window(requests=8, tokens=1000), timeout=3600.0) as requests:
+        engine.queues.clear()
+        requests.offer(prompts(2), [])
+        requests.end_offering()
+        wait_until(lambda: len(engine.queues) == 2)
+        engine.put(answer())
+        assert all(isinstance(outcome, Finished) for some in requests.results() for outcome in some)
+    assert len(engine.aborted) == 1
 
 
 def test_the_windows_tokens_are_kept_to(engine: Scripted) -> None:

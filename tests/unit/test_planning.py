@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import example, given
@@ -88,3 +89,36 @@ def test_planning_is_a_stream() -> None:
     first = next(plan(files(), shard_rows=1000, shard_bytes=10**9))
     assert first.row_n == 1000
     assert drawn <= 12
+
+
+def _numbered(files: Sequence[InputFile]) -> list[tuple[int, int]]:
+    return [(s.source, row) for f in files for s in f.slices() for row in range(s.row_lo, s.row_lo + s.row_n)]
+
+
+@given(files=inputs, ranges=st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 40)), max_size=12))
+def test_selected_rows_are_those_of_the_ranges(files: list[InputFile], ranges: list[tuple[int, int]]) -> None:
+    rising, at = [], 0
+    for gap, length in ranges:
+        rising.append((at + gap % 200, at + gap % 200 + length + 1))
+        at = rising[-1][1]
+    everything = _numbered(files)
+    chosen = list(planning.select(iter(files), rising))
+    assert _numbered(chosen) == [everything[n] for lo, hi in rising for n in range(lo, min(hi, len(everything)))]
+    assert rows_of(list(plan(chosen, shard_rows=50, shard_bytes=1000))) == _numbered(chosen)
+    whole = list(planning.select(files, [(0, max(1, len(everything)))]))
+    assert _numbered(whole) == everything
+    assert sum(b for f in whole for _, b in f.row_groups) == sum(b for f in files for n, b in f.row_groups if n)
+
+
+@given(total=st.integers(0, 10**7), rows=st.integers(1, 20_000))
+@example(total=3000, rows=2999)
+def test_a_sample_has_its_rows_spread_evenly_and_in_few_places(total: int, rows: int) -> None:
+    ranges = list(planning.sample_ranges(total, rows))
+    assert sum(hi - lo for lo, hi in ranges) == min(rows, total)
+    assert len(ranges) <= planning.MAX_SLICES
+    assert all(lo < hi <= total for lo, hi in ranges)
+    assert all(before[1] <= after[0] for before, after in pairwise(ranges))
+    if len(ranges) > 1:
+        gaps = [after[0] - before[0] for before, after in pairwise(ranges)]
+        assert max(gaps) - min(gaps) <= max(hi - lo for lo, hi in ranges)
+    assert ranges == list(planning.sample_ranges(total, rows))
