@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
+from pipeline import output_owner
 from pipeline.runtime import Runtime
 from storage import deletion, failpoints, locations
 from storage.errors import Conflict, NotFound, RowmillError
@@ -26,6 +27,8 @@ def delete_job(runtime: Runtime, job_id: str) -> None:
 
 def _finish(runtime: Runtime, job: Job) -> None:
     failpoints.hit("delete.marked")
+    # It was released before the job ended, but for a process that died in between.
+    output_owner.release(runtime, job)
     # The files first: once the rows are gone, nobody knows of them.
     runtime.store.delete_tree(locations.work_dir(job.output_uri, job.id))
     deletion.delete_rows(runtime.database, job.id)
