@@ -13,7 +13,7 @@ depends_on = None
 
 def upgrade() -> None:
     op.add_column("worker", sa.Column("trouble", sa.Text(), nullable=True))
-    op.add_column("worker", sa.Column("dropped_messages", sa.BigInteger(), server_default="0", nullable=False))
+    op.add_column("worker", sa.Column("dropped_messages", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), server_default="0", nullable=False))
 
 
 def downgrade() -> None:
