@@ -42,7 +42,8 @@ def storable(value: str) -> str:
     return value
 
 
-Text = Annotated[str, AfterValidator(storable)]
+Text = Annotated[str, Field(max_length=8192), AfterValidator(storable)]
+"""A name, an id, a place. SQLite takes no longer patterns than 50,000 bytes."""
 Whole = Annotated[int, BeforeValidator(_whole)]
 Limit = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**31 - 1)]
 """How many things to list."""
@@ -67,7 +68,7 @@ def boundary(cls: type[T]) -> type[T]:
     return cls
 
 
-_SPECIAL = frozenset({"__init__", "__len__", "__iter__", "__getitem__"})
+_SPECIAL = frozenset({"__init__", "__len__", "__iter__", "__next__", "__getitem__"})
 
 
 def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,13 +92,10 @@ def _translated(function: C, checked: Callable[..., Any] | None = None) -> C:
             raise
         except ValidationError as error:
             raise _refusal(function, error) from None
-        except (LookupError, StopIteration) as error:
-            if function.__name__ == "__getitem__":
-                raise  # how a sequence says where it ends
-            raise _unexpected(error) from error
         except Exception as error:
-            if getattr(error, _OWN, False):
-                raise
+            ended = isinstance(error, (LookupError, StopIteration)) and function.__name__ in ("__getitem__", "__next__")
+            if ended or getattr(error, _OWN, False):
+                raise  # how a sequence, or an iterator, says where it ends; or it is the user's
             raise _unexpected(error) from error
 
     return wrapper  # type: ignore[return-value]

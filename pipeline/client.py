@@ -18,13 +18,14 @@ from pipeline import local
 from pipeline.attendance import with_attendance
 from pipeline.boundary import Limit, Moment, Text, Whole, boundary, own
 from pipeline.engines.base import Cancellation
+from pipeline.failed_rows import row_status
 from pipeline.job_handle import JobHandle, state_named
 from pipeline.runtime import Runtime
 from pipeline.schedules import Schedules
 from pipeline.session import Session
 from pipeline.settings import Settings
 from pipeline.status import JobStatus, RequestStatus
-from pipeline.status_of import job_status, request_status
+from pipeline.status_of import job_status
 from storage import job_lookup, locations, tenants
 from storage.errors import InvalidSettings
 from storage.states import TERMINAL_JOB, JobState
@@ -161,7 +162,7 @@ class Client:
         Raises :class:`~storage.errors.NotFound` for a row that the job does not have.
         """
         database = self._runtime.database
-        return request_status(database, job_lookup.find(database, job), row)
+        return row_status(self._runtime, job_lookup.find(database, job), row)
 
     def tenants(self) -> list[Tenant]:
         """Everybody whose jobs these are, by name."""

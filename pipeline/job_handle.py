@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from pipeline import deletion, local, measures, process_end
@@ -12,14 +12,15 @@ from pipeline import job as job_calls
 from pipeline.attendance import with_attendance
 from pipeline.boundary import Limit, Seconds, Text, Whole, boundary, own
 from pipeline.engines.base import Cancellation
+from pipeline.failed_rows import FailedRows, row_status
 from pipeline.progress import shown
 from pipeline.runtime import Runtime
 from pipeline.session import Session
 from pipeline.status import JobStatus, RequestStatus
-from pipeline.status_of import job_status, request_status
+from pipeline.status_of import job_status
 from storage import jobs, locations, reports, workers
 from storage.errors import IllegalTransition, InvalidJob, JobCancelled, JobFailed, NotFound, WaitTimeout
-from storage.records import Attempt, Event, RowException, Shard
+from storage.records import Attempt, Event, Shard
 from storage.states import JobState, ShardState
 
 if TYPE_CHECKING:
@@ -135,11 +136,17 @@ class JobHandle:
 
         Raises :class:`~storage.errors.NotFound` for a row that the job does not have.
         """
-        return request_status(self._runtime.database, jobs.get(self._runtime.database, self.id), row)
+        return row_status(self._runtime, jobs.get(self._runtime.database, self.id), row)
 
-    def errors(self, limit: Limit | None = None) -> Iterator[RowException]:
-        """Failed rows in input order: the first hundred of each shard (all of them are in the output's ``error``)."""
-        return reports.row_exceptions(self._runtime.database, self.id, limit=limit)
+    def errors(self, limit: Limit | None = None, *, after: Whole | None = None) -> FailedRows:
+        """All failed rows in input order, with codes and messages: a sequence that is read as it is asked for.
+
+        They come from the published output, and from what is flushed while the job runs. ``after``: only rows behind
+        this one (the last row of the page before). ``len(job.errors())`` counts without reading;
+        ``job.errors(…).total`` counts whatever ``limit`` and ``after`` say.
+        """
+        jobs.get(self._runtime.database, self.id)  # a job that is gone is said to be now
+        return FailedRows(lambda: self._runtime, self.id, after, limit)
 
     def events(self) -> list[Event]:
         """The audit trail, oldest first."""

@@ -227,6 +227,14 @@ def scan(
     return reader.schema, reader.footer.num_rows, batches()
 
 
+def columns(store: ObjectStore, uri: str, names: Sequence[str], batch_rows: int = 65_536) -> Iterator[pa.RecordBatch]:
+    """Some columns of a file of our own, in batches. Raises :class:`CorruptFile` when it is gone or damaged."""
+    if not store.exists(uri):
+        raise CorruptFile(f"{uri} is gone")
+    with store.open(uri) as file, readable(uri, CorruptFile, "it is damaged"):
+        yield from pq.ParquetFile(file, page_checksum_verification=True).iter_batches(batch_rows, columns=list(names))
+
+
 def writer(store: ObjectStore, uri: str, schema: pa.Schema, *, keep_existing: bool = False) -> ParquetOutput:
     """A Parquet file to write in a ``with`` block; published when it ends well, else it never was.
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import nsmallest
-from itertools import islice
 
 import sqlalchemy as sa
 
@@ -114,64 +112,6 @@ def shards(database: Database, job_id: str, *, state: ShardState | None = None) 
         query = query.where(table.c.state == state)
     with database.read() as connection:
         return [rows.shard(row) for row in connection.execute(query)]
-
-
-def row_exceptions(database: Database, job_id: str, *, limit: int | None = None) -> Iterator[RowException]:
-    """Failed rows by their index in the job, at most ``ROW_EXCEPTIONS_KEPT`` a shard.
-
-    A row that a later generation computed is left out.
-    """
-    found = _row_exceptions(database, job_id)
-    if input_rows.regrouped(database, job_id):
-        # Shards say nothing of where their rows come in the input.
-        found = iter(sorted(found, key=lambda item: item.row) if limit is None else nsmallest(limit, found, _by_row))
-    return islice(found, limit)
-
-
-def _by_row(item: RowException) -> int:
-    return item.row
-
-
-def _row_exceptions(database: Database, job_id: str) -> Iterator[RowException]:
-    for shard in _newest_shards(database, job_id, failed_only=True):
-        table = tables.row_exception
-        ids = [item.id for item in shard]
-        with database.read() as connection:
-            found = connection.execute(
-                sa.select(table).where(table.c.shard_id.in_(ids)).order_by(table.c.row_idx, table.c.shard_id.desc())
-            ).all()
-        newest = shard[-1]
-        held = input_rows.of_shard(database, newest)
-        seen: set[int] = set()
-        for row in found:
-            if row.row_idx in newest.failed and row.row_idx not in seen:
-                seen.add(row.row_idx)
-                number = newest.row_start + row.row_idx if held is None else held[row.row_idx]
-                yield RowException(number, row.code, row.message)
-
-
-def _newest_shards(database: Database, job_id: str, *, failed_only: bool, page: int = 200) -> Iterator[list[Shard]]:
-    """All generations of each shard position, oldest first, a page of positions in memory at a time."""
-    table = tables.shard
-    after = -1
-    while True:
-        query = sa.select(table.c.idx).where(table.c.job_id == job_id, table.c.idx > after)
-        if failed_only:
-            query = query.where(table.c.n_failed > 0)
-        with database.read() as connection:
-            positions = list(connection.execute(query.distinct().order_by(table.c.idx).limit(page)).scalars())
-            found = connection.execute(
-                sa.select(table)
-                .where(table.c.job_id == job_id, table.c.idx.in_(positions))
-                .order_by(table.c.idx, table.c.gen)
-            ).all()
-        groups: dict[int, list[Shard]] = {}
-        for row in found:
-            groups.setdefault(row.idx, []).append(rows.shard(row))
-        yield from groups.values()
-        if len(positions) < page:
-            return
-        after = positions[-1]
 
 
 @dataclass(frozen=True, slots=True)

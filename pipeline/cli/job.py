@@ -13,6 +13,7 @@ import typer
 from pipeline.cli import errors, output
 from pipeline.cli.command import Invocation, command
 from pipeline.cli.foreground import Hooks, foreground
+from pipeline.cli.job_errors import list_errors
 from pipeline.cli.job_ids import JobId, JobIds
 from pipeline.cli.job_list import list_jobs
 from pipeline.cli.progress import progress
@@ -30,6 +31,7 @@ _LOOKS = 3
 """How often in a row a job is seen without anybody before that is believed: a job may just have been submitted."""
 
 app.command(name="list")(list_jobs)
+app.command(name="errors")(list_errors)
 
 
 @app.command()
@@ -200,34 +202,6 @@ def _event(item: Any) -> dict[str, Any]:
         "actor": item.actor,
         "data": dict(item.data),
     }
-
-
-@app.command(name="errors")
-@command
-def list_errors(
-    invocation: Invocation,
-    job: JobId,
-    limit: Annotated[int, typer.Option("-n", "--limit", min=0, metavar="N", help="At most this many; 0 is all.")] = 100,
-) -> None:
-    """The failed rows: number, code, message.
-
-    Up to 100 of them are kept for each shard; the output's error column has every one.
-    """
-    with invocation.client() as client:
-        handle = client.job(job)
-        found = list(handle.errors(limit=limit + 1 if limit else None))
-    more = bool(limit) and len(found) > limit
-    found = found[:limit] if limit else found
-    if invocation.as_json:
-        rows = [{"row": item.row, "code": item.code, "message": item.message} for item in found]
-        output.emit_json({"job": handle.id, "errors": rows, "more": more})
-        return
-    if not found:
-        invocation.notice("no failed rows")
-        return
-    output.emit(output.table(("row", "code", "message"), [(e.row, e.code, e.message) for e in found], right=("row",)))
-    if more:
-        invocation.notice(f"the first {limit}; --limit 0 shows all that are kept")
 
 
 @app.command()

@@ -9,10 +9,10 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
-from storage import claims, finalizing, jobs, reports, retries, shards, tables
+from storage import claims, failures, finalizing, jobs, reports, retries, shards, tables
 from storage.database import Database
 from storage.errors import Conflict, IllegalTransition, InvalidSettings, LeaseLost, RowmillError, Unreachable
-from storage.records import RowException
+from storage.records import OUTPUT_SEQ, RowException
 from storage.states import JobState, ShardState
 from tests.storage.jobs_in_sql import LEASE, OWNER, output, part, planned_job, stored, take
 
@@ -131,7 +131,7 @@ def test_retrying_failed_rows_makes_a_new_generation(database: Database) -> None
         shards.flush(database, claim, part(claim, list(range(10)), failed=failed), tokens={}, exceptions=exceptions)
         shards.commit(database, claim, output(claim, failed), stats={})
     assert finish(database, job.id) is JobState.COMPLETED
-    assert [item.row for item in reports.row_exceptions(database, job.id)] == [3, 4]
+    assert [list(group[-1].failed) for group in failures.failing(database, job.id)] == [[3, 4]]
     again = retries.reopen(database, job.id, failed_only=True, window_seconds=60, actor="test")
     assert (again.state, again.gen, again.n_open, again.rows_done, again.rows_failed) == (JobState.QUEUED, 1, 1, 18, 0)
     claim = take(database, job)
@@ -146,7 +146,10 @@ def test_retrying_failed_rows_makes_a_new_generation(database: Database) -> None
     assert finish(database, job.id) is JobState.COMPLETED
     done = jobs.get(database, job.id)
     assert (done.rows_done, done.rows_failed) == (20, 1)
-    assert [item.row for item in reports.row_exceptions(database, job.id)] == [4]
+    ((first, newest),) = failures.failing(database, job.id)
+    assert (list(first.failed), list(newest.failed)) == ([3, 4], [4])
+    assert set(failures.kept(database, first.id)) == {3, 4}
+    assert [file.seq for file in failures.files(database, newest.id)] == [0, OUTPUT_SEQ]
     assert reports.place(database, done, 4).shard.gen == 1
     assert reports.place(database, done, 5).shard.gen == 0
 
