@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Thread
 from typing import TypeVar
 
-from pipeline import doctor_engines, doctor_machine
+from pipeline import doctor_engines, doctor_machine, doctor_output
 from pipeline.doctor_check import Check
 from pipeline.settings import LoadedSettings, Settings
 from storage.errors import RowmillError, Unreachable
@@ -34,8 +34,12 @@ _OLDEST_SQLITE = (3, 35)
 T = TypeVar("T")
 
 
-def checks(loaded: LoadedSettings, *, deep: bool = False) -> Iterator[Check]:
-    """Every check, as it ends. ``deep`` starts a real vLLM engine as well, which may take a minute."""
+def checks(loaded: LoadedSettings, *, deep: bool = False, output: str | None = None) -> Iterator[Check]:
+    """Every check, as it ends. ``deep`` starts a real vLLM engine as well, which may take a minute.
+
+    ``output`` is where a job's output would go: what jobs do there is tried. Raises
+    :class:`~storage.errors.InvalidJob` when it is no place at all.
+    """
     settings = loaded.settings
     with ThreadPoolExecutor(2, thread_name_prefix="doctor") as pool:
         # The engines' probes take seconds, in processes of their own: they run while the rest is looked at.
@@ -55,6 +59,7 @@ def checks(loaded: LoadedSettings, *, deep: bool = False) -> Iterator[Check]:
         yield database(settings.effective_database_url)
         yield broker(settings.broker_url)
         yield from _object_stores(settings)
+        yield from doctor_output.checks(settings, output)
         for probe in probes:
             yield from probe.result()
         yield from _third_party_engines()

@@ -28,7 +28,17 @@ from pipeline.plan_record import PlanRecord
 from pipeline.profiling import Profiled
 from pipeline.result_columns import known_names
 from pipeline.runtime import Runtime
-from storage import failpoints, finalizing, input_rows, jobs, locations, planners, retries, schedules
+from storage import (
+    failpoints,
+    finalizing,
+    input_rows,
+    jobs,
+    locations,
+    output_probe,
+    planners,
+    retries,
+    schedules,
+)
 from storage.errors import (
     CommitUnknown,
     Conflict,
@@ -147,7 +157,8 @@ def submit_job(
             fire=fire,
         )
     except BaseException:
-        runtime.store.delete_tree(locations.work_dir(spec.output, job_id))
+        with suppress(RowmillError):  # what cannot be deleted may be the very reason
+            runtime.store.delete_tree(locations.work_dir(spec.output, job_id))
         raise
     if job.id != job_id:
         runtime.store.delete_tree(locations.work_dir(spec.output, job_id))
@@ -260,10 +271,8 @@ def _prepare(
     columns = registry.check(engine, spec, model, found.schema)
     keep = _kept(spec, tuple(found.schema.names))
     _refuse_unreadable(found, columns, keep)
-    # An output that cannot be written is refused now, not after the engine was loaded and rows were computed.
-    probe = f"{work}writable-{secrets.token_hex(4)}"
-    runtime.store.put_bytes(probe, b"")
-    runtime.store.delete([probe])
+    # An output that cannot hold the rows is refused now, not after the engine was loaded and rows were computed.
+    output_probe.require(runtime.store, spec.output, work)
     converted = any(source.uri.startswith(work) for source in found.sources)
     with_adapters = adapters.digests(spec.adapters, runtime.settings.cache_dir)
     record = PlanRecord(
@@ -361,7 +370,8 @@ def refuse_job(runtime: Runtime, job: Job, error: RowmillError) -> None:
 def _refuse(runtime: Runtime, job: Job, spec: JobSpec, error: RowmillError) -> None:
     output_owner.release(runtime, job)
     jobs.refuse(runtime.database, job.id, str(error), actor=runtime.actor)
-    runtime.store.delete_tree(locations.work_dir(spec.output, job.id))
+    with suppress(InvalidJob):  # a right to delete that is missing may be the very reason
+        runtime.store.delete_tree(locations.work_dir(spec.output, job.id))
 
 
 def _kept(spec: JobSpec, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 
 from pipeline.outputs import manifest_job, refuse_existing
 from pipeline.runtime import Runtime
-from storage import jobs, locations
+from storage import jobs, locations, output_probe
 from storage.errors import Conflict, InvalidInput, InvalidJob, NotFound
 from storage.objects import ObjectStore
 from storage.records import Job
@@ -37,12 +37,13 @@ class Owner:
 
 def read(store: ObjectStore, output: str) -> Owner | None:
     """The owner of ``output``, or ``None``. One whose file cannot be understood has an empty job."""
-    try:
-        content = store.read_bytes(locations.owner(output))  # one request: it is looked at before every step
-    except InvalidInput as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            return None
-        raise
+    with output_probe.refused(output, output_probe.LOOK):
+        try:
+            content = store.read_bytes(locations.owner(output))  # one request: it is looked at before every step
+        except InvalidInput as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
     try:
         document = json.loads(content)
         return Owner(str(document["job"]), str(document["where"]), str(document["since"]))
@@ -56,8 +57,8 @@ def refuse_taken(runtime: Runtime, output: str, *, overwrite: bool) -> None:
     Another job owns it, it holds published rows, or it lies inside another output. ``overwrite`` allows the first (but
     for a live job of this database) and the second.
     """
-    _refuse_nested(runtime.store, output)
     owner = read(runtime.store, output)
+    _refuse_nested(runtime.store, output)
     if owner is not None and _is_live(runtime, output, owner) and not overwrite:
         raise _taken(output, owner)
     if not overwrite:
@@ -159,7 +160,8 @@ def _put(runtime: Runtime, job: Job, *, if_absent: bool) -> None:
     since = datetime.fromtimestamp(runtime.database.clock(), UTC).isoformat(timespec="seconds")
     owner = Owner(job.id, f"{runtime.worker.host}, {url.render_as_string()}", since)
     content = json.dumps({"version": VERSION, **asdict(owner)}, indent=2).encode()
-    runtime.store.put_bytes(locations.owner(job.output_uri), content, if_absent=if_absent)
+    with output_probe.refused(job.output_uri, output_probe.CONDITIONAL if if_absent else output_probe.PUT):
+        runtime.store.put_bytes(locations.owner(job.output_uri), content, if_absent=if_absent)
 
 
 def _is_known(runtime: Runtime, owner: Owner) -> bool:

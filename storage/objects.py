@@ -12,7 +12,6 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
@@ -25,6 +24,7 @@ from storage.local_files import OnConflict
 from storage.locations import WORK_FOLDER, normalize, protocol
 from storage.new_file import NewFile, NewLocalFile, NewRemoteFile, Written
 from storage.object_errors import bad_options, explain, no_filesystem
+from storage.object_info import ObjectInfo, exactly, listed, local_info, remote_info
 from storage.parked import Parked
 from storage.ranges import RangeReader
 from storage.transient import response_code, retrying
@@ -49,15 +49,6 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": 2}},
     }
 }
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectInfo:
-    """One object. ``etag`` changes when its content does."""
-
-    uri: str
-    n_bytes: int
-    etag: str
 
 
 class ObjectStore:
@@ -91,11 +82,11 @@ class ObjectStore:
             try:
                 if protocol(uri) == "file":
                     path = Path(uri)
-                    return _local_info(uri) if path.stat() and not path.is_dir() else None
+                    return local_info(uri) if path.stat() and not path.is_dir() else None
                 info = self._fresh(uri).info(self._path(uri))
             except (FileNotFoundError, NotADirectoryError):
                 return None
-            return _remote_info(uri, info) if info["type"] == "file" else None
+            return remote_info(uri, info) if info["type"] == "file" else None
 
         return self._call(uri, look)
 
@@ -120,10 +111,10 @@ class ObjectStore:
         def look() -> list[ObjectInfo]:
             if protocol(pattern) == "file":
                 paths = listing.local_files_of(pattern, changing=changing)
-                found = [info for path in paths if (info := _listed(path, changing=changing)) is not None]
+                found = [info for path in paths if (info := listed(path, changing=changing)) is not None]
             else:
                 items = listing.remote_files_of(self._fresh(pattern), self._path(pattern))
-                found = [_remote_info(self._url(pattern, name), info) for name, info in items.items()]
+                found = [remote_info(self._url(pattern, name), info) for name, info in items.items()]
             return sorted(found, key=lambda item: item.uri)
 
         return self._call(pattern, look)
@@ -139,9 +130,9 @@ class ObjectStore:
         file = self._call(uri, lambda: self._fresh(uri).open(self._path(uri), "rb", cache_type="none"))
 
         def fetch(lo: int, hi: int) -> bytes:
-            return self._call(uri, lambda: _exactly(file, lo, hi))
+            return self._call(uri, lambda: exactly(file, lo, hi))
 
-        etag = _remote_info(uri, file.details).etag if getattr(file, "read_kw", {}).get("IfMatch") else None
+        etag = remote_info(uri, file.details).etag if getattr(file, "read_kw", {}).get("IfMatch") else None
         return cast(BinaryIO, RangeReader(file.size, fetch, file.close, etag))
 
     def read_bytes(self, uri: str) -> bytes:
@@ -161,6 +152,17 @@ class ObjectStore:
         if on_conflict == "fail":
             raise ValueError("only put_bytes creates conditionally at a remote store")
         return NewRemoteFile(uri, partial(self._upload, uri, on_conflict))
+
+    def upload(self, path: str, uri: str, *, part_bytes: int) -> None:
+        """Upload a local file of two times ``part_bytes`` or more in parts of that size, where the store is S3.
+
+        What :meth:`create` does for large files, for a smaller one.
+        """
+        self._call(
+            uri,
+            lambda: self._filesystem(uri).put_file(path, self._path(uri), chunksize=part_bytes),
+            writing=True,
+        )
 
     def put_bytes(self, uri: str, data: bytes, *, if_absent: bool = False) -> Written:
         """Write a small object in one step. With ``if_absent``, ``FileExistsError`` when there is one already."""
@@ -369,44 +371,3 @@ class ObjectStore:
                 pass
 
         self._call(uri, remove, writing=True)
-
-
-def _local_info(path: str) -> ObjectInfo:
-    stat = os.stat(path)  # noqa: PTH116
-    return ObjectInfo(path, stat.st_size, local_files.etag(stat))
-
-
-def _listed(path: str, *, changing: bool) -> ObjectInfo | None:
-    try:
-        return _local_info(path)
-    except FileNotFoundError:
-        if not changing:
-            raise
-        return None
-
-
-def _remote_info(uri: str, info: Mapping[str, Any]) -> ObjectInfo:
-    """Stores name their version differently; without any, the time of the last change and the size must do."""
-    n_bytes = int(info["size"] or 0)
-    for name in ("ETag", "etag", "md5Hash", "generation"):
-        if info.get(name):
-            return ObjectInfo(uri, n_bytes, str(info[name]).strip('"'))
-    changed = next(
-        (info[n] for n in ("LastModified", "last_modified", "mtime", "updated", "created") if info.get(n)), ""
-    )
-    return ObjectInfo(uri, n_bytes, f"{n_bytes:x}-{changed}")
-
-
-def _exactly(file: Any, lo: int, hi: int) -> bytes:
-    """Bytes ``[lo, hi)`` of an fsspec file without a cache: one request."""
-    file.seek(lo)
-    try:
-        data = cast(bytes, file.read(hi - lo))
-    except IndexError as error:
-        # s3fs looks into the arguments of a time-out, which has none.
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
-    if len(data) != hi - lo:
-        raise ConnectionError(f"the store sent {len(data)} bytes of the {hi - lo} asked for")
-    return data

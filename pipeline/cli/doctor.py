@@ -18,17 +18,23 @@ if TYPE_CHECKING:
 def doctor(
     invocation: Invocation,
     deep: Annotated[bool, typer.Option("--deep", help="Start a real vLLM engine as well (up to a minute).")] = False,
+    output_uri: Annotated[
+        str | None,
+        typer.Option("--output", "-o", metavar="URI", help="Try what a job does at this output; leaves nothing there."),
+    ] = None,
 ) -> int:
     """Check what is installed, and what really works here: engines, providers, database, broker, directories.
 
-    Exit code 0 when nothing failed, 7 when the database or the broker does not answer, 1 otherwise.
+    Exit code 0 when nothing failed, 7 when the database, the broker or the object store does not answer, 1 otherwise.
+
+    Example: rowmill doctor --output s3://results/run-1
     """
     from pipeline.doctor import checks
 
     found = []
     if sys.stderr.isatty():
         invocation.notice("trying the engines; this takes some seconds")
-    for check in checks(invocation.loaded, deep=deep):
+    for check in checks(invocation.loaded, deep=deep, output=output_uri):
         found.append(check)
         if not invocation.as_json:
             _print(check)

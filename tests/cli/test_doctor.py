@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipeline import doctor, doctor_engines, doctor_machine, doctor_probes
+from pipeline import doctor, doctor_engines, doctor_machine, doctor_output, doctor_probes
 from pipeline.cli.doctor import verdict
 from pipeline.doctor_check import Check
+from pipeline.settings import Settings
 from storage import database as storage_database
+from storage.objects import ObjectStore
 from tests.cli.conftest import Rowmill
+from tests.conftest import S3
+from tests.storage.faulty_s3 import proxy
 
 
 def test_the_built_in_graph_is_the_model_that_it_is_said_to_be() -> None:
@@ -99,6 +106,58 @@ def test_the_broker(redis_url: str) -> None:
     assert "hunter2" not in gone.detail
     bad = doctor.broker("carrier-pigeon://h")
     assert (bad.status, bad.unreachable) == ("fail", False)
+
+
+def _output(options: Mapping[str, Any], uri: str | None) -> dict[str, Check]:
+    found = list(doctor_output.checks(Settings(storage_options=dict(options)), uri))
+    return {check.name: check for check in found}
+
+
+def test_an_output_that_nobody_asked_about() -> None:
+    [check] = doctor_output.checks(Settings(), None)
+    assert (check.status, check.name) == ("skip", "output")
+
+
+def test_an_output_on_an_object_store(s3: S3) -> None:
+    found = _output(s3.storage_options, s3.url("below/out/"))
+    assert {name: check.status for name, check in found.items()} == dict.fromkeys(
+        [f"output {step}" for step in ("put", "get", "list", "conditional put", "copy", "multi-part upload", "delete")],
+        "ok",
+    )
+    assert all(s3.url("below/out") in check.detail for check in found.values())
+    assert ObjectStore(s3.storage_options).list_tree(s3.url("")) == []
+
+
+@pytest.mark.parametrize(("method", "step"), [("PUT", "put"), ("HEAD", "get"), ("DELETE", "delete")])
+def test_an_output_without_a_right(s3: S3, method: str, step: str) -> None:
+    right = {"put": "s3:PutObject", "get": "s3:GetObject", "delete": "s3:DeleteObject"}[step]
+    with proxy(s3.endpoint) as faults:
+        faults.script = lambda asked, path: 403 if asked == method else None
+        found = _output(replace(s3, endpoint=faults.endpoint).storage_options, s3.url("out"))
+    failed = found[f"output {step}"]
+    assert failed.status == "fail" and not failed.unreachable
+    assert right in failed.detail and s3.url("out") in failed.detail
+    assert ("is left at" in failed.detail) == (step == "delete")
+    assert verdict(list(found.values())) == 1
+
+
+def test_an_output_whose_store_does_not_answer(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_output, "_PATIENCE_SECONDS", 0.1)
+    found = _output(replace(s3, endpoint="http://127.0.0.1:1").storage_options, s3.url("out"))
+    assert [(check.status, check.unreachable) for check in found.values()] == [("fail", True)]
+
+
+def test_a_local_output_is_left_as_it_was(tmp_path: Path) -> None:
+    found = _output({}, str(tmp_path / "a" / "out"))
+    assert {check.status for check in found.values()} == {"ok"}
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    failed = _output({}, str(tmp_path / "file" / "out"))["output put"]
+    assert failed.status == "fail" and str(tmp_path / "file") in failed.detail
+
+
+def test_an_output_that_is_no_place(rowmill: Rowmill) -> None:
+    assert rowmill.inside("doctor", "--output", "a::b").code == 2
 
 
 def test_directories(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import Client
+from pipeline import Client, output_owner
 from pipeline import job as job_calls
 from pipeline.settings import Settings
 from storage import failpoints, jobs, locations
-from storage.errors import Conflict, InvalidInput, JobFailed
+from storage.errors import Conflict, InvalidInput, InvalidJob, JobFailed
 from storage.states import JobState
 from tests.conftest import S3
 from tests.faults.driver import wait_until
+from tests.storage.faulty_s3 import IGNORE, Faults, proxy
 
 Make = Callable[..., Client]
 
@@ -315,3 +317,41 @@ def test_no_output_lies_among_the_files_of_another(
         mine.run(**fields(texts, out))
     with pytest.raises(Conflict, match=f"among the files of the output {out}"):
         theirs.run(**fields(texts, out / inner, overwrite=True))
+
+
+REFUSALS: list[tuple[str, Callable[[Faults], object]]] = [
+    ("If-None-Match", lambda faults: setattr(faults, "conditional", IGNORE)),
+    ("If-None-Match", lambda faults: setattr(faults, "conditional", 501)),
+    ("s3:DeleteObject", lambda faults: setattr(faults, "script", lambda m, path: 403 if m == "DELETE" else None)),
+    ("s3:ListBucket", lambda faults: setattr(faults, "script", lambda m, path: 403 if "list-type" in path else None)),
+]
+
+
+@pytest.mark.parametrize(("right", "refuse"), REFUSALS, ids=["ignored", "unknown", "delete", "list"])
+def test_a_store_that_could_not_hold_the_output_is_refused_before_anything_is_computed(
+    client_of: Make, s3: S3, texts: Path, tmp_path: Path, right: str, refuse: Callable[[Faults], object]
+) -> None:
+    with proxy(s3.endpoint) as faults:
+        client = client_of("mine", storage_options=replace(s3, endpoint=faults.endpoint).storage_options)
+        refuse(faults)
+        rows = {"rows_file": str(tmp_path / "rows")}
+        with pytest.raises(InvalidJob, match=right):
+            client.run(**fields(texts, s3.url("out"), engine_options=rows))
+        assert not (tmp_path / "rows").exists()
+        assert client.jobs() == []
+
+
+def test_in_a_fleet_the_planner_finds_out(client_of: Make, s3: S3, texts: Path) -> None:
+    """The client may not have the workers' rights: what it cannot do is left to them."""
+    with proxy(s3.endpoint) as faults:
+        options = replace(s3, endpoint=faults.endpoint).storage_options
+        runtime = client_of("fleet", storage_options=options, broker_url="memory://")._runtime
+        faults.conditional = 403
+        job = job_calls.submit_job(runtime, fields(texts, s3.url("out")))
+        with pytest.raises(InvalidJob, match=r"conditional put below .* failed"):
+            job_calls.plan_job(runtime, job)
+        assert jobs.get(runtime.database, job.id).state is JobState.FAILED
+        job = job_calls.submit_job(runtime, fields(texts, s3.url("out")))
+        faults.conditional = None
+        assert job_calls.plan_job(runtime, job).state is JobState.QUEUED
+        assert output_owner.read(runtime.store, s3.url("out")) is not None

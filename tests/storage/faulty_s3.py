@@ -14,6 +14,7 @@ CUT = 0
 CUT_AFTER = -1
 STALL = -2
 TRUNCATE = -3
+IGNORE = -4
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +32,13 @@ class Faults:
     with, ``CUT`` to hang up at once, ``CUT_AFTER`` to let it take effect and hang up without an answer; of the answer's
     body, ``STALL`` sends the first half and then nothing till the client hangs up, ``TRUNCATE`` hangs up itself.
 
-    ``requests`` are those that reached the endpoint, in order.
+    ``conditional`` is the status that puts with ``If-None-Match`` are answered with, or ``IGNORE``: the store does not
+    know the header. ``requests`` are those that reached the endpoint, in order.
     """
 
     def __init__(self) -> None:
         self.script: Callable[[str, str], int | None] = lambda method, path: None
+        self.conditional: int | None = None
         self.injected = 0
         self.code: str | None = None
         self.requests: list[Request] = []
@@ -58,7 +61,7 @@ class Faults:
 
 _CODES = {
     503: "SlowDown", 500: "InternalError", 429: "TooManyRequests", 403: "AccessDenied",
-    409: "ConditionalRequestConflict", 412: "PreconditionFailed",
+    409: "ConditionalRequestConflict", 412: "PreconditionFailed", 501: "NotImplemented",
 }  # fmt: skip
 
 
@@ -77,6 +80,11 @@ def proxy(endpoint: str) -> Iterator[Faults]:
         def _relay(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             status = faults.script(self.command, self.path)
+            if faults.conditional is not None and self.headers.get("If-None-Match"):
+                status = faults.conditional
+                if status == IGNORE:
+                    status = None
+                    del self.headers["If-None-Match"]
             if status is not None:
                 faults.injected += 1
                 self.close_connection = True
