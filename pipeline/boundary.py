@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-import operator
 import types
 from collections.abc import Callable
 from datetime import datetime
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, validate_call
+from pydantic import ConfigDict, Field, ValidationError, validate_call
 
+from pipeline import spec_values
+from pipeline.spec_values import Whole as Whole
 from storage.errors import InvalidJob, RowmillError, Unexpected
 
 T = TypeVar("T")
@@ -21,31 +22,9 @@ _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
 _OWN = "_rowmill_user_code"
 
 
-def _whole(value: object) -> object:
-    """Whole numbers of any library (NumPy's are no ``int``); the rest is left to the check of the type."""
-    if isinstance(value, (bool, int)):
-        return value
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        return value
-
-
-def storable(value: str) -> str:
-    """The text, if a database can hold it. Raises ``ValueError`` for a NUL and for half a surrogate pair."""
-    if "\0" in value:
-        raise ValueError("it contains a NUL character")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError("it contains half of a surrogate pair, which is no character") from None
-    return value
-
-
-Text = Annotated[str, Field(max_length=8192), AfterValidator(storable)]
+Text = Annotated[spec_values.Text, Field(max_length=8192)]
 """A name, an id, a place. SQLite takes no longer patterns than 50,000 bytes."""
-Whole = Annotated[int, BeforeValidator(_whole)]
-Limit = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**31 - 1)]
+Limit = Annotated[Whole, Field(ge=1, le=spec_values.MOST_ITEMS)]
 """How many things to list."""
 Seconds = Annotated[float, Field(ge=0)]
 Moment = Annotated[float, Field(allow_inf_nan=False)] | datetime

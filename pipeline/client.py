@@ -72,13 +72,16 @@ class Client:
         """Jobs that are submitted again and again: add, list, pause, remove."""
         return Schedules(self._runtime)
 
-    def submit(self, *, start: bool = True, **fields: Any) -> JobHandle:
+    def submit(self, *, start: bool = True, on_notice: Callable[[str], None] | None = None, **fields: Any) -> JobHandle:
         """Validate and queue a job; the fields are those of :class:`~pipeline.JobSpec`.
 
-        Without a broker it is planned here, and runs in the background of this process unless ``start`` is false.
+        Without a broker it is planned here, and runs in the background of this process unless ``start`` is false. With
+        one, a worker plans it; what this machine can reach is checked here all the same, and ``on_notice`` hears of
+        what it cannot.
 
         Raises :class:`~storage.errors.InvalidJob` naming the field and the reason; no engine is loaded before that.
         """
+        self._session.notify(on_notice)
         embedded = self._runtime.settings.broker_url is None
         job = job_calls.submit_job(self._runtime, fields, plan=embedded)
         if not embedded:

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from pipeline import assembly, manifest, measures, output_owner, restoring
 from pipeline.flusher import patiently
-from pipeline.job_spec import JobSpec
+from pipeline.job_spec import stored
 from pipeline.outputs import chunks_are_gone, earlier_parts, is_free
 from pipeline.plan_record import PlanRecord
 from pipeline.publish_shard import assemble_partial, publish_shard
@@ -205,7 +205,7 @@ def _put_manifest(runtime: Runtime, job: Job, content: bytes) -> None:
 
 def _publish_empty(runtime: Runtime, job: Job) -> str:
     """A job without rows still has a file to read: kept columns, the results that need no model to know, ``error``."""
-    plan, results = PlanRecord.from_json(job.plan), known_fields(JobSpec(**job.spec))
+    plan, results = PlanRecord.from_json(job.plan), known_fields(stored(job.spec))
     target = locations.part(job.output_uri, 0)
     schema = pa.schema([*(plan.schema.field(name) for name in plan.keep), *results, assembly.ERROR_FIELD])
     with parquet.writer(runtime.store, target, schema) as file:

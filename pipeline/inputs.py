@@ -29,6 +29,10 @@ HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 _READERS = 8
 _AHEAD = 128
 """Footers that are read ahead of the one being looked at."""
+_MOST_LOOKED_AT = 1_000
+"""Files whose footers are read before a job is stored for others to plan."""
+_MOST_CONVERTED, _COMPRESSED = 32 * 2**20, 16
+"""Bytes of text that are converted for it, and how much more compressed ones may be."""
 _NAMED = 3
 """Files that a message names before it counts the others."""
 _INT = re.compile(r"-?\d+")
@@ -107,8 +111,30 @@ def discover(
     that were passed over. With ``done``, the files that it names are left out, and a pattern may match nothing. Raises
     :class:`InvalidInput`, naming the file and the reason; nothing but chunks in the work folder is ever written.
     """
+    return _read(store, _found(store, spec, notify, done), work_dir_uri)
+
+
+def look(
+    store: ObjectStore, spec: InputSpec, folder: str, notify: Callable[[str], None] = lambda message: None
+) -> Inputs | None:
+    """What :func:`discover` would find, with chunks in ``folder``; ``None``, and a notice, where that takes long: for
+    many files, or much that is not Parquet. Raises :class:`InvalidInput` as :func:`discover` does."""
+    found = _found(store, spec, notify, None)
+    if len(found) > _MOST_LOOKED_AT:
+        notify(f"the input has {len(found):,} files: the worker that plans the job reads their columns")
+        return None
+    weights = {None: 1, "gzip": _COMPRESSED, "zstd": _COMPRESSED}
+    n_bytes = sum(
+        file.info.n_bytes * weights[kind.compression] for file, kind in found if kind.kind is not Kind.PARQUET
+    )
+    if n_bytes > _MOST_CONVERTED:
+        notify("the input is large and not Parquet: the worker that plans the job reads its columns")
+        return None
+    return _read(store, found, folder)
+
+
+def _read(store: ObjectStore, found: Sequence[tuple[_File, Format]], work_dir_uri: str) -> Inputs:
     unified = UnifiedSchema()
-    found = _found(store, spec, notify, done)
     files = list(_parquet_files(store, found, work_dir_uri))
     sources: Spool[Source] = Spool()
     groups: Spool[InputFile] = Spool()

@@ -9,24 +9,21 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import uuid_utils
 
-from pipeline import inputs, output_owner, permissions, planning, regrouping, routing
+from pipeline import inputs, output_owner, planning, preflight, regrouping
 from pipeline.engines import registry
 from pipeline.engines.base import Cancellation
 from pipeline.flusher import patiently
-from pipeline.job_spec import NOT_PART_OF_THE_WORK, JobSpec, parse
+from pipeline.job_spec import NOT_PART_OF_THE_WORK, JobSpec, stored
 from pipeline.models import adapters
 from pipeline.models.model import Model
 from pipeline.models.resolve import resolve
 from pipeline.outputs import chunks_are_gone
 from pipeline.plan_record import PlanRecord
-from pipeline.profiling import Profiled
-from pipeline.result_columns import known_names
 from pipeline.runtime import Runtime
 from storage import (
     failpoints,
@@ -55,8 +52,6 @@ from storage.fires import Taken
 from storage.records import FireKey, Job, ShardPlan
 from storage.states import TERMINAL_JOB, JobState
 
-ERROR_COLUMN = "error"
-
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
@@ -84,14 +79,12 @@ class Estimate:
 
 def estimate(runtime: Runtime, fields: dict[str, Any]) -> Estimate:
     """Read the input's footers as planning would, and store nothing. Raises :class:`InvalidJob` and its kin."""
-    spec = absolute(parse(fields))
-    model = resolve(spec.model, runtime.settings.cache_dir)
-    engine = routing.choose(spec.task, spec.engine, model)
+    request = preflight.request_of(runtime, fields)
+    spec = request.spec
     work = locations.work_dir(spec.output, f"estimate-{secrets.token_hex(8)}")
     try:
         found = inputs.discover(runtime.store, spec, work)
-        columns = registry.check(engine, spec, model, found.schema)
-        _refuse_unreadable(found, columns, _kept(spec, tuple(found.schema.names)))
+        columns = preflight.columns_of(request, found, runtime.notify)
     finally:
         runtime.store.delete_tree(work)
     found = found.narrowed(limit=spec.limit, sample=spec.sample)
@@ -100,8 +93,8 @@ def estimate(runtime: Runtime, fields: dict[str, Any]) -> Estimate:
         rows=found.rows,
         n_bytes=sum(n_bytes for file in found.files for _, n_bytes in file.row_groups),
         shards=sum(1 for _ in planning.plan(found.files, shard_rows=spec.shard_rows, shard_bytes=spec.shard_bytes)),
-        engine=engine,
-        columns=tuple(columns),
+        engine=request.engine,
+        columns=columns.read,
     )
 
 
@@ -111,12 +104,13 @@ def submit_job(
     """Validate a request and queue it as ``validating``. With ``resume``, the job that does the same work instead: the
     live one, or the completed one whose output is there and whose input and model are as they were.
 
-    With ``plan`` the input is read first and the job comes back planned. With ``fire``, that fire of a schedule is
+    With ``plan`` the input is read first and the job comes back planned; without, in a fleet, it is looked at as far as
+    this machine can. With ``fire``, that fire of a schedule is
     marked as submitted with it; raises :class:`IllegalTransition` when it is not pending any more. Raises
     :class:`InvalidJob` and its kin, naming the field and the reason. Nothing is stored then.
     """
-    spec = absolute(parse(fields))
-    model, engine = model_and_engine(runtime, spec)
+    request = preflight.request_of(runtime, fields)
+    spec, model, engine = request.spec, request.model, request.engine
     live = jobs.live_on_output(runtime.database, spec.output)
     if live is not None and resume:
         if live.spec_hash == spec.work_hash():
@@ -133,10 +127,13 @@ def submit_job(
         return done
     known = jobs.has_key(runtime.database, spec.tenant, spec.idempotency_key)
     if live is None and not known:
-        output_owner.refuse_taken(runtime, spec.output, overwrite=spec.overwrite)
+        if not plan and fire is None and runtime.settings.broker_url is not None:
+            preflight.check_in_fleet(runtime, request)
+        else:
+            output_owner.refuse_taken(runtime, spec.output, overwrite=spec.overwrite)
     job_id = str(uuid_utils.uuid7())
     try:
-        prepared = _prepare(runtime, job_id, spec, engine, model) if plan and live is None and not known else None
+        prepared = _prepare(runtime, job_id, request) if plan and live is None and not known else None
         failpoints.hit("plan.prepared")
         job = jobs.insert(
             runtime.database,
@@ -181,7 +178,7 @@ def _own_output(runtime: Runtime, job: Job, spec: JobSpec) -> None:
             return
         if isinstance(error, InvalidJob):
             with suppress(IllegalTransition):  # a planner has refused it already
-                _refuse(runtime, job, spec, error)
+                refuse_job(runtime, job, error)
         raise
 
 
@@ -201,37 +198,6 @@ def _done_before(runtime: Runtime, spec: JobSpec, model: Model) -> Job | None:
     return job
 
 
-def model_and_engine(runtime: Runtime, spec: JobSpec) -> tuple[Model, str]:
-    """The model, and the name of the engine that will run it; loads neither. Raises :class:`InvalidJob` and its kin."""
-    allowed = permissions.granted(runtime.settings)
-    permissions.check_adapters(spec, allowed)
-    model = resolve(spec.model, runtime.settings.cache_dir)
-    engine = routing.choose(spec.task, spec.engine, model)
-    kind = registry.engine_class(engine)
-    registry.check_permissions(engine, spec.engine_options, allowed)
-    if spec.profile and not issubclass(kind, Profiled):
-        raise InvalidJob(f"engine {engine!r} writes no traces; 'onnx' does", field="profile")
-    if spec.request_timeout is not None and not getattr(kind, "times_out_requests", False):
-        remedy = "set its option row_timeout (--set row_timeout=SECONDS)" if engine == "onnx" else "leave it out"
-        raise InvalidJob(f"engine {engine!r} aborts no single rows; {remedy}", field="request_timeout")
-    return model, engine
-
-
-def absolute(spec: JobSpec) -> JobSpec:
-    """The spec with every local path made absolute, so that it means the same in any working directory."""
-    model = spec.model
-    if Path(model).exists():
-        model = str(Path(model).resolve())
-    return spec.model_copy(
-        update={
-            "input": tuple(locations.normalize(uri) for uri in spec.input),
-            "output": locations.normalize(spec.output),
-            "model": model,
-            "adapters": {name: str(adapters.directory(name, folder)) for name, folder in spec.adapters.items()},
-        }
-    )
-
-
 def _differences(live: Job, spec: JobSpec) -> str:
     ours = spec.model_dump(mode="json")
     names = [name for name, value in ours.items() if name not in NOT_PART_OF_THE_WORK and live.spec.get(name) != value]
@@ -246,39 +212,38 @@ def plan_job(runtime: Runtime, job: Job, interrupt: Cancellation | None = None, 
     are to be regrouped, raises :class:`LeaseLost` when another planner is at it, and :class:`Interrupted` when
     ``interrupt`` fires: the job can then be planned again. ``owner`` is who holds the planner's lease already.
     """
-    spec = JobSpec(**job.spec)
     schedule_id = schedules.incremental_of(runtime.database, job.id)
     done = None if schedule_id is None else partial(schedules.processed, runtime.database, schedule_id)
     try:
+        spec = stored(job.spec)
         output_owner.check(runtime, job, over_rows=spec.overwrite)
-        model = resolve(spec.model, runtime.settings.cache_dir)
-        prepared = _prepare(runtime, job.id, spec, job.engine, model, done)
+        request = preflight.Request(spec, resolve(spec.model, runtime.settings.cache_dir), job.engine)
+        prepared = _prepare(runtime, job.id, request, done)
         if (limits := _limits_if_regrouped(runtime, spec, prepared.found)) is not None:
             prepared = _regrouped(runtime, job, spec, prepared, limits, interrupt, owner)
     except InvalidJob as error:
-        _refuse(runtime, job, spec, error)
+        refuse_job(runtime, job, error)
         raise
     taken = None if schedule_id is None else Taken(schedule_id, tuple(prepared.found.originals))
     return _store_plan(runtime, job, spec, prepared, taken)
 
 
 def _prepare(
-    runtime: Runtime, job_id: str, spec: JobSpec, engine: str, model: Model, done: inputs.Processed | None = None
+    runtime: Runtime, job_id: str, request: preflight.Request, done: inputs.Processed | None = None
 ) -> _Prepared:
+    spec, model = request.spec, request.model
     # Another worker may plan the same job, or run it already: nothing here is deleted but what was made here.
     work = locations.work_dir(spec.output, job_id)
     found = inputs.discover(runtime.store, spec, work, runtime.notify, done)
-    columns = registry.check(engine, spec, model, found.schema)
-    keep = _kept(spec, tuple(found.schema.names))
-    _refuse_unreadable(found, columns, keep)
+    columns = preflight.columns_of(request, found, runtime.notify)
     # An output that cannot hold the rows is refused now, not after the engine was loaded and rows were computed.
     output_probe.require(runtime.store, spec.output, work)
     converted = any(source.uri.startswith(work) for source in found.sources)
     with_adapters = adapters.digests(spec.adapters, runtime.settings.cache_dir)
     record = PlanRecord(
         found.schema,
-        tuple(columns),
-        keep,
+        columns.read,
+        columns.keep,
         model.digest,
         model.architectures,
         converted,
@@ -358,50 +323,16 @@ def _store_plan(runtime: Runtime, job: Job, spec: JobSpec, prepared: _Prepared, 
             taken=taken,
         )
     except QuotaExceeded as error:
-        _refuse(runtime, job, spec, error)
+        refuse_job(runtime, job, error)
         raise
 
 
 def refuse_job(runtime: Runtime, job: Job, error: RowmillError) -> None:
     """End a job that waits for its plan, for this reason. Raises :class:`IllegalTransition` when it waits no more."""
-    _refuse(runtime, job, JobSpec(**job.spec), error)
-
-
-def _refuse(runtime: Runtime, job: Job, spec: JobSpec, error: RowmillError) -> None:
     output_owner.release(runtime, job)
     jobs.refuse(runtime.database, job.id, str(error), actor=runtime.actor)
     with suppress(InvalidJob):  # a right to delete that is missing may be the very reason
-        runtime.store.delete_tree(locations.work_dir(spec.output, job.id))
-
-
-def _kept(spec: JobSpec, names: tuple[str, ...]) -> tuple[str, ...]:
-    missing = [name for name in spec.keep_columns or () if name not in names]
-    if missing:
-        raise InvalidInput(
-            f"the input has no column {', '.join(map(repr, missing))}; it has {', '.join(names)}", field="keep_columns"
-        )
-    keep = names if spec.keep_columns is None else spec.keep_columns
-    clash = [name for name in keep if name in {ERROR_COLUMN, *known_names(spec)}]
-    if clash:
-        leave_out = "leave them out: name the columns to copy in keep_columns (--keep)"
-        # No prefix is put before 'error'.
-        advice = leave_out if ERROR_COLUMN in clash else f"set output_prefix (--output-prefix), or {leave_out}"
-        raise InvalidJob(
-            f"the input columns {', '.join(map(repr, clash))} have the names of result columns; {advice}",
-            field="keep_columns" if ERROR_COLUMN in clash else "output_prefix",
-        )
-    return tuple(keep)
-
-
-def _refuse_unreadable(found: inputs.Inputs, columns: Iterable[str], keep: Iterable[str]) -> None:
-    """Raise :class:`InvalidInput` for a column that is read or kept and that nobody can read."""
-    for name, where in found.unreadable.items():
-        if name in columns:
-            raise InvalidInput(f"column {name!r} cannot be read in {where}; decrypt or mend the file", field="input")
-        if name in keep:
-            what = f"column {name!r} cannot be read in {where}"
-            advice = "leave it out: name the columns to copy in keep_columns (--keep), or decrypt or mend the file"
-            raise InvalidInput(f"{what}; {advice}", field="keep_columns")
+        runtime.store.delete_tree(locations.work_dir(job.output_uri, job.id))
 
 
 def cancel_job(runtime: Runtime, job_id: str) -> Job:
@@ -417,7 +348,10 @@ def retry_job(runtime: Runtime, job_id: str, *, failed_only: bool = True) -> Job
             f"what job {job_id} was made of has been deleted (its rows lay in another order, in files of its own); "
             "submit it again with --overwrite (overwrite=True)"
         )
-    spec = JobSpec(**job.spec)
+    spec = stored(job.spec)
+    if job.state in TERMINAL_JOB and not job.plan and runtime.settings.broker_url is not None:
+        model = resolve(spec.model, runtime.settings.cache_dir)
+        preflight.check_in_fleet(runtime, preflight.Request(spec, model, job.engine))
     if job.state in TERMINAL_JOB:
         output_owner.refuse_retry(runtime, job, overwrite=spec.overwrite)
     reopened = retries.reopen(

@@ -19,7 +19,7 @@ from pipeline.session import Session
 from pipeline.status import JobStatus, RequestStatus
 from pipeline.status_of import job_status
 from storage import jobs, locations, reports, workers
-from storage.errors import IllegalTransition, InvalidJob, JobCancelled, JobFailed, NotFound, WaitTimeout
+from storage.errors import IllegalTransition, InvalidJob, JobCancelled, JobFailed, JobRefused, NotFound, WaitTimeout
 from storage.records import Attempt, Event, Shard
 from storage.states import JobState, ShardState
 
@@ -56,9 +56,9 @@ class JobHandle:
         """Block until the job has ended; in the embedded mode this process runs it if no other does.
 
         Returns the status of a job that completed (perhaps with failed rows). Raises
-        :class:`~storage.errors.JobFailed`, :class:`~storage.errors.JobCancelled` (cancelled or expired) or
-        :class:`~storage.errors.WaitTimeout` after ``timeout`` seconds. Ctrl-C ends the waiting; the job goes on in the
-        background as long as the process does.
+        :class:`~storage.errors.JobFailed` (:class:`~storage.errors.JobRefused` where planning refused the job),
+        :class:`~storage.errors.JobCancelled` (cancelled or expired) or :class:`~storage.errors.WaitTimeout` after
+        ``timeout`` seconds. Ctrl-C ends the waiting; the job goes on in the background as long as the process does.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         with shown(progress) as show:
@@ -105,8 +105,13 @@ class JobHandle:
         """
         deletion.delete_job(self._runtime, self.id)
 
-    def retry(self, failed_only: bool = True) -> JobStatus:
-        """Queue the ended job again: its unfinished shards, and its failed rows (or all rows)."""
+    def retry(self, failed_only: bool = True, *, on_notice: Callable[[str], None] | None = None) -> JobStatus:
+        """Queue the ended job again: its unfinished shards, and its failed rows (or all rows).
+
+        A job that was never planned is checked as :meth:`Client.submit` does; raises
+        :class:`~storage.errors.InvalidJob` where it would be refused again.
+        """
+        self._session.notify(on_notice)
         job = job_calls.retry_job(self._runtime, self.id, failed_only=failed_only)
         if job.state is JobState.VALIDATING:
             self._session.wakeups.plan()
@@ -197,7 +202,8 @@ def state_named(kind: type[S], name: str) -> S:
 
 def _completed(status: JobStatus) -> JobStatus:
     if status.state is JobState.FAILED:
-        raise JobFailed(f"job {status.id} failed: {status.error}")
+        kind, verb = (JobRefused, "was refused") if status.refused else (JobFailed, "failed")
+        raise kind(f"job {status.id} {verb}: {status.error}")
     if status.state is not JobState.COMPLETED:
         done = f"{status.rows_done} of {status.rows_total} rows are done"
         raise JobCancelled(f"job {status.id} was {status.state}: {done}")

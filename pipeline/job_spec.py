@@ -6,13 +6,29 @@ import hashlib
 import json
 import re
 import textwrap
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from pipeline.spec_values import (
+    MOST_ITEMS,
+    STORED,
+    AnyText,
+    Filled,
+    Name,
+    Prompt,
+    Text,
+    Whole,
+    all_different,
+    plain_json,
+    plain_options,
+    rule,
+)
 from pipeline.template import Template
 from storage.errors import InvalidJob
+from storage.locations import protocol
 from storage.redaction import holds_credentials
 
 
@@ -30,21 +46,66 @@ class Message(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str
+    content: Prompt
 
 
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([smhd])\s*$")
 _NOWHERE = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:/*\s*$")
 """A scheme and nothing else: what is left of ``s3://$BUCKET`` when the variable is not set."""
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_LONGEST_DAYS = 36_500
+_IN_ONE_PROCESS = frozenset({"memory"})
+_READ_ONLY = frozenset(
+    {"blockcache", "cached", "data", "filecache", "gist", "git", "github", "http", "https", "libarchive", "reference"}
+    | {"simplecache", "tar", "zip"}
+)
+"""Schemes of URLs where fsspec writes nothing, or nothing that can be renamed, listed and deleted."""
 
 
 def duration_seconds(text: str) -> float:
     """``"90s"``, ``"30m"``, ``"24h"``, ``"7d"`` in seconds. Raises ``ValueError`` for anything else."""
     match = _DURATION.match(text)
     if match is None:
-        raise ValueError(f"{text!r} is not a duration; write a number and a unit: '90s', '30m', '24h', '7d'")
+        shown = textwrap.shorten(repr(text), 60)
+        raise ValueError(f"{shown} is not a duration; write a number and a unit: '90s', '30m', '24h', '7d'")
     return float(match[1]) * _SECONDS[match[2]]
+
+
+def bounded(text: str) -> None:
+    """Raise ``ValueError`` for a duration of nothing, or one that ends beyond all calendars."""
+    seconds = duration_seconds(text)
+    if not 0 < seconds <= _LONGEST_DAYS * _SECONDS["d"]:
+        shown = textwrap.shorten(repr(text), 60)
+        raise ValueError(f"{shown} is not above 0 and at most {_LONGEST_DAYS} days; give such a time, as in '24h'")
+
+
+def _no_credentials(uri: str) -> None:
+    # A job is stored, shown and listed. Its text is not repeated here either.
+    if holds_credentials(uri):
+        scheme = uri.partition("://")[0].lower()
+        raise ValueError(
+            f"the {scheme}:// URL holds a password or a key, and a job is no place for one: leave it out of the URL, "
+            f"and set storage_options.{scheme} (ROWMILL_STORAGE_OPTIONS)"
+        )
+
+
+def _plain_place(uri: str) -> None:
+    _no_credentials(uri)
+    if not uri.strip():
+        raise ValueError("the path is empty; '.' is the working directory")
+    if _NOWHERE.match(uri):
+        raise ValueError(f"{uri!r} names no bucket or folder")
+    if "::" in uri:
+        raise ValueError(f"{uri!r} chains filesystems with '::', which is refused; give one plain path or URL")
+    if protocol(uri) in _IN_ONE_PROCESS:
+        raise ValueError(
+            f"{uri!r} is in the memory of one process, and is lost with it; give a folder or an object store"
+        )
+
+
+def _writable_place(uri: str) -> None:
+    if protocol(uri) in _READ_ONLY:
+        raise ValueError(f"{uri!r} cannot be written to; give a folder or an object store")
 
 
 NOT_PART_OF_THE_WORK = frozenset(
@@ -54,7 +115,7 @@ NOT_PART_OF_THE_WORK = frozenset(
 
 
 _LATER = frozenset({"limit", "sample", "request_timeout"})
-_MOST = 2**63 - 1
+PlainJson = Annotated[dict[str, Any], rule(plain_json)]
 
 
 class JobSpec(BaseModel):
@@ -62,63 +123,63 @@ class JobSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    input: Annotated[tuple[str, ...], Field(min_length=1)]
+    input: Annotated[tuple[Annotated[Text, rule(_plain_place)], ...], Field(min_length=1)]
     """Files, globs or directories of Parquet, JSONL, CSV or Arrow IPC, on anything that fsspec reads."""
-    output: Annotated[str, Field(min_length=1)]
+    output: Annotated[Text, Field(min_length=1), rule(_plain_place), rule(_writable_place)]
     """Directory for ``data/``, ``_manifest.json`` and ``_SUCCESS``."""
-    model: Annotated[str, Field(min_length=1)]
+    model: Annotated[Filled, rule(_no_credentials), Field(min_length=1)]
     """A registered name, a model directory, a ``.onnx`` file, or ``fake``."""
     task: Task
-    engine: Annotated[str, Field(min_length=1)] = "auto"
-    engine_options: dict[str, Any] = {}
+    engine: Annotated[Filled, Field(min_length=1)] = "auto"
+    engine_options: Annotated[dict[str, Any], rule(plain_options)] = {}
     """The engine's own options (vLLM's ``EngineArgs``; ONNX Runtime's providers and session options)."""
 
-    prompt: str | None = None
+    prompt: Prompt | None = None
     """``generate``: a template over the input columns, ``"Say: {text}"``. ``chat``: the one user message."""
-    prompt_token_column: str | None = None
+    prompt_token_column: Name | None = None
     """``generate``: a column of lists of token ids, in place of ``prompt``; nothing is added to them."""
-    messages: tuple[Message, ...] | None = None
+    messages: Annotated[tuple[Message, ...], Field(min_length=1)] | None = None
     """``chat``: templates over the input columns."""
-    column: str | None = None
+    column: Name | None = None
     """The text column of embed, classify and score; for ``chat`` a column that holds the messages."""
-    pair_column: str | None = None
+    pair_column: Name | None = None
     """``classify`` and ``score``: the second text of a pair."""
-    inputs: dict[str, str] | None = None
+    inputs: dict[Name, Name] | None = None
     """``tensor``: graph input → column, where the names differ."""
-    sampling: dict[str, Any] = {}
+    sampling: PlainJson = {}
     """vLLM's own sampling parameters, by their own names."""
-    sampling_columns: dict[str, str] = {}
+    sampling_columns: dict[Name, Name] = {}
     """Sampling parameter → column with a value for each row; where it is null, that of ``sampling`` stands."""
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: PlainJson = {}
     """``chat``: handed to the chat template, beside the messages."""
-    tools: tuple[dict[str, Any], ...] = ()
+    tools: tuple[PlainJson, ...] = ()
     """``chat``: functions that the model may call, as OpenAI's API describes them; the chat template writes them."""
-    image_column: str | None = None
+    image_column: Name | None = None
     """``generate`` and ``chat``, for multimodal models: a column of images, as bytes, URIs below the operator's
     ``uri_prefixes``, ``struct<bytes, path>``, or lists of these."""
-    audio_column: str | None = None
+    audio_column: Name | None = None
     """``generate`` and ``chat``, for models that hear: a column of sounds, as bytes, URIs, ``struct<bytes, path>``,
     lists of numbers (one channel, between -1 and 1), ``struct<array, sampling_rate>``, or lists of these."""
-    audio_sampling_rate: Annotated[int, Field(ge=1_000, le=768_000)] | None = None
+    audio_sampling_rate: Annotated[Whole, Field(ge=1_000, le=768_000)] | None = None
     """Of an ``audio_column`` of numbers, in Hz."""
-    video_column: str | None = None
+    video_column: Name | None = None
     """``generate`` and ``chat``, for models that see videos: a column of one video in each row, as bytes, URIs or
     ``struct<bytes, path>``; or of lists of images, which are its frames."""
-    video_frame_rate: Annotated[float, Field(gt=0, le=1_000)] | None = None
+    video_frame_rate: Annotated[float, Field(gt=0, le=1_000, allow_inf_nan=False)] | None = None
     """Of a ``video_column`` of frames, a second; ``None`` is 1."""
-    adapters: dict[str, str] = {}
+    adapters: dict[Filled, Annotated[Filled, rule(_no_credentials)]] = {}
     """LoRA adapters: name → directory. A single one serves every row, unless ``adapter_column`` is given."""
-    adapter_column: str | None = None
+    adapter_column: Name | None = None
     """A column with the adapter's name for each row; where it is null, the model alone answers."""
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"
     """``embed``; ``auto`` reads the model's own configuration."""
     normalize: bool | None = None
     """``embed``: scale to unit length; ``None`` reads the model's own configuration."""
-    dimensions: Annotated[int, Field(ge=1)] | None = None
+    dimensions: Annotated[Whole, Field(ge=1, le=MOST_ITEMS)] | None = None
     """``embed``: keep so many numbers of each vector, for models trained for it (Matryoshka); ``None`` keeps all."""
     embedding_type: Literal["float32", "int8", "binary"] | None = None
     """``embed``: ``int8`` is 127 times a unit vector, rounded; ``binary`` the signs, eight to a byte."""
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_k: Annotated[Whole, Field(ge=1, le=MOST_ITEMS)] | None = None
     """``classify``: the best so many labels in ``scores``, best first; ``None``: all, in the model's order."""
     overlong: Literal["auto", "error", "truncate", "split"] = "auto"
     """Text past the model's limit: ``auto`` is an error for generate and chat, truncation (counted) elsewhere;
@@ -133,28 +194,29 @@ class JobSpec(BaseModel):
     """Keep the answers, for this tenant's later jobs with the same model, parameters and prompts, and take those that
     are there (engine ``vllm``). ``on`` (or ``true``): where the prompt settles the answer, by temperature 0 or a seed;
     ``sampled``: answers that are drawn at random too, so that the same ones come again."""
-    limit: Annotated[int, Field(ge=1, le=_MOST)] | None = None
+    limit: Annotated[Whole, Field(ge=1)] | None = None
     """Compute only the first so many rows of the input, as a job of its own."""
-    sample: Annotated[int, Field(ge=1, le=_MOST)] | None = None
+    sample: Annotated[Whole, Field(ge=1)] | None = None
     """Compute only so many rows, spread evenly over the input: the same ones each time."""
     request_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Seconds that a row may spend inside the engine (``vllm``): one that takes longer is aborted and fails."""
-    keep_columns: tuple[str, ...] | None = None
+    keep_columns: Annotated[tuple[AnyText, ...], rule(all_different)] | None = None
     """Input columns copied to the output; ``None`` keeps all."""
-    output_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*$")] = ""
+    output_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*$", max_length=200)] = ""
     """Put before every result column's name."""
-    shard_rows: Annotated[int, Field(ge=1)] = 50_000
+    shard_rows: Annotated[Whole, Field(ge=1)] = 50_000
     """Most rows in a shard."""
-    shard_bytes: Annotated[int, Field(ge=1)] = 256 * 2**20
+    shard_bytes: Annotated[Whole, Field(ge=1)] = 256 * 2**20
     """Most uncompressed input bytes in a shard, estimated from the footers."""
-    max_failed_rows: Annotated[int, Field(ge=0)] | None = None
+    max_failed_rows: Annotated[Whole, Field(ge=0)] | None = None
     """The job is stopped as failed when more rows than this have failed."""
 
-    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    priority: Annotated[Whole, Field(ge=-100, le=100)] = 0
     tenant: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] = "default"
-    idempotency_key: Annotated[str, Field(min_length=1, max_length=200)] | None = None
-    metadata: dict[str, str] = {}
-    completion_window: str = "24h"
+    idempotency_key: Annotated[Filled, Field(min_length=1, max_length=200)] | None = None
+    metadata: dict[Text, Text] = {}
+    completion_window: Annotated[str, rule(bounded)] = "24h"
+    """Give up when the job has not ended after this time: ``"90s"``, ``"30m"``, ``"24h"``, ``"7d"``."""
     overwrite: bool = False
     profile: bool = False
     """Write a trace of each shard's beginning to ``<output>/_profile``, and its time by operator into the attempt's
@@ -174,42 +236,6 @@ class JobSpec(BaseModel):
     @classmethod
     def _no_tenant_is_the_default_one(cls, value: Any) -> Any:
         return "default" if value is None else value
-
-    @field_validator("input", "output")
-    @classmethod
-    def _plain_paths(cls, value: Any) -> Any:
-        for uri in value if isinstance(value, tuple) else (value,):
-            _refuse_credentials(uri)
-            if not uri.strip():
-                raise ValueError("the path is empty; '.' is the working directory")
-            if _NOWHERE.match(uri):
-                raise ValueError(f"{uri!r} names no bucket or folder")
-            if "::" in uri:
-                raise ValueError(f"{uri!r} chains filesystems with '::', which is refused; give one plain path or URL")
-        return value
-
-    @field_validator("model", "adapters")
-    @classmethod
-    def _no_credentials(cls, value: Any) -> Any:
-        for uri in value.values() if isinstance(value, dict) else (value,):
-            _refuse_credentials(uri)
-        return value
-
-    @field_validator("engine_options", "sampling", "chat_template_kwargs", "tools")
-    @classmethod
-    def _plain_json(cls, value: Any) -> Any:
-        # Stored as JSON, where an infinity would silently become null.
-        try:
-            json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"must be plain JSON: {error}") from None
-        return value
-
-    @field_validator("completion_window")
-    @classmethod
-    def _a_duration(cls, value: str) -> str:
-        duration_seconds(value)
-        return value
 
     @field_validator("prompt")
     @classmethod
@@ -309,16 +335,6 @@ _SHAPING = frozenset().union(*_READS.values())
 """Fields that only some tasks read."""
 
 
-def _refuse_credentials(uri: str) -> None:
-    # A job is stored, shown and listed. Its text is not repeated here either.
-    if holds_credentials(uri):
-        scheme = uri.partition("://")[0].lower()
-        raise ValueError(
-            f"the {scheme}:// URL holds a password or a key, and a job is no place for one: leave it out of the URL, "
-            f"and set storage_options.{scheme} (ROWMILL_STORAGE_OPTIONS)"
-        )
-
-
 _SAY_ENOUGH = ("extra_forbidden", "missing", "value_error")
 
 
@@ -330,11 +346,22 @@ def parse(fields: dict[str, Any]) -> JobSpec:
         raise invalid(error) from None
 
 
+def stored(fields: Mapping[str, Any]) -> JobSpec:
+    """The spec of a job in the database, which may be of an earlier version with fewer rules.
+
+    Raises :class:`InvalidJob` for one that makes no sense to this version.
+    """
+    try:
+        return JobSpec.model_validate(dict(fields), context=STORED)
+    except ValidationError as error:
+        raise invalid(error) from None
+
+
 def invalid(error: ValidationError) -> InvalidJob:
     """What pydantic found, as the error that names every field at fault and why."""
     problems = []
     for item in error.errors(include_url=False):
-        where = ".".join(str(part) for part in item["loc"])
+        where = ".".join(_printable(str(part)) for part in item["loc"] if part != "[key]")
         what = item["msg"].removeprefix("Value error, ")
         if item["type"] not in _SAY_ENOUGH and isinstance(item["input"], (str, int, float)):
             what += f", not {textwrap.shorten(repr(item['input']), 100)}"
@@ -345,3 +372,7 @@ def invalid(error: ValidationError) -> InvalidJob:
     found = InvalidJob("; ".join(f"{where}: {what}" if where else what for where, what in problems))
     found.field = first
     return found
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else repr(text)[1:-1]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline import assembly, manifest
-from pipeline.job_spec import JobSpec
+from pipeline.job_spec import stored
 from pipeline.outputs import published
 from pipeline.plan_record import PlanRecord
 from pipeline.runtime import Runtime
@@ -85,7 +85,7 @@ def _publish_whole(store: ObjectStore, shard: Shard, target: str, file: PartFile
 def assemble_partial(runtime: Runtime, job: Job, closed: Closed) -> assembly.Assembled:
     """What an unfinished shard has flushed, on top of what it builds on, as one file; not published yet."""
     shard, plan = closed.shard, PlanRecord.from_json(job.plan)
-    spec = JobSpec(**job.spec)
+    spec = stored(job.spec)
     base = closed.base if plan.part_rows else published(runtime.store, job.output_uri, shard.idx, closed.base)
     directory = locations.attempt_dir(
         job.output_uri, job.id, shard.idx, shard.gen, shard.attempt_no, f"partial-{secrets.token_hex(4)}"

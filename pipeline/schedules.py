@@ -11,8 +11,8 @@ import uuid_utils
 
 from pipeline.boundary import Limit, Text, boundary
 from pipeline.inputs import refuse_output_inside
-from pipeline.job import absolute, model_and_engine
-from pipeline.job_spec import JobSpec, parse
+from pipeline.job_spec import JobSpec
+from pipeline.preflight import absolute, request_of
 from pipeline.runtime import Runtime
 from pipeline.schedule_spec import ScheduleSpec, check_outputs, job_fields, parse_job, parse_schedule
 from pipeline.schedule_times import CronTimes, local, upcoming
@@ -111,10 +111,8 @@ class Schedules:
         except ValueError as error:
             raise InvalidJob(f"{spec.cron!r}: {error}", field="cron") from None
         check_outputs(spec, parsed, clock)
-        example = absolute(
-            parse(job_fields(parsed.model_dump(mode="json"), name, CronTimes(spec.cron, spec.tz), first))
-        )
-        model_and_engine(self._runtime, example)
+        fields = job_fields(parsed.model_dump(mode="json"), name, CronTimes(spec.cron, spec.tz), first)
+        example = request_of(self._runtime, fields).spec
         for pattern in example.input:
             refuse_output_inside(pattern, example.output)
         return spec, parsed

@@ -21,7 +21,7 @@ from pipeline.damage import forget_damaged
 from pipeline.engines.base import Cancellation, Engine, ResultBatch, RowBatch, RowFailure
 from pipeline.engines.pool import LeaseCancelled
 from pipeline.flusher import Flusher, patiently
-from pipeline.job_spec import JobSpec
+from pipeline.job_spec import JobSpec, stored
 from pipeline.leases import JOB_STOPPING, LEASE_LOST, LeaseKeeper
 from pipeline.ledger import Ledger
 from pipeline.measures import Measures
@@ -30,6 +30,7 @@ from pipeline.models.resolve import resolve
 from pipeline.outputs import published
 from pipeline.plan_record import PlanRecord
 from pipeline.read_ahead import ReadAhead
+from pipeline.result_columns import check_names
 from pipeline.retry import backoff
 from pipeline.row_errors import RowErrorCode
 from pipeline.runtime import Runtime
@@ -131,7 +132,7 @@ def _last_line(error: BaseException) -> str:
 
 
 def _attempt(runtime: Runtime, claim: Claim, cancel: Cancellation, measured: dict[str, Any]) -> None:
-    spec = JobSpec(**claim.job.spec)
+    spec = stored(claim.job.spec)
     plan = PlanRecord.from_json(claim.job.plan)
     output_owner.check(runtime, claim.job)
     model = resolve(spec.model, runtime.settings.cache_dir)
@@ -193,6 +194,7 @@ def run_shard(
         job.output_uri, job.id, shard.idx, shard.gen, claim.attempt_no, secrets.token_hex(4)
     )
     schema = engine.result_schema(spec)
+    check_names(plan.keep, schema.names, spec.output_prefix)
     ledger = Ledger(claim.todo)
     searching = shard.n_crash >= shards.CAREFUL_AFTER
     with (

@@ -18,7 +18,8 @@ class JobStatus:
     ``rows_done`` counts finished rows, failed ones included, and the flushed rows of shards that still run;
     ``rows_resumed`` are rows that an attempt found finished by an earlier one. ``shards`` is keyed by ``ShardState``,
     ``tokens`` holds ``prompt_tokens``, ``cached_tokens`` and ``completion_tokens`` so far. ``stop_reason`` says why a
-    job was wound down, ``error`` why it failed, ``message`` what a person should know or do.
+    job was wound down, ``error`` why it failed, ``message`` what a person should know or do. ``refused``: it failed
+    because planning found that it cannot run.
 
     ``attended`` is false for a job that has not ended and that nobody works on, or would: in the embedded mode its
     process is gone, in a fleet no worker is alive for it. ``interrupted`` is true where such a process had begun.
@@ -45,6 +46,7 @@ class JobStatus:
     gen: int = 0
     stop_reason: str | None = None
     error: str | None = None
+    refused: bool = False
     message: str | None = None
     attended: bool = True
     interrupted: bool = False

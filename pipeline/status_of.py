@@ -8,6 +8,9 @@ from storage.database import Database
 from storage.records import Job
 from storage.states import JobState, RequestState, ShardState
 
+_LAST_MOMENT = 253_402_300_799.0
+"""The end of the year 9999: earlier versions accepted completion windows that end later, or never."""
+
 
 def job_status(database: Database, job: Job) -> JobStatus:
     """The job at this moment."""
@@ -35,14 +38,19 @@ def job_status(database: Database, job: Job) -> JobStatus:
         gen=job.gen,
         stop_reason=job.stop_reason,
         error=job.error,
+        refused=_refused(job),
         message=_message(job),
         created_at=job.created_at,
         started_at=job.started_at,
         ended_at=job.ended_at,
-        expires_at=job.expires_at,
+        expires_at=None if job.expires_at is None or job.expires_at > _LAST_MOMENT else job.expires_at,
         metadata=spec["metadata"],
         idempotency_key=job.idempotency_key,
     )
+
+
+def _refused(job: Job) -> bool:
+    return job.state is JobState.FAILED and not job.plan
 
 
 def _message(job: Job) -> str | None:
@@ -50,6 +58,8 @@ def _message(job: Job) -> str | None:
         return f"cancelled; 'rowmill job retry {job.id}' goes on from what is done"
     if job.state is JobState.EXPIRED:
         return f"its completion window passed; 'rowmill job retry {job.id}' goes on from what is done"
+    if _refused(job):
+        return f"it was refused before any row was computed; 'rowmill job retry {job.id}' once the cause is mended"
     if job.state is JobState.FAILED and job.n_shards:
         return f"'rowmill job retry {job.id}' goes on from what is done, once the cause is mended"
     return None

@@ -23,6 +23,7 @@
     ├── LeaseLost             another attempt may own the shard: stop, write nothing
     ├── CommitUnknown         the connection broke during COMMIT: re-read, delete nothing
     ├── JobFailed             raised by waiting on a job that failed                (exit 3)
+    │   └── JobRefused        … since planning found that it cannot run             (exit 2)
     ├── JobCancelled          raised by waiting on a job that was cancelled         (exit 5)
     ├── Interrupted           stopped by the user, everything finished is flushed   (exit 5)
     ├── WaitTimeout           the job was still going when the wait ended           (exit 124)
@@ -212,6 +213,12 @@ class JobFailed(RowmillError):
     """The job that was waited for has failed."""
 
     exit_code = 3
+
+
+class JobRefused(JobFailed):
+    """The job that was waited for was refused when a worker planned it; no row of it was computed."""
+
+    exit_code = 2
 
 
 class JobCancelled(RowmillError):

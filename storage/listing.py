@@ -97,7 +97,7 @@ def _local_matches(pattern: str, root: str) -> Iterator[str]:
         here = "/".join(parts[: depth + 1])
         found = [entry for folder in folders for entry in _entries(folder) if matches(here, entry.path)]
         if depth == len(parts) - 1:
-            yield from (entry.path for entry in found if entry.is_dir() or entry.is_file())
+            yield from (entry.path for entry in found)
         folders = [entry.path for entry in found if entry.is_dir()]
 
 

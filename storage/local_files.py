@@ -8,14 +8,30 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from stat import S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFMT, S_IFSOCK, S_ISREG
 from typing import IO, Any, Literal
 
-from storage.errors import RowmillError
+from storage.errors import InvalidInput, RowmillError
 
 OnConflict = Literal["replace", "keep", "fail"]
 """When the target exists: replace it, keep it (the new content is dropped), or raise ``FileExistsError``."""
 
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
+
+
+_KINDS = {
+    S_IFIFO: "a named pipe",
+    S_IFSOCK: "a socket",
+    S_IFCHR: "a device",
+    S_IFBLK: "a device",
+    S_IFDIR: "a folder",
+}
+
+
+def refuse_special(path: str, stat: os.stat_result) -> None:
+    """Raise :class:`InvalidInput` for what is no regular file: to read a pipe could wait for ever."""
+    if not S_ISREG(stat.st_mode):
+        raise InvalidInput(f"{path} is {_KINDS.get(S_IFMT(stat.st_mode), 'something else')}, not a file")
 
 
 def etag(stat: os.stat_result) -> str:
@@ -158,7 +174,8 @@ def _remove_empty(folder: Path) -> bool:
 
 
 def walk(folder: str, above: frozenset[tuple[int, int]] = frozenset(), *, changing: bool = False) -> Iterator[str]:
-    """Every file below ``folder``, through symbolic links too. Raises :class:`RowmillError` where links form a ring.
+    """Everything below ``folder`` that is no folder, through symbolic links too; pipes and dangling links are among it.
+    Raises :class:`RowmillError` where links form a ring.
 
     A folder that is deleted before it is read raises ``FileNotFoundError``, or is left out where they come and go
     (``changing``).
@@ -177,5 +194,5 @@ def walk(folder: str, above: frozenset[tuple[int, int]] = frozenset(), *, changi
         for entry in entries:
             if entry.is_dir():
                 yield from walk(entry.path, above | {here}, changing=changing)
-            elif entry.is_file():
+            else:
                 yield entry.path

@@ -21,6 +21,7 @@ E = TypeVar("E", bound=RowmillError)
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_NO_NAME = frozenset({errno.ENAMETOOLONG})
 _UNAUTHORIZED, _FORBIDDEN = 401, 403
 _NO_CREDENTIALS = frozenset({
     "botocore.exceptions.NoCredentialsError",
@@ -64,6 +65,8 @@ def explain(uri: str, error: Exception, *, writing: bool = False) -> RowmillErro
             return RowmillError(f"cannot {'write' if writing else 'read'} {uri}: {_first_line(cause)}")
         if "botocore.exceptions.BotoCoreError" in type_names(cause):
             return _refusal(uri, str(cause), writing)
+    if isinstance(error, NotImplementedError) and writing:
+        return InvalidJob(f"{uri}: nothing can be written to {protocol(uri)}:// URLs here", field="output")
     if not isinstance(error, OSError):
         return None
     reason = error.strerror or str(error)
@@ -73,6 +76,8 @@ def explain(uri: str, error: Exception, *, writing: bool = False) -> RowmillErro
         return _elsewhere(_refusal(uri, f"permission denied ({reason})", writing))
     if isinstance(error, (IsADirectoryError, NotADirectoryError)):
         return _refusal(uri, reason.lower(), writing)
+    if error.errno in _NO_NAME:
+        return _refusal(uri[:200] + "…" if len(uri) > 200 else uri, reason.lower(), writing)
     return RowmillError(f"cannot {'write' if writing else 'read'} {uri}: {reason}")
 
 

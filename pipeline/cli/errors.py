@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.status import JobStatus
 from storage import errors
 from storage.redaction import redact_text
 from storage.states import JobState
@@ -59,13 +60,16 @@ def describe(error: BaseException) -> Failure:
     return Failure(kind, f"unexpected {kind}: {error}", ERROR, expected=False)
 
 
-def exit_code(state: JobState, rows_failed: int) -> int:
-    """What a command that waited for a job ends with, by the state it found."""
-    if state is JobState.COMPLETED:
-        return FAILED_ROWS if rows_failed else OK
-    if state is JobState.FAILED:
-        return JOB_FAILED
-    return CANCELLED if state in (JobState.CANCELLED, JobState.EXPIRED) else OK
+def exit_code(status: JobStatus) -> int:
+    """What a command that waited for a job ends with, by what it found."""
+    match status.state:
+        case JobState.COMPLETED:
+            return FAILED_ROWS if status.rows_failed else OK
+        case JobState.FAILED:
+            return USAGE if status.refused else JOB_FAILED
+        case JobState.CANCELLED | JobState.EXPIRED:
+            return CANCELLED
+    return OK
 
 
 def write_crash_log(error: BaseException, data_dir: Path | None) -> Path:

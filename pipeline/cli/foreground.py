@@ -87,7 +87,7 @@ def foreground(invocation: Invocation, work: Callable[[Client, Hooks], JobStatus
             invocation.notice(describe_projected(whole))
         if status.message and not invocation.quiet:
             say(status.message)
-    return errors.exit_code(status.state, status.rows_failed)
+    return errors.exit_code(status)
 
 
 def _this_command() -> str:

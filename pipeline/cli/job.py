@@ -19,10 +19,11 @@ from pipeline.cli.job_list import list_jobs
 from pipeline.cli.progress import progress
 from pipeline.measures import derived
 from pipeline.status import JobStatus
-from storage.errors import Interrupted, JobCancelled, JobFailed
+from storage.errors import Interrupted, InvalidJob, JobCancelled, JobFailed
 
 if TYPE_CHECKING:
     from pipeline.client import Client
+    from pipeline.job_handle import JobHandle
 
 app = typer.Typer(help="Jobs: submit, list, show, wait, cancel, retry.", no_args_is_help=True)
 
@@ -242,14 +243,21 @@ def retry(
         bool, typer.Option("--all", help="Compute every row again, not only the failed and missing ones.")
     ] = False,
     no_run: Annotated[bool, typer.Option("--no-run", help="Queue only; 'rowmill job resume' runs it.")] = False,
+    wait_for_it: Annotated[bool, typer.Option("--wait", help="With workers: wait until it has ended.")] = False,
 ) -> int:
     """Go on with a job that has ended: its failed and missing rows; the output is replaced when they are done.
 
     Without a broker the rows are computed here and now, as in 'rowmill run'.
     """
+    if no_run and wait_for_it:
+        raise InvalidJob("--no-run and --wait exclude each other")
     if no_run or invocation.loaded.settings.broker_url is not None:
         with invocation.client() as client:
-            _tell(invocation, client.job(job).retry(failed_only=not everything))
+            handle = client.job(job)
+            status = handle.retry(failed_only=not everything, on_notice=invocation.notice)
+            if wait_for_it:
+                return wait_until_ended(invocation, handle)
+            _tell(invocation, status)
         return errors.OK
 
     def work(client: Client, hooks: Hooks) -> JobStatus:
@@ -322,11 +330,17 @@ def wait(
     ] = None,
 ) -> int:
     """Wait until a job has ended; the exit code says how. Without a broker, a job that nobody runs is run here."""
-    with output.only_ours(), invocation.client() as client:
+    with invocation.client() as client:
         handle = client.job(job)
         if not (status := handle.status()).attended:
             embedded = invocation.loaded.settings.broker_url is None
             invocation.notice(f"{status.message}; it is run here now" if embedded else str(status.message))
+        return wait_until_ended(invocation, handle, timeout)
+
+
+def wait_until_ended(invocation: Invocation, handle: JobHandle, timeout: float | None = None) -> int:
+    """Wait for a job, describe it, and return the exit code of how it ended. Raises :class:`WaitTimeout`."""
+    with output.only_ours():
         with contextlib.suppress(JobFailed, JobCancelled):  # told by the status, like every other end
             handle.wait(timeout=timeout, progress=not invocation.quiet and sys.stderr.isatty())
         status = handle.status()
@@ -368,4 +382,4 @@ def _end(invocation: Invocation, status: JobStatus) -> int:
         output.emit_json({"job": status.to_json()})
     else:
         output.emit(output.pairs(describe(status)))
-    return errors.exit_code(status.state, status.rows_failed)
+    return errors.exit_code(status)

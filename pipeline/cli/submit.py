@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pipeline.cli import output
+import typer
+
+from pipeline.cli import errors, output
 from pipeline.cli.command import Invocation, command
+from pipeline.cli.job import wait_until_ended
 from pipeline.cli.job_fields import with_job_fields
 
 
 @command
 @with_job_fields
-def submit(invocation: Invocation, fields: dict[str, Any]) -> None:
+def submit(
+    invocation: Invocation,
+    fields: dict[str, Any],
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until it has ended, as 'job wait' does.")] = False,
+) -> int:
     """Queue a job for the workers, print its id, and come back.
 
-    The input is read by a worker; a broker that is away delays the job and loses nothing. Without a broker at all the
-    job waits for 'rowmill job wait' or 'rowmill job resume'.
+    What this machine can reach is checked first; a worker reads the input. A broker that is away delays the job and
+    loses nothing. Without a broker at all the job waits for 'rowmill job wait' or 'rowmill job resume'.
 
     Example: rowmill job submit 's3://in/*.parquet' -o s3://out/1 -m /models/llama -t generate -p "Say: {text}"
     """
     with invocation.client() as client:
-        handle = client.submit(start=False, **fields)
+        handle = client.submit(start=False, on_notice=invocation.notice, **fields)
         invocation.job_id = handle.id
+        if wait:
+            return wait_until_ended(invocation, handle)
         status = handle.status()
     if invocation.as_json:
         output.emit_json({"job": status.to_json()})
@@ -31,6 +40,7 @@ def submit(invocation: Invocation, fields: dict[str, Any]) -> None:
         invocation.notice(
             f"no broker_url is set, so no worker will take it; to run it here: rowmill job wait {status.id}"
         )
+    return errors.OK
 
 
 @command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -144,12 +145,18 @@ def job_fields(from_file: Mapping[str, Any], from_flags: Mapping[str, Any]) -> d
 
     Flags that were not given are ``None`` and say nothing. Raises :class:`InvalidJob` for what no job can lack.
     """
+    from pipeline.job_spec import JobSpec
+
     fields = dict(from_file)
     for name, value in from_flags.items():
         if value is None:
             continue
         below = fields.get(name)
         fields[name] = {**below, **value} if name in _MERGED and isinstance(below, Mapping) else value
+    if unknown := sorted(fields.keys() - JobSpec.model_fields.keys()):
+        near = difflib.get_close_matches(unknown[0], JobSpec.model_fields, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InvalidJob(f"unknown field{hint}", field=unknown[0])
     missing = [option for name, option in _REQUIRED.items() if fields.get(name) in (None, "", [], ())]
     if missing:
         raise InvalidJob(f"missing {', '.join(missing)}; see --help")

@@ -43,6 +43,13 @@ def fields_of(spec: JobSpec) -> list[pa.Field[Any]]:
     return [pa.field(name, kind) for name, kind in fields]
 
 
+def names_of(spec: JobSpec) -> tuple[str, ...] | None:
+    """The names of a text task's result columns; ``None`` for ``tensor``, whose graph has its own."""
+    if spec.task is Task.TENSOR:
+        return None
+    return ("embedding", "prompt_tokens") if spec.task is Task.EMBED else tuple(f.name for f in fields_of(spec))
+
+
 def wants_logprobs(spec: JobSpec) -> bool:
     """Whether the job asks for the probabilities of the answer's tokens."""
     return spec.sampling.get("logprobs") is not None or bool(spec.sampling.get("logprob_token_ids"))

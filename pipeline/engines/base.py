@@ -214,3 +214,40 @@ class RestrictsOptions(Protocol):
         """Refuse options that the operator has not allowed. Called at submit, and by a worker before it loads the
         engine. Raises :class:`~storage.errors.InvalidJob` (see :meth:`Permissions.require`)."""
         ...
+
+
+@runtime_checkable
+class ChecksRequests(Protocol):
+    """An engine class that can judge a request before its input is known."""
+
+    @classmethod
+    def check_request(cls, spec: JobSpec, model: Model) -> None:
+        """The part of :meth:`Engine.check` that does not depend on the input's columns: options, parameters, model.
+
+        ``check`` covers it too. Raises :class:`~storage.errors.InvalidJob`.
+        """
+        ...
+
+
+@runtime_checkable
+class NamesResults(Protocol):
+    """An engine class whose result columns for some tasks are its own, and known before it is loaded."""
+
+    @classmethod
+    def result_names(cls, spec: JobSpec, model: Model) -> tuple[str, ...] | None:
+        """The names in :meth:`Engine.result_schema`, for a request that :meth:`Engine.check` has passed; ``None``
+        where only loading the model tells them."""
+        ...
+
+
+@runtime_checkable
+class ChecksHost(Protocol):
+    """An engine class that can tell what this machine lacks without loading a model."""
+
+    @classmethod
+    def check_host(cls, options: Mapping[str, Any]) -> None:
+        """Refuse options that nothing on this machine can fulfil. Called where the engine is to run.
+
+        Raises :class:`~storage.errors.EngineMissing`, naming what is there instead.
+        """
+        ...

@@ -47,16 +47,7 @@ class FakeEngine:
     @classmethod
     def check(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:
         """See :meth:`pipeline.engines.base.Engine.check`."""
-        fake_faults.parse(spec.engine_options)
-        check_sampling(spec.sampling)
-        for name in ("dimensions", "embedding_type", "top_k"):
-            if getattr(spec, name) is not None:
-                raise InvalidJob("engine 'fake' does not do that; leave it away", field=name)
-        if spec.overlong == "split":
-            raise InvalidJob("engine 'fake' does not split texts", field="overlong")
-        for name in ("logprobs", "prompt_logprobs", "logprob_token_ids"):
-            if spec.sampling.get(name) is not None:
-                raise InvalidJob("engine 'fake' has no probabilities", field=f"sampling.{name}")
+        cls.check_request(spec, model)
         columns = _read_by(spec, schema)
         for field, name in columns:
             if (n := schema.names.count(name)) != 1:
@@ -67,11 +58,26 @@ class FakeEngine:
             if wanted is not None:
                 raise InvalidInput(f"column {name!r} is {kind}; task '{spec.task}' needs {wanted}", field=field)
         columns += [("sampling_columns", name) for name in sampling_columns.check_columns(spec, schema)]
-        if spec.task is Task.TENSOR:
-            kept = schema.names if spec.keep_columns is None else spec.keep_columns
-            if f"{spec.output_prefix}output" in kept:
-                raise InvalidJob("an input column has the name of the result column 'output'", field="output_prefix")
         return tuple(dict.fromkeys(name for _, name in columns))
+
+    @classmethod
+    def check_request(cls, spec: JobSpec, model: Model) -> None:
+        """See :class:`pipeline.engines.base.ChecksRequests`."""
+        fake_faults.parse(spec.engine_options)
+        check_sampling(spec.sampling)
+        for name in ("dimensions", "embedding_type", "top_k"):
+            if getattr(spec, name) is not None:
+                raise InvalidJob("engine 'fake' does not do that; leave it away", field=name)
+        if spec.overlong == "split":
+            raise InvalidJob("engine 'fake' does not split texts", field="overlong")
+        for name in ("logprobs", "prompt_logprobs", "logprob_token_ids"):
+            if spec.sampling.get(name) is not None:
+                raise InvalidJob("engine 'fake' has no probabilities", field=f"sampling.{name}")
+
+    @classmethod
+    def result_names(cls, spec: JobSpec, model: Model) -> tuple[str, ...] | None:
+        """See :class:`pipeline.engines.base.NamesResults`."""
+        return ("output",) if spec.task is Task.TENSOR else None
 
     def load(self) -> None:
         self._faults.on_load()

@@ -25,7 +25,7 @@ from pipeline.engines.onnx_graphs import Graphs
 from pipeline.engines.onnx_image import ImageModel
 from pipeline.engines.onnx_lane import Call, Stopped
 from pipeline.engines.onnx_layout import Layout
-from pipeline.engines.onnx_runtime import import_runtime, installed
+from pipeline.engines.onnx_runtime import import_runtime, installed, wanted_providers
 from pipeline.engines.onnx_session import SessionPool, memory_for_copies
 from pipeline.engines.onnx_stream import Window, sample, stream
 from pipeline.engines.onnx_tensor import TensorModel
@@ -80,26 +80,50 @@ class OnnxEngine:
     @classmethod
     def check(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:
         """See :meth:`pipeline.engines.base.Engine.check`. Neither ONNX Runtime nor the model's weights are loaded."""
+        cls.check_request(spec, model)
+        options = onnx_options.parse(spec.engine_options)
+        if spec.task is not Task.TENSOR:
+            check = checks.check_image_column if checks.takes_images(model, options) else checks.check_text_columns
+            return check(spec, schema)
+        signature = checks.signature_of(model, options)
+        if signature is None:  # it cannot be read here: load finds out what is read, and every row is checked
+            return checks.check_any_columns(spec, schema)
+        mode = onnx_graph.row_mode(signature, options.row_mode)
+        return checks.check_tensor_columns(spec, options, signature, mode, schema)
+
+    @classmethod
+    def check_request(cls, spec: JobSpec, model: Model) -> None:
+        """See :class:`~pipeline.engines.base.ChecksRequests`."""
         if spec.task not in cls.tasks:
             able = ", ".join(sorted(cls.tasks))
             raise InvalidModel(f"engine 'onnx' does {able}, not {spec.task}", field="task")
         options = onnx_options.parse(spec.engine_options)
-        if spec.task is not Task.TENSOR and checks.takes_images(model, options):
+        if spec.task is Task.TENSOR:
+            signature = checks.signature_of(model, options)
+            if signature is not None:
+                mode = onnx_graph.row_mode(signature, options.row_mode)
+                checks.check_inputs(spec, options, signature, mode)
+        elif checks.takes_images(model, options):
             checks.check_image(spec.task, model, options, spec.pooling)
             checks.check_embedding(spec, normalized=False)
-            return checks.check_image_column(spec, schema)
-        if spec.task is not Task.TENSOR:
+        else:
             folder = checks.check_text(spec.task, model, options, spec.pooling)
             checks.check_embedding(spec, normalized=folder.normalize)
-            return checks.check_text_columns(spec, schema)
-        graph = checks.choose_graph(model, options)
-        if graph is None:
-            raise InvalidModel(f"task 'tensor' runs an ONNX graph, and {model.path} holds none", field="model")
-        signature = onnx_graph.of_file(graph)
-        if signature is None:  # too large to parse here: load finds out what is read, and every row is checked
-            return checks.check_any_columns(spec, schema)
-        mode = onnx_graph.row_mode(signature, options.row_mode)
-        return checks.check_tensor_columns(spec, options, signature, mode, schema)
+
+    @classmethod
+    def result_names(cls, spec: JobSpec, model: Model) -> tuple[str, ...] | None:
+        """See :class:`~pipeline.engines.base.NamesResults`."""
+        if spec.task is not Task.TENSOR:
+            return None
+        signature = checks.signature_of(model, onnx_options.parse(spec.engine_options))
+        return None if signature is None else tuple(value.name for value in signature.outputs)
+
+    @classmethod
+    def check_host(cls, options: Mapping[str, Any]) -> None:
+        """See :class:`~pipeline.engines.base.ChecksHost`. ONNX Runtime is imported where providers are named."""
+        asked = onnx_options.parse(options)
+        if asked.providers is not None:
+            wanted_providers(import_runtime(), asked)
 
     @classmethod
     def check_permissions(cls, options: Mapping[str, Any], permissions: Permissions) -> None:

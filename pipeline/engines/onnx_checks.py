@@ -50,6 +50,15 @@ def choose_graph(model: Model, options: OnnxOptions) -> Path | None:
     return next((path for path in usual if path.is_file()), None)
 
 
+def signature_of(model: Model, options: OnnxOptions) -> Signature | None:
+    """The signature of the graph that task ``tensor`` runs; ``None`` where it cannot be read here (see
+    :func:`pipeline.engines.onnx_graph.of_file`). Raises :class:`~storage.errors.InvalidModel` without a graph."""
+    graph = choose_graph(model, options)
+    if graph is None:
+        raise InvalidModel(f"task 'tensor' runs an ONNX graph, and {model.path} holds none", field="model")
+    return onnx_graph.of_file(graph)
+
+
 def check_text(task: Task, model: Model, options: OnnxOptions, pooling: str = "auto") -> TextFolder:
     """Refuse a text task that the model cannot do. Raises :class:`~storage.errors.InvalidModel`, and
     :class:`~storage.errors.InvalidJob` for a pooling asked of a graph that pools by itself."""
@@ -167,21 +176,24 @@ def check_text_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def check_tensor_columns(
-    spec: JobSpec, options: OnnxOptions, signature: Signature, mode: RowMode, schema: pa.Schema
-) -> tuple[str, ...]:
-    """The columns that feed the graph, but for masks that are made.
-
-    Raises :class:`~storage.errors.InvalidInput` when one is missing, holds no tensors, needs a lossy cast, or has a
-    rank or fixed size that the graph does not take; :class:`~storage.errors.InvalidJob` for an input that the graph
-    does not have.
-    """
+def check_inputs(spec: JobSpec, options: OnnxOptions, signature: Signature, mode: RowMode) -> None:
+    """Raise :class:`~storage.errors.InvalidJob` for inputs and masks that the graph does not have."""
     names = [value.name for value in signature.inputs]
     if unknown := sorted(set(spec.inputs or {}) - set(names)):
         raise InvalidJob(
             f"the graph has no input {', '.join(unknown)}; it has {', '.join(names) or 'none'}", field="inputs"
         )
     Masks(signature, options.masks).check(mode)
+
+
+def check_tensor_columns(
+    spec: JobSpec, options: OnnxOptions, signature: Signature, mode: RowMode, schema: pa.Schema
+) -> tuple[str, ...]:
+    """The columns that feed the graph, but for masks that are made.
+
+    Raises :class:`~storage.errors.InvalidInput` when one is missing, holds no tensors, needs a lossy cast, or has a
+    rank or fixed size that the graph does not take.
+    """
     unmasked = made_here(spec, options, schema)
     columns = []
     for value in signature.inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,6 +105,13 @@ def of_file(path: Path) -> Signature | None:
     ``None`` when it cannot be told cheaply: the package ``onnx`` is not installed, or the file exceeds ``READ_LIMIT``.
     Raises :class:`~storage.errors.InvalidModel` for a file that is not ONNX, and as :func:`of_session`.
     """
+    stat = path.stat()
+    return _of_content(path, (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+
+
+@functools.lru_cache(maxsize=8)
+def _of_content(path: Path, content: tuple[int, ...]) -> Signature | None:
+    """Several checks ask for it at submit, and a file may take a second to parse. ``content`` changes with it."""
     graph = _parse(path)
     if graph is None:
         return None

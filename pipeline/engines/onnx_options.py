@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -12,6 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Valida
 from storage.errors import InvalidJob
 
 Provider = tuple[str, dict[str, str]]
+PROVIDERS = frozenset(
+    f"{name}ExecutionProvider"
+    for name in (
+        *("ACL", "ArmNN", "Azure", "CANN", "CoreML", "CPU", "CUDA", "Dml", "Dnnl", "Js", "MIGraphX", "Nnapi"),
+        *("NvTensorRTRTX", "OpenVINO", "QNN", "Rknpu", "ROCM", "Tensorrt", "VitisAI", "VSINPU", "WebGpu", "WebNN"),
+        "Xnnpack",
+    )
+)
+"""Every execution provider that a build of ONNX Runtime may have. Static, because the machine that submits a job may
+not have ONNX Runtime; a test holds it against the installed release."""
 
 
 class OnnxOptions(BaseModel):
@@ -86,6 +97,10 @@ class OnnxOptions(BaseModel):
         names = [name for name, _ in pairs]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"{', '.join(sorted(twice))} is named twice")
+        if unknown := sorted(set(names) - PROVIDERS):
+            near = difflib.get_close_matches(unknown[0], PROVIDERS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(PROVIDERS))}"
+            raise ValueError(f"no build of ONNX Runtime has {', '.join(map(repr, unknown))}; {hint}")
         for name, options in pairs:
             _no_paths(options, f"provider {name}")
         return tuple(pairs)

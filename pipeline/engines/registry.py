@@ -12,7 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.engines.base import Engine, Permissions, RestrictsOptions
+from pipeline.engines.answer_fields import names_of
+from pipeline.engines.base import ChecksHost, ChecksRequests, Engine, NamesResults, Permissions, RestrictsOptions
 from pipeline.job_spec import JobSpec, Task
 from pipeline.models.model import Model
 from storage.errors import EngineMissing, InvalidJob
@@ -83,12 +84,45 @@ def check_permissions(name: str, options: Mapping[str, Any], permissions: Permis
         kind.check_permissions(options, permissions)
 
 
-def check(name: str, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:
-    """What :meth:`Engine.check` says, after what holds for every engine: see there."""
+def check_host(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse an engine, or options, that this machine cannot run. Raises :class:`EngineMissing`."""
+    if (remedy := lacks(name)) is not None:
+        raise EngineMissing(f"engine {name!r} is not installed here; install {remedy}", field="engine")
+    kind = engine_class(name)
+    if issubclass(kind, ChecksHost):
+        kind.check_host(options)
+
+
+def check_request(name: str, spec: JobSpec, model: Model) -> None:
+    """Refuse what cannot work whatever the input holds, as far as the engine says. Raises :class:`InvalidJob`."""
     kind = engine_class(name)
     if spec.cache != "off" and spec.task not in getattr(kind, "cached_tasks", frozenset()):
         raise InvalidJob(f"engine {name!r} keeps no answers of task '{spec.task}'; leave it off", field="cache")
-    return kind.check(spec, model, schema)
+    if issubclass(kind, ChecksRequests) and _goes_with(kind, "check_request", "check"):
+        kind.check_request(spec, model)
+
+
+def check(name: str, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:
+    """The input columns that the job reads: see :meth:`Engine.check`, which comes after :func:`check_request`."""
+    return engine_class(name).check(spec, model, schema)
+
+
+def result_names(name: str, spec: JobSpec, model: Model) -> tuple[str, ...] | None:
+    """The result columns of a job that :func:`check` has passed, without prefix; ``None``: only loading tells them."""
+    kind = engine_class(name)
+    own = None
+    if issubclass(kind, NamesResults) and _goes_with(kind, "result_names", "result_schema"):
+        own = kind.result_names(spec, model)
+    return names_of(spec) if own is None else own
+
+
+def _goes_with(kind: type, part: str, whole: str) -> bool:
+    """Whether ``part`` speaks for ``whole``: a subclass that replaces ``whole`` alone has other rules."""
+
+    def depth(name: str) -> int:
+        return next(at for at, base in enumerate(kind.__mro__) if name in vars(base))
+
+    return depth(part) <= depth(whole)
 
 
 def engine_key(name: str, model: Model, task: Task, options: Mapping[str, Any]) -> str:

@@ -96,6 +96,14 @@ class VllmEngine:
     @classmethod
     def check(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:
         """See :meth:`Engine.check`. Imports nothing of vLLM, which need not be installed where jobs are submitted."""
+        cls.check_request(spec, model)
+        if spec.task in vllm_pooling.TASKS:
+            return vllm_pooling.check_columns(spec, schema)
+        return check_columns(spec, schema)
+
+    @classmethod
+    def check_request(cls, spec: JobSpec, model: Model) -> None:
+        """See :class:`~pipeline.engines.base.ChecksRequests`."""
         if spec.task not in cls.tasks:
             able = ", ".join(sorted(cls.tasks))
             raise InvalidJob(f"engine 'vllm' does {able}; task '{spec.task}' runs on engine 'onnx'", field="task")
@@ -106,12 +114,12 @@ class VllmEngine:
         check_fit(model, spec.engine_options)
         vllm_reuse.check(spec)
         if pools:
-            return vllm_pooling.check(spec, schema)
+            vllm_pooling.check(spec)
+            return
         if "pooler_config" in spec.engine_options:
             raise InvalidJob(f"not a job's to set: {spec.task} does not pool", field="engine_options.pooler_config")
         vllm_adapters.check(spec)
         vllm_chat_template.check(spec.chat_template_kwargs)
-        return check_columns(spec, schema)
 
     @classmethod
     def check_permissions(cls, options: Mapping[str, Any], permissions: Permissions) -> None:

@@ -30,8 +30,8 @@ ARGUMENTS: Mapping[str, Any] = {"runner": "pooling"}
 """Engine arguments that the task decides; what the model is converted to follows from its architecture."""
 
 
-def check(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
-    """The columns that the job reads. Raises :class:`InvalidJob` and :class:`InvalidInput`."""
+def check(spec: JobSpec) -> None:
+    """Raise :class:`InvalidJob` for what a pooling model on vLLM does not do."""
     if spec.pooling != "auto":
         raise InvalidJob(
             f"an engine pools as it was started: leave it at 'auto', and set engine_options.pooler_config to "
@@ -46,6 +46,10 @@ def check(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
         raise InvalidJob("engine 'vllm' classifies single texts; pairs are for task 'score'", field="pair_column")
     if spec.task is Task.SCORE and spec.pair_column is None:
         raise InvalidJob("task 'score' needs pair_column, the text that is scored against column", field="pair_column")
+
+
+def check_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
+    """The columns that the job reads. Raises :class:`InvalidInput` where one is missing or holds no text."""
     columns = []
     for field, name in (("column", spec.column), ("pair_column", spec.pair_column)):
         if name is None:

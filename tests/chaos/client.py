@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import Client, JobSpec
-from pipeline.job import absolute
+from pipeline.preflight import absolute
 from pipeline.settings import Settings
 from storage.errors import CommitUnknown, Conflict, IllegalTransition, TransientError
 from storage.states import TERMINAL_JOB, JobState

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import inspect
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.cli import errors as cli_errors
+from pipeline.status import JobStatus
 from storage import errors
 from storage.states import JobState
 
@@ -20,6 +23,7 @@ EXPECTED = {
     "Conflict": 2,
     "InvalidSettings": 2,
     "JobFailed": 3,
+    "JobRefused": 2,
     "JobCancelled": 5,
     "Interrupted": 5,
     "NotFound": 6,
@@ -91,14 +95,15 @@ def test_a_log_that_cannot_be_written_goes_elsewhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "rows_failed", "code"),
+    ("found", "code"),
     [
-        (JobState.COMPLETED, 0, 0),
-        (JobState.COMPLETED, 1, 4),
-        (JobState.FAILED, 0, 3),
-        (JobState.CANCELLED, 5, 5),
-        (JobState.EXPIRED, 0, 5),
+        ({"state": JobState.COMPLETED}, 0),
+        ({"state": JobState.COMPLETED, "rows_failed": 1}, 4),
+        ({"state": JobState.FAILED}, 3),
+        ({"state": JobState.FAILED, "refused": True}, 2),
+        ({"state": JobState.CANCELLED, "rows_failed": 5}, 5),
+        ({"state": JobState.EXPIRED}, 5),
     ],
 )
-def test_the_exit_code_of_a_state(state: JobState, rows_failed: int, code: int) -> None:
-    assert cli_errors.exit_code(state, rows_failed) == code
+def test_the_exit_code_of_a_job(status: Callable[..., JobStatus], found: dict[str, Any], code: int) -> None:
+    assert cli_errors.exit_code(status(**found)) == code

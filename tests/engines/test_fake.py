@@ -261,14 +261,6 @@ def test_check_returns_each_column_once() -> None:
     assert FakeEngine.check(spec, MODEL, COLUMNS) == ("text", "n")
 
 
-def test_a_column_called_output_needs_a_prefix() -> None:
-    schema = pa.schema({"output": pa.float32()})
-    with pytest.raises(InvalidJob, match="output_prefix"):
-        FakeEngine.check(make_spec("tensor"), MODEL, schema)
-    assert FakeEngine.check(make_spec("tensor", output_prefix="new_"), MODEL, schema) == ("output",)
-    assert FakeEngine.check(make_spec("tensor", keep_columns=[]), MODEL, schema) == ("output",)
-
-
 # -- scripted faults --------------------------------------------------------------------------------------------------
 
 GENERATE = make_spec("generate", prompt="{text}")

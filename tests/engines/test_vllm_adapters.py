@@ -14,11 +14,12 @@ import pytest
 from examples.tiny_llama import build_llama
 from pipeline.engines.base import Cancellation
 from pipeline.engines.vllm_adapters import LoadedAdapters, check
-from pipeline.job import absolute, plan_job, submit_job
+from pipeline.job import plan_job, submit_job
 from pipeline.job_spec import JobSpec
 from pipeline.leases import LeaseKeeper
 from pipeline.models.adapters import digests
 from pipeline.plan_record import PlanRecord
+from pipeline.preflight import absolute
 from pipeline.runtime import start
 from pipeline.settings import Settings
 from pipeline.shard import execute

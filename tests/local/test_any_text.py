@@ -16,6 +16,7 @@ from pipeline import Client
 from pipeline.engines.base import ResultBatch, RowFailure
 from pipeline.engines.fake import FakeEngine
 from pipeline.settings import Settings
+from storage.errors import InvalidModel
 from storage.states import JobState
 
 BAD = "a\0b\udc80c"
@@ -32,7 +33,7 @@ def client(settings: Settings, database_url: str) -> Iterator[Client]:
 def fields(tmp_path: Path, **more: Any) -> dict[str, Any]:
     pq.write_table(pa.table({"id": [0, 1], NAME: ["x", "y\0"]}), tmp_path / "in.parquet")
     base = {"input": str(tmp_path / "in.parquet"), "output": str(tmp_path / "out"), "model": "fake", "task": "generate"}
-    return base | {"prompt": f"{{{NAME}}}", "metadata": {BAD: BAD}} | more
+    return base | {"prompt": f"{{{NAME}}}"} | more
 
 
 def test_names_and_values_of_columns_stay_as_they_are(client: Client, tmp_path: Path) -> None:
@@ -62,7 +63,13 @@ def test_what_an_engine_says_of_a_row_is_that_rows_error(
     assert [error.message for error in client.job(done.id).errors()] == [GOOD] * 2
 
 
-def test_what_an_engine_says_at_its_end_is_the_jobs_error(client: Client, tmp_path: Path) -> None:
-    done = client.run(**fields(tmp_path, engine_options={"refuse_load": "a\0b"}))
+def test_what_an_engine_says_at_its_end_is_the_jobs_error(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(engine: FakeEngine) -> None:
+        raise InvalidModel("a\0b")
+
+    monkeypatch.setattr(FakeEngine, "load", failing)
+    done = client.run(**fields(tmp_path))
     assert done.state is JobState.FAILED
     assert r"a\x00b" in str(done.error)

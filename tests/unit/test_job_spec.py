@@ -51,7 +51,14 @@ READ: dict[Task, set[str]] = {
     Task.SCORE: {"column", "pair_column"},
     Task.TENSOR: {"inputs"},
 }
-JSON = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+JSON = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | TEXT
+)
 
 
 def spec(task: Task = Task.GENERATE, **fields: Any) -> JobSpec:
@@ -106,7 +113,7 @@ def test_chat_takes_one_way_to_say_it() -> None:
         ({"input": []}, "input", "at least 1"),
         ({"output": ""}, "output", "at least 1"),
         ({"output": "simplecache::file:///etc"}, "output", "chains filesystems"),
-        ({"input": ["a.parquet", "zip::b.parquet"]}, "input", "chains filesystems"),
+        ({"input": ["a.parquet", "zip::b.parquet"]}, "input.1", "chains filesystems"),
         ({"completion_window": "soon"}, "completion_window", "'24h'"),
         ({"completion_window": "-1h"}, "completion_window", "duration"),
         ({"tenant": "a/b"}, "tenant", "pattern"),
@@ -151,7 +158,7 @@ def test_all_problems_are_told_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("window", "seconds"), [("90s", 90), ("30m", 1800), ("24h", 86400), (" 1.5 d ", 129600), ("0s", 0)]
+    ("window", "seconds"), [("90s", 90), ("30m", 1800), ("24h", 86400), (" 1.5 d ", 129600), ("36500d", 3.1536e9)]
 )
 def test_windows(window: str, seconds: float) -> None:
     assert spec(completion_window=window).window_seconds == seconds
@@ -170,12 +177,12 @@ def test_it_cannot_be_changed() -> None:
     st.fixed_dictionaries(
         {},
         optional={
-            "sampling": st.dictionaries(st.text(), JSON),
-            "metadata": st.dictionaries(st.text(), st.text()),
-            "keep_columns": st.none() | st.lists(st.text()),
+            "sampling": st.dictionaries(TEXT, JSON),
+            "metadata": st.dictionaries(TEXT, TEXT),
+            "keep_columns": st.none() | st.lists(TEXT, unique=True),
             "max_failed_rows": st.none() | st.integers(0, 10**9),
             "priority": st.integers(-100, 100),
-            "engine_options": st.dictionaries(st.text(), JSON),
+            "engine_options": st.dictionaries(TEXT, JSON),
         },
     )
 )

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pipeline.engines import registry
 from pipeline.engines.base import Permissions
 from pipeline.engines.fake import FakeEngine
-from pipeline.job_spec import Task
+from pipeline.job_spec import Task, parse
 from pipeline.models.model import Model
 from storage.errors import EngineMissing, InvalidJob
 
@@ -40,6 +40,14 @@ class Guarded(FakeEngine):
         if "shell" in options:
             permissions.require("shell", "it runs commands", field="engine_options.shell")
 
+class Freer(FakeEngine):
+    name = "freer"
+    @classmethod
+    def check(cls, spec, model, schema):
+        return ("text",)
+    def result_schema(self, spec):
+        return None
+
 not_a_class = 1
 
 class Lacking:
@@ -52,6 +60,7 @@ fake = rowmill_test_plugin:Mine
 vllm = rowmill_test_plugin:Mine
 onnx = rowmill_test_plugin:Mine
 guarded = rowmill_test_plugin:Guarded
+freer = rowmill_test_plugin:Freer
 gone = rowmill_test_gone:Mine
 typo = rowmill_test_plugin:Mein
 value = rowmill_test_plugin:not_a_class
@@ -115,6 +124,16 @@ def test_a_plug_in_says_which_options_need_the_operators_leave() -> None:
     with pytest.raises(InvalidJob, match="it runs commands: the setting allowed_engine_options must name 'shell'"):
         registry.check_permissions("guarded", {"shell": "ls"}, Permissions(frozenset({"tokenizer"})))
     registry.check_permissions("guarded", {"shell": "ls"}, Permissions(frozenset({"shell"})))
+
+
+@pytest.mark.usefixtures("plugged")
+def test_a_subclass_that_replaces_the_check_has_other_rules() -> None:
+    spec = parse({"input": "in", "output": "out", "model": "m", "task": "tensor", "engine_options": {"own": 1}})
+    with pytest.raises(InvalidJob, match="own"):
+        registry.check_request("mine", spec, MODEL)
+    registry.check_request("freer", spec, MODEL)
+    assert registry.result_names("mine", spec, MODEL) == ("output",)
+    assert registry.result_names("freer", spec, MODEL) is None
 
 
 @pytest.mark.usefixtures("plugged")
