@@ -345,9 +345,8 @@ def test_in_a_fleet_the_planner_finds_out(client_of: Make, s3: S3, texts: Path) 
     """The client may not have the workers' rights: what it cannot do is left to them."""
     with proxy(s3.endpoint) as faults:
         options = replace(s3, endpoint=faults.endpoint).storage_options
-        runtime = client_of(
-            "fleet", storage_options=options, broker_url="redis://127.0.0.1:1/0"
-        )._runtime  # never asked
+        # The broker is never asked.
+        runtime = client_of("fleet", storage_options=options, broker_url="redis://127.0.0.1:1/0")._runtime
         faults.conditional = 403
         job = job_calls.submit_job(runtime, fields(texts, s3.url("out")))
         with pytest.raises(InvalidJob, match=r"conditional put below .* failed"):
