@@ -21,6 +21,7 @@ class ObjectInfo:
 
 def local_info(path: str) -> ObjectInfo:
     stat = os.stat(path)  # noqa: PTH116
+    local_files.refuse_special(path, stat)
     return ObjectInfo(path, stat.st_size, local_files.etag(stat))
 
 
