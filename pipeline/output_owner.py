@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
@@ -73,8 +72,8 @@ def acquire(runtime: Runtime, job: Job, *, overwrite: bool) -> None:
     """
     _take(runtime, job, overwrite=overwrite)
     if not overwrite:
-        # Again, now that nobody else begins: a whole job may have come and gone since it was looked at first.
-        _released_on_conflict(runtime, job, lambda: refuse_existing(runtime.store, job.output_uri))
+        # Now that nobody else begins: a whole job may have come and gone since it was looked at first.
+        _refuse_rows_of_others(runtime, job)
 
 
 def check(runtime: Runtime, job: Job, *, over_rows: bool = False) -> None:
@@ -90,7 +89,7 @@ def check(runtime: Runtime, job: Job, *, over_rows: bool = False) -> None:
         return  # published once more: which job of this database has the output, the database decides
     _take(runtime, job, overwrite=False)
     if not over_rows:
-        _released_on_conflict(runtime, job, lambda: _refuse_rows_of_others(runtime, job))
+        _refuse_rows_of_others(runtime, job)
 
 
 def _take(runtime: Runtime, job: Job, *, overwrite: bool) -> None:
@@ -113,17 +112,10 @@ def _take(runtime: Runtime, job: Job, *, overwrite: bool) -> None:
         return
 
 
-def _released_on_conflict(runtime: Runtime, job: Job, refuse: Callable[[], None]) -> None:
-    try:
-        refuse()
-    except Conflict:
-        release(runtime, job)
-        raise
-
-
 def _refuse_rows_of_others(runtime: Runtime, job: Job) -> None:
     other = manifest_job(runtime.store, job.output_uri)
     if other not in (None, job.id):
+        release(runtime, job)
         whose = f"job {other}" if other else "another job"
         raise Conflict(f"{job.output_uri} holds the rows of {whose} by now; submit a new job", field="output")
 
