@@ -19,6 +19,7 @@ from typing import TypeVar
 from pipeline import doctor_engines, doctor_machine, doctor_output
 from pipeline.doctor_check import Check
 from pipeline.settings import LoadedSettings, Settings
+from storage import filesystems
 from storage.errors import RowmillError, Unreachable
 from storage.redaction import redact
 
@@ -180,16 +181,8 @@ def _object_stores(settings: Settings) -> Iterator[Check]:
         name = f"object store {protocol}"
         shown = ", ".join(f"{key}={value}" for key, value in redact(options).items()) or "no options"
         try:
-            import fsspec
-
-            fsspec.filesystem(protocol, skip_instance_cache=True, **options)
-        except ImportError as error:
-            extra = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}.get(
-                protocol
-            )
-            remedy = f"pip install 'rowmill[{extra}]'" if extra else "install its fsspec package"
-            yield Check(name, "fail", str(error), remedy)
-        except (ValueError, TypeError, OSError) as error:
+            filesystems.opened(f"{protocol}://", protocol, settings.storage_options)
+        except RowmillError as error:
             yield Check(name, "fail", f"{shown}: {error}", f"correct storage_options.{protocol}")
         else:
             yield Check(name, "ok", f"{shown} (options accepted; nothing was asked of the server)")

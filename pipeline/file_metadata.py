@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from typing import Any
+
+from pipeline import json_text
 
 Metadata = Mapping[Any, Any]
 """bytes → bytes; pyarrow's type stubs want it wider."""
@@ -35,6 +36,6 @@ def carried(metadata: Metadata | None, keep: Collection[str]) -> dict[Any, Any]:
 
 def _geometries(geo: bytes) -> set[str]:
     try:
-        return set(json.loads(geo)["columns"])
+        return set(json_text.loads(geo)["columns"])
     except (ValueError, KeyError, TypeError):
         return set()

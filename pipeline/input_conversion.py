@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from pipeline import csv_input, jsonl_input, text_streams
 from pipeline.input_formats import Format, Kind
-from storage import locations, parquet
+from storage import arrow_schemas, locations, parquet
 from storage.errors import InvalidInput
 from storage.objects import ObjectInfo, ObjectStore
 from storage.parquet import ParquetOutput
@@ -83,6 +83,7 @@ class _Chunks:
     def write(self, table: pa.Table) -> None:
         try:
             if self._open is None:
+                arrow_schemas.check(table.schema, self._origin)
                 uri = locations.chunk_in(self._work_dir, self._first + len(self.uris), self._key)
                 self._open = parquet.writer(self._store, uri, table.schema, keep_existing=True)
                 self.uris.append(uri)

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.json as pj
 
 from pipeline import text_streams
 from pipeline.input_schema import merged_type
+from pipeline.json_text import MAX_DEPTH, TooDeep
 from pipeline.text_streams import Codec
 from storage.errors import InvalidInput
 from storage.objects import ObjectStore
@@ -25,6 +27,9 @@ _BOM = b"\xef\xbb\xbf"
 _LONG = re.compile(rb"[0-9]{16}")
 """Whole numbers of 15 digits and fewer are exact as doubles."""
 _HUGE = 10**300
+_NO_BRACKETS = bytes(sorted(set(range(256)) - set(b'[]{}"\n')))
+_STRING = re.compile(rb'"[^"\n]*"?')
+_OPENING, _CLOSING = np.frombuffer(b"[{", np.uint8), np.frombuffer(b"]}", np.uint8)
 _ARROWS_ROW = re.compile(r"^JSON parse error: |\.? in row \d+$")
 
 
@@ -41,6 +46,7 @@ def tables(store: ObjectStore, uri: str, compression: Codec | None) -> Iterator[
         def widened(data: bytes, known: pa.Schema = known) -> pa.Schema:
             return _merged(known, _inferred(data))
 
+        _refuse_depth(uri, line, block)
         schema = _checked(uri, line, block, widened)
         rows = True
     if rows and not schema.names:
@@ -71,6 +77,22 @@ def _blocks(store: ObjectStore, uri: str, compression: Codec | None) -> Iterator
                 raise InvalidInput(f"{uri}, line {line}: longer than {LINE_BYTES // 2**20} MiB", field="input")
             if not chunk:
                 return
+
+
+def _refuse_depth(uri: str, first: int, block: bytes) -> None:
+    """Raise :class:`InvalidInput` where values are nested too deeply: Arrow's parser would end the process."""
+    if block.count(b"[") + block.count(b"{") <= MAX_DEPTH:
+        return
+    # Brackets alone, without those in strings: escapes go first, then all that is neither bracket nor quote.
+    bare = block.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NO_BRACKETS).replace(b'""', b"")
+    text = np.frombuffer(_STRING.sub(b"", bare), np.uint8)
+    steps = np.isin(text, _OPENING).astype(np.int32) - np.isin(text, _CLOSING).astype(np.int32)
+    height = np.concatenate(([0], np.cumsum(steps)))
+    # Counted from the lowest point so far, so that a line with too many closing brackets hides no later one.
+    deep = np.flatnonzero(height - np.minimum.accumulate(height) > MAX_DEPTH)
+    if len(deep):
+        line = first + int(np.count_nonzero(text[: deep[0]] == ord("\n")))
+        raise InvalidInput(f"{uri}, line {line}: {TooDeep()}", field="input")
 
 
 def _parse(data: bytes, schema: pa.Schema | None) -> pa.Table:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from pipeline import json_text
 from storage import locations
 from storage.errors import Conflict
 from storage.locations import normalize
@@ -29,7 +29,7 @@ def _of_a_partial_job(store: ObjectStore, output: str) -> str:
     if not store.exists(locations.manifest(output)):
         return ""
     try:
-        manifest = json.loads(store.read_bytes(locations.manifest(output)))
+        manifest = json_text.loads(store.read_bytes(locations.manifest(output)))
         job, partial = str(manifest["job"]["id"]), bool(manifest["partial"])
     except (ValueError, KeyError, TypeError):
         return ""
@@ -41,7 +41,7 @@ def manifest_job(store: ObjectStore, output: str) -> str | None:
     if not store.exists(locations.manifest(output)):
         return None
     try:
-        return str(json.loads(store.read_bytes(locations.manifest(output)))["job"]["id"])
+        return str(json_text.loads(store.read_bytes(locations.manifest(output)))["job"]["id"])
     except (ValueError, KeyError, TypeError):
         return ""
 
@@ -70,7 +70,7 @@ def earlier_parts(store: ObjectStore, job: Job) -> dict[str, dict[str, Any]]:
             continue
         content = store.read_bytes(uri)
         try:
-            document = json.loads(content)
+            document = json_text.loads(content)
             found = {str(entry["path"]): dict(entry) for entry in document["parts"]}
             if document["job"]["id"] != job.id:
                 continue

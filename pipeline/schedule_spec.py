@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from pipeline import json_text
 from pipeline.job_spec import JobSpec, duration_seconds, invalid, parse
 from pipeline.schedule_times import CronTimes, local, upcoming, zone
 from pipeline.template import Template
@@ -62,6 +63,13 @@ class ScheduleSpec(BaseModel):
     """How late a fire may be noticed and still be run (``"30m"``); no limit if it is not given."""
     incremental: bool = False
     """Each fire takes only the files that no completed fire has taken as they are now."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _storable(cls, value: Any) -> Any:
+        json_text.check_depth(value)
+        json_text.check_text(value)
+        return value
 
     @field_validator("tz")
     @classmethod

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import platformdirs
-from pydantic import AfterValidator, BeforeValidator, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from pipeline import json_text
 from pipeline import settings_sources as sources
 from storage import redaction, urls
 from storage.errors import InvalidSettings
@@ -21,7 +31,8 @@ LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 def _expanded(value: object) -> object:
     if "\0" in str(value):
         raise ValueError("a path cannot contain a NUL character")
-    return Path(value).expanduser() if isinstance(value, (str, Path)) else value
+    # pathlib's own raises RuntimeError for the home of nobody.
+    return Path(os.path.expanduser(value)) if isinstance(value, (str, Path)) else value  # noqa: PTH111
 
 
 def _lower(value: object) -> object:
@@ -159,6 +170,13 @@ class Settings(BaseSettings):
             sources.FileSource(settings_cls, project),
             sources.FileSource(settings_cls, user),
         )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _readable(cls, value: Any) -> Any:
+        json_text.check_depth(value)
+        json_text.check_text(value)
+        return value
 
     @model_validator(mode="wrap")
     @classmethod

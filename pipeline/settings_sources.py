@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import platformdirs
 from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSource
 from pydantic_settings.exceptions import SettingsError
 
+from pipeline import json_text
 from storage.errors import InvalidSettings
 
 PREFIX = "ROWMILL_"
@@ -67,9 +66,8 @@ def read_file(path: Path, known: Iterable[str]) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        with path.open("rb") as stream:
-            values = tomllib.load(stream)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values = json_text.loads_toml(path.read_bytes().decode())
+    except ValueError as error:
         raise InvalidSettings(f"not valid TOML: {error}", source=str(path)) from None
     except OSError as error:
         raise InvalidSettings(f"cannot be read: {error.strerror}", source=str(path)) from None
@@ -102,12 +100,19 @@ class EnvSource(EnvSettingsSource):
     def __call__(self) -> dict[str, Any]:
         try:
             values = super().__call__()
+            json_text.check_depth(values)
             return {name: _decoded(value, (name,)) for name, value in values.items()}
         except SettingsError as error:
             names = [name for name in self.settings_cls.model_fields if f'"{name}"' in str(error)]
             field = names[0] if names else None
             source = _variable_of((field,)) if field else "the environment"
             raise InvalidSettings("not valid JSON", field=field, source=source) from None
+        except (json_text.TooDeep, RecursionError):
+            raise InvalidSettings(str(json_text.TooDeep()), source="the environment") from None
+
+    def decode_complex_value(self, field_name: str, field: Any, value: Any) -> Any:
+        """A variable that holds JSON."""
+        return json_text.loads(value)
 
 
 def text_or_json(text: str) -> Any:
@@ -116,7 +121,9 @@ def text_or_json(text: str) -> Any:
         return text.lower() == "true"
     if text[:1] in ("{", "["):
         try:
-            return json.loads(text)
+            return json_text.loads(text)
+        except json_text.TooDeep as error:
+            raise InvalidSettings(f"a value is {error}") from None
         except ValueError:
             return text
     return text

@@ -14,6 +14,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
+from pipeline.json_text import MAX_DEPTH, TooDeep
+
 T = TypeVar("T")
 
 STORED = {"stored": True}
@@ -21,8 +23,6 @@ STORED = {"stored": True}
 MOST = 2**63 - 1
 MOST_ITEMS = 2**31 - 1
 """The longest list in a row of an Arrow table, whose offsets have 32 bits."""
-DEPTH = 128
-"""Levels of nested lists and mappings in plain JSON. Validators and serializers recurse, and give up soon after."""
 
 
 def rule(check: Callable[[T], object]) -> AfterValidator:
@@ -91,7 +91,7 @@ def plain_json(value: Any) -> None:
     """Raise ``ValueError``, naming the place, unless the value is JSON that every reader of it understands alike.
 
     Numbers are finite and whole ones have 64 bits; text is Unicode; keys are text, or whole numbers (token ids), which
-    JSON writes as text; at most ``DEPTH`` levels are nested.
+    JSON writes as text; at most ``MAX_DEPTH`` levels are nested.
     """
     _check_json(value, unicode_text)
 
@@ -105,8 +105,8 @@ def _check_json(value: Any, check_text: Callable[[str], None]) -> None:
     waiting: list[tuple[Any, str, int]] = [(value, "", 0)]
     while waiting:
         item, where, depth = waiting.pop()
-        if depth > DEPTH:
-            raise ValueError(f"it is nested in more than {DEPTH} levels")
+        if depth > MAX_DEPTH:
+            raise TooDeep
         try:
             below = _checked(item, where, check_text)
         except ValueError as error:

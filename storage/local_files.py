@@ -11,7 +11,7 @@ from pathlib import Path
 from stat import S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFMT, S_IFSOCK, S_ISREG
 from typing import IO, Any, Literal
 
-from storage.errors import InvalidInput, RowmillError
+from storage.errors import InvalidInput
 
 OnConflict = Literal["replace", "keep", "fail"]
 """When the target exists: replace it, keep it (the new content is dropped), or raise ``FileExistsError``."""
@@ -175,7 +175,7 @@ def _remove_empty(folder: Path) -> bool:
 
 def walk(folder: str, above: frozenset[tuple[int, int]] = frozenset(), *, changing: bool = False) -> Iterator[str]:
     """Everything below ``folder`` that is no folder, through symbolic links too; pipes and dangling links are among it.
-    Raises :class:`RowmillError` where links form a ring.
+    Raises :class:`InvalidInput` where links form a ring.
 
     A folder that is deleted before it is read raises ``FileNotFoundError``, or is left out where they come and go
     (``changing``).
@@ -184,7 +184,7 @@ def walk(folder: str, above: frozenset[tuple[int, int]] = frozenset(), *, changi
         stat = os.stat(folder)  # noqa: PTH116
         here = (stat.st_dev, stat.st_ino)
         if here in above:
-            raise RowmillError(f"{folder} is a symbolic link to a folder that contains it")
+            raise InvalidInput(f"{folder} is a symbolic link to a folder that contains it")
         opened = os.scandir(folder)
     except FileNotFoundError:
         if not changing:

@@ -22,6 +22,7 @@ E = TypeVar("E", bound=RowmillError)
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _NO_NAME = frozenset({errno.ENAMETOOLONG})
+_NO_PATH = frozenset({errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.ENODEV})
 _UNAUTHORIZED, _FORBIDDEN = 401, 403
 _NO_CREDENTIALS = frozenset({
     "botocore.exceptions.NoCredentialsError",
@@ -40,6 +41,13 @@ _CLIENTS = frozenset({
     "azure.core.exceptions.AzureError", "gcsfs.retry.HttpError", "google.auth.exceptions.GoogleAuthError",
 })  # fmt: skip
 """Errors of client libraries that are no ``OSError``."""
+STORES = frozenset({"file", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "http", "https", "memory"})
+"""Protocols that are opened without being asked for in ``storage_options``."""
+WRAPPERS = frozenset({
+    "asynclocal", "asyncwrapper", "blockcache", "cached", "data", "dir", "filecache", "generic", "libarchive",
+    "reference", "simplecache", "tar", "zip",
+})  # fmt: skip
+"""Protocols of fsspec that open other file systems, local ones too: never opened."""
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 
 
@@ -65,16 +73,25 @@ def explain(uri: str, error: Exception, *, writing: bool = False) -> RowmillErro
             return RowmillError(f"cannot {'write' if writing else 'read'} {uri}: {_first_line(cause)}")
         if "botocore.exceptions.BotoCoreError" in type_names(cause):
             return _refusal(uri, str(cause), writing)
+        if protocol(uri) != "file" and isinstance(cause, ValueError):
+            return _refusal(uri, f"it is no URL that can be asked for ({_first_line(cause)})", writing)
     if isinstance(error, NotImplementedError) and writing:
         return InvalidJob(f"{uri}: nothing can be written to {protocol(uri)}:// URLs here", field="output")
     if not isinstance(error, OSError):
-        return None
+        if protocol(uri) == "file" and not isinstance(error, ValueError):
+            return None
+        if protocol(uri) in STORES:
+            return _refusal(uri, _first_line(error), writing) if isinstance(error, ValueError) else None
+        # A file system that is not ours to know raises whatever it likes.
+        return RowmillError(
+            f"cannot {'write' if writing else 'read'} {uri}: {type(error).__name__}: {_first_line(error)}"
+        )
     reason = error.strerror or str(error)
     if isinstance(error, FileNotFoundError):
         return _refusal(uri, "there is no such bucket or folder" if writing else "it does not exist", writing)
     if isinstance(error, PermissionError) or error.errno in _REFUSED:
         return _elsewhere(_refusal(uri, f"permission denied ({reason})", writing))
-    if isinstance(error, (IsADirectoryError, NotADirectoryError)):
+    if isinstance(error, (IsADirectoryError, NotADirectoryError)) or error.errno in _NO_PATH:
         return _refusal(uri, reason.lower(), writing)
     if error.errno in _NO_NAME:
         return _refusal(uri[:200] + "…" if len(uri) > 200 else uri, reason.lower(), writing)
@@ -102,6 +119,17 @@ def _refusal(uri: str, reason: str, writing: bool) -> InvalidJob:
     if writing:
         return InvalidJob(f"cannot write {uri}: {reason}", field="output")
     return InvalidInput(f"cannot read {uri}: {reason}")
+
+
+def not_opened(uri: str, name: str) -> InvalidJob:
+    """Our error for a protocol that is not opened unless the operator says so."""
+    remedy = (
+        f"it would reach through to other file systems; give the URL of what lies there, without {name}://"
+        if name in WRAPPERS
+        else f"local paths, {', '.join(f'{known}://' for known in sorted(STORES - {'file', 'memory'}))} are; another "
+        f"file system of fsspec is once the setting storage_options.{name} is there"
+    )
+    return _elsewhere(InvalidJob(f"{uri}: {name}:// is not opened: {remedy}"))
 
 
 def no_filesystem(uri: str, name: str, error: Exception) -> InvalidJob:

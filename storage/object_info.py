@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from storage import local_files
+from storage.errors import InvalidInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,15 @@ class ObjectInfo:
     uri: str
     n_bytes: int
     etag: str
+
+
+def check_name(uri: str) -> None:
+    """Raise :class:`InvalidInput` for a file or folder whose name is not UTF-8: nothing could store or show it."""
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        shown = uri.encode(errors="backslashreplace").decode()
+        raise InvalidInput(f"the name of {shown} is not valid UTF-8; rename the file or folder") from None
 
 
 def local_info(path: str) -> ObjectInfo:

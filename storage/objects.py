@@ -16,15 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-import fsspec
-
-from storage import listing, local_files
+from storage import filesystems, listing, local_files
 from storage.errors import CorruptFile, InvalidInput, Unreachable
 from storage.local_files import OnConflict
 from storage.locations import WORK_FOLDER, normalize, protocol
 from storage.new_file import NewFile, NewLocalFile, NewRemoteFile, Written
-from storage.object_errors import bad_options, explain, no_filesystem
-from storage.object_info import ObjectInfo, exactly, listed, local_info, remote_info
+from storage.object_errors import explain
+from storage.object_info import ObjectInfo, check_name, exactly, listed, local_info, remote_info
 from storage.parked import Parked
 from storage.ranges import RangeReader
 from storage.transient import response_code, retrying
@@ -39,16 +37,6 @@ _CHUNK = 2**20
 _DELETERS = 8
 _MARK = "rowmill-put"
 _THERE_ALREADY = ("PreconditionFailed", "412")
-
-_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "s3": {
-        # Other processes write too: a listing kept from before is wrong. Four parts of 50 MiB bound an upload's memory.
-        "use_listings_cache": False,
-        "max_concurrency": 4,
-        # Only so that a large upload survives one bad part; more would multiply with our own retries.
-        "config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": 2}},
-    }
-}
 
 
 class ObjectStore:
@@ -115,6 +103,8 @@ class ObjectStore:
             else:
                 items = listing.remote_files_of(self._fresh(pattern), self._path(pattern))
                 found = [remote_info(self._url(pattern, name), info) for name, info in items.items()]
+            for item in found:
+                check_name(item.uri)
             return sorted(found, key=lambda item: item.uri)
 
         return self._call(pattern, look)
@@ -289,25 +279,7 @@ class ObjectStore:
         key = (os.getpid(), name)  # a file system's event loop does not survive a fork
         with self._lock:
             if key not in self._filesystems:
-                try:
-                    kind = fsspec.get_filesystem_class(name)
-                except (ImportError, ValueError) as error:
-                    raise no_filesystem(uri, name, error) from error
-                names = (name, *((kind.protocol,) if isinstance(kind.protocol, str) else kind.protocol))
-                defaults = next((_DEFAULTS[n] for n in names if n in _DEFAULTS), {})
-                given = next((self._options[n] for n in names if n in self._options), {})
-                merged = {**defaults, **given}
-                if "config_kwargs" in defaults and "config_kwargs" in given:
-                    merged["config_kwargs"] = {**defaults["config_kwargs"], **given["config_kwargs"]}
-                try:
-                    made = kind(**merged, skip_instance_cache=True)
-                    if "s3" in names:
-                        made.connect()  # makes a session, else with the first request; only now are options looked at
-                except (ValueError, TypeError, OSError) as error:
-                    raise bad_options(uri, name, error) from error
-                if "s3" in names and "retries" not in given:
-                    made.retries = 1
-                self._filesystems[key] = made
+                self._filesystems[key] = filesystems.opened(uri, name, self._options)
             return self._filesystems[key]
 
     def _fresh(self, uri: str) -> Any:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyroaring import BitMap
 
-from storage import footer_check
+from storage import arrow_schemas, footer_check
 from storage.errors import CorruptFile, InputChanged, InvalidInput, RowmillError
 from storage.locations import protocol
 from storage.objects import NewFile, ObjectStore, Written
@@ -54,6 +54,7 @@ def stats(store: ObjectStore, uri: str, *, check: bool = False) -> FileStats:
             if footer_check.is_encrypted(file):
                 raise InvalidInput(f"{uri}: its footer is encrypted; decrypt the file first", field="input") from None
             raise
+        arrow_schemas.check(parquet.schema_arrow, uri)
         footer = parquet.metadata
         groups = (footer.row_group(i) for i in range(footer.num_row_groups))
         sizes = tuple((group.num_rows, max(0, group.total_byte_size)) for group in groups)

@@ -33,6 +33,8 @@ def readable(where: str, kind: type[RowmillError], what: str) -> Iterator[None]:
         if error.errno is not None:
             raise explain(where, error) or error from error
         raise kind(f"{where}: {what} ({_on_one_line(error)})") from error
+    except UnicodeDecodeError as error:
+        raise kind(f"{where}: {what} (a name or text in it is not UTF-8: {error.object[:80]!r})") from error
     except pa.ArrowException as error:
         raise kind(f"{where}: {what} ({_on_one_line(error)})") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +15,8 @@ import typer
 from pipeline.cli import errors, output
 from pipeline.cli.streams import OutputError
 from pipeline.cli.values import setting_values
+from pipeline.json_text import check_text
+from storage.errors import InvalidJob
 from storage.redaction import redact_text
 
 if TYPE_CHECKING:
@@ -123,6 +125,15 @@ def say(message: str, *, error: bool = False) -> None:
         console.print(text)
 
 
+def _check_arguments(values: Mapping[str, Any]) -> None:
+    """Refuse arguments that are not UTF-8, by their names: nothing could store or show them."""
+    for name, value in values.items():
+        try:
+            check_text(value)
+        except ValueError as error:
+            raise InvalidJob(str(error), field="--" + name.replace("_", "-")) from None
+
+
 def command(function: Callable[..., int | None]) -> Callable[..., None]:
     """Make a typer command: add the shared options, pass them as an :class:`Invocation`, end with the exit code.
 
@@ -138,6 +149,7 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
     def wrapper(**values: Any) -> None:
         invocation = Invocation(**{name: values.pop(name) for name in shared.parameters})
         try:
+            _check_arguments({**values, **vars(invocation)})
             code = function(invocation, **values) or errors.OK
         except (typer.Exit, BrokenPipeError):
             raise

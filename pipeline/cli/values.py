@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import json
-import tomllib
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from pipeline import json_text
 from storage.errors import InvalidJob, InvalidSettings
 
 _REQUIRED = {"input": "INPUT", "output": "-o/--output", "model": "-m/--model", "task": "-t/--task"}
@@ -28,13 +27,12 @@ _MERGED = (
 def value_of(text: str) -> Any:
     """JSON where it is JSON (numbers, ``true``, ``null``, lists, objects, quoted strings), else the text itself."""
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        # NaN and Infinity are not JSON: they stay text.
+        return json_text.loads(text, constants=False)
+    except json_text.TooDeep as error:
+        raise InvalidJob(f"a value on the command line is {error}") from None
     except ValueError:
         return text
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(name)  # NaN and Infinity are not JSON: they stay text
 
 
 def key_values(items: Iterable[str], option: str, *, literal: bool = False) -> dict[str, Any]:
@@ -97,6 +95,10 @@ def setting_values(items: Iterable[str]) -> dict[str, Any]:
             if not isinstance(level, dict):
                 raise InvalidSettings(f"{item!r} goes below a value given before", source="--setting")
         level[path[-1]] = text_or_json(text)
+    try:
+        json_text.check_depth(found)
+    except json_text.TooDeep as error:
+        raise InvalidSettings(f"a value is {error}", source="--setting") from None
     return found
 
 
@@ -113,7 +115,7 @@ def sampling(items: Iterable[str], schema: Path | None) -> dict[str, Any] | None
 def json_file(path: Path, option: str) -> Any:
     """What a JSON file holds. Raises :class:`InvalidJob`: missing, unreadable, not JSON."""
     try:
-        return json.loads(_read(path, option), parse_constant=_no_constant)
+        return json_text.loads(_read(path, option), constants=False)
     except ValueError as error:
         raise InvalidJob(f"{path} is not valid JSON: {error}", field=option) from None
 
@@ -132,7 +134,7 @@ def spec_file(path: Path, option: str = "--spec") -> dict[str, Any]:
     data = _read(path, option)
     toml = path.suffix.lower() == ".toml"
     try:
-        fields = tomllib.loads(data.decode()) if toml else json.loads(data)
+        fields = json_text.loads_toml(data.decode()) if toml else json_text.loads(data)
     except ValueError as error:
         raise InvalidJob(f"{path} is not valid {'TOML' if toml else 'JSON'}: {error}", field=option) from None
     if not isinstance(fields, dict):

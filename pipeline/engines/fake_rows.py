@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline import json_text
 from pipeline.job_spec import JobSpec, Task
 from pipeline.row_errors import RowErrorCode
 from pipeline.template import Template
@@ -144,7 +144,7 @@ def _conversations(name: str) -> Read:
                 texts.append(None)
                 continue
             try:
-                texts.append(_conversation(json.loads(value) if isinstance(value, str) else value))
+                texts.append(_conversation(json_text.loads(value) if isinstance(value, str) else value))
             except (ValueError, TypeError, KeyError) as error:
                 texts.append(None)
                 failures[at] = (RowErrorCode.INVALID_VALUE, f"column {name!r} holds no list of messages: {error}")

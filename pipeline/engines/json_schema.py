@@ -8,7 +8,6 @@ meanwhile. What RE2 cannot express (look-around, references to groups) is refuse
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,6 +20,7 @@ from referencing import Registry, Resource
 from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
+from pipeline import json_text
 from storage.errors import InvalidJob
 
 LONGEST_REASON = 300
@@ -34,11 +34,15 @@ def parsed(given: Any, field: str) -> dict[str, Any]:
     """The JSON Schema, which may be given as text. Raises :class:`InvalidJob` when it is none."""
     if isinstance(given, str):
         try:
-            given = json.loads(given)
-        except (ValueError, RecursionError) as error:
+            given = json_text.loads(given)
+        except ValueError as error:
             raise InvalidJob(f"is not JSON: {error}", field=field) from None
     if not isinstance(given, dict):
         raise InvalidJob(f"must be a JSON object, not {given!r}", field=field)
+    try:
+        json_text.check_depth(given)
+    except json_text.TooDeep as error:
+        raise InvalidJob(f"is {error}", field=field) from None
     if not isinstance(given.get("$schema", ""), str):
         raise InvalidJob("is no JSON Schema: ['$schema'] must be text", field=field)
     try:

@@ -6,12 +6,12 @@ directory (versions 2 to 6), and a ``.onnx`` file with ``tokenizer.json`` beside
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline import json_text
 from pipeline.models.model import Model
 from storage.errors import InvalidModel
 
@@ -147,7 +147,7 @@ def read(model: Model) -> TextFolder:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty when there is no such file. Raises :class:`~storage.errors.InvalidModel`."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json_text.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -160,7 +160,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _modules(root: Path) -> list[tuple[str, Path]] | None:
     path = root / "modules.json"
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json_text.loads(path.read_bytes())
         modules = []
         for entry in sorted(entries, key=lambda item: int(item["idx"])):
             folder = root / entry["path"]

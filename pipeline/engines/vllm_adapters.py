@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline import json_text
 from pipeline.engines.vllm_process import RunningVllm, first_lines
 from pipeline.job_spec import JobSpec
 from pipeline.models.adapters import WEIGHTS, digest, directory
@@ -40,7 +41,7 @@ def check(spec: JobSpec) -> None:
 def _rank(name: str, folder: Path) -> int:
     field = f"adapters.{name}"
     try:
-        config = json.loads((folder / "adapter_config.json").read_bytes())
+        config = json_text.loads((folder / "adapter_config.json").read_bytes())
         kind, rank = config.get("peft_type"), config.get("r")
     except FileNotFoundError:
         raise InvalidJob(f"{folder} is no adapter: it holds no adapter_config.json", field=field) from None

@@ -15,7 +15,6 @@ product of two square matrices in the model's type.
 
 from __future__ import annotations
 
-import json
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline import json_text
 from pipeline.engines.base import Cancellation, ResultBatch, RowBatch
 from pipeline.engines.vllm_process import RunningVllm
 from pipeline.job_spec import JobSpec
@@ -202,7 +202,7 @@ def _tensors(file: Path) -> dict[str, int]:
     """Name → number of elements. The format: eight bytes of length, and as much JSON."""
     with file.open("rb") as data:
         (length,) = struct.unpack("<Q", data.read(8))
-        header = json.loads(data.read(length))
+        header = json_text.loads(data.read(length))
     found: dict[str, int] = {}
     for name, tensor in header.items():
         if name != "__metadata__":

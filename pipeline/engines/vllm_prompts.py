@@ -7,13 +7,13 @@ tokenizer make them.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
+from pipeline import json_text
 from pipeline.engines import media_columns, sampling_columns
 from pipeline.engines.arrow_text import is_text, values
 from pipeline.engines.base import RowBatch, RowFailure
@@ -129,7 +129,7 @@ def parse_messages(value: Any) -> list[dict[str, Any]]:
     """The messages of one row of a chat column: a list of mappings, or JSON text of one. Raises :class:`RowError`."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = json_text.loads(value)
         except ValueError as error:
             raise RowError(RowErrorCode.INVALID_VALUE, f"the messages are not JSON: {error}") from None
     if not isinstance(value, list) or not value:

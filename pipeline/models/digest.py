@@ -91,5 +91,5 @@ def _read(file: Path) -> dict[str, tuple[_Stamp, str]]:
         if content["format"] != _FORMAT:
             return {}
         return {str(path): ([int(n) for n in stamp], str(found)) for path, (stamp, found) in content["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}  # missing, damaged or of another version: it is rewritten

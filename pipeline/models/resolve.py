@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from pipeline import json_text
 from pipeline.models import external_data
 from pipeline.models.digest import digest
 from pipeline.models.model import Model
@@ -20,6 +21,8 @@ FAKE = "fake"
 _FIELD = "model"
 _BEST_GRAPHS = ("model.onnx", "onnx/model.onnx")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+_SMALL_BYTES = 2**20
+"""Larger JSON (a vocabulary) is read by libraries that limit its depth themselves."""
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 _NOT_THE_MODEL = (
@@ -78,8 +81,8 @@ def resolve(name: str, cache_dir: Path) -> Model:
     """
     if name == FAKE:
         return Model(name=FAKE, path=None, digest=hashlib.sha256(b"rowmill fake model 1").hexdigest())
-    path = Path(name).expanduser()
     try:
+        path = Path(name).expanduser()
         if path.is_dir():
             return _directory(name, path.resolve(), cache_dir)
         if path.is_file():
@@ -88,6 +91,8 @@ def resolve(name: str, cache_dir: Path) -> Model:
         raise InvalidModel(
             f"{error.filename or name} cannot be read: {error.strerror or error}", field=_FIELD
         ) from error
+    except RuntimeError as error:  # pathlib's, for a ring of symbolic links and for the home of nobody
+        raise InvalidModel(f"{name} cannot be found: {error}", field=_FIELD) from error
     raise InvalidModel(_not_found(name, path), field=_FIELD)
 
 
@@ -107,6 +112,7 @@ def _not_found(name: str, path: Path) -> str:
 
 def _directory(name: str, root: Path, cache_dir: Path) -> Model:
     files = dict(_files_below(root))
+    _check_files(root, files)
     config = _config(root, files)
     graphs = tuple(root / graph for graph in sorted(_graphs(files), key=_preference))
     weights = tuple(files[file] for file in sorted(files) if _is_checkpoint(file))
@@ -246,12 +252,26 @@ def _config(root: Path, files: dict[str, Path]) -> dict[str, Any] | None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json_text.loads(path.read_bytes())
     except ValueError as error:
         raise InvalidModel(f"{path} is damaged: {error}; copy or download the model again", field=_FIELD) from error
     if not isinstance(content, dict):
         raise InvalidModel(f"{path} is damaged: it holds no JSON object", field=_FIELD)
     return content
+
+
+def _check_files(root: Path, files: dict[str, Path]) -> None:
+    """Refuse what Transformers and others would trip over: names that are not UTF-8, JSON that is nested too deeply."""
+    for name, path in files.items():
+        try:
+            json_text.check_text(name)
+            if name.endswith(".json") and path.is_file() and path.stat().st_size <= _SMALL_BYTES:
+                json_text.loads(path.read_bytes())
+        except json_text.TooDeep as error:
+            raise InvalidModel(f"{path} is damaged: it is {error}", field=_FIELD) from None
+        except ValueError as error:
+            if not isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+                raise InvalidModel(f"a file's name in {root}: {error}", field=_FIELD) from None
 
 
 def _architectures(config: dict[str, Any], root: Path) -> tuple[str, ...]:
