@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 from collections.abc import Callable, Collection
@@ -76,7 +77,9 @@ def start(
     try:
         settings.cache_dir.mkdir(parents=True, exist_ok=True)
         database = Database(settings.effective_database_url)
-    except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise InvalidSettings(
             f"the folder {error.filename} cannot be made ({os.strerror(error.errno or 0).lower()}); "
             "set data_dir and cache_dir to folders that can be written"

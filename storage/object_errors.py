@@ -80,9 +80,11 @@ def explain(uri: str, error: Exception, *, writing: bool = False) -> RowmillErro
     if not isinstance(error, OSError):
         if protocol(uri) == "file" and not isinstance(error, ValueError):
             return None
-        if protocol(uri) in STORES:
-            return _refusal(uri, _first_line(error), writing) if isinstance(error, ValueError) else None
-        # A file system that is not ours to know raises whatever it likes.
+        if isinstance(error, ValueError):
+            return _refusal(uri, _first_line(error), writing)
+        if _raised_by_us(error):
+            return None
+        # A file system's library raises whatever it likes, for options of the wrong type for instance.
         return RowmillError(
             f"cannot {'write' if writing else 'read'} {uri}: {type(error).__name__}: {_first_line(error)}"
         )
@@ -96,6 +98,13 @@ def explain(uri: str, error: Exception, *, writing: bool = False) -> RowmillErro
     if error.errno in _NO_NAME:
         return _refusal(uri[:200] + "…" if len(uri) > 200 else uri, reason.lower(), writing)
     return RowmillError(f"cannot {'write' if writing else 'read'} {uri}: {reason}")
+
+
+def _raised_by_us(error: Exception) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is None or str(trace.tb_frame.f_globals.get("__name__")).startswith("storage.")
 
 
 def _lacks_credentials(error: BaseException) -> bool:

@@ -78,19 +78,19 @@ class Wakeups:
         except (OperationalError, OSError) as error:
             shown = self._app.connection_for_write().as_uri()  # without its password
             raise Unreachable(f"the broker at {shown} does not answer: {error}") from error
-        except (KeyError, ImportError, ValueError) as error:
+        except (KeyError, ImportError, ValueError, TypeError) as error:
             raise InvalidSettings(f"not a broker that can be used: {error}", field="broker_url") from error
+        except Exception as error:  # a client library's own: a database that Redis does not have, a wrong version
+            raise Unreachable(f"the broker refuses the connection: {error}") from error
 
     def _send(self, name: str, queue: str, count: int) -> None:
         if self._app is None or time.monotonic() < self._silent_until:
             return
-        from kombu.exceptions import OperationalError
-
         args = [queue] if name == RUN else []
         try:
             for _ in range(count):
                 self._app.send_task(name, args=args, queue=queue, retry=False)
-        except (OperationalError, OSError) as error:
+        except Exception as error:  # whatever its client raises: what there is to do is stored already
             self._silent_until = time.monotonic() + PAUSE_SECONDS
             log.warning("the broker does not answer; workers find the work in the database, a little later: %s", error)
 

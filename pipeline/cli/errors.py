@@ -23,7 +23,20 @@ SIGNALLED = 130
 """Ended at once by a signal (128 + SIGINT)."""
 
 _SITUATIONS = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE}
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.EIO,
+        errno.ENOTDIR,
+        errno.EISDIR,
+    }
 )
 """``OSError``s that tell of the machine, not of a mistake in Rowmill."""
 
