@@ -12,6 +12,7 @@ import os
 import queue
 import signal
 import threading
+import time
 from typing import Any
 
 from celery import Celery
@@ -23,6 +24,7 @@ from pipeline.engines import registry
 from pipeline.settings import Settings
 from pipeline.worker import Worker
 from storage import logs
+from storage.errors import TransientError
 from storage.wakeups import CONTROL_QUEUE, TICK, transport_options
 from tasks import redis_transport
 
@@ -30,7 +32,12 @@ TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "tasks.redis_transpo
 TRANSPORT_ALIASES["sentinel"] = "tasks.redis_transport:SentinelTransport"
 
 settings = Settings()
-app = Celery("rowmill", broker=settings.broker_url, include=["tasks.jobs", "tasks.shards", "tasks.beat"])
+app = Celery(
+    "rowmill",
+    broker=settings.broker_url,
+    events="tasks.events:Events",
+    include=["tasks.jobs", "tasks.shards", "tasks.beat"],
+)
 app.conf.update(
     accept_content=["json"],
     task_serializer="json",
@@ -53,6 +60,10 @@ app.conf.update(
     beat_schedule={"tick": {"task": TICK, "schedule": settings.tick_seconds}},
 )
 
+log = logging.getLogger(__name__)
+
+_DATABASE_SECONDS = 5
+"""From one try to the next while a worker that begins cannot reach the database."""
 _NOHUP = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 _lock = threading.Lock()
 _signals: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -102,9 +113,20 @@ def begin(consumer: Any) -> None:
         kinds = tuple(name for name in consumed if name in registry.names())
         slots = consumer.controller.concurrency if any(name != CONTROL_QUEUE for name in consumed) else 0
         _role.update(engines=kinds, queues=consumed, slots=slots)
-    mine = worker()
+    mine = _worker_once_the_database_answers()
     redis_transport.on_messages(mine.drop_message, lambda: mine.takes_messages)
     mine.start()
+
+
+def _worker_once_the_database_answers() -> Worker:
+    while True:
+        try:
+            return worker()
+        except TransientError as error:
+            log.warning("this worker begins once the database answers: %s", error)
+        for _ in range(_DATABASE_SECONDS):
+            state.maybe_shutdown()
+            time.sleep(1)
 
 
 def _asked_to_end(number: int, frame: Any) -> None:

@@ -81,6 +81,8 @@ class _Transport(redis.Transport):
     """See the module."""
 
     def _deliver(self, message: Any, queue: Any) -> None:
+        if queue not in (self._callbacks or {}):
+            return  # this worker ends, and listens no more; the others look by themselves
         try:
             check_envelope(message)
         except Malformed as error:

@@ -2,9 +2,9 @@
 
 Real processes all: Celery workers and a beat on PostgreSQL and Redis, with the ``fake`` engine, short leases and small
 part files. For ``--seconds`` jobs are submitted, cancelled and retried, while workers are killed, stopped for longer
-than their lease and told to end, the broker is flushed and restarted and the database is killed. Then the faults end,
-every job has to come to its end, and each published output is compared, row by row, with that of a calm run. Ends with
-1 when anything is off; what was left behind is then kept.
+than their lease and told to end, the broker is flushed, restarted, taken away and filled with nonsense, and the
+database is killed. Then the faults end, every job has to come to its end, and each published output is compared, row by
+row, with that of a calm run. Ends with 1 when anything is off; what was left behind is then kept.
 
 What happens when is drawn from ``--seed`` alone (where it meets the work is up to the machine).
 """

@@ -18,6 +18,7 @@ from pipeline.settings import Settings
 from storage import database
 from tests import servers
 from tests.chaos.schedule import LEASE_SECONDS, Fault
+from tests.forged import FORGED
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 END_SECONDS = 30.0
@@ -87,6 +88,13 @@ class Cluster:
             case "restart the broker" if self._redis not in self._down:
                 self._redis.stop()
                 self._back_in(fault.seconds, self._redis)
+            case "take the broker away" if self._redis not in self._down:
+                self._redis.kill()
+                self._back_in(fault.seconds, self._redis)
+            case "forge messages" if self._redis not in self._down:
+                with redis.Redis.from_url(str(self.settings.broker_url)) as broker:
+                    for queue in ("control", "fake"):
+                        broker.lpush(queue, *FORGED)
             case "kill the database" if self._postgres not in self._down:
                 self._postgres.kill()
                 self._back_in(fault.seconds, self._postgres)

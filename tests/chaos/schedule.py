@@ -14,6 +14,8 @@ FAULTS = {
     "end a worker": 15,
     "flush the broker": 10,
     "restart the broker": 8,
+    "take the broker away": 10,
+    "forge messages": 12,
     "kill the database": 8,
     "kill the beat": 4,
 }
@@ -63,6 +65,7 @@ def draw(seed: int, seconds: float, workers: int, job_every: float) -> Schedule:
         lasts = {
             "stop a worker": dice.uniform(1.3, 4.0) * LEASE_SECONDS,
             "restart the broker": dice.uniform(0.1, 4.0),
+            "take the broker away": dice.uniform(10.0, 30.0),
             "kill the database": dice.choice([0.0, 1.0, 1.5 * LEASE_SECONDS]),
         }
         schedule.faults.append(Fault(at, name, dice.randrange(workers), lasts.get(name, 0.0)))

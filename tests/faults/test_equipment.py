@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -138,3 +140,19 @@ def test_a_worker_that_is_told_to_end_while_an_engine_loads(world: World, how: s
     }
     assert (attempt.state, shard.state) == ended[how]
     assert (shard.n_fail, shard.n_crash, shard.n_lost) == (0, 0, 0)
+
+
+def test_the_log_names_the_work(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "pipeline.worker")
+    job_id = world.submit(tenant="ada")
+    worker = worker_of(world)
+    try:
+        worker.run("fake")
+        worker.finalize()
+    finally:
+        worker.close()
+    begins, ends, published = (record.getMessage() for record in caplog.records if job_id in record.getMessage())
+    what = f"job {job_id} of tenant ada: shard 0, attempt 1"
+    assert begins == f"{what} begins: 200 rows to compute"
+    assert re.fullmatch(re.escape(f"{what} succeeded: 200 rows computed in ") + r"\d+\.\d s", ends)
+    assert published == f"job {job_id} of tenant ada completed: 200 rows"
