@@ -13,7 +13,7 @@ from pipeline.attendance import with_attendance
 from pipeline.boundary import Limit, Seconds, Text, Whole, boundary, own
 from pipeline.engines.base import Cancellation
 from pipeline.failed_rows import FailedRows, row_status
-from pipeline.progress import shown
+from pipeline.progress import progress as shown_progress
 from pipeline.runtime import Runtime
 from pipeline.session import Session
 from pipeline.status import JobStatus, RequestStatus
@@ -58,13 +58,14 @@ class JobHandle:
         Returns the status of a job that completed (perhaps with failed rows). Raises
         :class:`~storage.errors.JobFailed` (:class:`~storage.errors.JobRefused` where planning refused the job),
         :class:`~storage.errors.JobCancelled` (cancelled or expired) or :class:`~storage.errors.WaitTimeout` after
-        ``timeout`` seconds. Ctrl-C ends the waiting; the job goes on in the background as long as the process does.
+        ``timeout`` seconds. ``progress`` shows on stderr what the commands show, in a Jupyter notebook as a line of the
+        cell's output. Ctrl-C ends the waiting; the job goes on in the background as long as the process does.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        with shown(progress) as show:
+        with shown_progress(quiet=not progress, keep=True) as shown:
             while True:
-                status = self.status()
-                show(status)
+                status = local.with_unflushed(self._runtime, self.status())
+                shown.update(status)
                 if status.terminal:
                     return _completed(status)
                 background = self._session.start(self.id)

@@ -55,6 +55,7 @@ def run_job(
     settings = runtime.settings
     try:
         with attending(runtime, job.id):
+            on_progress(job_status(runtime.database, job))
             while job.state is JobState.VALIDATING:
                 job = _planned(runtime, job, interrupt)
             on_progress(job_status(runtime.database, job))
@@ -101,7 +102,7 @@ def _work(
         for slot in slots:
             while not slot.done.wait(PROGRESS_SECONDS):
                 status = job_status(runtime.database, jobs.get(runtime.database, job_id))
-                on_progress(_with_unflushed(runtime, status))
+                on_progress(with_unflushed(runtime, status))
                 if status.state is JobState.CANCELLING:
                     keeper.stop_all(JOB_STOPPING)
     except BaseException:
@@ -116,6 +117,7 @@ def _work(
     if interrupt.cancelled:
         raise Interrupted(f"job {job_id} was interrupted; everything finished is flushed")
     while True:
+        on_progress(job_status(runtime.database, jobs.get(runtime.database, job_id)))
         try:
             finalize_job(runtime, job_id)
         except LeaseLost:
@@ -129,10 +131,11 @@ def _work(
             raise Interrupted(f"job {job_id} was interrupted while it was being published")
 
 
-def _with_unflushed(runtime: Runtime, status: JobStatus) -> JobStatus:
-    # Not durable yet, so no other process is told of them; but somebody watching should not see the bar stand still.
-    done = status.rows_done + sum(runtime.unflushed.values())
-    return replace(status, rows_done=min(done, status.rows_total))
+def with_unflushed(runtime: Runtime, status: JobStatus) -> JobStatus:
+    """The status with the rows that this process has finished and not flushed: somebody watches, and should not see
+    the bar stand still. They are not durable yet, so no other process is told of them."""
+    mine = (n for shard_id, n in list(runtime.unflushed.items()) if shard_id.startswith(f"{status.id}."))
+    return replace(status, rows_done=min(status.rows_done + sum(mine), status.rows_total))
 
 
 class _Slot(threading.Thread):

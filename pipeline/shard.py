@@ -143,6 +143,7 @@ def _attempt(runtime: Runtime, claim: Claim, cancel: Cancellation, measured: dic
     try:
         with runtime.engines.lease(claim.job.engine, model, spec.task, spec.engine_options, cancel) as engine:
             loading = time.monotonic() - began
+            patiently(lambda: shards.note(runtime.database, claim, "idle"))
             try:
                 run_shard(runtime, claim, engine, spec, plan, cancel, loading, measured)
             except EngineDead as error:

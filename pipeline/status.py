@@ -4,9 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from enum import StrEnum
 from typing import Any
 
 from storage.states import TERMINAL_JOB, JobState, RequestState
+
+
+class Phase(StrEnum):
+    """What a job that has not ended is at."""
+
+    READING = "reading the input"
+    """It is planned: files are found, converted where they are no Parquet, put in another order where asked for."""
+    WAITING = "waiting for a worker"
+    """Nobody is at work on it now."""
+    RETRYING = "waiting to try again"
+    """A shard failed; its next attempt is due later."""
+    LOADING = "loading the engine"
+    """Every attempt that runs waits for its engine."""
+    COMPUTING = "computing"
+    """Rows are computed."""
+    PUBLISHING = "publishing"
+    """All rows are there; the output is written."""
+    STOPPING = "stopping"
+    """It is being wound down."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +40,8 @@ class JobStatus:
     ``tokens`` holds ``prompt_tokens``, ``cached_tokens`` and ``completion_tokens`` so far. ``stop_reason`` says why a
     job was wound down, ``error`` why it failed, ``message`` what a person should know or do. ``refused``: it failed
     because planning found that it cannot run.
+
+    ``phase`` says what a job that has not ended waits for, or is at, since ``phase_seconds``.
 
     ``attended`` is false for a job that has not ended and that nobody works on, or would: in the embedded mode its
     process is gone, in a fleet no worker is alive for it. ``interrupted`` is true where such a process had begun.
@@ -48,6 +70,8 @@ class JobStatus:
     error: str | None = None
     refused: bool = False
     message: str | None = None
+    phase: Phase | None = None
+    phase_seconds: float | None = None
     attended: bool = True
     interrupted: bool = False
     created_at: float
@@ -97,7 +121,7 @@ def _plain(value: JobStatus | RequestStatus) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for item in fields(value):
         attribute = getattr(value, item.name)
-        if isinstance(attribute, (JobState, RequestState)):
+        if isinstance(attribute, StrEnum):
             attribute = attribute.value
         elif isinstance(attribute, Mapping):
             attribute = dict(attribute)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pipeline.status import JobStatus, RequestStatus
+from pipeline.status import JobStatus, Phase, RequestStatus
 from storage import locations, reports
 from storage.database import Database
 from storage.records import Job
-from storage.states import JobState, RequestState, ShardState
+from storage.states import TERMINAL_JOB, JobState, RequestState, ShardState
 
 _LAST_MOMENT = 253_402_300_799.0
 """The end of the year 9999: earlier versions accepted completion windows that end later, or never."""
@@ -16,6 +16,7 @@ def job_status(database: Database, job: Job) -> JobStatus:
     """The job at this moment."""
     progress = reports.progress(database, job)
     spec = job.spec
+    phase, seconds = _phase(job, progress)
     return JobStatus(
         id=job.id,
         state=job.state,
@@ -40,6 +41,8 @@ def job_status(database: Database, job: Job) -> JobStatus:
         error=job.error,
         refused=_refused(job),
         message=_message(job),
+        phase=phase,
+        phase_seconds=seconds,
         created_at=job.created_at,
         started_at=job.started_at,
         ended_at=job.ended_at,
@@ -51,6 +54,25 @@ def job_status(database: Database, job: Job) -> JobStatus:
 
 def _refused(job: Job) -> bool:
     return job.state is JobState.FAILED and not job.plan
+
+
+_PHASES = {
+    JobState.VALIDATING: Phase.READING,
+    JobState.FINALIZING: Phase.PUBLISHING,
+    JobState.CANCELLING: Phase.STOPPING,
+}
+
+
+def _phase(job: Job, progress: reports.Progress) -> tuple[Phase | None, float | None]:
+    """What the job is at, and the seconds since; ``None`` for one that has ended."""
+    if job.state in TERMINAL_JOB:
+        return None, None
+    if job.state in _PHASES:
+        return _PHASES[job.state], progress.seconds
+    if progress.running:
+        loads = progress.loading == progress.running
+        return (Phase.LOADING, progress.loading_seconds) if loads else (Phase.COMPUTING, None)
+    return Phase.RETRYING if progress.failures or progress.losses else Phase.WAITING, progress.seconds
 
 
 def _message(job: Job) -> str | None:

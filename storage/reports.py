@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 
 from storage import input_rows, rows, tables
-from storage.database import Database
+from storage.database import Database, now
 from storage.errors import NotFound
 from storage.records import Attempt, Job, PartFile, RowException, Shard
 from storage.states import ShardState
@@ -16,7 +17,11 @@ from storage.states import ShardState
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Sums over a job's shards. ``rows_done`` includes failed rows, and what running shards have flushed."""
+    """Sums over a job's shards. ``rows_done`` includes failed rows, and what running shards have flushed.
+
+    ``running`` attempts are at work; ``loading`` of them wait for an engine, the first for ``loading_seconds``.
+    ``seconds`` have passed since anything of the job began or ended, by the database's clock.
+    """
 
     rows_done: int
     rows_failed: int
@@ -27,6 +32,10 @@ class Progress:
     losses: int
     rows_resumed: int
     next_run_after: float | None
+    running: int
+    loading: int
+    loading_seconds: float
+    seconds: float
 
 
 def progress(database: Database, job: Job) -> Progress:
@@ -49,10 +58,15 @@ def progress(database: Database, job: Job) -> Progress:
                 sa.func.coalesce(sa.func.sum(sa.case((attempt.c.state == "failed", 1), else_=0)), 0).label("failed"),
                 sa.func.coalesce(sa.func.sum(sa.case((attempt.c.state == "lost", 1), else_=0)), 0).label("lost"),
                 sa.func.coalesce(sa.func.sum(attempt.c.rows_resumed), 0).label("resumed"),
+                sa.func.max(attempt.c.ended_at).label("ended"),
             )
             .join(shard, shard.c.id == attempt.c.shard_id)
             .where(shard.c.job_id == job.id)
         ).one()
+        at_work = connection.execute(_at_work(job.id)).one()
+        moved = max(
+            at for at in (job.created_at, job.started_at, tried.ended, job.cancel_requested_at) if at is not None
+        )
         due = connection.execute(
             sa.select(sa.func.min(shard.c.run_after)).where(shard.c.job_id == job.id, shard.c.state == ShardState.READY)
         ).scalar()
@@ -67,6 +81,27 @@ def progress(database: Database, job: Job) -> Progress:
         losses=int(tried.lost),
         rows_resumed=int(tried.resumed),
         next_run_after=due,
+        running=int(at_work.n),
+        loading=int(at_work.loading),
+        loading_seconds=max(0.0, at_work.clock - at_work.since) if at_work.since is not None else 0.0,
+        seconds=max(0.0, at_work.clock - moved),
+    )
+
+
+def _at_work(job_id: str) -> sa.Select[Any]:
+    """Attempts at the job that are running, those among them that load, and when the first of these began."""
+    shard, attempt = tables.shard, tables.attempt
+    loads = attempt.c.step == "loading"
+    return (
+        sa.select(
+            sa.func.count().label("n"),
+            sa.func.coalesce(sa.func.sum(sa.case((loads, 1), else_=0)), 0).label("loading"),
+            sa.func.min(sa.case((loads, attempt.c.started_at))).label("since"),
+            sa.cast(now(), sa.Double()).label("clock"),
+        )
+        .select_from(attempt)
+        .join(shard, sa.and_(shard.c.id == attempt.c.shard_id, shard.c.attempt_no == attempt.c.attempt_no))
+        .where(shard.c.job_id == job_id, shard.c.state == ShardState.RUNNING)
     )
 
 

@@ -108,6 +108,14 @@ def _flush(
         )
 
 
+def note(database: Database, claim: Claim, step: str) -> None:
+    """Note what the attempt is at from now on, for those who watch; it begins as ``"loading"``."""
+    attempt = tables.attempt
+    mine = (attempt.c.shard_id == claim.shard.id, attempt.c.attempt_no == claim.attempt_no)
+    with database.write() as connection:
+        connection.execute(attempt.update().where(*mine).values(step=step))
+
+
 def isolate(database: Database, claim: Claim, rows: BitMap | None) -> None:
     """Note that ``rows`` are about to run alone, or with ``None`` that the search for a poison row has ended."""
     shard = tables.shard

@@ -215,6 +215,8 @@ attempt = sa.Table(
     sa.Column("ended_at", Seconds),
     _count("rows_resumed"),
     _count("rows_computed"),
+    # What the attempt is at: "loading" until its engine is ready.
+    sa.Column("step", sa.Text, nullable=False, server_default="loading"),
     sa.Column("stats", Json, nullable=False, server_default="{}"),
     sa.Column("error", Text),
 )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypedDict
 from pipeline.cli import errors, output
 from pipeline.cli.command import Invocation, say
 from pipeline.cli.interrupts import InterruptWatch, end_now
-from pipeline.cli.progress import progress
+from pipeline.progress import progress
 from pipeline.status import JobStatus
 from storage.errors import Interrupted
 from storage.redaction import redact_text
@@ -46,7 +46,7 @@ def foreground(invocation: Invocation, work: Callable[[Client, Hooks], JobStatus
     seen: list[JobStatus] = []
     codes: Counter[str] = Counter()
     began = time.monotonic()
-    with progress(quiet=invocation.quiet) as shown:
+    with progress(quiet=invocation.quiet, write=say) as shown:
 
         def on_progress(status: JobStatus) -> None:
             seen[1:] = [status]  # the first and the latest are kept

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.cli import errors, output
-from pipeline.cli.command import Invocation, command
+from pipeline.cli.command import Invocation, command, say
 from pipeline.cli.foreground import Hooks, foreground
 from pipeline.cli.job_errors import list_errors
 from pipeline.cli.job_ids import JobId, JobIds
 from pipeline.cli.job_list import list_jobs
-from pipeline.cli.progress import progress
 from pipeline.measures import derived
+from pipeline.progress import progress
 from pipeline.status import JobStatus
 from storage.errors import Interrupted, InvalidJob, JobCancelled, JobFailed
 
@@ -357,7 +357,7 @@ def watch(invocation: Invocation, job: JobId) -> int:
     """
     embedded = invocation.loaded.settings.broker_url is None
     alone, told = 0, False
-    with invocation.client() as client, progress(quiet=invocation.quiet) as shown:
+    with invocation.client() as client, progress(quiet=invocation.quiet, write=say) as shown:
         handle = client.job(job)
         try:
             while not (status := handle.status()).terminal:

@@ -7,13 +7,16 @@ import os
 import shutil
 import sys
 import time
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from pipeline.cli import streams
+from pipeline.words import count, duration, plural, printable
 from storage.redaction import redact_known, redact_known_values
+
+__all__ = ["count", "duration", "plural", "printable"]
+"""For the commands, with the rest of what they say."""
 
 VERSION = 1
 """Version of every JSON shape. It rises when a field goes, or changes its meaning; not when one is added."""
@@ -106,12 +109,6 @@ def pairs(items: Iterable[tuple[str, object]]) -> str:
     return "\n".join(f"{_pad(name, longest, False)}  {value}" for name, value in kept)
 
 
-def printable(value: object) -> str:
-    """The value as one line that cannot drive a terminal: control characters are shown as escapes."""
-    text = "" if value is None else str(value)
-    return "".join(c if unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode() for c in text)
-
-
 def width(text: str) -> int:
     """Cells that the text takes on a terminal."""
     if text.isascii():
@@ -124,34 +121,6 @@ def width(text: str) -> int:
 def _pad(text: str, to: int, right: bool) -> str:
     space = " " * (to - width(text))
     return space + text if right else text + space
-
-
-def count(number: float) -> str:
-    """``12,345``; small rates keep two significant digits (``0.25``, ``3.1``)."""
-    if 0 < abs(number) < 10 and number != int(number):
-        return f"{number:.2g}"
-    return f"{number:,.0f}"
-
-
-def plural(number: int, noun: str) -> str:
-    """``1 row``, ``2,000 rows``."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
-def duration(seconds: float, *, short: bool = False) -> str:
-    """``0.4 s``, ``12 s``, ``3 min 20 s``, ``2 h 05 min``, ``3 d 4 h``; ``short``: the first of the two only."""
-    if short:
-        return " ".join(duration(seconds).split(" ")[:2])
-    if seconds < 9.95:
-        return f"{max(seconds, 0):.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
 def moment(at: float | None) -> str | None:
