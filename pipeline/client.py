@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pipeline import frame_jobs
 from pipeline import job as job_calls
-from pipeline import local
 from pipeline.attendance import with_attendance
 from pipeline.boundary import Limit, Moment, Text, Whole, boundary, own
 from pipeline.engines.base import Cancellation
@@ -26,11 +26,14 @@ from pipeline.session import Session
 from pipeline.settings import Settings
 from pipeline.status import JobStatus, RequestStatus
 from pipeline.status_of import job_status
-from storage import job_lookup, locations, tenants
-from storage.errors import InvalidSettings
+from storage import job_lookup, jobs, locations, tenants
+from storage.errors import Conflict, InvalidSettings
 from storage.states import TERMINAL_JOB, JobState
 from storage.tenants import Tenant, Usage
 from storage.wakeups import Wakeups
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _ID_LENGTH = 36
 
@@ -113,12 +116,57 @@ class Client:
         """
         self._session.notify(on_notice)
         job = job_calls.submit_job(self._runtime, fields, resume=True, plan=True)
-        return local.run_job(
-            self._runtime,
-            job,
-            interrupt=interrupt or Cancellation(),
-            on_progress=own(on_progress or (lambda status: None)),
-        )
+        return self._session.run(job, interrupt, None if on_progress is None else own(on_progress))
+
+    def map(self, data: Any, *, progress: bool = False, **fields: Any) -> pa.Table:
+        """A model over the rows of a data frame: its columns and the results, in its order, as a ``pyarrow.Table``.
+
+        ``data``: anything with ``__arrow_c_stream__`` or ``__arrow_c_array__`` (a pandas or Polars DataFrame, a DuckDB
+        relation, a pyarrow Table or RecordBatchReader), or a ``pyarrow.dataset``. ``fields`` are those of
+        :class:`~pipeline.JobSpec`, without input and output. A failed row has its ``error`` filled in, and its result
+        columns null. The index of a pandas frame is kept: as columns, which ``to_pandas()`` makes the index again.
+
+        It is the same job as :meth:`submit` makes, over a copy of the rows on disk (``map_dir`` of the settings). After
+        a crash or Ctrl-C the same call, with the same rows and fields, goes on and computes no flushed row again; after
+        the end it returns the results that are there. Both are deleted when no call has used them for
+        ``map_retention_days``.
+
+        Raises :class:`~storage.errors.InvalidInput` for what is no table or has a column name twice, and what
+        :meth:`submit` and :meth:`JobHandle.wait` raise.
+        """
+        runtime = self._runtime
+        frame_jobs.refuse(runtime, fields)
+        frame = frame_jobs.keep(runtime, data)
+        frame_jobs.prune(runtime)
+        handle = self._of_frame(frame_jobs.fields_of(runtime, frame, fields))
+        if runtime.settings.broker_url is not None:
+            handle.wait(progress=progress)
+        else:
+            handle.finish(progress=progress)
+        return frame_jobs.with_index(handle.table(), frame)
+
+    def _of_frame(self, fields: dict[str, Any]) -> JobHandle:
+        """The job of this call: an earlier one that can go on, or that is done, else a new one."""
+        before = frame_jobs.earlier(self._runtime, fields["output"])
+        if before is not None:
+            handle = JobHandle(self._session, before.id)
+            try:
+                handle.retry()
+            except Conflict:
+                fields = fields | {"overwrite": True}  # nothing is left to go on from
+            else:
+                return handle
+        embedded = self._runtime.settings.broker_url is None
+        try:
+            job = job_calls.submit_job(self._runtime, fields, resume=True, plan=embedded)
+        except Conflict:
+            if "overwrite" in fields or jobs.live_on_output(self._runtime.database, fields["output"]) is not None:
+                raise
+            # What is there cannot be vouched for: the job that made it is not known any more.
+            job = job_calls.submit_job(self._runtime, fields | {"overwrite": True}, resume=True, plan=embedded)
+        if not embedded:
+            self._wakeups.plan()
+        return JobHandle(self._session, job.id)
 
     def job(self, id_or_prefix: Text) -> JobHandle:
         """A job by its id, or by an unambiguous beginning or end of it. Raises :class:`~storage.errors.NotFound`."""

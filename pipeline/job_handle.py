@@ -19,7 +19,16 @@ from pipeline.session import Session
 from pipeline.status import JobStatus, RequestStatus
 from pipeline.status_of import job_status
 from storage import jobs, locations, reports, workers
-from storage.errors import IllegalTransition, InvalidJob, JobCancelled, JobFailed, JobRefused, NotFound, WaitTimeout
+from storage.errors import (
+    Conflict,
+    IllegalTransition,
+    InvalidJob,
+    JobCancelled,
+    JobFailed,
+    JobRefused,
+    NotFound,
+    WaitTimeout,
+)
 from storage.records import Attempt, Event, Shard
 from storage.states import JobState, ShardState
 
@@ -67,7 +76,7 @@ class JobHandle:
                 status = local.with_unflushed(self._runtime, self.status())
                 shown.update(status)
                 if status.terminal:
-                    return _completed(status)
+                    return completed(status)
                 background = self._session.start(self.id)
                 left = _POLL_SECONDS if deadline is None else min(_POLL_SECONDS, deadline - time.monotonic())
                 if left <= 0:
@@ -130,12 +139,22 @@ class JobHandle:
     ) -> JobStatus:
         """Run the job in the foreground of this process until it has ended, as :meth:`Client.run` does."""
         self._session.notify(on_notice)
-        return local.run_job(
-            self._runtime,
-            jobs.get(self._runtime.database, self.id),
-            interrupt=interrupt or Cancellation(),
-            on_progress=own(on_progress or (lambda status: None)),
-        )
+        job = jobs.get(self._runtime.database, self.id)
+        return self._session.run(job, interrupt, None if on_progress is None else own(on_progress))
+
+    def finish(self, progress: bool = False) -> JobStatus:
+        """Run the job in the foreground, or wait for the process that does. Ctrl-C stops it, and it can be resumed.
+
+        Returns, and raises, what :meth:`wait` does.
+        """
+        with shown(progress) as show:
+            try:
+                return completed(self.resume(on_progress=show))
+            except Conflict:
+                status = self.status()
+                if status.terminal or not status.attended:
+                    raise
+        return self.wait(progress=progress)
 
     def request(self, row: Whole) -> RequestStatus:
         """Where one row stands; ``row`` counts from the start of the job's input, from 0.
@@ -201,7 +220,8 @@ def state_named(kind: type[S], name: str) -> S:
         raise InvalidJob(f"no such state {name!r}; one of {', '.join(kind)}", field="state") from None
 
 
-def _completed(status: JobStatus) -> JobStatus:
+def completed(status: JobStatus) -> JobStatus:
+    """The status of a job that has completed; otherwise :class:`JobFailed` or :class:`JobCancelled`."""
     if status.state is JobState.FAILED:
         kind, verb = (JobRefused, "was refused") if status.refused else (JobFailed, "failed")
         raise kind(f"job {status.id} {verb}: {status.error}")

@@ -13,8 +13,10 @@ from pipeline.engines.base import Cancellation
 from pipeline.leases import INTERRUPTED
 from pipeline.runtime import Runtime, start
 from pipeline.settings import Settings
+from pipeline.status import JobStatus
 from storage import jobs, workers
 from storage.errors import Interrupted, RowmillError
+from storage.records import Job
 from storage.wakeups import Wakeups
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,23 @@ class Background(threading.Thread):
         finally:
             self.done.set()
             self._ended()
+
+
+class Foreground:
+    """A job that runs in the thread that asked for it. Its process may end from elsewhere meanwhile: by a signal."""
+
+    def __init__(self, interrupt: Cancellation) -> None:
+        self._interrupt = interrupt
+        self.done = threading.Event()
+
+    def stop(self) -> None:
+        """Let it flush and hand back its shards. Returns at once."""
+        self._interrupt.cancel(INTERRUPTED)
+
+    def close(self) -> None:
+        """The same, and wait for it."""
+        self.stop()
+        self.done.wait()
 
 
 class Session:
@@ -114,6 +133,24 @@ class Session:
             process_end.add(self)
             background.start()
         return background
+
+    def run(
+        self, job: Job, interrupt: Cancellation | None, on_progress: Callable[[JobStatus], None] | None
+    ) -> JobStatus:
+        """Run the job here and now; see :func:`pipeline.local.run_job`."""
+        runtime = self.runtime
+        interrupt = interrupt or Cancellation()
+        work = Foreground(interrupt)
+        process_end.add(work)
+        try:
+            return local.run_job(runtime, job, interrupt=interrupt, on_progress=on_progress or (lambda status: None))
+        except Interrupted:
+            work.done.set()
+            process_end.await_signal()
+            raise
+        finally:
+            work.done.set()
+            process_end.discard(work)
 
     def _ended(self) -> None:
         with self._lock:

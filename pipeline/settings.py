@@ -129,6 +129,12 @@ class Settings(BaseSettings):
     job_retention_days: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Jobs that ended longer ago are deleted with their work files, by beat and ``rowmill admin gc``; what they
     published stays. ``None``: they stay until ``rowmill job delete``."""
+    map_dir: Annotated[str, AfterValidator(_without_credentials)] | None = None
+    """Where ``client.map`` keeps rows and results: a folder, or a URL. ``None`` is ``map`` below ``data_dir``. In a
+    fleet it has to be set, to a place that all workers reach."""
+    map_retention_days: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 7.0
+    """Rows of ``client.map``, with their results and jobs, that no call has used for so long are deleted by the next
+    call of it."""
     max_failures: Annotated[int, Field(ge=1)] = 4
     """Failures after which a shard is given up."""
     max_losses: Annotated[int, Field(ge=1)] = 8
@@ -152,6 +158,10 @@ class Settings(BaseSettings):
     @property
     def effective_result_cache(self) -> str:
         return self.result_cache or str(self.cache_dir / "results")
+
+    @property
+    def effective_map_dir(self) -> str:
+        return (self.map_dir or str(self.data_dir.absolute() / "map")).rstrip("/")
 
     @classmethod
     def settings_customise_sources(
