@@ -95,10 +95,12 @@ def _refusal(function: Callable[..., Any], error: ValidationError) -> InvalidJob
             message = f"{function.__name__}() has no such argument; it takes: {names or 'nothing'}"
         case "unexpected_positional_argument" | "missing_argument" | "missing_keyword_only_argument":
             name, message = None, f"{function.__name__}() takes {names or 'nothing'}: {problem['msg'].lower()}"
+        case "value_error":
+            message = problem["msg"].removeprefix("Value error, ")
         case _:
             shown = repr(problem["input"])
             shown = shown if len(shown) <= 100 else f"{shown[:100]}…"
-            message = f"{problem['msg'].removeprefix('Value error, ').removeprefix('Input ')}, not {shown}"
+            message = f"{problem['msg'].removeprefix('Input ')}, not {shown}"
     return InvalidJob(message, field=name)
 
 

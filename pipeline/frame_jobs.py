@@ -16,10 +16,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline import deletion, frames, local
+from pipeline import deletion, frames, local, preflight
 from pipeline import job as job_calls
 from pipeline.attendance import with_attendance
-from pipeline.job_spec import parse
 from pipeline.maintenance import apart
 from pipeline.runtime import Runtime
 from pipeline.status_of import job_status
@@ -58,7 +57,7 @@ def refuse(runtime: Runtime, fields: Mapping[str, Any]) -> None:
     settings = runtime.settings
     if settings.broker_url is not None and settings.map_dir is None:
         raise InvalidSettings("in a fleet map() needs one: a folder or URL that all workers reach", field="map_dir")
-    job_calls.model_and_engine(runtime, job_calls.absolute(parse({**fields, "input": "input", "output": "output"})))
+    preflight.request_of(runtime, {**fields, "input": "input", "output": "output"})
 
 
 def keep(runtime: Runtime, data: object) -> Frame:
@@ -78,9 +77,9 @@ def keep(runtime: Runtime, data: object) -> Frame:
 
 def fields_of(runtime: Runtime, frame: Frame, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The job's fields, with the place of its output: its own for these fields and the model as it is now."""
-    spec = job_calls.absolute(parse({**fields, "input": frame.uri, "output": frame.folder}))
-    model, _ = job_calls.model_and_engine(runtime, spec)
-    return {**fields, "input": frame.uri, "output": f"{frame.folder}/{spec.work_hash()[:24]}-{model.digest[-8:]}"}
+    request = preflight.request_of(runtime, {**fields, "input": frame.uri, "output": frame.folder})
+    name = f"{request.spec.work_hash()[:24]}-{request.model.digest[-8:]}"
+    return {**fields, "input": frame.uri, "output": f"{frame.folder}/{name}"}
 
 
 def earlier(runtime: Runtime, output: str) -> Job | None:
