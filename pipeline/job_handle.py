@@ -147,9 +147,9 @@ class JobHandle:
 
         Returns, and raises, what :meth:`wait` does.
         """
-        with shown(progress) as show:
+        with shown_progress(quiet=not progress, keep=True) as shown:
             try:
-                return completed(self.resume(on_progress=show))
+                return completed(self.resume(on_progress=shown.update))
             except Conflict:
                 status = self.status()
                 if status.terminal or not status.attended:

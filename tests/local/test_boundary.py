@@ -91,7 +91,7 @@ def test_a_wrong_argument_is_named(client: Client, fields: dict[str, Any]) -> No
     assert raised.value.field == "limit"
     with pytest.raises(InvalidJob, match=r"job\(\) takes id_or_prefix"):
         client.job()  # type: ignore[call-arg]
-    with pytest.raises(InvalidJob, match="after: .* holds a NUL"):
+    with pytest.raises(InvalidJob, match=r"after: .* holds a NUL"):
         client.jobs(after="no\0")
     with pytest.raises(InvalidSettings, match="data_dri"):
         Client(data_dri="x")
