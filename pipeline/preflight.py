@@ -127,7 +127,7 @@ def check_in_fleet(runtime: Runtime, request: Request) -> None:
     store.close()
     if found is not None:
         columns_of(request, found, notify)
-    _notice_of_workers(runtime, request.engine)
+    _check_workers(runtime, request)
 
 
 @contextmanager
@@ -164,7 +164,11 @@ def _check_folder(output: str) -> None:
             return
 
 
-def _notice_of_workers(runtime: Runtime, engine: str) -> None:
-    serving = {name for seen in workers.listed(runtime.database) for name in seen.worker.engines}
-    if engine not in serving:
+def _check_workers(runtime: Runtime, request: Request) -> None:
+    """Raise :class:`EngineMissing` where every worker that serves the engine lacks what the options ask for."""
+    engine = request.engine
+    serving = [seen.worker for seen in workers.listed(runtime.database) if engine in seen.worker.engines]
+    if not serving:
         runtime.notify(f"no worker serves engine {engine!r} now; the job waits for one ('rowmill worker list')")
+    elif all(engine in worker.offers for worker in serving):
+        registry.check_workers(engine, request.spec.engine_options, [worker.offers[engine] for worker in serving])

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import uuid_utils
 
+from pipeline.engines import registry
 from pipeline.engines.base import EngineContext
 from pipeline.engines.pool import EnginePool
 from pipeline.isolation import Isolation
@@ -113,6 +114,7 @@ def start(
             queues=tuple(queues),
             slots=slots,
             lease_seconds=settings.lease_seconds,
+            offers=registry.host_offers(engines),
         ),
         notify=notify,
     )

@@ -278,6 +278,7 @@ worker = sa.Table(
     sa.Column("warm", Json, nullable=False, server_default="[]"),
     sa.Column("trouble", Text),
     sa.Column("dropped_messages", Big, nullable=False, server_default="0"),
+    sa.Column("offers", Json, nullable=False, server_default="{}"),
 )
 
 # Of processes in the embedded mode, from before their first claim to the end of the job. A killed one leaves its row.

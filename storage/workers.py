@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
@@ -25,7 +25,8 @@ class Worker:
     tell them (``None``), ``pid_started_at`` does: Unix seconds, by the worker's host.
 
     ``queues`` are what it takes shards or control work from, ``slots`` the shards it runs at once (0: control work
-    only); both are empty for an embedded run. ``lease_seconds``: how long it may be silent.
+    only); both are empty for an embedded run. ``lease_seconds``: how long it may be silent. ``offers``: engine → what
+    its machine has that jobs may ask for (execution providers); an engine that is not there says nothing of it.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Worker:
     version: str = ""
     boot_id: str | None = None
     start_ticks: int | None = None
+    offers: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ def register(database: Database, worker: Worker) -> None:
                 slots=worker.slots,
                 lease_seconds=worker.lease_seconds,
                 version=worker.version,
+                offers={name: list(items) for name, items in worker.offers.items()},
                 started_at=now(),
                 heartbeat_at=now(),
             )
@@ -226,6 +229,7 @@ def _worker(row: sa.Row[Any]) -> Worker:
         version=row.version,
         boot_id=row.boot_id,
         start_ticks=row.start_ticks,
+        offers={name: tuple(items) for name, items in row.offers.items()},
     )
 
 

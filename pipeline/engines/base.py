@@ -241,13 +241,18 @@ class NamesResults(Protocol):
 
 
 @runtime_checkable
-class ChecksHost(Protocol):
-    """An engine class that can tell what this machine lacks without loading a model."""
+class NeedsOfHost(Protocol):
+    """An engine class whose options ask for something that one machine has and another lacks."""
 
     @classmethod
-    def check_host(cls, options: Mapping[str, Any]) -> None:
-        """Refuse options that nothing on this machine can fulfil. Called where the engine is to run.
+    def host_needs(cls, options: Mapping[str, Any]) -> Mapping[str, str]:
+        """Names of what the options ask of the machine (execution providers), each with the field that asks."""
+        ...
 
-        Raises :class:`~storage.errors.EngineMissing`, naming what is there instead.
+    @classmethod
+    def host_offers(cls) -> frozenset[str]:
+        """Names of what this machine has of that. May import the engine's library, and loads no model.
+
+        Raises :class:`~storage.errors.EngineMissing` where the library is not there.
         """
         ...

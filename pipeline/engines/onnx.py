@@ -25,7 +25,7 @@ from pipeline.engines.onnx_graphs import Graphs
 from pipeline.engines.onnx_image import ImageModel
 from pipeline.engines.onnx_lane import Call, Stopped
 from pipeline.engines.onnx_layout import Layout
-from pipeline.engines.onnx_runtime import import_runtime, installed, wanted_providers
+from pipeline.engines.onnx_runtime import import_runtime, installed
 from pipeline.engines.onnx_session import SessionPool, memory_for_copies
 from pipeline.engines.onnx_stream import Window, sample, stream
 from pipeline.engines.onnx_tensor import TensorModel
@@ -119,11 +119,16 @@ class OnnxEngine:
         return None if signature is None else tuple(value.name for value in signature.outputs)
 
     @classmethod
-    def check_host(cls, options: Mapping[str, Any]) -> None:
-        """See :class:`~pipeline.engines.base.ChecksHost`. ONNX Runtime is imported where providers are named."""
+    def host_needs(cls, options: Mapping[str, Any]) -> Mapping[str, str]:
+        """See :class:`~pipeline.engines.base.NeedsOfHost`: the providers that were named."""
         asked = onnx_options.parse(options)
-        if asked.providers is not None:
-            wanted_providers(import_runtime(), asked)
+        named = () if asked.providers is None or asked.allow_fallback else asked.providers
+        return {name: "engine_options.providers" for name, _ in named}
+
+    @classmethod
+    def host_offers(cls) -> frozenset[str]:
+        """See :class:`~pipeline.engines.base.NeedsOfHost`: the providers in this machine's ONNX Runtime."""
+        return frozenset(import_runtime().get_available_providers())
 
     @classmethod
     def check_permissions(cls, options: Mapping[str, Any], permissions: Permissions) -> None:

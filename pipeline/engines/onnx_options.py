@@ -97,12 +97,12 @@ class OnnxOptions(BaseModel):
         names = [name for name, _ in pairs]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"{', '.join(sorted(twice))} is named twice")
+        for name, options in pairs:
+            _no_paths(options, f"provider {name}")
         if unknown := sorted(set(names) - PROVIDERS):
             near = difflib.get_close_matches(unknown[0], PROVIDERS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(PROVIDERS))}"
             raise ValueError(f"no build of ONNX Runtime has {', '.join(map(repr, unknown))}; {hint}")
-        for name, options in pairs:
-            _no_paths(options, f"provider {name}")
         return tuple(pairs)
 
     @field_validator("session_config", mode="before")

@@ -7,13 +7,14 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.engines.answer_fields import names_of
-from pipeline.engines.base import ChecksHost, ChecksRequests, Engine, NamesResults, Permissions, RestrictsOptions
+from pipeline.engines.base import ChecksRequests, Engine, NamesResults, NeedsOfHost, Permissions, RestrictsOptions
 from pipeline.job_spec import JobSpec, Task
 from pipeline.models.model import Model
 from storage.errors import EngineMissing, InvalidJob
@@ -89,8 +90,40 @@ def check_host(name: str, options: Mapping[str, Any]) -> None:
     if (remedy := lacks(name)) is not None:
         raise EngineMissing(f"engine {name!r} is not installed here; install {remedy}", field="engine")
     kind = engine_class(name)
-    if issubclass(kind, ChecksHost):
-        kind.check_host(options)
+    if issubclass(kind, NeedsOfHost) and (needs := kind.host_needs(options)):
+        _refuse_missing(name, needs, [kind.host_offers()], "this machine")
+
+
+def check_workers(name: str, options: Mapping[str, Any], offers: Collection[Collection[str]]) -> None:
+    """Refuse options that none of the workers can run. ``offers``: of each of them, as :func:`host_offers` has it.
+
+    Raises :class:`EngineMissing`; never without a worker.
+    """
+    kind = engine_class(name)
+    if offers and issubclass(kind, NeedsOfHost):
+        _refuse_missing(name, kind.host_needs(options), offers, f"no worker that serves engine {name!r}")
+
+
+def host_offers(names: Iterable[str]) -> dict[str, list[str]]:
+    """What this machine has, by engine; nothing of engines that ask for nothing, or cannot be imported here."""
+    found = {}
+    for name in names:
+        with suppress(EngineMissing, InvalidJob):
+            kind = engine_class(name)
+            if issubclass(kind, NeedsOfHost):
+                found[name] = sorted(kind.host_offers())
+    return found
+
+
+def _refuse_missing(name: str, needs: Mapping[str, str], offers: Collection[Collection[str]], who: str) -> None:
+    if any(needs.keys() <= set(there) for there in offers):
+        return
+    missing = [need for need in needs if not all(need in there for there in offers)]
+    known = ", ".join(sorted(set().union(*offers))) or "none"
+    verb = "lacks" if who == "this machine" else "has"
+    _, remedy = _NEEDS.get(name, (None, None))
+    more = f"; install {remedy}" if remedy else ""
+    raise EngineMissing(f"{who} {verb} {', '.join(missing)}; there are {known}{more}", field=needs[missing[0]])
 
 
 def check_request(name: str, spec: JobSpec, model: Model) -> None:

@@ -28,6 +28,10 @@ from storage.errors import EngineDead, InvalidJob, InvalidModel
 from tests.engines.onnx_support import FLOAT, graph, model_at, value
 
 
+def test_the_table_of_providers_is_onnx_runtimes() -> None:
+    assert set(onnxruntime.get_all_providers()) <= onnx_options.PROVIDERS  # type: ignore[attr-defined]
+
+
 def test_options_have_names_pairs_and_aliases() -> None:
     made = onnx_options.parse(
         {"providers": ["CUDAExecutionProvider", ["CPUExecutionProvider", {"use_arena": 1}]], "intra_op_num_threads": 4}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from pipeline.cli.main import app
 from pipeline.engines.base import Cancellation
 from pipeline.planner import plan_waiting
 from pipeline.settings import Settings
-from storage.errors import InvalidJob, JobRefused
+from storage import workers
+from storage.errors import EngineMissing, InvalidJob, JobRefused
 from storage.states import JobState
+from tests.local.test_hostile_specs import negation
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,25 @@ def test_a_good_job_is_taken_and_told_that_nobody_serves_it(client: Client) -> N
     assert job.status().state is JobState.VALIDATING
     assert [line for line in said if "no worker serves engine 'fake'" in line] == said
     assert plan(client) == [job.id]
+
+
+def test_a_provider_that_no_worker_has_is_refused(client: Client, tmp_path: Path) -> None:
+    job = negation(tmp_path, "y")
+
+    def submit(**options: Any) -> None:
+        client.submit(**{**job, "output": f"out-{len(client.jobs())}"}, engine_options=options)
+
+    submit(providers=["CUDAExecutionProvider"])  # a worker that has it may be started yet
+    runtime = client._runtime
+    cpu = replace(runtime.worker, engines=("onnx",), offers={"onnx": ("CPUExecutionProvider",)})
+    workers.register(runtime.database, replace(cpu, id="cpu"))
+    with pytest.raises(EngineMissing, match=r"no worker that serves engine 'onnx' has CUDA.*; there are CPU") as caught:
+        submit(providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
+    assert caught.value.field == "engine_options.providers"
+    submit(providers=["CUDAExecutionProvider"], allow_fallback=True)
+    submit(providers=["CPUExecutionProvider"])
+    workers.register(runtime.database, replace(cpu, id="gpu", offers={"onnx": ("CUDAExecutionProvider",)}))
+    submit(providers=["CUDAExecutionProvider"])
 
 
 def test_what_the_client_cannot_reach_is_said_and_the_rest_is_checked(

@@ -11,7 +11,9 @@ from storage.errors import NotFound
 from storage.workers import Worker
 from tests.storage.jobs_in_sql import planned_job
 
-ONNX = Worker("host:1:aaaa", "host", 1, 1.5, ("onnx",), ("onnx",), 2, 30.0, "0.1.0")
+ONNX = Worker(
+    "host:1:aaaa", "host", 1, 1.5, ("onnx",), ("onnx",), 2, 30.0, "0.1.0", offers={"onnx": ("CPUExecutionProvider",)}
+)
 CONTROL = Worker("host:2:bbbb", "host", 2, 1.5, (), ("control",), 0, 30.0, "0.1.0")
 
 
