@@ -360,7 +360,10 @@ def stored(fields: Mapping[str, Any]) -> JobSpec:
 def invalid(error: ValidationError) -> InvalidJob:
     """What pydantic found, as the error that names every field at fault and why."""
     problems = []
+    found_in = {item["loc"][0] for item in error.errors(include_url=False) if len(item["loc"]) > 1}
     for item in error.errors(include_url=False):
+        if item["type"] == "too_short" and item["loc"][0] in found_in:
+            continue  # pydantic counts only what is right in a list, and says so twice
         where = ".".join(_printable(str(part)) for part in item["loc"] if part != "[key]")
         what = item["msg"].removeprefix("Value error, ")
         if item["type"] not in _SAY_ENOUGH and isinstance(item["input"], (str, int, float)):

@@ -191,6 +191,7 @@ class Settings(BaseSettings):
     @model_validator(mode="wrap")
     @classmethod
     def _a_bad_value_names_its_source(cls, data: Any, handler: ModelWrapValidatorHandler[Settings]) -> Settings:
+        redaction.remember(sources.secret_variables())
         if isinstance(data, Mapping):
             for name in _SECRET:
                 given = data.get(name)

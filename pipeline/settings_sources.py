@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,10 @@ PREFIX = "ROWMILL_"
 CONFIG_VARIABLE = "ROWMILL_CONFIG"
 """Names the file to read instead of ``rowmill.toml`` in the working directory."""
 
+_SECRET_VARIABLE = re.compile(
+    r"(?i)(?:SECRET|PASSWORD|PASSWD|PASSPHRASE|TOKEN|(?:ACCESS|ACCOUNT|STORAGE|API|SECRET)_?KEY|CONNECTION_STRING)$"
+)
+_SHORTEST_SECRET = 8
 _NOT_SETTINGS = frozenset({CONFIG_VARIABLE, "ROWMILL_FAILPOINTS"})
 
 
@@ -113,6 +118,13 @@ class EnvSource(EnvSettingsSource):
     def decode_complex_value(self, field_name: str, field: Any, value: Any) -> Any:
         """A variable that holds JSON."""
         return json_text.loads(value)
+
+
+def secret_variables() -> list[str]:
+    """The values of environment variables that hold secrets by their names: those that clients of stores read."""
+    return [
+        value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name) and len(value) >= _SHORTEST_SECRET
+    ]
 
 
 def text_or_json(text: str) -> Any:

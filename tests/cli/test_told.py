@@ -167,6 +167,29 @@ def test_a_setting_that_is_nested_deeply(rowmill: Rowmill) -> None:
     told(rowmill.inside("config", "show", "--setting", f"{dotted}=1"), 2, home=rowmill.home)
 
 
+def test_the_secrets_in_use_are_hidden_wherever_they_occur(rowmill: Rowmill) -> None:
+    more = {
+        "AWS_SECRET_ACCESS_KEY": "s3cr3tPW+1",
+        "ROWMILL_DATABASE_URL": f"sqlite:///{rowmill.home}/x.db",
+        "ROWMILL_STORAGE_OPTIONS": '{"s3": {"client_kwargs": {"token": "s3cr3tPW+2"}}}',
+    }
+    rowmill.environment.update(more)
+    for secret in ("s3cr3tPW+1", "s3cr3tPW+2"):
+        done = told(rowmill.inside("job", "show", f"x{secret}x", "--json"), 6, home=rowmill.home)
+        assert secret not in done.out + done.err
+        assert "x***x" in done.out
+        assert "x***x" in done.err
+
+
+@pytest.mark.parametrize("words", [("run",), ("job", "submit"), ("job", "estimate")])
+@pytest.mark.parametrize("url", ["s3://AK:s3cr3tPW@b/x.parquet", "https://h/x.parquet?sig=s3cr3tPW"])
+def test_a_job_with_credentials_is_refused_and_not_stored(rowmill: Rowmill, words: tuple[str, ...], url: str) -> None:
+    done = told(rowmill.inside(*words, url, "-o", "out", *EMBED, "--json"), 2, home=rowmill.home)
+    assert "storage_options" in done.err
+    assert "s3cr3tPW" not in done.out + done.err
+    assert rowmill.inside("job", "list", "--json").document["jobs"] == []
+
+
 # -- URLs ------------------------------------------------------------------------------------------------------------
 
 users = st.sampled_from(["", "u@", "u:p@", ":p@", "u:p@x@", "u:p/q@", "u:%00@", "u:é@"])
