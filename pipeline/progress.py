@@ -63,6 +63,23 @@ class Lines(Silent):
         self._write, self._clock, self._lock = write or _to_stderr, clock, threading.Lock()
         self._rates = Rates()
         self._last: tuple[JobState, str, float] | None = None
+        self._early = threading.Timer(LINE_SECONDS, self._say_reading)
+        self._early.daemon = True
+
+    def __enter__(self) -> Self:
+        self._early.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._early.cancel()
+
+    def _say_reading(self) -> None:
+        """Before the first status a job is planned, which may take long."""
+        with self._lock:
+            if self._last is None:
+                self._write(f"{Phase.READING} for {duration(LINE_SECONDS)}")
 
     def update(self, status: JobStatus) -> None:
         """Take in the status; write a line when it is time for one."""

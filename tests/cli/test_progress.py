@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -192,6 +193,25 @@ def test_the_bar_says_what_it_waits_for_while_nothing_is_reported(
         assert bar._beside() == "23 s · 0/50"
         bar.update(status(state=JobState.COMPLETED, rows_total=50, rows_done=50))
     assert capsys.readouterr().err.splitlines()[-1].startswith("completed: 50 of 50 rows (100%)")
+
+
+def test_lines_say_that_the_input_is_read_when_that_takes_long(status: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.01)
+    written: list[str] = []
+    said = threading.Event()
+
+    def write(line: str) -> None:
+        written.append(line)
+        said.set()
+
+    with Lines(write):
+        assert said.wait(60)
+        assert written == ["reading the input for 0.0 s"]
+    monkeypatch.setattr(progress, "LINE_SECONDS", 3600.0)
+    with Lines(written.append) as lines:
+        lines.update(status(rows_total=5))
+        lines._say_reading()
+    assert len(written) == 2
 
 
 def test_lines_tell_a_change_of_phase_at_once(status: Make) -> None:
