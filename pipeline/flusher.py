@@ -19,6 +19,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_e
 
 from pipeline import assembly, output_owner
 from pipeline.engines.base import ResultBatch
+from pipeline.row_errors import RowErrorCode
 from pipeline.runtime import Runtime
 from storage import failpoints, parquet, shards
 from storage.errors import CommitUnknown, TransientError
@@ -138,7 +139,10 @@ class Flusher:
             for failure in batch.failures
         ]
         tokens = _count_tokens(buffer)
-        patiently(lambda: shards.flush(runtime.database, claim, part, tokens=tokens, exceptions=exceptions))
+        poison = sum(exception.code == RowErrorCode.POISON_ROW for exception in exceptions)
+        patiently(
+            lambda: shards.flush(runtime.database, claim, part, tokens=tokens, exceptions=exceptions, n_poison=poison)
+        )
         self.rows_flushed += len(rows)
         failpoints.hit("flush.recorded")
         if failed and claim.job.spec.get("max_failed_rows") is not None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from pipeline.engines.base import Cancellation
+
+Waiting = Callable[[], AbstractContextManager[object]]
 
 MAKING_ROOM = "another shard of this process has to run alone"
 
@@ -25,16 +27,16 @@ class Isolation:
         self._wanting: deque[Turn] = deque()
         """Turns that run alone (the first, once nobody runs together) or want to, in the order in which they came."""
 
-    def turn(self, cancel: Cancellation) -> Turn:
-        """An attempt's; ``cancel`` ends its waits."""
-        return Turn(self, cancel)
+    def turn(self, cancel: Cancellation, waiting: Waiting = nullcontext) -> Turn:
+        """An attempt's; ``cancel`` ends its waits, and each of them lies within a ``waiting()``."""
+        return Turn(self, cancel, waiting)
 
 
 class Turn:
     """One attempt's part in an :class:`Isolation`. Not for several threads."""
 
-    def __init__(self, isolation: Isolation, cancel: Cancellation) -> None:
-        self._isolation, self._cancel = isolation, cancel
+    def __init__(self, isolation: Isolation, cancel: Cancellation, waiting: Waiting) -> None:
+        self._isolation, self._cancel, self._waiting = isolation, cancel, waiting
 
     @contextmanager
     def together(self) -> Iterator[Cancellation]:
@@ -82,6 +84,9 @@ class Turn:
     def _wait_for(self, ready: Callable[[], bool]) -> None:
         """Until it is so, or the attempt is cancelled."""
         changed = self._isolation._changed
+        with changed:
+            if self._cancel.cancelled or ready():
+                return
 
         def wake() -> None:
             with changed:
@@ -89,7 +94,7 @@ class Turn:
 
         forget = self._cancel.on_cancel(wake)
         try:
-            with changed:
+            with self._waiting(), changed:
                 changed.wait_for(lambda: self._cancel.cancelled or ready())
         finally:
             forget()

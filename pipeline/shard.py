@@ -7,7 +7,7 @@ import random
 import secrets
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from typing import Any
 
@@ -16,6 +16,7 @@ import pyarrow as pa
 from pyroaring import BitMap
 
 from pipeline import assembly, output_owner, profiling
+from pipeline.attempt_steps import AttemptSteps
 from pipeline.bisection import Kind, rounds
 from pipeline.damage import forget_damaged
 from pipeline.engines.base import Cancellation, Engine, ResultBatch, RowBatch, RowFailure
@@ -35,6 +36,7 @@ from pipeline.retry import backoff
 from pipeline.row_errors import RowErrorCode
 from pipeline.runtime import Runtime
 from storage import failpoints, locations, parquet, shards
+from storage.deaths import CAREFUL_AFTER, Step
 from storage.errors import (
     Blame,
     CommitUnknown,
@@ -111,12 +113,11 @@ def execute(
 
 def _fail(runtime: Runtime, claim: Claim, text: str, stats: Mapping[str, Any], *, crash: bool = False) -> None:
     # A search for a poison row is not a pile-up on something busy: it goes on at once.
-    searching = crash and claim.shard.n_crash + 1 >= shards.CAREFUL_AFTER
+    searching = crash and claim.shard.n_crash + 1 >= CAREFUL_AFTER
     delay = 0.0 if searching else backoff(claim.shard.n_fail + 1, random.random())  # noqa: S311 - jitter
-    limit = runtime.settings.max_failures
-    _report(
-        lambda: shards.fail(runtime.database, claim, text, delay=delay, max_failures=limit, crash=crash, stats=stats)
-    )
+    settings = runtime.settings
+    limits = {"max_failures": settings.max_failures, "max_losses": settings.max_losses}
+    _report(lambda: shards.fail(runtime.database, claim, text, delay=delay, crash=crash, stats=stats, **limits))
 
 
 def _report(write: Any) -> None:
@@ -143,7 +144,6 @@ def _attempt(runtime: Runtime, claim: Claim, cancel: Cancellation, measured: dic
     try:
         with runtime.engines.lease(claim.job.engine, model, spec.task, spec.engine_options, cancel) as engine:
             loading = time.monotonic() - began
-            patiently(lambda: shards.note(runtime.database, claim, "idle"))
             try:
                 run_shard(runtime, claim, engine, spec, plan, cancel, loading, measured)
             except EngineDead as error:
@@ -194,18 +194,20 @@ def run_shard(
     directory = locations.attempt_dir(
         job.output_uri, job.id, shard.idx, shard.gen, claim.attempt_no, secrets.token_hex(4)
     )
+    steps = AttemptSteps(lambda step, alone: patiently(lambda: shards.note(runtime.database, claim, step, alone)))
+    steps.begin(Step.IDLE)
     schema = engine.result_schema(spec)
     check_names(plan.keep, schema.names, spec.output_prefix)
     ledger = Ledger(claim.todo)
-    searching = shard.n_crash >= shards.CAREFUL_AFTER
+    searching = shard.n_crash >= CAREFUL_AFTER
     with (
         _told_when_broken_off(broken_off, measures, flusher := Flusher(runtime, claim, directory, schema)),
         flusher,
         profiling.recording(runtime.store, claim, engine, wanted=spec.profile) as profile,
-        closing(runtime.isolation.turn(cancel)) as place,
+        closing(runtime.isolation.turn(cancel, steps.waiting)) as place,
     ):
 
-        def take(results: Iterator[ResultBatch]) -> None:
+        def take(results: Iterator[ResultBatch], asked: BitMap) -> None:
             # Closed here and now when a flush fails: what it has inside the engine must not go on.
             with closing(results):  # type: ignore[type-var]
                 for batch in measures.waiting(results):
@@ -214,22 +216,27 @@ def run_shard(
                         continue
                     rows, failed = ledger.settle(batch)
                     flusher.add(batch, rows, failed)
+                    if not asked & ledger.pending:
+                        flusher.drain()  # before the engine goes on: if it dies now, no row was inside
+                    steps.answered(rows)
 
-        def infer(rows: BitMap, stop: Cancellation) -> None:
-            take(_infer(runtime, claim, profile.engine, spec, plan, rows, stop, measures))
+        def infer(rows: BitMap, stop: Cancellation, *, alone: bool = False) -> None:
+            def handed(batches: Iterator[RowBatch]) -> Iterator[RowBatch]:
+                return steps.handing(measures.reading(batches), alone=alone)
+
+            take(_infer(runtime, claim, profile.engine, spec, plan, rows, stop, handed), rows)
 
         for turn in rounds(claim.todo, searching=searching, suspect=shard.suspect):
             # Before anything is noted: the rows that are, were alone.
             if cancel.cancelled or (turn.kind is Kind.ALONE and not place.alone()):
                 break
-            if searching:
-                alone = turn.rows if turn.kind is Kind.ALONE else None
-                patiently(lambda rows=alone: shards.isolate(runtime.database, claim, rows))  # type: ignore[misc]
             if turn.kind is Kind.POISON:
-                take(_poisoned(turn.rows))
+                take(_poisoned(turn.rows), turn.rows)
             elif turn.kind is Kind.ALONE:
-                infer(turn.rows, cancel)
+                infer(turn.rows, cancel, alone=True)
             else:
+                if searching:
+                    patiently(lambda: shards.end_search(runtime.database, claim))
                 place.close()
                 while (left := turn.rows & ledger.pending) and not cancel.cancelled:
                     with place.together() as stop:
@@ -242,6 +249,7 @@ def run_shard(
         if cancel.reason == LEASE_LOST:
             raise LeaseLost(f"attempt {claim.attempt_no} no longer holds shard {shard.id}")
         flusher.drain()
+        steps.begin(Step.FINISHING)
         profiled = profile.finish()
         stats = {**_stats(profile.engine, measures, flusher), **profiled}
         if ledger.pending and cancel.cancelled:
@@ -283,13 +291,13 @@ def _infer(
     plan: PlanRecord,
     rows: BitMap,
     cancel: Cancellation,
-    measures: Measures,
+    handed: Callable[[Iterator[RowBatch]], Iterator[RowBatch]],
 ) -> Iterator[ResultBatch]:
     if not rows:
         return
     with (
         closing(_rows(runtime, claim, plan, rows)) as batches,
-        closing(engine.infer(spec, measures.reading(batches), cancel)) as results,  # type: ignore[type-var]
+        closing(engine.infer(spec, handed(batches), cancel)) as results,  # type: ignore[type-var]
     ):
         yield from results
 

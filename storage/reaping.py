@@ -8,9 +8,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from storage import tables
+from storage import shards, tables
 from storage.database import Database, now
-from storage.shards import CAREFUL_AFTER, MOST_CRASHES, close_shard
+from storage.deaths import Step, after_loss
 from storage.states import AttemptState, ShardState
 from storage.transitions import move_attempt, move_shard
 
@@ -74,37 +74,43 @@ def _take_back(
 
 def _lose(database: Database, row: sa.Row[Any], why: str, *, max_losses: int, actor: str) -> ShardState | None:
     shard, job = tables.shard, tables.job
-    # A loss counts against the budget only when the attempt left no progress behind: a shard that is flushed a little
-    # further each time gets through, however often its worker dies.
     with database.write() as connection:
         locked = connection.execute(database.locked(sa.select(job).where(job.c.id == row.job_id))).one()
-        attempt = tables.attempt
-        computed = connection.execute(
-            sa.select(attempt.c.rows_computed).where(
-                attempt.c.shard_id == row.id, attempt.c.attempt_no == row.attempt_no
-            )
-        ).scalar_one()
-        crashes = row.n_crash + 1 if row.n_crash >= CAREFUL_AFTER or not computed else 0
-        searching = crashes >= CAREFUL_AFTER
-        lost = 0 if computed else row.n_lost if searching else row.n_lost + 1
-        given_up = crashes >= MOST_CRASHES or lost >= max_losses
+        attempt = shards.read_attempt(connection, row.id, row.attempt_no)
+        step, progress, alone = Step(attempt.step), shards.has_progress(attempt), attempt.alone_bm is not None
+        toll = after_loss(step, row.n_crash, row.n_lost, progress=progress, alone=alone)
+        blamed = shards.suspects(attempt, opens=toll.opens) if step is Step.COMPUTING else {}
+        given_up = toll.is_spent(max_losses)
         target = ShardState.FAILED if given_up else ShardState.READY
-        reason = f"given up after {max(lost, crashes)} attempts in a row were lost without progress"
-        error = reason if given_up else row.error
+        count = max(toll.losses, toll.crashes)
+        reason = f"given up after {count} attempts in a row were lost without progress, the last one {step.phrase}"
         moved = move_shard(
             connection,
             row,
             target,
             actor,
             guard=shard.c.lease_until == row.lease_until,
-            n_lost=lost,
-            n_crash=crashes,
-            error=error,
-            data={"lost": lost, "crashes": crashes, "owner": row.lease_owner},
+            n_lost=toll.losses,
+            n_crash=toll.crashes,
+            error=reason if given_up else row.error,
+            data={"lost": toll.losses, "crashes": toll.crashes, "owner": row.lease_owner, "step": step},
+            **blamed,
         )
         if not moved:
             return None
-        move_attempt(connection, row.id, row.attempt_no, AttemptState.RUNNING, AttemptState.LOST, error=why)
-        if target is ShardState.FAILED:
-            close_shard(connection, locked, actor, dead=True)
+        error = f"{why} {step.phrase}"
+        move_attempt(connection, row.id, row.attempt_no, AttemptState.RUNNING, AttemptState.LOST, error=error)
+        if given_up:
+            if step is not Step.COMPUTING and not _has_computed(connection, row.job_id):
+                # What no row is to blame for would end each of the job's shards in turn.
+                shards.fail_whole(connection, locked, f"its worker died {step.phrase}, {count} times in a row", actor)
+                locked = connection.execute(sa.select(job).where(job.c.id == row.job_id)).one()
+            shards.close_shard(connection, locked, actor, dead=True)
         return target
+
+
+def _has_computed(connection: sa.Connection, job_id: str) -> bool:
+    """Whether any row of the job is done."""
+    shard = tables.shard
+    query = sa.select(shard.c.id).where(shard.c.job_id == job_id, shard.c.n_done > 0).limit(1)
+    return connection.execute(query).first() is not None

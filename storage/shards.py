@@ -13,15 +13,12 @@ from pyroaring import BitMap
 
 from storage import quotas, tables
 from storage.database import Database, now, pack, unpack
+from storage.deaths import CAREFUL_AFTER, Step, after_crash
 from storage.errors import CommitUnknown, LeaseLost, Unreachable
 from storage.records import Claim, PartFile, RowException
 from storage.states import AttemptState, JobState, ShardState
 from storage.transitions import move_attempt, move_job, move_shard, record
 
-CAREFUL_AFTER = 3
-"""Crashes in a row without progress after which a shard's rows are run in ever smaller groups."""
-MOST_CRASHES = 20
-"""Crashes after which a shard is given up, however small the groups: an engine that cannot even start."""
 ROW_EXCEPTIONS_KEPT = 100
 """Failed rows of a shard whose detail is kept in SQL; all of them are in the output's ``error`` column."""
 
@@ -33,13 +30,15 @@ def flush(
     *,
     tokens: Mapping[str, int],
     exceptions: Sequence[RowException] = (),
+    n_poison: int = 0,
 ) -> None:
     """Make a part file, already stored and verified, a resume point. Raises :class:`LeaseLost` when fenced.
 
-    Safe to repeat: a flush that an earlier, unanswered COMMIT made is left as it is.
+    ``n_poison`` of its rows were not computed: they are given up because they kill the engine. Safe to repeat: a flush
+    that an earlier, unanswered COMMIT made is left as it is.
     """
     try:
-        _flush(database, claim, part, tokens, exceptions)
+        _flush(database, claim, part, tokens, exceptions, n_poison)
     except CommitUnknown as error:
         with database.read() as connection:
             if _is_flushed(connection, claim, part):
@@ -61,6 +60,7 @@ def _flush(
     part: PartFile,
     tokens: Mapping[str, int],
     exceptions: Sequence[RowException],
+    n_poison: int,
 ) -> None:
     with database.write() as connection:
         held = held_row(database, connection, claim)
@@ -86,7 +86,7 @@ def _flush(
                 failed_bm=pack(failed),
                 n_done=len(done),
                 n_failed=len(failed),
-                # Progress forgives crashes, but not those of a search, nor what ``isolate`` noted at its end.
+                # Progress forgives crashes, but not those of a search, nor what ``end_search`` noted.
                 n_crash=held.n_crash if held.n_crash >= CAREFUL_AFTER - 1 else 0,
                 **{name: shard.c[name] + count for name, count in tokens.items()},
             )
@@ -95,7 +95,7 @@ def _flush(
         connection.execute(
             attempt.update()
             .where(attempt.c.shard_id == claim.shard.id, attempt.c.attempt_no == claim.attempt_no)
-            .values(rows_computed=attempt.c.rows_computed + len(part.rows))
+            .values(rows_computed=attempt.c.rows_computed + len(part.rows), n_poison=attempt.c.n_poison + n_poison)
         )
         record(
             connection,
@@ -108,23 +108,32 @@ def _flush(
         )
 
 
-def note(database: Database, claim: Claim, step: str) -> None:
-    """Note what the attempt is at from now on, for those who watch; it begins as ``"loading"``."""
+def note(database: Database, claim: Claim, step: Step, alone: BitMap | None = None) -> None:
+    """Note what the attempt is at from now on; ``alone``: the only rows that are inside an engine of its process.
+
+    Raises :class:`LeaseLost` when the attempt is over.
+    """
     attempt = tables.attempt
-    mine = (attempt.c.shard_id == claim.shard.id, attempt.c.attempt_no == claim.attempt_no)
     with database.write() as connection:
-        connection.execute(attempt.update().where(*mine).values(step=step))
+        noted = connection.execute(
+            attempt.update()
+            .where(
+                attempt.c.shard_id == claim.shard.id,
+                attempt.c.attempt_no == claim.attempt_no,
+                attempt.c.state == AttemptState.RUNNING,
+            )
+            .values(step=step, alone_bm=None if alone is None else pack(alone))
+        )
+    if noted.rowcount != 1:
+        raise LeaseLost(f"attempt {claim.attempt_no} no longer holds shard {claim.shard.id}")
 
 
-def isolate(database: Database, claim: Claim, rows: BitMap | None) -> None:
-    """Note that ``rows`` are about to run alone, or with ``None`` that the search for a poison row has ended."""
+def end_search(database: Database, claim: Claim) -> None:
+    """Note that no row is suspected any more. The next crash searches at once: there may be other poison rows."""
     shard = tables.shard
     with database.write() as connection:
         held_row(database, connection, claim)
-        values: dict[str, Any] = {"suspect_bm": None if rows is None else pack(rows)}
-        if rows is None:
-            # The next crash searches at once: where one row kills the engine there may be others.
-            values["n_crash"] = CAREFUL_AFTER - 1
+        values = {"suspect_bm": None, "n_crash": CAREFUL_AFTER - 1}
         connection.execute(shard.update().where(shard.c.id == claim.shard.id).values(**values))
 
 
@@ -183,34 +192,44 @@ def fail(
     *,
     delay: float,
     max_failures: int,
+    max_losses: int = 8,
     crash: bool = False,
     stats: Mapping[str, Any] | None = None,
 ) -> ShardState:
     """End the attempt as failed: ready again after ``delay`` seconds, or given up once ``max_failures`` are spent.
 
     ``crash`` says that the engine died under its rows. That costs nothing while a poison row is searched for, nor when
-    the attempt had flushed some: the shard comes to an end, however often its engine dies.
+    the attempt had flushed some: the shard comes to an end, however often its engine dies. ``max_losses`` searches that
+    end without a computed row are too many: then every row kills the engine.
     """
     with database.write() as connection:
         job = locked_job(database, connection, claim.job.id)
         held = held_row(database, connection, claim)
-        crashes = held.n_crash + 1 if crash else held.n_crash
-        searching = crash and crashes >= CAREFUL_AFTER
-        free = searching or (crash and _has_flushed(connection, claim))
-        spent = held.n_fail if free else held.n_fail + 1
-        given_up = crashes >= MOST_CRASHES if searching else spent >= max_failures
+        attempt = read_attempt(connection, claim.shard.id, claim.attempt_no)
+        values: dict[str, Any] = {"n_fail": held.n_fail, "n_crash": held.n_crash, "n_lost": held.n_lost}
+        if crash:
+            progress, alone = has_progress(attempt), attempt.alone_bm is not None
+            toll = after_crash(held.n_crash, held.n_lost, progress=progress, alone=alone)
+            searching = toll.crashes >= CAREFUL_AFTER
+            values["n_fail"] += not searching and not progress
+            values["n_crash"] = toll.crashes
+            if searching:
+                values["n_lost"] = toll.losses
+            values |= suspects(attempt, opens=toll.opens)
+            given_up = toll.is_spent(max_losses) if searching else values["n_fail"] >= max_failures
+        else:
+            values["n_fail"] += 1
+            given_up = values["n_fail"] >= max_failures
         target = ShardState.FAILED if given_up else ShardState.READY
         move_shard(
             connection,
             held,
             target,
             claim.owner,
-            n_fail=spent,
-            n_crash=crashes,
             error=error,
             run_after=now() + delay,
-            data={"error": error, "failures": spent, "crashes": crashes},
-            **({} if crash else _as_found(claim, held)),
+            data={"error": error, "failures": values["n_fail"], "crashes": values["n_crash"]},
+            **values,
         )
         _end_attempt(connection, claim, AttemptState.FAILED, error=error, stats=dict(stats or {}))
         if target is ShardState.FAILED:
@@ -218,12 +237,23 @@ def fail(
     return target
 
 
-def _has_flushed(connection: sa.Connection, claim: Claim) -> bool:
+def read_attempt(connection: sa.Connection, shard_id: str, attempt_no: int) -> sa.Row[Any]:
+    """The row of an attempt."""
     attempt = tables.attempt
-    query = sa.select(attempt.c.rows_computed).where(
-        attempt.c.shard_id == claim.shard.id, attempt.c.attempt_no == claim.attempt_no
-    )
-    return bool(connection.execute(query).scalar_one())
+    query = sa.select(attempt).where(attempt.c.shard_id == shard_id, attempt.c.attempt_no == attempt_no)
+    return connection.execute(query).one()
+
+
+def has_progress(attempt: sa.Row[Any]) -> bool:
+    """Whether an attempt has flushed a row that was computed."""
+    return bool(attempt.rows_computed > attempt.n_poison)
+
+
+def suspects(attempt: sa.Row[Any], *, opens: bool) -> dict[str, Any]:
+    """The suspects after a crash of the attempt: what ran alone; all rows, where a search begins."""
+    if attempt.alone_bm is not None:
+        return {"suspect_bm": attempt.alone_bm}
+    return {"suspect_bm": None} if opens else {}
 
 
 def fail_job(database: Database, claim: Claim, error: str, *, stats: Mapping[str, Any] | None = None) -> None:
@@ -233,19 +263,16 @@ def fail_job(database: Database, claim: Claim, error: str, *, stats: Mapping[str
         held = held_row(database, connection, claim)
         move_shard(connection, held, ShardState.FAILED, claim.owner, error=error, data={"error": error})
         _end_attempt(connection, claim, AttemptState.FAILED, error=error, stats=dict(stats or {}))
-        state = JobState(job.state)
-        if state in (JobState.QUEUED, JobState.IN_PROGRESS):
-            move_job(
-                connection,
-                claim.job.id,
-                state,
-                JobState.CANCELLING,
-                claim.owner,
-                stop_reason="failed",
-                error=error,
-                data={"reason": "failed", "error": error},
-            )
+        fail_whole(connection, job, error, claim.owner)
         close_shard(connection, locked_job(database, connection, claim.job.id), claim.owner, dead=True)
+
+
+def fail_whole(connection: sa.Connection, job: sa.Row[Any], error: str, actor: str) -> None:
+    """Wind the locked ``job`` down as failed, unless it is being wound down already."""
+    state = JobState(job.state)
+    if state in (JobState.QUEUED, JobState.IN_PROGRESS):
+        data = {"reason": "failed", "error": error}
+        move_job(connection, job.id, state, JobState.CANCELLING, actor, stop_reason="failed", error=error, data=data)
 
 
 def release(
@@ -255,15 +282,8 @@ def release(
     to the rows of another shard (``error``)."""
     with database.write() as connection:
         held = held_row(database, connection, claim)
-        values = _as_found(claim, held)
-        move_shard(connection, held, ShardState.READY, claim.owner, data={"released": True}, **values)
+        move_shard(connection, held, ShardState.READY, claim.owner, data={"released": True})
         _end_attempt(connection, claim, AttemptState.RELEASED, stats=dict(stats or {}), error=error)
-
-
-def _as_found(claim: Claim, held: sa.Row[Any]) -> dict[str, Any]:
-    """Rows that were noted as running alone, and did not kill the engine, are no more suspect than before."""
-    before = claim.shard.suspect
-    return {} if held.suspect_bm is None else {"suspect_bm": None if before is None else pack(before)}
 
 
 def cancel(database: Database, claim: Claim, *, stats: Mapping[str, Any] | None = None) -> None:

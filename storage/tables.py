@@ -9,6 +9,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from storage.column_types import Id, Json, Text
+from storage.deaths import Step
 from storage.states import TERMINAL_JOB, FireState, JobState, ShardState
 
 metadata = sa.MetaData(
@@ -215,8 +216,10 @@ attempt = sa.Table(
     sa.Column("ended_at", Seconds),
     _count("rows_resumed"),
     _count("rows_computed"),
-    # What the attempt is at: "loading" until its engine is ready.
-    sa.Column("step", sa.Text, nullable=False, server_default="loading"),
+    # Of those, rows that were not computed but found to kill the engine: no progress.
+    sa.Column("n_poison", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("step", Text, nullable=False, server_default=Step.LOADING),
+    sa.Column("alone_bm", sa.LargeBinary),
     sa.Column("stats", Json, nullable=False, server_default="{}"),
     sa.Column("error", Text),
 )

@@ -7,15 +7,20 @@ done to the process; see the functions of its names.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from pipeline import assembly
+from pipeline.engines.base import Cancellation, ResultBatch, RowBatch
+from pipeline.engines.fake import FakeEngine
+from pipeline.job_spec import JobSpec
 from pipeline.worker import Worker
-from storage import failpoints, local_files, new_file
+from storage import failpoints, local_files, new_file, parquet
 from storage.states import TERMINAL_JOB
 from tests.faults import driver
 from tests.faults.driver import Process, World, wait_until
@@ -110,7 +115,45 @@ def small_uploads() -> None:
     s3fs.core.calculate_chunksize = lambda *_, **__: 5 * 2**20
 
 
-WHAT: Mapping[str, Callable[..., None]] = {"clock": clock, "file_limit": file_limit, "small_uploads": small_uploads}
+def die(where: str) -> None:
+    """The process ends at this place, and says nothing."""
+
+    def end(*_: Any, **__: Any) -> Any:
+        os._exit(driver.KILLED)
+
+    infer = FakeEngine.infer
+
+    def before_any_row(*_: Any) -> Iterator[ResultBatch]:
+        yield end()
+
+    def with_rows_inside(
+        engine: FakeEngine, spec: JobSpec, rows: Iterator[RowBatch], cancel: Cancellation
+    ) -> Iterator[ResultBatch]:
+        next(rows)
+        yield end()
+
+    def after_all_rows(*arguments: Any) -> Iterator[ResultBatch]:
+        yield from infer(*arguments)
+        end()
+
+    match where:
+        case "load" | "result_schema" | "stats":
+            setattr(FakeEngine, where, end)
+        case "reading":
+            parquet.read = end
+        case "assembling":
+            assembly.assemble = end
+        case _:
+            ways = (before_any_row, with_rows_inside, after_all_rows)
+            FakeEngine.infer = {way.__name__: way for way in ways}[where]  # type: ignore[method-assign, assignment]
+
+
+WHAT: Mapping[str, Callable[..., None]] = {
+    "clock": clock,
+    "die": die,
+    "file_limit": file_limit,
+    "small_uploads": small_uploads,
+}
 
 
 if __name__ == "__main__":

@@ -233,6 +233,12 @@ class StorageMachine(RuleBasedStateMachine):
         self.move_shard(job, shard, ShardState.FAILED if dead else ShardState.READY)
         attempt.state = AttemptState.LOST
         if dead:
+            if job.state in (JobState.QUEUED, JobState.IN_PROGRESS) and not any(
+                one.done for one in job.shards.values()
+            ):
+                # No attempt of this model says that rows were inside: each of the other shards would end so, too.
+                job.stop_reason = "failed"
+                self.move_job(job, JobState.CANCELLING)
             self.closed(job)
 
     def read_due(self, job: JobModel) -> None:

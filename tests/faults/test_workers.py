@@ -17,6 +17,7 @@ import pytest
 import sqlalchemy as sa
 
 from storage import database, tables
+from storage.deaths import Step
 from storage.errors import Unreachable
 from storage.reaping import Reaped
 from storage.states import AttemptState, JobState, ShardState
@@ -33,7 +34,11 @@ def test_01_kill_9_of_a_worker(world: World) -> None:
     world.worker()
     world.wait(job, JobState.COMPLETED)
     lost, winner = world.attempts(job)
-    assert (lost.state, lost.rows_computed, lost.error) == (AttemptState.LOST, 30, "its lease ran out")
+    assert (lost.state, lost.rows_computed, lost.error) == (
+        AttemptState.LOST,
+        30,
+        "its lease ran out while rows were in the engine",
+    )
     assert (winner.state, winner.rows_resumed) == (AttemptState.SUCCEEDED, 30)
     world.check(job)
 
@@ -55,8 +60,12 @@ def test_01_an_embedded_process_dies(world: World, point: str) -> None:
     assert len(attempts) == (2 if name == "commit.done" else 3)
     if len(attempts) == 3:
         lost, winner = attempts[:2]
-        flushed = 10 if name == "flush.stored" else 100
-        assert (lost.state, lost.rows_computed, lost.error) == (AttemptState.LOST, flushed, "its worker died")
+        flushed, step = (10, Step.COMPUTING) if name == "flush.stored" else (100, Step.FINISHING)
+        assert (lost.state, lost.rows_computed, lost.error) == (
+            AttemptState.LOST,
+            flushed,
+            f"its worker died {step.phrase}",
+        )
         assert winner.rows_resumed == flushed
     world.check(status["id"])
 

@@ -1,0 +1,61 @@
+"""Notes in the database what an attempt is at, before it does it: whoever finds it dead knows what to make of that."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from pyroaring import BitMap
+
+from pipeline.engines.base import RowBatch
+from storage.deaths import Step
+
+
+class AttemptSteps:
+    """One attempt's. ``note`` writes a step, and the rows that are inside the engine alone (``None``: not known)."""
+
+    def __init__(self, note: Callable[[Step, BitMap | None], object]) -> None:
+        self._note = note
+        self._lock = threading.Lock()
+        self._step = Step.LOADING
+        self._alone = False
+        self._inside = BitMap()
+
+    def begin(self, step: Step) -> None:
+        """From now on the attempt is at ``step``."""
+        with self._lock:
+            self._to(step)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The attempt waits for another shard of the process."""
+        self.begin(Step.WAITING)
+        yield
+        self.begin(Step.IDLE)
+
+    def handing(self, batches: Iterator[RowBatch], *, alone: bool) -> Iterator[RowBatch]:
+        """Hand ``batches`` to an engine. With ``alone`` every batch is noted, so that only rows inside are blamed."""
+        self._alone, self._inside = alone, BitMap()
+        for batch in batches:
+            with self._lock:
+                if alone:
+                    self._inside |= BitMap(np.asarray(batch.rows, dtype=np.uint32))
+                    self._step = Step.COMPUTING
+                    self._note(Step.COMPUTING, self._inside)
+                else:
+                    self._to(Step.COMPUTING)
+            yield batch
+
+    def answered(self, rows: BitMap) -> None:
+        """The engine has given the results of these rows, and they are flushed if they are the last ones inside."""
+        with self._lock:
+            self._inside -= rows
+            if self._alone and not self._inside:
+                self._to(Step.IDLE)
+
+    def _to(self, step: Step) -> None:
+        if step is not self._step:
+            self._step = step
+            self._note(step, None)

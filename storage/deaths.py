@@ -1,0 +1,79 @@
+"""What the death of an attempt costs its shard, and whether its rows are to blame. Pure.
+
+An attempt notes what it is at before it does it, because a process that dies leaves no message. Only rows that were
+inside an engine can be to blame. Every other death counts against the budget of losses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+CAREFUL_AFTER = 3
+"""Crashes in a row without progress after which a shard's rows are run in ever smaller groups."""
+MOST_CRASHES = 20
+"""Crashes after which a shard is given up, however small the groups."""
+
+
+class Step(StrEnum):
+    """What an attempt is at."""
+
+    LOADING = "loading"
+    IDLE = "idle"
+    COMPUTING = "computing"
+    WAITING = "waiting"
+    FINISHING = "finishing"
+
+    @property
+    def phrase(self) -> str:
+        """For messages: after "its worker died"."""
+        return _PHRASES[self]
+
+
+_PHRASES = {
+    Step.LOADING: "while loading the engine",
+    Step.IDLE: "while no row was in the engine (before or between rows, or while reading the input)",
+    Step.COMPUTING: "while rows were in the engine",
+    Step.WAITING: "while waiting for another shard of the same worker",
+    Step.FINISHING: "after the last row, while assembling the output",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Toll:
+    """A shard's counters afterwards. ``opens``: a search for a poison row begins, among all rows that are left."""
+
+    crashes: int
+    losses: int
+    opens: bool = False
+
+    def is_spent(self, max_losses: int) -> bool:
+        """Whether the shard is to be given up. The last loss that is allowed may begin a search, which has its own."""
+        return self.crashes >= MOST_CRASHES or self.losses >= max_losses + (self.crashes >= CAREFUL_AFTER)
+
+
+def after_crash(crashes: int, losses: int, *, progress: bool, alone: bool) -> Toll:
+    """The engine, or the whole process, died with rows inside. ``alone``: the rows that were inside are known.
+
+    A crash that narrows the search costs no loss. ``progress``: the attempt had flushed a row that was computed.
+    """
+    crashes += 1
+    opens = crashes >= CAREFUL_AFTER and not alone and not progress
+    losses = 0 if progress else losses if alone else losses + 1
+    return Toll(crashes, losses, opens)
+
+
+def after_loss(step: Step, crashes: int, losses: int, *, progress: bool, alone: bool) -> Toll:
+    """The process died at ``step``, or its lease ran out.
+
+    Progress makes up for it: a shard that is flushed a little further each time gets through, however often its worker
+    dies. Whoever waits for another shard dies of that one.
+    """
+    if step is Step.WAITING:
+        return Toll(crashes, losses)
+    searching = crashes >= CAREFUL_AFTER
+    if progress and not searching:
+        return Toll(0, 0)
+    if step is Step.COMPUTING:
+        return after_crash(crashes, losses, progress=progress, alone=alone)
+    return Toll(crashes, 0 if progress else losses + 1)
