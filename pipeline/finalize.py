@@ -39,7 +39,10 @@ _LIBRARIES = ("rowmill", "pyarrow", "fsspec", "sqlalchemy")
 
 
 def finalize_job(runtime: Runtime, job_id: str | None = None) -> Job | None:
-    """Publish one job whose shards have all ended; ``None`` when there is none (or another finalizer has it)."""
+    """Publish one job whose shards have all ended; ``None`` when there is none (or another finalizer has it).
+
+    A job that cannot be published is freed, so that whoever comes next need not wait for this one's lease.
+    """
     settings = runtime.settings
     job = finalizing.claim_finalize(
         runtime.database, owner=runtime.actor, lease_seconds=settings.lease_seconds, job_id=job_id
@@ -50,10 +53,15 @@ def finalize_job(runtime: Runtime, job_id: str | None = None) -> Job | None:
     try:
         with _renewals(runtime, job):
             return _finalize(runtime, job)
-    except Exception:
+    except Exception as error:
+        reason = str(error) or type(error).__name__
         # Too late? Then something that it did since it last looked may have reached the output.
         try:
-            patiently(lambda: _renew(runtime, job))
+            patiently(
+                lambda: finalizing.give_back(
+                    runtime.database, job, delay=settings.again_seconds, error=reason, actor=runtime.actor
+                )
+            )
         except LeaseLost:
             patiently(lambda: finalizing.report_touched(runtime.database, job.output_uri, actor=runtime.actor))
         raise

@@ -27,11 +27,15 @@ def convert(store: ObjectStore, file: ObjectInfo, kind: Format, work_dir_uri: st
     The names tell the file, its etag and the chunk's number: a chunk that is there already holds the same rows, and is
     left alone. Raises :class:`InvalidInput` with file, line and reason for content that cannot be read.
     """
-    key = hashlib.sha256(f"{file.uri}\0{file.etag}\0{CHUNK_BYTES}".encode()).hexdigest()[:12]
-    with _Chunks(store, file.uri, work_dir_uri, key, first) as chunks:
+    with _Chunks(store, file.uri, work_dir_uri, key_of(file), first) as chunks:
         for table in _tables(store, file.uri, kind):
             chunks.write(table)
     return chunks.uris
+
+
+def key_of(file: ObjectInfo) -> str:
+    """What the names of the file's chunks end in: it tells the file, and its etag."""
+    return hashlib.sha256(f"{file.uri}\0{file.etag}\0{CHUNK_BYTES}".encode()).hexdigest()[:12]
 
 
 def _tables(store: ObjectStore, uri: str, kind: Format) -> Iterator[pa.Table]:

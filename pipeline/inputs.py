@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -180,6 +180,30 @@ def _parquet_files(store: ObjectStore, found: Sequence[tuple[_File, Format]], wo
         for uri in input_conversion.convert(store, file.info, kind, work_dir_uri, number):
             number += 1
             yield _File(store.info(uri), file.origin, file.partition, converted=True)
+
+
+def convert_again(
+    store: ObjectStore, spec: InputSpec, work_dir_uri: str, chunks: Sequence[str], missing: Collection[str]
+) -> None:
+    """Write those of ``chunks`` again that are ``missing``, with the rows they had.
+
+    ``chunks`` are all that :func:`discover` made below ``work_dir_uri``, in order. Files of the input that are new
+    since then are passed over. Raises :class:`InvalidInput` when one that missing chunks were made of is gone, or is
+    not as it was.
+    """
+    made: set[str] = set()
+    for info in (info for pattern in map(normalize, spec.input) for info in store.find(pattern)):
+        key = input_conversion.key_of(info)
+        mine = [uri for uri in chunks if locations.chunk_key(uri) == key]
+        if not made.issuperset(mine) and not set(missing).isdisjoint(mine):
+            first, kind = chunks.index(mine[0]), format_of(store, info.uri)
+            made.update(input_conversion.convert(store, info, kind, work_dir_uri, first))
+    if not made.issuperset(missing):
+        raise InvalidInput(
+            "rows that are still to be computed were read from a file that is gone, or was changed since the job was "
+            f"planned ({', '.join(spec.input)}); put it back as it was, or submit a new job",
+            field="input",
+        )
 
 
 def _found(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -14,10 +13,9 @@ from typing import Any
 import pyarrow as pa
 import uuid_utils
 
-from pipeline import inputs, output_owner, planning, preflight, regrouping
+from pipeline import inputs, lost_chunks, output_owner, planning, planning_lease, preflight, regrouping
 from pipeline.engines import registry
 from pipeline.engines.base import Cancellation
-from pipeline.flusher import patiently
 from pipeline.job_spec import NOT_PART_OF_THE_WORK, JobSpec, stored
 from pipeline.models import adapters
 from pipeline.models.model import Model
@@ -32,16 +30,13 @@ from storage import (
     jobs,
     locations,
     output_probe,
-    planners,
     retries,
     schedules,
 )
 from storage.errors import (
-    CommitUnknown,
     Conflict,
     IllegalTransition,
     InputChanged,
-    Interrupted,
     InvalidInput,
     InvalidJob,
     QuotaExceeded,
@@ -123,7 +118,8 @@ def submit_job(
             field="output",
         )
     if live is None and resume and not spec.overwrite and (done := _done_before(runtime, spec, model)) is not None:
-        runtime.notify(f"job {done.id} has done this already; --overwrite (overwrite=True) does it again")
+        if not done.touched:  # else it is published once more
+            runtime.notify(f"job {done.id} has done this already; --overwrite (overwrite=True) does it again")
         return done
     known = jobs.has_key(runtime.database, spec.tenant, spec.idempotency_key)
     if live is None and not known:
@@ -187,7 +183,7 @@ def _done_before(runtime: Runtime, spec: JobSpec, model: Model) -> Job | None:
     if job is None or job.state is not JobState.COMPLETED or job.n_dead or job.spec_hash != spec.work_hash():
         return None
     plan = PlanRecord.from_json(job.plan)
-    if plan.model_digest != model.digest or not store.exists(locations.success(spec.output)):
+    if plan.model_digest != model.digest or not (job.touched or store.exists(locations.success(spec.output))):
         return None
     found = adapters.digests(spec.adapters, runtime.settings.cache_dir)
     if not all(plan.has_adapter(name, digest) for name, digest in found.items()):
@@ -208,15 +204,18 @@ def plan_job(runtime: Runtime, job: Job, interrupt: Cancellation | None = None, 
     """Read the input's footers, check that the work can be done, and store the shards.
 
     The job of an incremental schedule takes only the files that no completed fire has taken as they are now; which
-    these are is fixed here. Raises :class:`InvalidJob` after recording the job as failed with that reason. Where rows
-    are to be regrouped, raises :class:`LeaseLost` when another planner is at it, and :class:`Interrupted` when
-    ``interrupt`` fires: the job can then be planned again. ``owner`` is who holds the planner's lease already.
+    these are is fixed here. A retry of a job that was planned before is gone on with. Raises :class:`InvalidJob` after
+    recording the job as failed with that reason. While rows are regrouped, or chunks made again, raises
+    :class:`LeaseLost` when another planner is at it, and :class:`Interrupted` when ``interrupt`` fires: the job can
+    then be planned again. ``owner`` is who holds the planner's lease already.
     """
     schedule_id = schedules.incremental_of(runtime.database, job.id)
     done = None if schedule_id is None else partial(schedules.processed, runtime.database, schedule_id)
     try:
         spec = stored(job.spec)
-        output_owner.check(runtime, job, over_rows=spec.overwrite)
+        output_owner.check(runtime, job, over_rows=spec.overwrite or bool(job.plan))
+        if job.plan:
+            return lost_chunks.plan_again(runtime, job, spec, _limits(runtime), interrupt, owner)
         request = preflight.Request(spec, resolve(spec.model, runtime.settings.cache_dir), job.engine)
         prepared = _prepare(runtime, job.id, request, done)
         if (limits := _limits_if_regrouped(runtime, spec, prepared.found)) is not None:
@@ -255,14 +254,18 @@ def _prepare(
 
 def _limits_if_regrouped(runtime: Runtime, spec: JobSpec, found: inputs.Inputs) -> regrouping.Limits | None:
     """The limits for copying the job's rows into another order, where that is wanted."""
+    limits = _limits(runtime)
+    return limits if regrouping.wanted(spec, found.rows, limits) else None
+
+
+def _limits(runtime: Runtime) -> regrouping.Limits:
     settings = runtime.settings
-    limits = regrouping.Limits(
+    return regrouping.Limits(
         cluster_rows=settings.order_rows,
         n_bytes=settings.order_bytes // 4,
         batch_rows=settings.read_batch_rows,
         batch_bytes=settings.read_batch_bytes,
     )
-    return limits if regrouping.wanted(spec, found.rows, limits) else None
 
 
 def _regrouped(
@@ -274,34 +277,20 @@ def _regrouped(
     interrupt: Cancellation | None,
     owner: str | None,
 ) -> _Prepared:
-    record, found, settings = prepared.record, prepared.found, runtime.settings
-    # Of its own, not the worker's: two threads of one worker may plan.
-    owner = owner or f"{runtime.worker.id}#{secrets.token_hex(4)}"
-    lease, renew_at = settings.lease_seconds, 0.0
-
-    def going_on() -> None:
-        nonlocal renew_at
-        if interrupt is not None and interrupt.cancelled:
-            raise Interrupted(f"job {job.id} was interrupted while its rows were put in order; nothing was run yet")
-        if time.monotonic() >= renew_at:
-            patiently(lambda: planners.hold(runtime.database, job.id, owner=owner, lease_seconds=lease))
-            renew_at = time.monotonic() + lease / 3
-
-    going_on()
-    runtime.notify("putting rows whose prompts begin alike into the same shards")
-    columns = [name for name in record.schema.names if name in {*record.columns, *record.keep}]
-    work = locations.work_dir(spec.output, job.id)
-    try:
-        made = regrouping.regroup(runtime.store, spec, found, columns, work, limits, going_on)
-    except BaseException as error:
-        with suppress(TransientError, CommitUnknown):
-            planners.let_go(runtime.database, [owner])
-        if isinstance(error, InputChanged):
+    record, found = prepared.record, prepared.found
+    with planning_lease.held(runtime, job, interrupt, owner, "its rows were put in order") as going_on:
+        runtime.notify("putting rows whose prompts begin alike into the same shards")
+        columns = [name for name in record.schema.names if name in {*record.columns, *record.keep}]
+        work = locations.work_dir(spec.output, job.id)
+        try:
+            made = regrouping.regroup(runtime.store, spec, found, columns, work, limits, going_on)
+        except InputChanged as error:
             raise InvalidInput(str(error), field="input") from error
-        if isinstance(error, (pa.ArrowException, ValueError, TypeError)) and not isinstance(error, RowmillError):
+        except (pa.ArrowException, ValueError, TypeError) as error:
+            if isinstance(error, RowmillError):
+                raise
             what = f"its rows could not be put in another order: {error}; use order 'auto'"
             raise InvalidInput(what, field="order") from error
-        raise
     return replace(prepared, record=replace(record, part_rows=made.part_rows), regrouped=made)
 
 
@@ -331,6 +320,8 @@ def refuse_job(runtime: Runtime, job: Job, error: RowmillError) -> None:
     """End a job that waits for its plan, for this reason. Raises :class:`IllegalTransition` when it waits no more."""
     output_owner.release(runtime, job)
     jobs.refuse(runtime.database, job.id, str(error), actor=runtime.actor)
+    if job.plan:
+        return  # a retry of it: what it had finished before lies in its work folder
     with suppress(InvalidJob):  # a right to delete that is missing may be the very reason
         runtime.store.delete_tree(locations.work_dir(job.output_uri, job.id))
 
@@ -343,19 +334,30 @@ def cancel_job(runtime: Runtime, job_id: str) -> Job:
 def retry_job(runtime: Runtime, job_id: str, *, failed_only: bool = True) -> Job:
     """Queue an ended job again: its unfinished shards, and its failed rows (or all rows)."""
     job = jobs.get(runtime.database, job_id)
-    if job.state in TERMINAL_JOB and chunks_are_gone(runtime.store, input_rows.chunks(runtime.database, job_id)):
-        raise Conflict(
-            f"what job {job_id} was made of has been deleted (its rows lay in another order, in files of its own); "
-            "submit it again with --overwrite (overwrite=True)"
-        )
     spec = stored(job.spec)
+    regrouped, lost = bool(job.plan.get("part_rows")), False
+    if job.state is JobState.COMPLETED and failed_only:
+        if regrouped and chunks_are_gone(runtime.store, input_rows.chunks(runtime.database, job_id)):
+            raise Conflict(
+                f"what job {job_id} was made of has been deleted (its rows lay in another order, in files of its own); "
+                f"'rowmill job retry {job_id} --all' computes every row again"
+            )
+        nothing = not job.rows_failed and not job.n_dead
+        lost = nothing and not runtime.store.exists(locations.success(job.output_uri))
     if job.state in TERMINAL_JOB and not job.plan and runtime.settings.broker_url is not None:
         model = resolve(spec.model, runtime.settings.cache_dir)
         preflight.check_in_fleet(runtime, preflight.Request(spec, model, job.engine))
     if job.state in TERMINAL_JOB:
         output_owner.refuse_retry(runtime, job, overwrite=spec.overwrite)
     reopened = retries.reopen(
-        runtime.database, job_id, failed_only=failed_only, window_seconds=spec.window_seconds, actor=runtime.actor
+        runtime.database,
+        job_id,
+        failed_only=failed_only,
+        window_seconds=spec.window_seconds,
+        actor=runtime.actor,
+        # Its shards read chunks: whoever plans makes those again that are gone.
+        plan_again=regrouped or bool(job.plan.get("converted")),
+        lost=lost,
     )
     output_owner.check(runtime, reopened, over_rows=True)
     return reopened

@@ -125,6 +125,8 @@ class JobHandle:
         job = job_calls.retry_job(self._runtime, self.id, failed_only=failed_only)
         if job.state is JobState.VALIDATING:
             self._session.wakeups.plan()
+        elif job.state is JobState.FINALIZING:
+            self._session.wakeups.finalize()
         else:
             free = workers.free_slots(self._runtime.database, job.queue)
             self._session.wakeups.run(job.queue, min(job.n_open, free))

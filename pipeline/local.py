@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from pipeline import maintenance
 from pipeline.attendance import attending
@@ -18,9 +18,10 @@ from pipeline.shard import execute
 from pipeline.status import JobStatus
 from pipeline.status_of import job_status
 from storage import claims, jobs, workers
-from storage.errors import Conflict, IllegalTransition, Interrupted, LeaseLost, TransientError
+from storage.errors import Conflict, IllegalTransition, Interrupted, LeaseLost
 from storage.records import Job
 from storage.states import TERMINAL_JOB, JobState
+from storage.workers import Holder
 
 HEARTBEAT_SECONDS = 5.0
 """Short enough that ``rowmill job cancel`` from another terminal is felt at once; a third of the lease at most."""
@@ -43,21 +44,17 @@ def run_job(
     """Work on ``job`` until it has ended, in this process; meanwhile ``tick`` is called at every heartbeat.
 
     Raises :class:`Interrupted` when ``interrupt`` fires: what was finished is flushed by then and the shards are handed
-    back. Raises :class:`Conflict` when another process of this host is at work on the job, and :class:`InvalidJob`
-    when planning finds the request unusable.
+    back. Raises :class:`Conflict` when another process is at work on the job, and :class:`InvalidJob` when planning
+    finds the request unusable. A process of another host may be dead; for its lease it is waited.
     """
-    maintenance.recover_local(runtime)
-    others = workers.holding(runtime.database, job.id)
-    if others:
-        raise Conflict(f"job {job.id} is being worked on by another process ({others[0]}): wait for it with "
-                       f"'rowmill job wait {job.id}', or cancel it")  # fmt: skip
-    runtime.register()
+    _wait_for_others(runtime, job.id, interrupt)
     settings = runtime.settings
-    try:
-        with attending(runtime, job.id):
+    with runtime.registered(), attending(runtime, job.id):
+        while True:
+            told = _Once()
             on_progress(job_status(runtime.database, job))
             while job.state is JobState.VALIDATING:
-                job = _planned(runtime, job, interrupt)
+                job = _planned(runtime, job, interrupt, told)
             on_progress(job_status(runtime.database, job))
             with LeaseKeeper(
                 runtime.database,
@@ -65,18 +62,60 @@ def run_job(
                 lease_seconds=settings.lease_seconds,
                 heartbeat_seconds=min(HEARTBEAT_SECONDS, settings.lease_seconds / 3),
                 tick=lambda: tick(runtime),
+                alive=runtime.heartbeat,
             ) as keeper:
-                return _work(runtime, job, keeper, interrupt, on_progress)
-    finally:
-        with suppress(TransientError):
-            workers.unregister(runtime.database, runtime.worker.id)
+                status = _work(runtime, job, keeper, interrupt, on_progress)
+            if status is not None:
+                return status
+            job = jobs.get(runtime.database, job.id)
 
 
-def _planned(runtime: Runtime, job: Job, interrupt: Cancellation) -> Job:
+def _wait_for_others(runtime: Runtime, job_id: str, interrupt: Cancellation) -> None:
+    """Return when nobody else works on the job.
+
+    Whoever is of this host is alive: the dead have been struck off. Another host's process shows it by renewing its
+    lease; one that does not is waited for until the lease runs out.
+    """
+    maintenance.recover_local(runtime)
+    seen: dict[str, float] = {}
+    told = _Once()
+    while others := workers.holders(runtime.database, job_id):
+        for other in others:
+            worker, until = other.worker, seen.setdefault(other.worker.id, other.until)
+            if worker.host == runtime.worker.host or other.until > until:
+                raise Conflict(f"job {job_id} is being worked on by another process ({worker.id}): wait for it with "
+                               f"'rowmill job wait {job_id}', or cancel it")  # fmt: skip
+        last = max(others, key=lambda other: other.until)
+        told.tell(runtime, f"waiting for {_named(last)}: it works on job {job_id}, or it is dead")
+        if interrupt.wait(min(IDLE_SECONDS, max(0.0, last.seconds))):
+            raise Interrupted(f"job {job_id} was interrupted while it waited for {last.worker.id}")
+    if seen:
+        maintenance.reap(runtime)
+
+
+def _named(holder: Holder) -> str:
+    until = time.strftime("%H:%M:%S", time.localtime(time.time() + holder.seconds))
+    return f"{holder.worker.id}, until {until} unless it renews its lease"
+
+
+@dataclass(slots=True)
+class _Once:
+    """Something that the user is told once, however often it is seen."""
+
+    told: bool = False
+
+    def tell(self, runtime: Runtime, message: str) -> None:
+        if not self.told:
+            self.told = True
+            runtime.notify(message)
+
+
+def _planned(runtime: Runtime, job: Job, interrupt: Cancellation, told: _Once) -> Job:
     """The job as it is once somebody has tried to plan it; perhaps still not planned, when that is another process."""
     try:
         return plan_job(runtime, job, interrupt)
     except LeaseLost:
+        _tell_of_others(runtime, job.id, told, "plans it")
         if interrupt.wait(IDLE_SECONDS):
             raise Interrupted(f"job {job.id} was interrupted while another process planned it") from None
     except IllegalTransition:
@@ -90,7 +129,8 @@ def _work(
     keeper: LeaseKeeper,
     interrupt: Cancellation,
     on_progress: Callable[[JobStatus], None],
-) -> JobStatus:
+) -> JobStatus | None:
+    """The job's end; ``None`` when somebody else ended it, and it was retried before that was seen here."""
     job_id = job.id
     settings = runtime.settings
     count = settings.slots if "slots" in settings.model_fields_set else SLOTS.get(job.engine, settings.slots)
@@ -116,6 +156,7 @@ def _work(
             raise slot.error
     if interrupt.cancelled:
         raise Interrupted(f"job {job_id} was interrupted; everything finished is flushed")
+    told = _Once()
     while True:
         on_progress(job_status(runtime.database, jobs.get(runtime.database, job_id)))
         try:
@@ -127,8 +168,17 @@ def _work(
         if job.state in TERMINAL_JOB:
             on_progress(status)
             return status
+        if job.n_open or job.state is JobState.VALIDATING:
+            return None
+        _tell_of_others(runtime, job_id, told, "publishes it")
         if interrupt.wait(IDLE_SECONDS):
             raise Interrupted(f"job {job_id} was interrupted while it was being published")
+
+
+def _tell_of_others(runtime: Runtime, job_id: str, told: _Once, does: str) -> None:
+    maintenance.recover_local(runtime)  # that one may have died since
+    for other in workers.holders(runtime.database, job_id):
+        told.tell(runtime, f"job {job_id}: another process {does}; waiting for {_named(other)}")
 
 
 def with_unflushed(runtime: Runtime, status: JobStatus) -> JobStatus:
@@ -198,7 +248,7 @@ class _Slot(threading.Thread):
 def cancel_idle(runtime: Runtime, job_id: str) -> Job:
     """After a cancel in the embedded mode: publish what is done, unless a process of this host still runs the job."""
     maintenance.recover_local(runtime)
-    with suppress(IllegalTransition):
+    with runtime.registered():
         while jobs.cancel_ready(runtime.database, job_id, actor=runtime.actor):
             pass
-    return finalize_job(runtime, job_id) or jobs.get(runtime.database, job_id)
+        return finalize_job(runtime, job_id) or jobs.get(runtime.database, job_id)

@@ -1,5 +1,5 @@
-"""What has to happen now and then, whoever does it: take back lost shards, wind down expired jobs, fire schedules, and
-delete garbage.
+"""What has to happen now and then, whoever does it: mend times after a clock was set back, take back lost shards, wind
+down expired jobs, fire schedules, and delete garbage.
 
 The steps of a round stand apart: one that fails is logged and holds up no other.
 """
@@ -14,7 +14,7 @@ from typing import TypeVar
 from pipeline import deletion, result_cache
 from pipeline.runtime import Runtime, is_alive
 from pipeline.schedule_firing import fire_schedules
-from storage import failpoints, garbage, job_lookup, jobs, planners, reaping, workers
+from storage import clock_steps, failpoints, garbage, job_lookup, jobs, reaping, workers
 from storage.errors import IllegalTransition, Interrupted, RowmillError
 from storage.garbage import Garbage
 from storage.reaping import Reaped
@@ -56,12 +56,27 @@ def reap(runtime: Runtime) -> Reaped:
     )
 
 
+def bring_back_times(runtime: Runtime) -> None:
+    """Bring back times that lie too far ahead, because the database's clock was set back since they were stored."""
+    settings = runtime.settings
+    moved = clock_steps.bring_back(
+        runtime.database,
+        lease_seconds=settings.lease_seconds,
+        retention_seconds=settings.attempt_retention_hours * 3600,
+    )
+    if moved:
+        log.warning("the database's clock was set back: %d stored times lay too far ahead of it", moved)
+
+
 def recover_local(runtime: Runtime) -> Reaped:
-    """Take back at once what dead processes of this host held: nobody needs to wait for their leases."""
+    """Take back at once what processes held that are known to have ended: nobody needs to wait for their leases.
+
+    Those are the dead ones of this host, and owners that are not registered any more.
+    """
+    bring_back_times(runtime)
     dead = [w.id for w in workers.on_host(runtime.database, runtime.worker.host) if not is_alive(w)]
-    found = reaping.reap_owners(runtime.database, dead, max_losses=runtime.settings.max_losses, actor=runtime.actor)
-    if dead:
-        planners.let_go(runtime.database, dead)
+    gone = [*dead, *workers.unknown_owners(runtime.database)]
+    found = reaping.reap_owners(runtime.database, gone, max_losses=runtime.settings.max_losses, actor=runtime.actor)
     for worker_id in dead:
         workers.unregister(runtime.database, worker_id)
     return found
@@ -162,6 +177,7 @@ def clean(runtime: Runtime) -> None:
 
 
 def _look_after_shards(runtime: Runtime) -> None:
+    apart(bring_back_times, runtime)
     apart(reap, runtime)
     apart(expire, runtime)
     apart(wind_down, runtime)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from pipeline import json_text
 from storage import locations
 from storage.errors import Conflict
+from storage.finalizing import Closed
 from storage.locations import normalize
 from storage.objects import ObjectStore
 from storage.records import Job, PartFile
@@ -80,6 +81,19 @@ def earlier_parts(store: ObjectStore, job: Job) -> dict[str, dict[str, Any]]:
             store.put_bytes(copy, content)
         return found
     return {}
+
+
+def outputs_gone(store: ObjectStore, job: Job, closed_shards: Iterable[Closed]) -> list[str]:
+    """Ids of the shards whose committed files have been deleted. One listing."""
+    there: set[str] | None = None
+    gone = []
+    for closed in closed_shards:
+        if closed.output is not None:
+            if there is None:
+                there = set(store.list_tree(locations.attempts_dir(job.output_uri, job.id)))
+            if normalize(closed.output.uri) not in there:
+                gone.append(closed.shard.id)
+    return gone
 
 
 def chunks_are_gone(store: ObjectStore, chunks: Sequence[str]) -> bool:

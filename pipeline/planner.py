@@ -25,9 +25,6 @@ from storage.redaction import redact_text
 
 log = logging.getLogger(__name__)
 
-AGAIN_SECONDS = 30.0
-"""How long a job waits whose input, model or output did not answer."""
-
 
 def plan_waiting(runtime: Runtime, over: Callable[[], bool], interrupt: Cancellation) -> Iterator[Job]:
     """Plan jobs until none waits, or ``over`` says so; yields those that were planned.
@@ -65,20 +62,20 @@ def _plan(runtime: Runtime, job: Job, owner: str, interrupt: Cancellation) -> Jo
         log.info("%s", error)
         planners.let_go(runtime.database, [owner])
     except (TransientError, CommitUnknown) as error:
-        log.warning("job %s could not be planned, trying again in %.0f s: %s", job.id, AGAIN_SECONDS, error)
+        log.warning("job %s could not be planned, trying again later: %s", job.id, error)
         _postpone(runtime, job, owner, str(error))
     except RowmillError as error:
         log.warning("job %s was refused: %s", job.id, error)
         _refuse(runtime, job, error)
     except Exception as error:
-        log.exception("job %s could not be planned, trying again in %.0f s", job.id, AGAIN_SECONDS)
+        log.exception("job %s could not be planned, trying again later", job.id)
         _postpone(runtime, job, owner, redact_text(f"{type(error).__name__}: {error}"))
     return None
 
 
 def _postpone(runtime: Runtime, job: Job, owner: str, reason: str) -> None:
     error = f"it could not be planned yet, and is tried again: {reason}"
-    planners.postpone(runtime.database, job.id, owner=owner, error=error, delay=AGAIN_SECONDS)
+    planners.postpone(runtime.database, job.id, owner=owner, error=error, delay=runtime.settings.again_seconds)
 
 
 def _refuse(runtime: Runtime, job: Job, error: RowmillError) -> None:

@@ -30,6 +30,8 @@ from storage.records import ShardPlan, Source
 
 MOST_ROWS = 2**32
 """Row numbers are kept in 32-bit bitmaps."""
+_WINDOW = 2**20
+"""Rows that are looked up at a time when chunks are made again."""
 _VERSION = 1
 """Raised when other chunks would be made of the same input."""
 
@@ -128,6 +130,56 @@ def regroup(
     if row_start != n_rows:
         raise InvalidInput(f"{n_rows} rows were found and {row_start} were read; submit the job again", field="input")
     return Regrouped(chunks, shards, min(spec.shard_rows, by_bytes))
+
+
+def regroup_again(
+    store: ObjectStore,
+    found: Inputs,
+    columns: Sequence[str],
+    chunks: Sequence[Source],
+    limits: Limits,
+    going_on: Callable[[], object],
+) -> None:
+    """Write ``chunks`` again: each with the rows that it held, whatever would be chosen to lie together today.
+
+    Arguments and errors as in :func:`regroup`.
+    """
+    schema = pa.schema([found.schema.field(name) for name in columns])
+    with RowSpill(schema, len(chunks), limits.n_bytes) as spill:
+        piles = _Piles([chunk.rows or BitMap() for chunk in chunks])
+        for rows, batch in _Reader(store, found, limits, going_on).rows(columns):
+            of = piles.of(rows)
+            mine = of >= 0
+            spill.put(rows[mine], of[mine], batch.filter(pa.array(mine)))
+        for pile, chunk in enumerate(chunks):
+            going_on()
+            _write(store, chunk.uri, schema, spill.take(pile))
+
+
+class _Piles:
+    """Which of some sets of rows each row belongs to, looked up a window of neighbouring rows at a time."""
+
+    def __init__(self, piles: Sequence[BitMap]) -> None:
+        self._piles = piles
+        self._first = 0
+        self._window = np.empty(0, dtype=np.int64)
+
+    def of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The number of each row's pile, -1 for none. ``rows`` follow each other, and those that were asked before."""
+        found = []
+        while len(rows):
+            if not 0 <= rows[0] - self._first < len(self._window):
+                self._look(int(rows[0]))
+            inside = rows[rows < self._first + len(self._window)]
+            found.append(self._window[inside - self._first])
+            rows = rows[len(inside) :]
+        return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+
+    def _look(self, first: int) -> None:
+        self._first, self._window = first, np.full(_WINDOW, -1, dtype=np.int64)
+        here = BitMap(range(first, min(first + _WINDOW, MOST_ROWS)))
+        for number, pile in enumerate(self._piles):
+            self._window[np.array((pile & here).to_array(), dtype=np.int64) - first] = number
 
 
 @dataclass(frozen=True, slots=True)

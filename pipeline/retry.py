@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from storage.records import LONGEST_BACKOFF_SECONDS
+
 BASE_SECONDS = 1.0
-CAP_SECONDS = 300.0
 
 
-def backoff(failures: int, jitter: float, *, base: float = BASE_SECONDS, cap: float = CAP_SECONDS) -> float:
+def backoff(failures: int, jitter: float, *, base: float = BASE_SECONDS, cap: float = LONGEST_BACKOFF_SECONDS) -> float:
     """Seconds to wait after the ``failures``-th failure (1 is the first).
 
     Exponential with a cap, and spread over its upper half by ``jitter`` in [0, 1), so that shards that failed together

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import platform
-from collections.abc import Callable, Collection
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,12 +24,20 @@ from pipeline.result_cache import ResultCaches
 from pipeline.settings import Settings
 from storage import workers
 from storage.database import Database
-from storage.errors import InvalidSettings
+from storage.errors import CommitUnknown, InvalidSettings, TransientError
 from storage.objects import ObjectStore
 from storage.workers import Worker
 
 CACHE_PATIENCE_SECONDS = 10.0
 """How long one operation on kept answers is tried again before they are done without."""
+
+
+@dataclass(slots=True)
+class _Inside:
+    """How many threads are inside a block of ``Runtime.registered``."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +56,7 @@ class Runtime:
     notify: Callable[[str], None] = field(default=lambda message: None)
     unflushed: dict[str, int] = field(default_factory=dict)
     isolation: Isolation = field(default_factory=Isolation)
+    _inside: _Inside = field(default_factory=_Inside)
 
     @property
     def actor(self) -> str:
@@ -55,6 +66,31 @@ class Runtime:
     def register(self) -> None:
         """Make this process known as a worker. Only then may it claim."""
         workers.register(self.database, self.worker)
+
+    @contextmanager
+    def registered(self) -> Iterator[None]:
+        """Known as a worker inside the block, and afterwards while another thread is inside one.
+
+        The end of the last block frees the jobs that this process may still hold.
+        """
+        inside = self._inside
+        with inside.lock:
+            if inside.count == 0:
+                self.register()
+            inside.count += 1
+        try:
+            yield
+        finally:
+            with inside.lock:
+                inside.count -= 1
+                if inside.count == 0:
+                    with suppress(TransientError, CommitUnknown):
+                        workers.unregister(self.database, self.worker.id)
+
+    def heartbeat(self) -> None:
+        """Say that this process lives; registers it again if it was struck off."""
+        if workers.touch(self.database, self.worker.id) is None:
+            self.register()
 
     def close(self) -> None:
         """End the engines and the connections."""

@@ -34,6 +34,7 @@ def fire_schedules(runtime: Runtime) -> list[str]:
     What is wrong with one fire is recorded with it and stops no other. Raises :class:`TransientError` when the database
     does not answer.
     """
+    _bring_back(runtime)
     for schedule, clock in schedules.due(runtime.database):
         try:
             decided, next_at = _decide(runtime, schedule, clock)
@@ -53,6 +54,15 @@ def fire_schedules(runtime: Runtime) -> list[str]:
         if job_id is not None:
             submitted.append(job_id)
     return submitted
+
+
+def _bring_back(runtime: Runtime) -> None:
+    """Mend the next times that were found while the database's clock was ahead: none is later than the cron's next."""
+    for schedule, clock in schedules.waiting(runtime.database):
+        with suppress(ValueError):  # told when it comes due
+            next_at = CronTimes(schedule.cron, schedule.tz).next_after(clock)
+            if next_at < schedule.next_at:
+                schedules.advance(runtime.database, schedule, [], next_at)
 
 
 def _decide(runtime: Runtime, schedule: Schedule, clock: float) -> tuple[list[Decided], float]:

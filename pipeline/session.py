@@ -124,7 +124,7 @@ class Session:
         if runtime.settings.broker_url is not None:
             return None
         maintenance.recover_local(runtime)
-        if workers.holding(runtime.database, job_id):
+        if workers.holders(runtime.database, job_id):
             return None
         with self._lock:
             if self._closed or process_end.ending.is_set():

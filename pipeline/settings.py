@@ -24,6 +24,7 @@ from pipeline import json_text
 from pipeline import settings_sources as sources
 from storage import redaction, urls
 from storage.errors import InvalidSettings
+from storage.records import LONGEST_POSTPONEMENT_SECONDS
 
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
@@ -154,6 +155,11 @@ class Settings(BaseSettings):
             return self.database_url
         path = str(self.data_dir / "rowmill.db").replace("%", "%25").replace("?", "%3F")
         return f"sqlite:///{path}"
+
+    @property
+    def again_seconds(self) -> float:
+        """How long a job waits that could not be planned, or not be published: one lease at most."""
+        return min(LONGEST_POSTPONEMENT_SECONDS, self.lease_seconds)
 
     @property
     def effective_result_cache(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.status import JobStatus, Phase, RequestStatus
-from storage import locations, reports
+from storage import finalizing, locations, reports
 from storage.database import Database
 from storage.records import Job
 from storage.states import TERMINAL_JOB, JobState, RequestState, ShardState
@@ -40,7 +40,7 @@ def job_status(database: Database, job: Job) -> JobStatus:
         stop_reason=job.stop_reason,
         error=job.error,
         refused=_refused(job),
-        message=_message(job),
+        message=_message(database, job),
         phase=phase,
         phase_seconds=seconds,
         created_at=job.created_at,
@@ -75,7 +75,11 @@ def _phase(job: Job, progress: reports.Progress) -> tuple[Phase | None, float | 
     return Phase.RETRYING if progress.failures or progress.losses else Phase.WAITING, progress.seconds
 
 
-def _message(job: Job) -> str | None:
+def _message(database: Database, job: Job) -> str | None:
+    if job.n_open == 0 and job.state in (JobState.FINALIZING, JobState.CANCELLING):
+        if (reason := finalizing.last_failure(database, job.id)) is not None:
+            return f"its output could not be published yet, and that is tried again: {reason}"
+        return "no row is left to compute; its output is being published"
     if job.state is JobState.CANCELLED:
         return f"cancelled; 'rowmill job retry {job.id}' goes on from what is done"
     if job.state is JobState.EXPIRED:

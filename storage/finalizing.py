@@ -17,6 +17,9 @@ from storage.records import OUTPUT_SEQ, Job, PartFile, Shard, Source
 from storage.states import TERMINAL_JOB, JobState, ShardState
 from storage.transitions import move_job, record
 
+PUBLISHING, TOUCHED, FAILED = "finalize.publishing", "finalize.touched", "finalize.failed"
+"""Events of the audit trail."""
+
 
 @dataclass(frozen=True, slots=True)
 class Closed:
@@ -45,6 +48,9 @@ def claim_finalize(database: Database, *, owner: str, lease_seconds: float, job_
 
     Or that of a job that has ended, whose output was :func:`report_touched`: it is published once more. Raises the
     epoch: a finalizer that was thought dead can no longer complete the job.
+
+    A job that could not be published is not taken before its time comes again, unless it is asked for by its id; those
+    that nobody has tried come first.
     """
     job = tables.job
     newer = job.alias()
@@ -53,11 +59,12 @@ def claim_finalize(database: Database, *, owner: str, lease_seconds: float, job_
     stands = sa.and_(~job.c.overtaken, job.c.deleted_at.is_(None))
     touched = sa.and_(job.c.touched, job.c.state.in_(TERMINAL_JOB), ~overtaken, stands)
     free = sa.or_(job.c.finalize_until.is_(None), job.c.finalize_until < now())
+    if job_id is not None:
+        free = sa.and_(job.c.id == job_id, sa.or_(job.c.finalize_owner.is_(None), free))
     with database.write() as connection:
         for which in (ready, touched):
-            query = sa.select(job).where(which, free).order_by(job.c.id).limit(1)
-            if job_id is not None:
-                query = query.where(job.c.id == job_id)
+            query = sa.select(job).where(which, free).order_by(job.c.finalize_until.asc().nulls_first(), job.c.id)
+            query = query.limit(1)
             found = connection.execute(database.locked(query, skip=True)).first()
             if found is not None:
                 break
@@ -86,7 +93,7 @@ def report_touched(database: Database, output_uri: str, *, actor: str) -> None:
             there = (job.c.id == job_id, job.c.deleted_at.is_(None))
             if not connection.execute(job.update().where(*there).values(touched=True)).rowcount:
                 return  # it was deleted
-            record(connection, job_id, "finalize.touched", actor)
+            record(connection, job_id, TOUCHED, actor)
 
 
 def renew(database: Database, claimed: Job, *, lease_seconds: float) -> None:
@@ -95,12 +102,31 @@ def renew(database: Database, claimed: Job, *, lease_seconds: float) -> None:
         _update(connection, claimed, finalize_until=now() + lease_seconds)
 
 
+def give_back(database: Database, claimed: Job, *, delay: float, error: str, actor: str) -> None:
+    """Free a job that could not be published: it is tried again in ``delay`` seconds. Raises :class:`LeaseLost`."""
+    with database.write() as connection:
+        _update(connection, claimed, finalize_owner=None, finalize_until=now() + delay)
+        record(connection, claimed.id, FAILED, actor, data={"epoch": claimed.finalize_epoch, "error": error})
+
+
+def last_failure(database: Database, job_id: str) -> str | None:
+    """Why the job could not be published when that was tried last; ``None`` while somebody tries, or nobody has."""
+    job, event = tables.job, tables.event
+    waits = sa.exists().where(job.c.id == job_id, job.c.finalize_owner.is_(None), job.c.finalize_until.is_not(None))
+    query = sa.select(event.c.data).where(event.c.job_id == job_id, event.c.type == FAILED, waits)
+    with database.read() as connection:
+        data = connection.execute(query.order_by(event.c.id.desc()).limit(1)).scalar()
+    return None if data is None else str(data["error"])
+
+
 def begin_publishing(database: Database, claimed: Job, *, actor: str) -> None:
     """Note that this job replaces from now on what is published at its output, or :class:`LeaseLost`."""
     job = tables.job
+    # That an ended job is published once more is forgotten only when it is done: this finalizer may die.
+    values = {} if claimed.state in TERMINAL_JOB else {"touched": False}
     with database.write() as connection:
-        _update(connection, claimed, publishing=True, touched=False)
-        record(connection, claimed.id, "finalize.publishing", actor, data={"epoch": claimed.finalize_epoch})
+        _update(connection, claimed, publishing=True, **values)
+        record(connection, claimed.id, PUBLISHING, actor, data={"epoch": claimed.finalize_epoch})
     if claimed.state in TERMINAL_JOB:
         return
     # An earlier job that is publishing here once more has lost the output by now. A transaction of its own: two jobs'
@@ -218,10 +244,18 @@ def end_state(job: Job) -> JobState:
     if job.state in TERMINAL_JOB:
         return job.state
     if job.state is JobState.CANCELLING:
+        if job.stop_reason in ("cancelled", "expired") and _is_whole(job):
+            return JobState.COMPLETED  # stopped too late
         return {"cancelled": JobState.CANCELLED, "expired": JobState.EXPIRED}.get(
             job.stop_reason or "", JobState.FAILED
         )
     return JobState.FAILED if job.n_dead else JobState.COMPLETED
+
+
+def _is_whole(job: Job) -> bool:
+    """Whether every row of the job is done, and no more of them failed than may."""
+    few = job.max_failed_rows is None or job.rows_failed <= job.max_failed_rows
+    return bool(job.plan) and not job.n_dead and few and job.rows_done == job.rows_total
 
 
 def complete(database: Database, claimed: Job, target: JobState, *, actor: str, error: str | None = None) -> Job | None:
@@ -234,17 +268,26 @@ def complete(database: Database, claimed: Job, target: JobState, *, actor: str, 
         found = connection.execute(database.locked(sa.select(job).where(job.c.id == claimed.id))).one()
         if found.finalize_epoch != claimed.finalize_epoch or found.state != claimed.state:
             raise LeaseLost(f"job {claimed.id} moved on while it was being published")
-        if found.touched and found.publishing:
+        if found.touched and found.publishing and _touched_since(connection, claimed.id):
             return None
-        values: dict[str, Any] = {"finalize_owner": None, "finalize_until": None}
+        values: dict[str, Any] = {"finalize_owner": None, "finalize_until": None, "touched": False}
         if claimed.state in TERMINAL_JOB:
             _update(connection, claimed, **values)
         else:
             values |= {"ended_at": now()} if error is None else {"ended_at": now(), "error": error}
+            if target is JobState.COMPLETED:
+                values |= {"stop_reason": None, "cancel_requested_at": None}
             move_job(connection, claimed.id, claimed.state, target, actor, **values)
             if target is JobState.COMPLETED:
                 fires.take_for_good(connection, claimed.id)
         return rows.job(connection.execute(sa.select(job).where(job.c.id == claimed.id)).one())
+
+
+def _touched_since(connection: sa.Connection, job_id: str) -> bool:
+    """Whether the output was reported as touched after somebody began to publish it, the last time that one did."""
+    event = tables.event
+    query = sa.select(event.c.type).where(event.c.job_id == job_id, event.c.type.in_((TOUCHED, PUBLISHING)))
+    return connection.execute(query.order_by(event.c.id.desc()).limit(1)).scalar() == TOUCHED
 
 
 def first_dead(database: Database, job_id: str) -> Shard | None:

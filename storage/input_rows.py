@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import sqlalchemy as sa
 from pyroaring import BitMap
 
-from storage import tables
+from storage import rows, tables
 from storage.database import Database, unpack
-from storage.records import Shard
+from storage.records import Shard, Source
 
 _PAGE = 100
 _source = tables.source
@@ -24,6 +24,13 @@ def chunks(database: Database, job_id: str) -> list[str]:
     query = sa.select(_source.c.uri).where(_source.c.job_id == job_id, _source.c.rows_bm.is_not(None))
     with database.read() as connection:
         return list(connection.execute(query).scalars())
+
+
+def sources(database: Database, job_id: str) -> list[Source]:
+    """The files that the job's shards may read: its input, or chunks made of it, in row order; then regrouped ones."""
+    query = sa.select(_source).where(_source.c.job_id == job_id).order_by(_source.c.idx)
+    with database.read() as connection:
+        return [rows.source(row) for row in connection.execute(query)]
 
 
 def regrouped(database: Database, job_id: str) -> bool:

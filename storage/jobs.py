@@ -245,7 +245,8 @@ def request_stop(database: Database, job_id: str, reason: str, *, actor: str) ->
     """Begin to wind a job down: ``reason`` is ``"cancelled"`` or ``"expired"``. Works with no worker alive.
 
     Its ready shards are cancelled at once, in batches; running ones see it at their next heartbeat. Asking twice is
-    harmless. Raises :class:`IllegalTransition` when the job has ended.
+    harmless. A job whose shards have all ended is left as it is: there is nothing to stop, and it is published. Raises
+    :class:`IllegalTransition` when the job has ended.
     """
     with database.write() as connection:
         query = sa.select(tables.job.c.state).where(tables.job.c.id == job_id)
@@ -255,7 +256,7 @@ def request_stop(database: Database, job_id: str, reason: str, *, actor: str) ->
         state = JobState(found.state)
         if state in TERMINAL_JOB:
             raise IllegalTransition("job", state, JobState.CANCELLING, "it has ended, there is nothing to stop")
-        if state is not JobState.CANCELLING:
+        if state not in (JobState.CANCELLING, JobState.FINALIZING):
             move_job(
                 connection,
                 job_id,
@@ -264,8 +265,8 @@ def request_stop(database: Database, job_id: str, reason: str, *, actor: str) ->
                 actor,
                 stop_reason=reason,
                 cancel_requested_at=now(),
-                # A finalizer that is at work finds itself fenced; whoever comes next need not wait for its lease.
-                finalize_epoch=tables.job.c.finalize_epoch + 1,
+                # A planner that is at work finds the job gone; whoever publishes it need not wait for its lease.
+                finalize_owner=None,
                 finalize_until=None,
                 data={"reason": reason},
             )

@@ -111,6 +111,11 @@ def chunk_in(work_dir_uri: str, n: int, key: str = "") -> str:
     return f"{work_dir_uri.rstrip('/')}/input/chunk-{n:05d}{suffix}.parquet"
 
 
+def chunk_key(uri: str) -> str:
+    """The ``key`` in the name of a chunk."""
+    return uri.rpartition("-")[2].removesuffix(".parquet")
+
+
 def prefix_chunk(work_dir_uri: str, n: int, key: str) -> str:
     """Chunk ``n`` of rows whose prompts begin alike; ``key`` as in :func:`chunk_in`."""
     return f"{work_dir_uri.rstrip('/')}/input/prefix-{n:05d}-{key}.parquet"

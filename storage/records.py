@@ -10,6 +10,11 @@ from pyroaring import BitMap
 
 from storage.states import TERMINAL_JOB, AttemptState, FireState, JobState, ShardState
 
+LONGEST_BACKOFF_SECONDS = 300.0
+"""Most seconds that a shard waits after an attempt that failed."""
+LONGEST_POSTPONEMENT_SECONDS = 30.0
+"""Most seconds that a job waits after it could not be planned, or not be published."""
+
 
 class Slice(NamedTuple):
     """A run of rows of one source file: rows ``[row_lo, row_lo + row_n)`` of source ``source``."""
@@ -98,8 +103,10 @@ class Job:
     rows_done: int
     rows_failed: int
     tokens: Mapping[str, int]
+    max_failed_rows: int | None
     finalize_epoch: int
     publishing: bool
+    touched: bool
     created_at: float
     started_at: float | None
     ended_at: float | None

@@ -131,7 +131,16 @@ def resume(database: Database, schedule: Schedule, next_at: float) -> Schedule:
 
 def due(database: Database) -> list[tuple[Schedule, float]]:
     """The schedules whose time has come by the database's clock, and what that clock said."""
-    query = sa.select(_schedule, now().label("clock")).where(~_schedule.c.paused, _schedule.c.next_at <= now())
+    return _with_clock(database, _schedule.c.next_at <= now())
+
+
+def waiting(database: Database) -> list[tuple[Schedule, float]]:
+    """The schedules whose time is still to come by the database's clock, and what that clock said."""
+    return _with_clock(database, _schedule.c.next_at > now())
+
+
+def _with_clock(database: Database, which: sa.ColumnElement[bool]) -> list[tuple[Schedule, float]]:
+    query = sa.select(_schedule, now().label("clock")).where(~_schedule.c.paused, which)
     with database.read() as connection:
         return [(rows.schedule(row), float(row.clock)) for row in connection.execute(query)]
 

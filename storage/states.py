@@ -18,17 +18,20 @@ class JobState(StrEnum):
     """A job's life, in the words of OpenAI's Batch API."""
 
     VALIDATING = "validating"
-    """Accepted, not planned yet. The planner moves it to ``queued``, or to ``failed`` when the input is unusable."""
+    """Accepted, not planned yet; or retried, where chunks of its input may have to be made again. The planner moves it
+    to ``queued``, or to ``failed`` when the input is unusable."""
     QUEUED = "queued"
     """Shards exist, none was claimed yet. The first claim moves it on; an empty job goes straight to ``finalizing``."""
     IN_PROGRESS = "in_progress"
     """At least one shard was claimed. The commit (or failure) that closes the last shard moves it on."""
     FINALIZING = "finalizing"
-    """Every shard is closed. The finalizer publishes the output and moves it to ``completed`` or ``failed``."""
+    """Every shard is closed: too late to cancel. The finalizer publishes the output and moves it to ``completed`` or
+    ``failed``."""
     CANCELLING = "cancelling"
-    """Being wound down (``stop_reason`` says why). Running shards flush and end; what is done is published."""
+    """Being wound down (``stop_reason`` says why). Running shards flush and end; what is done is published. If that is
+    all of it, the job completes."""
     COMPLETED = "completed"
-    """Published whole. Only a retry of its failed rows reopens it."""
+    """Published whole. Only a retry reopens it: of its failed rows, or of what was lost of its output."""
     FAILED = "failed"
     """Ended by an error. Only a retry reopens it."""
     CANCELLED = "cancelled"
@@ -115,9 +118,9 @@ JOB: Table[JobState] = _table(  # type: ignore[assignment]
     validating="queued failed cancelling",
     queued="in_progress finalizing cancelling failed",
     in_progress="finalizing cancelling failed",
-    finalizing="completed failed cancelling",
-    cancelling="cancelled expired failed",
-    completed="queued",
+    finalizing="completed failed",
+    cancelling="completed cancelled expired failed",
+    completed="queued validating",
     failed="queued validating",
     cancelled="queued validating",
     expired="queued validating",

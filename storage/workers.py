@@ -93,8 +93,15 @@ def register(database: Database, worker: Worker) -> None:
 
 
 def unregister(database: Database, worker_id: str) -> None:
-    """Forget a worker that ended politely, or is known to be dead."""
+    """Forget a worker that ended politely, or is known to be dead, and free the jobs that it planned or published.
+
+    So no lease of a job has an owner that nobody knows.
+    """
+    job = tables.job
+    # Planners add a suffix of their own to the worker's id (``pipeline.planner``).
+    its = sa.or_(job.c.finalize_owner == worker_id, job.c.finalize_owner.startswith(f"{worker_id}#", autoescape=True))
     with database.write() as connection:
+        connection.execute(job.update().where(its).values(finalize_owner=None, finalize_until=None))
         connection.execute(tables.worker.delete().where(tables.worker.c.id == worker_id))
 
 
@@ -233,13 +240,49 @@ def _worker(row: sa.Row[Any]) -> Worker:
     )
 
 
-def holding(database: Database, job_id: str) -> list[str]:
-    """Ids of the workers that hold shards of the job, or are publishing it."""
-    shard, job = tables.shard, tables.job
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A registered worker that has a job to itself, or shards of it, until ``until`` (Unix seconds) if it renews no
+    more; that is in ``seconds`` by the database's clock."""
+
+    worker: Worker
+    until: float
+    seconds: float
+
+
+def holders(database: Database, job_id: str) -> list[Holder]:
+    """Who works on the job: runs shards of it, plans or publishes it, under a lease that has not run out.
+
+    What an owner that is not registered holds does not count: workers register before they claim, and are struck off
+    when they have ended.
+    """
+    shard, job = tables.shard.c, tables.job.c
+    leases = (
+        sa.select(shard.lease_owner.label("owner"), shard.lease_until.label("until"))
+        .where(shard.job_id == job_id, shard.state == ShardState.RUNNING, shard.lease_until > now())
+        .union(
+            sa.select(job.finalize_owner, job.finalize_until).where(
+                job.id == job_id, job.finalize_owner.is_not(None), job.finalize_until > now()
+            )
+        )
+    )
     with database.read() as connection:
-        owners = connection.execute(
-            sa.select(shard.c.lease_owner)
-            .where(shard.c.job_id == job_id, shard.c.state == ShardState.RUNNING)
-            .union(sa.select(job.c.finalize_owner).where(job.c.id == job_id, job.c.finalize_owner.is_not(None)))
-        ).scalars()
-        return sorted(str(owner) for owner in owners)
+        clock = connection.execute(sa.select(now())).scalar_one()
+        until: dict[str, float] = {}
+        for lease in connection.execute(leases):
+            owner = str(lease.owner).partition("#")[0]
+            until[owner] = max(lease.until, until.get(owner, 0.0))
+        found = connection.execute(sa.select(tables.worker).where(tables.worker.c.id.in_(until))).all()
+    return [Holder(_worker(row), until[row.id], until[row.id] - clock) for row in sorted(found, key=lambda row: row.id)]
+
+
+def unknown_owners(database: Database) -> list[str]:
+    """Owners of running shards that are not registered, and so have ended."""
+    shard, worker = tables.shard, tables.worker
+    query = (
+        sa.select(shard.c.lease_owner)
+        .where(shard.c.state == ShardState.RUNNING, ~sa.exists().where(worker.c.id == shard.c.lease_owner))
+        .distinct()
+    )
+    with database.read() as connection:
+        return sorted(connection.execute(query).scalars())

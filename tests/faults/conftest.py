@@ -37,6 +37,14 @@ def world(database_url: str, tmp_path: Path, cache_dir: Path) -> Iterator[World]
 
 
 @pytest.fixture
+def embedded_world(tmp_path: Path, cache_dir: Path) -> Iterator[World]:
+    """SQLite alone: for what does not depend on the database."""
+    made = World(make_settings(tmp_path, cache_dir, f"sqlite:///{tmp_path / 'jobs.db'}"), tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
 def broker_world(postgres_database: str, redis_url: str, tmp_path: Path, cache_dir: Path) -> Iterator[World]:
     """PostgreSQL and Redis: for real Celery processes (``world.celery``)."""
     settings = make_settings(tmp_path, cache_dir, postgres_database)

@@ -2,8 +2,10 @@
 
 Hypothesis chooses the calls and shrinks what fails to the shortest history. The model knows no SQL, no fence and no
 lock: it says what must be true. Every call is also made by attempts and finalizers that have lost what they held, and
-then nothing may change but the note that they came back. At the end of every history all jobs are brought to their end,
-so that a counter that went wrong shows as a job that never ends.
+then nothing may change but the note that they came back.
+
+Liveness: whatever a history did, its faults end, one lease passes, and then every job ends by the calls of one tick.
+Each that did not complete does so by one retry. No row that was flushed is computed again.
 
 ``HYPOTHESIS_PROFILE=faults`` (``make faults``) takes many more and longer histories, other ones every time.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,12 +32,24 @@ from hypothesis.stateful import (
 )
 from pyroaring import BitMap
 
-from storage import claims, finalizing, garbage, jobs, reaping, retries, shards, tables
+from storage import claims, clock_steps, finalizing, garbage, jobs, planners, reaping, retries, shards, tables, workers
 from storage.claims import Lease
 from storage.database import Database, now, unpack
 from storage.errors import Conflict, IllegalTransition, LeaseLost
-from storage.records import OUTPUT_SEQ, Claim, Job, PartFile, RowException, ShardPlan, Slice, Source
+from storage.records import (
+    LONGEST_BACKOFF_SECONDS,
+    LONGEST_POSTPONEMENT_SECONDS,
+    OUTPUT_SEQ,
+    Claim,
+    Job,
+    PartFile,
+    RowException,
+    ShardPlan,
+    Slice,
+    Source,
+)
 from storage.states import OPEN_SHARD, TERMINAL_JOB, AttemptState, JobState, ShardState
+from storage.workers import Worker
 
 _ALWAYS: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
 _ALWAYS |= {"report_multiple_bugs": False}
@@ -46,10 +60,21 @@ PROFILES = {
 PROFILE = PROFILES[os.environ.get("HYPOTHESIS_PROFILE", "default")]
 
 OWNERS = ("ada", "bob")
+BACKOFF, POSTPONED = LONGEST_BACKOFF_SECONDS, LONGEST_POSTPONEMENT_SECONDS
 OUTPUTS = ("/out/x", "/out/y", "/out/z")
 LEASE = 3600.0
 MAX_LOSSES = MAX_FAILURES = 2
 """Fewer than ``CAREFUL_AFTER``: the search for a poison row is not part of this model."""
+
+TIMES = {
+    tables.shard.c.run_after: BACKOFF,
+    tables.shard.c.lease_until: LEASE,
+    tables.job.c.finalize_until: LEASE,
+    tables.worker.c.heartbeat_at: 0.0,
+    tables.gc_queue.c.not_before: garbage.LONGEST_DELAY_SECONDS,
+}
+"""Every stored time that something may wait for, and how far ahead it may lie."""
+WAITED_FOR = dict.fromkeys(TIMES, sa.true()) | {tables.shard.c.run_after: tables.shard.c.state.in_(OPEN_SHARD)}
 
 Event = tuple[str, str | None, int | None, str]
 """Job, shard, attempt, type."""
@@ -100,8 +125,12 @@ class JobModel:
     shards: dict[str, ShardModel] = field(default_factory=dict)
     epoch: int = 0
     finalizer: str | None = None
+    """Who publishes it, or plans it."""
     finalizer_lives: bool = False
+    """Its lease has not run out; without a finalizer: the job was given back, and waits a while."""
     publishing: bool = False
+    reopening: bool | None = None
+    """A retry waits for a planner; whether of failed rows only."""
 
     @property
     def newest(self) -> list[ShardModel]:
@@ -129,6 +158,13 @@ class JobModel:
     @property
     def rows_failed(self) -> int:
         return sum(len(item.failed) for item in self.newest if item.state is ShardState.COMMITTED)
+
+    @property
+    def whole(self) -> bool:
+        """Every row is done, and no more of them failed than may."""
+        few = self.max_failed is None or self.rows_failed <= self.max_failed
+        committed = all(item.state is ShardState.COMMITTED for item in self.newest)
+        return self.planned and committed and few
 
     @property
     def tokens(self) -> int:
@@ -162,6 +198,8 @@ class StorageMachine(RuleBasedStateMachine):
         self.claims: list[Claim] = []
         self.finalizers: list[Job] = []
         self.seen: dict[str, int] = {}
+        self.registered: set[str] = set()
+        self.settled: dict[tuple[str, int], set[int]] = {}
         self.agreed = True
 
     # What is there to choose from.
@@ -215,6 +253,9 @@ class StorageMachine(RuleBasedStateMachine):
     def end(self, shard: ShardModel, state: AttemptState) -> None:
         self.attempts[shard.id, shard.attempt_no].state = state
 
+    def let_go(self, job: JobModel) -> None:
+        job.finalizer, job.finalizer_lives = None, False
+
     def closed(self, job: JobModel) -> None:
         """One more of the job's shards has ended."""
         if job.state is not JobState.IN_PROGRESS:
@@ -229,7 +270,6 @@ class StorageMachine(RuleBasedStateMachine):
         attempt = self.attempts[shard.id, shard.attempt_no]
         shard.n_lost = 0 if attempt.computed else shard.n_lost + 1
         dead = shard.n_lost >= MAX_LOSSES
-        shard.waiting = False
         self.move_shard(job, shard, ShardState.FAILED if dead else ShardState.READY)
         attempt.state = AttemptState.LOST
         if dead:
@@ -339,11 +379,23 @@ class StorageMachine(RuleBasedStateMachine):
                 self.database, job.id, plan={"planned": True}, sources=[source], shards=plans, actor="planner"
             )
 
+        def again() -> Job:
+            return retries.planned_again(self.database, job.id, [], [], actor="planner")
+
+        if job.reopening is not None and job.state is JobState.VALIDATING:
+            again()
+            failed_only, job.reopening = job.reopening, None
+            self.let_go(job)
+            self.reopen(job, failed_only)
+            return
+        with pytest.raises(IllegalTransition):
+            again()
         if job.state is not JobState.VALIDATING:
             with pytest.raises(IllegalTransition):
                 call()
             return
         call()
+        self.let_go(job)
         job.planned = True
         job.counted_rows += sizes
         for item in plans:
@@ -359,8 +411,34 @@ class StorageMachine(RuleBasedStateMachine):
     def refuse(self, pick: int) -> None:
         self.agreed = False
         job = _pick(self.in_state(JobState.VALIDATING), pick)
+        self.refuse_one(job)
+
+    def refuse_one(self, job: JobModel) -> None:
         jobs.refuse(self.database, job.id, "no", actor="planner")
+        self.let_go(job)
         self.move_job(job, JobState.FAILED)
+
+    @precondition(lambda self: self.in_state(JobState.VALIDATING))
+    @rule(owner=st.sampled_from(OWNERS), lapsed=st.booleans(), gives_up=st.booleans())
+    def claim_to_plan(self, owner: str, lapsed: bool, gives_up: bool) -> None:
+        self.agreed = False
+        self.register(owner)
+        waiting = self.by_turn(job for job in self.in_state(JobState.VALIDATING) if not job.finalizer_lives)
+        found = planners.claim(self.database, owner=f"{owner}#1", lease_seconds=-1.0 if lapsed else LEASE)
+        assert (found and found.id) == (waiting[0].id if waiting else None)
+        if waiting:
+            job = waiting[0]
+            job.finalizer, job.finalizer_lives = f"{owner}#1", not lapsed
+            if gives_up:
+                planners.postpone(self.database, job.id, owner=f"{owner}#1", error="no answer", delay=POSTPONED)
+                job.finalizer, job.finalizer_lives = None, True
+
+    def by_turn(self, found: Iterable[JobModel]) -> list[JobModel]:
+        """First what nobody has tried, then what was given up longest ago: that is the database's clock's business."""
+        table = tables.job
+        with self.database.read() as connection:
+            until = dict(connection.execute(sa.select(table.c.id, table.c.finalize_until)).all())
+        return sorted(found, key=lambda job: (until[job.id] or 0.0, job.id))
 
     @precondition(lambda self: self.jobs)
     @rule(pick=st.integers(0, 9), reason=st.sampled_from(["cancelled", "expired"]), sure=st.integers(0, 2))
@@ -375,8 +453,11 @@ class StorageMachine(RuleBasedStateMachine):
                 jobs.request_stop(self.database, job.id, reason, actor="client")
             return
         jobs.request_stop(self.database, job.id, reason, actor="client")
+        if job.state is JobState.FINALIZING:
+            return  # there is nothing to stop
         if job.state is not JobState.CANCELLING:
-            job.stop_reason, job.epoch, job.finalizer_lives = reason, job.epoch + 1, False
+            job.stop_reason = reason
+            self.let_go(job)
             self.move_job(job, JobState.CANCELLING)
         self.cancel_all_ready(job)
 
@@ -389,30 +470,41 @@ class StorageMachine(RuleBasedStateMachine):
         assert jobs.cancel_ready(self.database, job.id, actor="client", batch=batch) == expected
 
     @precondition(lambda self: self.in_state(*TERMINAL_JOB))
-    @rule(pick=st.integers(0, 9), failed_only=st.booleans(), overdue=st.booleans())
-    def retry(self, pick: int, failed_only: bool, overdue: bool) -> None:
+    @rule(pick=st.integers(0, 9), failed_only=st.booleans(), overdue=st.booleans(), plan_again=st.booleans())
+    def retry(self, pick: int, failed_only: bool, overdue: bool, plan_again: bool) -> None:
         self.agreed = False
         job = _pick(self.in_state(*TERMINAL_JOB) if pick < 9 else list(self.jobs.values()), pick)
+        self.retry_one(job, failed_only, overdue=overdue, plan_again=plan_again)
 
+    def retry_one(self, job: JobModel, failed_only: bool, *, overdue: bool = False, plan_again: bool = False) -> None:
         def call() -> Job:
             window = -1.0 if overdue else LEASE
             return retries.reopen(
-                self.database, job.id, failed_only=failed_only, window_seconds=window, actor="client"
+                self.database, job.id, failed_only=failed_only, window_seconds=window, actor="client",
+                plan_again=plan_again,
             )  # fmt: skip
 
-        ended = (ShardState.FAILED, ShardState.CANCELLED)
-        again = [s for s in job.newest if s.state in ended or s.failed or not failed_only]
-        newer = any(other.output == job.output and other.id > job.id for other in self.jobs.values())
-        unplanned = not job.planned and job.state is not JobState.COMPLETED
-        if job.state not in TERMINAL_JOB or newer or not (again or unplanned):
+        nothing = job.state is JobState.COMPLETED and failed_only and not (job.n_dead or job.rows_failed)
+        if job.state not in TERMINAL_JOB or self.is_overtaken(job) or nothing:
             with pytest.raises(Conflict):
                 call()
             return
         call()
         job.stop_reason, job.overdue, job.epoch = None, overdue, job.epoch + 1
-        if unplanned:
+        self.let_go(job)
+        if plan_again or not job.planned:
+            job.reopening = failed_only if job.planned else None
             self.move_job(job, JobState.VALIDATING)
-            return
+        else:
+            self.reopen(job, failed_only)
+
+    def is_overtaken(self, job: JobModel) -> bool:
+        """A newer job has its output."""
+        return any(other.output == job.output and other.id > job.id for other in self.jobs.values())
+
+    def reopen(self, job: JobModel, failed_only: bool) -> None:
+        ended = (ShardState.FAILED, ShardState.CANCELLED)
+        again = [s for s in job.newest if s.state in ended or s.failed or not failed_only]
         job.gen += 1
         rows_again = 0
         for shard in again:
@@ -430,6 +522,8 @@ class StorageMachine(RuleBasedStateMachine):
         job.counted_rows.append(rows_again)
         self.read_due(job)
         self.move_job(job, JobState.QUEUED)
+        if not again:
+            self.move_job(job, JobState.FINALIZING)
 
     @precondition(lambda self: any(shard.done and shard.state == "cancelled" for _, shard in self.shards()))
     @rule(pick=st.integers(0, 9))
@@ -469,6 +563,7 @@ class StorageMachine(RuleBasedStateMachine):
             assert claims.claim(self.database, owner=owner, lease_seconds=lease, queues=["q"], job_id=job_id) is None
 
     def take(self, owner: str, lease: float, job_id: str | None, shard: ShardModel) -> Claim:
+        self.register(owner)
         claim = claims.claim(self.database, owner=owner, lease_seconds=lease, queues=["q"], job_id=job_id)
         assert claim is not None
         assert claim.shard.id == shard.id
@@ -540,6 +635,7 @@ class StorageMachine(RuleBasedStateMachine):
         exceptions = [RowException(row, "code", "why") for row in failed]
         part = _part(claim, seq, rows, failed)
         shards.flush(self.database, claim, part, tokens={"prompt_tokens": tokens}, exceptions=exceptions)
+        assert not set(rows) & self.settled.get((job.id, shard.idx), set()), "a flushed row is computed again"
         self.parts[shard.id, claim.attempt_no, seq] = set(rows), set(failed)
         self.exceptions |= {(shard.id, row): "code" for row in failed}
         self.attempts[shard.id, claim.attempt_no].computed += len(rows)
@@ -576,7 +672,7 @@ class StorageMachine(RuleBasedStateMachine):
         job, shard = self.jobs[claim.job.id], self.shard(claim)
         shard.n_fail += 1
         target = ShardState.FAILED if shard.n_fail >= MAX_FAILURES else ShardState.READY
-        delay = LEASE if waits else 0.0
+        delay = BACKOFF if waits else 0.0
         assert shards.fail(self.database, claim, "oh", delay=delay, max_failures=MAX_FAILURES) is target
         self.read_due(job)
         shard.waiting = waits
@@ -597,8 +693,8 @@ class StorageMachine(RuleBasedStateMachine):
     def release(self, claim: Claim) -> None:
         shards.release(self.database, claim)
         shard = self.shard(claim)
-        shard.waiting = False
         self.move_shard(self.jobs[claim.job.id], shard, ShardState.READY)
+        self.read_clock()
         self.end(shard, AttemptState.RELEASED)
 
     @precondition(lambda self: any(c for c in self.held() if self.jobs[c.job.id].state is JobState.CANCELLING))
@@ -711,34 +807,118 @@ class StorageMachine(RuleBasedStateMachine):
         assert found == self.all_lost(lambda shard: shard.owner == owner)
         for job in self.jobs.values():
             if job.finalizer == owner:
-                job.finalizer, job.finalizer_lives = None, False
+                self.let_go(job)
+        self.unregister(owner)
+
+    @rule(owner=st.sampled_from(OWNERS))
+    def a_worker_ends(self, owner: str) -> None:
+        """Though it could not report how its attempts ended."""
+        self.agreed = False
+        self.unregister(owner)
+        held = {shard.owner for _, shard in self.shards() if shard.owner is not None}
+        assert workers.unknown_owners(self.database) == sorted(held - self.registered)
+
+    def unregister(self, owner: str) -> None:
+        workers.unregister(self.database, owner)
+        self.registered.discard(owner)
+        for job in self.jobs.values():
+            if job.finalizer in (owner, f"{owner}#1"):
+                self.let_go(job)
+
+    def register(self, owner: str) -> None:
+        if owner not in self.registered:
+            workers.register(self.database, Worker(owner, "host", 1, 1.0, lease_seconds=LEASE))
+            self.registered.add(owner)
+
+    @precondition(lambda self: self.jobs)
+    @rule(pick=st.integers(0, 9))
+    def who_works_on_a_job_is_known(self, pick: int) -> None:
+        """Only those who live, as far as anybody can know."""
+        self.agreed = False
+        job = _pick(list(self.jobs.values()), pick)
+        owners = {shard.owner for shard in job.shards.values() if shard.owner and not shard.lapsed}
+        if job.finalizer is not None and job.finalizer_lives:
+            owners.add(job.finalizer.partition("#")[0])
+        found = {holder.worker.id for holder in workers.holders(self.database, job.id)}
+        assert found == owners & self.registered
+
+    # The database's clock.
+
+    @rule(seconds=st.sampled_from([2 * LEASE, 400 * LEASE]))
+    def the_clock_is_set_back(self, seconds: float) -> None:
+        self.agreed = False
+        self.shift(seconds)
+
+    def shift(self, seconds: float) -> None:
+        """Every stored time lies so much further ahead of the clock: the clock itself is not the test's to set."""
+        with self.database.write() as connection:
+            for column in TIMES:
+                connection.execute(column.table.update().values({column.name: column + seconds}))
+        self.read_clock()
+
+    @rule()
+    def times_are_brought_back(self) -> None:
+        self.agreed = False
+        self.bring_back()
+
+    def bring_back(self) -> None:
+        clock_steps.bring_back(self.database, lease_seconds=LEASE, retention_seconds=LEASE)
+        self.read_clock()
+        with self.database.read() as connection:
+            for column, most in TIMES.items():
+                furthest = connection.execute(sa.select(sa.func.max(column) - now()).where(WAITED_FOR[column])).scalar()
+                assert furthest is None or furthest <= most, f"{column} lies {furthest} seconds ahead"
+
+    def read_clock(self) -> None:
+        """What has run out, and what is due, is the database's clock's business."""
+        shard, job = tables.shard, tables.job
+        with self.database.read() as connection:
+            clock = connection.execute(sa.select(now())).scalar_one()
+            stored = {row.id: row for row in connection.execute(sa.select(shard))}
+            until = dict(connection.execute(sa.select(job.c.id, job.c.finalize_until)).all())
+        for _, item in self.shards():
+            item.run_after = stored[item.id].run_after
+            item.waiting = item.run_after > clock
+            item.lapsed = item.state is ShardState.RUNNING and stored[item.id].lease_until < clock
+        for owner in self.jobs.values():
+            owner.finalizer_lives = (until[owner.id] or 0.0) >= clock
 
     def all_lost(self, which: Callable[[ShardModel], bool]) -> reaping.Reaped:
         gone = [(job, shard) for job, shard in self.shards() if shard.state is ShardState.RUNNING and which(shard)]
         for job, shard in sorted(gone, key=lambda item: item[1].id):
             self.lose(job, shard)
+        self.read_clock()
         dead = sum(shard.state is ShardState.FAILED for _, shard in gone)
         return reaping.Reaped(len(gone) - dead, dead)
 
     # Publishing.
 
+    def closed_jobs(self) -> list[JobModel]:
+        stopped = [job for job in self.in_state(JobState.CANCELLING) if job.n_open == 0]
+        return [*self.in_state(JobState.FINALIZING), *stopped]
+
     def publishable(self) -> list[JobModel]:
-        return [
-            job
-            for job in self.jobs.values()
-            if (job.state is JobState.FINALIZING or (job.state is JobState.CANCELLING and job.n_open == 0))
-            and not job.finalizer_lives
-        ]
+        """What may be published, in order."""
+        return self.by_turn(job for job in self.closed_jobs() if not job.finalizer_lives)
 
     @precondition(lambda self: self.in_state(JobState.FINALIZING, JobState.CANCELLING))
     @rule(owner=st.sampled_from(OWNERS), lapsed=st.sampled_from([True, True, False]))
     def claim_finalize(self, owner: str, lapsed: bool) -> None:
         self.agreed = False
-        expected = min(self.publishable(), key=lambda job: job.id, default=None)
-        self.take_finalize(owner, -1.0 if lapsed else LEASE, expected)
+        self.take_finalize(owner, -1.0 if lapsed else LEASE, next(iter(self.publishable()), None))
 
-    def take_finalize(self, owner: str, lease: float, job: JobModel | None) -> Job | None:
-        found = finalizing.claim_finalize(self.database, owner=owner, lease_seconds=lease)
+    @precondition(lambda self: self.closed_jobs())
+    @rule(owner=st.sampled_from(OWNERS), pick=st.integers(0, 9))
+    def claim_finalize_of_one(self, owner: str, pick: int) -> None:
+        """What the same command does: it does not wait for a job's turn to come again."""
+        self.agreed = False
+        job = _pick(self.closed_jobs(), pick)
+        free = job.finalizer is None or not job.finalizer_lives
+        self.take_finalize(owner, LEASE, job if free else None, job.id)
+
+    def take_finalize(self, owner: str, lease: float, job: JobModel | None, job_id: str | None = None) -> Job | None:
+        self.register(owner)
+        found = finalizing.claim_finalize(self.database, owner=owner, lease_seconds=lease, job_id=job_id)
         assert (found and found.id) == (job and job.id)
         if job is not None and found is not None:
             job.epoch, job.finalizer, job.finalizer_lives = job.epoch + 1, owner, lease > 0
@@ -751,7 +931,7 @@ class StorageMachine(RuleBasedStateMachine):
     def publish(self, owner: str) -> None:
         """A finalizer that nothing happens to."""
         self.agreed = False
-        claimed = self.take_finalize(owner, LEASE, min(self.publishable(), key=lambda job: job.id))
+        claimed = self.take_finalize(owner, LEASE, self.publishable()[0])
         assert claimed is not None
         self.complete_one(claimed)
 
@@ -767,16 +947,19 @@ class StorageMachine(RuleBasedStateMachine):
                 finalizing.complete(self.database, claimed, target, actor="finalizer")
             return
         finalizing.complete(self.database, claimed, target, actor="finalizer")
-        if job.state is JobState.CANCELLING:
+        if job.state is JobState.CANCELLING and job.stop_reason in ("cancelled", "expired") and job.whole:
+            assert target is JobState.COMPLETED
+            job.stop_reason = None
+        elif job.state is JobState.CANCELLING:
             stopped = {"cancelled": JobState.CANCELLED, "expired": JobState.EXPIRED}
             assert target is stopped.get(job.stop_reason or "", JobState.FAILED)
         else:
             assert target is (JobState.FAILED if job.n_dead else JobState.COMPLETED)
-        job.finalizer, job.finalizer_lives = None, False
+        self.let_go(job)
         self.move_job(job, target)
 
     @precondition(lambda self: self.finalizers)
-    @rule(pick=st.integers(0, 9), what=st.sampled_from(["complete", "complete", "publish", "renew"]))
+    @rule(pick=st.integers(0, 9), what=st.sampled_from(["complete", "complete", "publish", "renew", "fail", "fail"]))
     def a_finalizer_goes_on(self, pick: int, what: str) -> None:
         """Whether or not it is still the one."""
         self.agreed = False
@@ -787,7 +970,9 @@ class StorageMachine(RuleBasedStateMachine):
             return
 
         def call() -> None:
-            if what == "publish":
+            if what == "fail":
+                finalizing.give_back(self.database, claimed, delay=POSTPONED, error="no space", actor="finalizer")
+            elif what == "publish":
                 finalizing.begin_publishing(self.database, claimed, actor="finalizer")
             else:
                 finalizing.renew(self.database, claimed, lease_seconds=LEASE)
@@ -800,6 +985,9 @@ class StorageMachine(RuleBasedStateMachine):
         if what == "publish":
             job.publishing = True
             self.note(job, "finalize.publishing")
+        elif what == "fail":
+            job.finalizer, job.finalizer_lives = None, True
+            self.note(job, "finalize.failed")
         else:
             job.finalizer_lives = True
 
@@ -874,29 +1062,46 @@ class StorageMachine(RuleBasedStateMachine):
             last = [kind for job, _, _, kind in stored.events if job == name and kind.startswith("job.")][-1]
             assert last == f"job.{state}", "a change of state without its event"
 
+    # Liveness.
+
     def teardown(self) -> None:
-        """Everything calms down, and every job must come to its end."""
+        """The faults are over: every job ends, and whatever did not complete does so when it is retried."""
         if not self.agreed:
             return  # the history has failed already: say that, and not what follows from it
-        for job in self.in_state(JobState.VALIDATING):
-            jobs.refuse(self.database, job.id, "the end", actor="planner")
-            self.move_job(job, JobState.FAILED)
-        self.every_backoff_passes()
-        for claim in self.held():
-            self.commit_whole(claim)
-        self.run("ada", 0, True)
-        self.calm_down()
+        self.settled = {
+            (job.id, shard.idx): set(range(shard.row_n)) - shard.wanted | shard.done - shard.failed
+            for job in self.jobs.values()
+            for shard in job.newest
+        }
+        self.one_lease_passes()
+        self.tick("ada")
+        assert all(job.state in TERMINAL_JOB for job in self.jobs.values()), "a job is stuck"
+        for job in self.jobs.values():
+            if not self.is_overtaken(job) and (job.state is not JobState.COMPLETED or job.n_dead):
+                self.retry_one(job, failed_only=True, plan_again=job.gen % 2 == 1)
+                self.tick("bob")
+                assert job.state is JobState.COMPLETED, "a retry did not complete it"
         self.both_agree()
-        assert all(job.state in TERMINAL_JOB for job in self.jobs.values())
+
+    def one_lease_passes(self) -> None:
+        """At once, for the test: every stored time comes so much nearer."""
+        self.bring_back()
+        self.shift(-LEASE - 1.0)
+
+    def tick(self, owner: str) -> None:
+        """What happens within one tick: the calls of the round, and of the workers that it wakes."""
+        self.bring_back()
+        found = reaping.reap(self.database, lease_seconds=0.0, max_losses=MAX_LOSSES, actor="reaper")
+        assert found == self.all_lost(lambda shard: shard.lapsed)
+        for job in self.in_state(JobState.VALIDATING):
+            self.plan_one(job, [2])
+        self.run(owner, 0, True)
+        self.calm_down()
 
     def calm_down(self) -> None:
         """What is being wound down ends, and all that has ended is published."""
         for job in self.in_state(JobState.CANCELLING):
             assert jobs.cancel_ready(self.database, job.id, actor="client") == self.cancel_all_ready(job)
-        with self.database.write() as connection:
-            connection.execute(tables.job.update().values(finalize_until=None))
-        for job in self.jobs.values():
-            job.finalizer_lives = False
         while self.publishable():
             self.publish("ada")
 

@@ -173,11 +173,16 @@ def test_interrupted_while_rows_are_copied(client: Client, texts: Path, tmp_path
     assert (done.id, done.state) == (before.id, JobState.COMPLETED)
 
 
-def test_what_was_deleted_cannot_be_retried(client: Client, texts: Path, tmp_path: Path) -> None:
+def test_what_was_deleted_can_only_be_computed_again(client: Client, texts: Path, tmp_path: Path) -> None:
     done = client.run(**fields(texts, tmp_path / "out"))
     client._runtime.store.delete_tree(str(tmp_path / "out" / ".rowmill" / done.id))
-    with pytest.raises(Conflict, match="has been deleted"):
-        client.job(done.id).retry()
+    job = client.job(done.id)
+    with pytest.raises(Conflict, match="--all' computes every row again"):
+        job.retry()
+    job.retry(failed_only=False)
+    assert job.wait(timeout=60).state is JobState.COMPLETED
+    assert job.table().column("id").to_pylist() == list(range(N))
+    assert sum(attempt.rows_computed for attempt in job.attempts()) == 2 * N
 
 
 def test_jsonl_and_a_handful_of_rows_a_shard(client: Client, tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import Client, maintenance
+from pipeline import Client, local, maintenance
 from pipeline.engines.base import Cancellation
+from pipeline.runtime import Runtime
 from pipeline.settings import Settings
 from storage import failpoints, jobs
 from storage.errors import Conflict, Interrupted, InvalidInput, InvalidJob, JobCancelled, Unexpected
+from storage.records import Job
 from storage.states import AttemptState, JobState, RequestState
 from tests.faults.driver import wait_until
 
@@ -292,7 +294,7 @@ def test_a_job_that_does_not_complete_replaces_no_other_output(settings: Setting
     assert (tmp_path / "out" / "_SUCCESS").exists()
 
 
-def test_a_job_can_be_cancelled_while_it_is_published(settings: Settings, texts: Path, tmp_path: Path) -> None:
+def test_a_cancel_while_the_job_is_published_stops_nothing(settings: Settings, texts: Path, tmp_path: Path) -> None:
     with Client(settings=settings) as client, Client(settings=settings) as other:
         cancelled: list[JobState] = []
 
@@ -308,9 +310,46 @@ def test_a_job_can_be_cancelled_while_it_is_published(settings: Settings, texts:
         finally:
             failpoints.disarm()
     assert cancelled == [JobState.FINALIZING]
-    assert (status.state, status.rows_done) == (JobState.CANCELLED, 1000)
+    assert (status.state, status.rows_done, status.stop_reason) == (JobState.COMPLETED, 1000, None)
     assert published(tmp_path / "out").num_rows == 1000
-    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_a_cancel_that_the_last_commit_overtakes_stops_nothing(settings: Settings, texts: Path, tmp_path: Path) -> None:
+    """All rows are done when the job has been wound down: it is whole."""
+    with Client(settings=settings) as client, Client(settings=settings) as other:
+
+        def cancel() -> None:
+            [job] = other.jobs()
+            if job.state is JobState.IN_PROGRESS:
+                jobs.request_stop(other._runtime.database, job.id, "cancelled", actor="test")
+
+        failpoints.arm("commit.assembled", cancel)
+        try:
+            status = client.run(**fields(texts, tmp_path / "out"))
+        finally:
+            failpoints.disarm()
+        kinds = [event.type for event in client.job(status.id).events() if event.type.startswith("job.")]
+    assert (status.state, kinds[-2:]) == (JobState.COMPLETED, ["job.cancelling", "job.completed"])
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_a_job_that_is_retried_as_soon_as_it_has_ended_goes_on(
+    settings: Settings, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process publishes it and retries it, before the one that ran it has seen its end."""
+    original, gens = local.finalize_job, []
+    with Client(settings=settings) as client, Client(settings=settings) as other:
+
+        def overtaken(runtime: Runtime, job_id: str) -> Job | None:
+            if not gens:
+                assert original(other._runtime, job_id) is not None
+                gens.append(other.job(job_id).retry().gen)
+            return original(runtime, job_id)
+
+        monkeypatch.setattr(local, "finalize_job", overtaken)
+        status = client.run(**fields(texts, tmp_path / "out"))
+    assert (gens, status.gen, status.state) == ([1], 1, JobState.COMPLETED)
 
 
 def test_a_job_ends_when_its_completion_window_passes(settings: Settings, texts: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ OWNER = "worker-1"
 LEASE = 60.0
 
 
-def planned_job(database: Database, *, shards: int = 2, rows: int = 10, **values: Any) -> Job:
+def unplanned_job(database: Database, **values: Any) -> Job:
     job_id = str(uuid_utils.uuid7())
     given: dict[str, Any] = {
         "job_id": job_id,
@@ -33,7 +33,11 @@ def planned_job(database: Database, *, shards: int = 2, rows: int = 10, **values
         "window_seconds": 3600.0,
         "actor": "test",
     }
-    jobs.insert(database, **(given | values))
+    return jobs.insert(database, **(given | values))
+
+
+def planned_job(database: Database, *, shards: int = 2, rows: int = 10, **values: Any) -> Job:
+    job_id = unplanned_job(database, **values).id
     source = Source(0, "/in.parquet", "etag", 1000, shards * rows)
     plans = [ShardPlan(i, i * rows, rows, 100, (Slice(0, i * rows, rows),)) for i in range(shards)]
     return jobs.set_planned(database, job_id, plan={"planned": True}, sources=[source], shards=plans, actor="test")

@@ -81,8 +81,8 @@ def test_every_state_can_be_reached(kind: type[StrEnum]) -> None:
     assert reached == set(kind)
 
 
-def test_live_jobs_can_always_be_stopped() -> None:
-    for state in set(JobState) - states.TERMINAL_JOB - {JobState.CANCELLING}:
+def test_a_job_can_be_stopped_until_its_shards_have_ended() -> None:
+    for state in set(JobState) - states.TERMINAL_JOB - {JobState.CANCELLING, JobState.FINALIZING}:
         states.check(state, JobState.CANCELLING)
     for ended in (JobState.CANCELLED, JobState.EXPIRED):
         assert states.sources(ended) == [JobState.CANCELLING]
