@@ -47,13 +47,17 @@ def with_attendance(runtime: Runtime, jobs: Sequence[Job], statuses: Sequence[Jo
             found.append(status)
         elif fleet:
             message = f"no worker is alive for the queue {queue!r}: see 'rowmill worker list'"
-            found.append(replace(status, attended=False, message=message))
+            found.append(replace(status, attended=False, message=_with(status, message)))
         else:
             begun = job.started_at is not None or job.state in _CONTROLLED[1:] or bool(marks[job.id])
             what = "interrupted" if begun else "not started"
             message = f"{what}; nobody is running it; resume with 'rowmill job resume {job.id}'"
-            found.append(replace(status, attended=False, interrupted=begun, message=message))
+            found.append(replace(status, attended=False, interrupted=begun, message=_with(status, message)))
     return found
+
+
+def _with(status: JobStatus, message: str) -> str:
+    return message if status.message is None else f"{message}; {status.message}"
 
 
 def _lives(runtime: Runtime, seen: Seen) -> bool:

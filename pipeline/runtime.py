@@ -32,12 +32,12 @@ CACHE_PATIENCE_SECONDS = 10.0
 """How long one operation on kept answers is tried again before they are done without."""
 
 
-@dataclass(slots=True)
 class _Inside:
     """How many threads are inside a block of ``Runtime.registered``."""
 
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    count: int = 0
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.count = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,9 +77,8 @@ def _phase(job: Job, progress: reports.Progress) -> tuple[Phase | None, float | 
 
 def _message(database: Database, job: Job) -> str | None:
     if job.n_open == 0 and job.state in (JobState.FINALIZING, JobState.CANCELLING):
-        if (reason := finalizing.last_failure(database, job.id)) is not None:
-            return f"its output could not be published yet, and that is tried again: {reason}"
-        return "no row is left to compute; its output is being published"
+        reason = finalizing.last_failure(database, job.id)
+        return None if reason is None else f"its output could not be published yet: {reason}"
     if job.state is JobState.CANCELLED:
         return f"cancelled; 'rowmill job retry {job.id}' goes on from what is done"
     if job.state is JobState.EXPIRED:

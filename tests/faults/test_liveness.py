@@ -262,6 +262,8 @@ def set_back(world: World) -> None:
 @pytest.mark.parametrize("point", ["plan.chunk@1", "flush.recorded@2", "finalize.part@1"])
 def test_29_the_lease_of_a_dead_process(world: World, point: str, host: str, back: bool) -> None:
     """Of this host it is known to be dead; of another (a container with a new name) its lease decides."""
+    # Long enough that it has not run out before it is looked at.
+    world.replace_settings(lease_seconds=4.0)
     name, _, hit = point.partition("@")
     job = fields(world, "prefix" if name.startswith("plan") else "parquet")
     assert world.start("run", job, {name: f"exit@{hit}"}, {}).join() == KILLED
