@@ -125,6 +125,16 @@ def test_a_time_that_has_come_fires_once(house: House) -> None:
     assert house.client.schedules.get("daily").next_at == due + 300
 
 
+def test_the_clock_was_set_back_after_the_next_time_was_found(house: House) -> None:
+    """Ten thousand days: nobody waits that long, and what has fired does not fire again."""
+    house.write("a.parquet", "a")
+    house.add()
+    assert house.client.schedules.get("daily").next_at == FAR
+    assert house.tick() == []
+    clock, found = house.runtime.database.clock(), house.client.schedules.get("daily").next_at
+    assert clock < found <= clock + DAY
+
+
 def test_a_tick_that_is_late_does_nothing(house: House) -> None:
     """It read the schedule, and the pending fire, before another tick saw to them; even their job has ended since."""
     house.write("a.parquet", "a")
@@ -132,8 +142,9 @@ def test_a_tick_that_is_late_does_nothing(house: House) -> None:
     house.downtime("daily", NOON)
     stale = house.client.schedules.get("daily")
     fire = house.come_due(1)
+    before = house.client.schedules.get("daily")
     assert not schedules.advance(house.runtime.database, stale, [Decided(NOON + 5 * DAY)], NOON + 6 * DAY)
-    assert house.client.schedules.get("daily").next_at == FAR
+    assert house.client.schedules.get("daily") == before
     house.run(fire)
     pending = replace(fire, state=FireState.PENDING, job_id=None, job_state=None)
     assert schedule_firing._submit(house.runtime, stale, pending) is None
