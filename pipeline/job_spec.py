@@ -114,7 +114,7 @@ NOT_PART_OF_THE_WORK = frozenset(
 """Fields that do not change what is computed: a job may be resumed under other values of them."""
 
 
-_LATER = frozenset({"limit", "sample", "request_timeout"})
+_LATER = frozenset({"limit", "sample", "request_timeout", "tensor_columns"})
 PlainJson = Annotated[dict[str, Any], rule(plain_json)]
 
 
@@ -146,6 +146,9 @@ class JobSpec(BaseModel):
     """``classify`` and ``score``: the second text of a pair."""
     inputs: dict[Name, Name] | None = None
     """``tensor``: graph input → column, where the names differ."""
+    tensor_columns: bool | None = None
+    """``tensor``: write outputs of one axis as ``arrow.fixed_shape_tensor``, as those of more axes are; without it they
+    are ``fixed_size_list``, which more readers know."""
     sampling: PlainJson = {}
     """vLLM's own sampling parameters, by their own names."""
     sampling_columns: dict[Name, Name] = {}
@@ -329,7 +332,7 @@ _READS: dict[Task, frozenset[str]] = {
     Task.EMBED: frozenset({"column", "dimensions", "embedding_type"}),
     Task.CLASSIFY: frozenset({"column", "pair_column", "top_k"}),
     Task.SCORE: frozenset({"column", "pair_column"}),
-    Task.TENSOR: frozenset({"inputs"}),
+    Task.TENSOR: frozenset({"inputs", "tensor_columns"}),
 }
 _SHAPING = frozenset().union(*_READS.values())
 """Fields that only some tasks read."""

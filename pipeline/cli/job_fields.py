@@ -165,6 +165,14 @@ def _fields(
     top_k: Annotated[
         int | None, typer.Option(metavar="N", help="classify: the N best labels only.", rich_help_panel=_WORK)
     ] = None,
+    tensor_columns: Annotated[
+        bool | None,
+        typer.Option(
+            "--tensor-columns",
+            help="tensor: outputs of one axis as Arrow tensors, too, not as lists of a fixed size.",
+            rich_help_panel=_OUT,
+        ),
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option("-o", "--output", metavar="DIR", help="Directory for the result.", rich_help_panel=_OUT),
@@ -279,6 +287,7 @@ def _fields(
         "overlong": overlong,
         "pooling": pooling,
         "normalize": normalize,
+        "tensor_columns": tensor_columns,
         "dimensions": dimensions,
         "embedding_type": embedding_type,
         "top_k": top_k,

@@ -214,7 +214,7 @@ class OnnxEngine:
         if self._image is not None:
             return self._image.result_schema(spec)
         if self._tensor is not None:
-            return self._tensor.result_schema()
+            return self._tensor.result_schema(spec)
         raise EngineDead("the ONNX Runtime engine is not loaded")
 
     def infer(self, spec: JobSpec, batches: Iterable[RowBatch], cancel: Cancellation) -> Iterator[ResultBatch]:

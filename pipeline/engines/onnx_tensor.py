@@ -22,7 +22,7 @@ from pipeline.engines.onnx_stream import Indices, Pack, Window, bisect, record_b
 from pipeline.engines.tensors.kinds import lossless, tensor_kind
 from pipeline.engines.tensors.reading import read
 from pipeline.engines.tensors.rows import UNKNOWN, Failure, RowTensors
-from pipeline.engines.tensors.writing import column_type, to_arrow
+from pipeline.engines.tensors.writing import column_type, retyped, to_arrow
 from pipeline.job_spec import JobSpec
 from pipeline.row_errors import RowErrorCode
 from storage.errors import InvalidInput, InvalidJob
@@ -75,11 +75,14 @@ class TensorModel:
         self._masks.check(mode)
         self._batching = Batching(self._masks)
         self._proof = Proof(mode, self._masks, self._fixed, notify, self.counts)
-        self._types = {v.name: column_type(v.dtype, row_dims(v, self._mode)) for v in signature.outputs}
+        fields = [pa.field(v.name, column_type(v.dtype, row_dims(v, mode))) for v in signature.outputs]
+        self._schema = pa.schema(fields)
 
-    def result_schema(self) -> pa.Schema:
+    def result_schema(self, spec: JobSpec) -> pa.Schema:
         """One column per graph output, under its own name."""
-        return pa.schema([pa.field(name, kind) for name, kind in self._types.items()])
+        tensors, outputs = bool(spec.tensor_columns), self._signature.outputs
+        kinds = [column_type(v.dtype, row_dims(v, self._mode), tensors=tensors) for v in outputs]
+        return pa.schema([pa.field(value.name, kind) for value, kind in zip(outputs, kinds, strict=True)])
 
     def facts(self) -> dict[str, Any]:
         """For the engine's statistics."""
@@ -111,7 +114,7 @@ class TensorModel:
         self._proof.padding.announce(made)
         self._count(rows=n)
         good = np.setdiff1d(np.arange(n), np.fromiter(failures, np.int64, len(failures)))
-        packs = [self._pack(batch.rows, tensors, part) for part in self._parts(tensors, good, made)]
+        packs = [self._pack(spec, batch.rows, tensors, part) for part in self._parts(tensors, good, made)]
         return Window(packs, tuple(RowFailure(int(batch.rows[at]), *failure) for at, failure in failures.items()))
 
     def _agree(self, tensors: Mapping[str, RowTensors], failures: dict[int, Failure]) -> None:
@@ -188,7 +191,9 @@ class TensorModel:
         batching = Batching(Masks(self._signature, {})) if one_shape else self._batching
         return batching.parts(tensors, good, self._max_batch, PACK_BYTES, set(self._options.masks.values()) - set(made))
 
-    def _pack(self, rows: Indices, tensors: Mapping[str, RowTensors], items: Indices) -> Pack:
+    def _pack(self, spec: JobSpec, rows: Indices, tensors: Mapping[str, RowTensors], items: Indices) -> Pack:
+        schema = self.result_schema(spec)
+
         def compute(run: Run) -> ResultBatch:
             batches: list[pa.RecordBatch] = []
             done: list[Indices] = []
@@ -207,6 +212,7 @@ class TensorModel:
             if not done:
                 return ResultBatch(np.empty(0, np.int64), None, failures)
             values = pa.concat_batches(batches)  # type: ignore[attr-defined]  # newer than the stubs
+            values = retyped(values, schema)
             return ResultBatch(rows[np.concatenate(done)], values, failures)
 
         return compute
@@ -270,12 +276,12 @@ class TensorModel:
         columns = {}
         for value, output in zip(self._signature.outputs, outputs, strict=True):
             try:
-                columns[value.name] = to_arrow(output, self._types[value.name])
+                columns[value.name] = to_arrow(output, self._schema.field(value.name).type)
             except ValueError as error:
                 raise InvalidJob(
                     f"the graph declares its output as {value} and gives something else: {error}"
                 ) from error
-        return record_batch(columns, self.result_schema())
+        return record_batch(columns, self._schema)
 
     def _still_works(self, run: Run) -> bool:
         if self._sample is None:

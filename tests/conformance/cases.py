@@ -161,6 +161,9 @@ def same_bits(column: Any, row: int, expected: Array) -> bool:
     elif pa.types.is_struct(one.type):
         shape = one.field("shape").flatten().to_pylist()
         one = one.field("data").flatten()
+    if pa.types.is_fixed_size_list(one.type):
+        shape = [one.type.list_size]
+        one = one.flatten()
     while pa.types.is_list(one.type):
         lengths = set(one.value_lengths().to_pylist())
         if len(lengths) > 1:

@@ -109,3 +109,9 @@ def graph(
 def embeddings(table: pa.Table) -> np.ndarray[Any, Any]:
     column: Any = table.column("embedding").combine_chunks()
     return np.asarray(column.flatten()).reshape(len(column), -1)
+
+
+def vectors(column: pa.ChunkedArray) -> np.ndarray[Any, Any]:
+    """A column of ``fixed_size_list`` without nulls, [n, size]."""
+    one: Any = column.combine_chunks()
+    return np.asarray(one.flatten()).reshape(len(one), one.type.list_size)

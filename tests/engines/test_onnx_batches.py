@@ -18,7 +18,20 @@ from examples.tiny_encoder import build_encoder
 from pipeline.engines import onnx_narrow
 from pipeline.engines.onnx import OnnxEngine
 from storage.errors import InvalidInput, InvalidJob, InvalidModel
-from tests.engines.onnx_support import BOOL, FLOAT, INT64, STRING, embeddings, engine, graph, job, model_at, run, value
+from tests.engines.onnx_support import (
+    BOOL,
+    FLOAT,
+    INT64,
+    STRING,
+    embeddings,
+    engine,
+    graph,
+    job,
+    model_at,
+    run,
+    value,
+    vectors,
+)
 from tests.engines.test_onnx_text import column
 
 SPEC = job("tensor")
@@ -57,8 +70,7 @@ def test_rows_run_in_the_batches_that_the_graph_fixes(tmp_path: Path, n: int) ->
     assert not failures and stats["row_mode"] == "stack"
     padded = np.concatenate([data, np.repeat(data[-1:], -n % 4, axis=0)])
     expected = np.concatenate([plain(path, {"x": padded[at : at + 4]})[0] for at in range(0, n, 4)])[:n]
-    found: Any = table.column("y").combine_chunks()
-    assert found.to_numpy_ndarray().tobytes() == expected.tobytes()
+    assert vectors(table.column("y")).tobytes() == expected.tobytes()
 
 
 def test_without_being_told_such_a_graph_takes_whole_inputs_and_says_what_to_set(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from pipeline.engines import onnx_graphs
 from pipeline.engines.onnx_runtime import KEPT_GRAPH, KEPT_WEIGHTS
 from pipeline.models import fuse
 from storage.errors import InvalidModel
-from tests.engines.onnx_support import FLOAT, batches, embeddings, engine, graph, job, run, value
+from tests.engines.onnx_support import FLOAT, batches, embeddings, engine, graph, job, run, value, vectors
 from tests.engines.test_onnx_text import column, some_texts
 
 SPEC = job("tensor")
@@ -61,8 +61,7 @@ def result(path: Path, columns: pa.RecordBatch, cache: Path, **options: Any) -> 
     kept = made.stats()["kept_graph"]
     made.close()
     assert not failures
-    found: Any = table.column("y").combine_chunks()
-    return np.asarray(found.to_numpy_ndarray()), kept
+    return vectors(table.column("y")), kept
 
 
 def entries(cache: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from pipeline.engines.onnx_graph import GraphValue, Signature
 from pipeline.engines.onnx_masks import Masks
 from pipeline.engines.tensors.rows import RowTensors
 from storage.errors import InvalidInput, InvalidJob
-from tests.engines.onnx_support import FLOAT, INT64, STRING, batches, engine, graph, job, model_at, run, value
+from tests.engines.onnx_support import FLOAT, INT64, STRING, batches, engine, graph, job, model_at, run, value, vectors
 
 MASKS = {"L": "mask"}
 SPEC = job("tensor", engine_options={"masks": MASKS})
@@ -98,8 +98,7 @@ def alone(path: Path, x: np.ndarray[Any, Any], mask: np.ndarray[Any, Any]) -> li
 def check_rows(
     path: Path, table: pa.Table, rows: list[np.ndarray[Any, Any]], masks: list[np.ndarray[Any, Any]]
 ) -> None:
-    means: Any = table.column("mean").combine_chunks()
-    means = means.to_numpy_ndarray()
+    means = vectors(table.column("mean"))
     for at, (x, mask) in enumerate(zip(rows, masks, strict=True)):
         states, mean = alone(path, x, mask)
         found = np.asarray(table.column("states")[at].as_py(), np.float32).reshape(-1, 4)

@@ -19,7 +19,20 @@ from pipeline.engines.onnx import OnnxEngine
 from pipeline.models import saturation
 from pipeline.models.resolve import resolve
 from storage.errors import EngineDead, InvalidInput, InvalidJob, InvalidModel
-from tests.engines.onnx_support import BOOL, FLOAT, INT64, STRING, batches, engine, graph, job, model_at, run, value
+from tests.engines.onnx_support import (
+    BOOL,
+    FLOAT,
+    INT64,
+    STRING,
+    batches,
+    engine,
+    graph,
+    job,
+    model_at,
+    run,
+    value,
+    vectors,
+)
 
 SPEC = job("tensor")
 
@@ -70,9 +83,9 @@ def test_two_inputs_two_outputs_and_a_dynamic_axis(two_by_two: Path, tmp_path: P
     made.close()
     assert not failures
     assert table.schema.field("sum").type == pa.list_(pa.list_(pa.float32()))
-    assert table.schema.field("total").type == pa.fixed_shape_tensor(pa.float32(), [3])
+    assert table.schema.field("total").type == pa.list_(pa.float32(), 3)
     session = onnxruntime.InferenceSession(str(two_by_two), providers=["CPUExecutionProvider"])
-    totals = table.column("total").combine_chunks().to_numpy_ndarray()
+    totals = rows_of(table.column("total"))
     for row, found in enumerate(table.column("sum").to_pylist()):
         expected, total = session.run(None, {"a": a[row][None], "b": b[row][None]})
         assert np.array_equal(np.asarray(found, np.float32).reshape(-1, 3), expected[0])
@@ -367,8 +380,8 @@ def test_a_graph_that_loses_its_first_axis_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dims", "out", "shape", "mode", "expected"),
     [
-        ([1, 2], [1, 2], (2,), "unit", pa.fixed_shape_tensor(pa.float32(), [2])),
-        ([1, 2], [1, 2], (1, 2), "unit", pa.fixed_shape_tensor(pa.float32(), [2])),
+        ([1, 2], [1, 2], (2,), "unit", pa.list_(pa.float32(), 2)),
+        ([1, 2], [1, 2], (1, 2), "unit", pa.list_(pa.float32(), 2)),
         ([3, 2], [3, 2], (3, 2), "whole", pa.fixed_shape_tensor(pa.float32(), [3, 2])),
         ([], [], (), "whole", pa.float32()),
         ([1, 2], [2, 1], (1, 2), "whole", pa.fixed_shape_tensor(pa.float32(), [2, 1])),
@@ -403,6 +416,33 @@ def test_what_a_row_is_follows_from_the_graph(
         assert table.schema.field("y").type == expected
     flat = [np.asarray(row, np.float32).reshape(-1).tolist() for row in table.column("y").to_pylist()]
     assert flat == data.reshape(5, -1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "leaf"),
+    [
+        (FLOAT, [[1.5, -2.0], [0.0, 3.0], [4.0, 5.0]], pa.float32()),
+        (INT64, [[1, -2], [0, 2**53 + 1], [4, 5]], pa.int64()),
+        (BOOL, [[True, False], [False, False], [True, True]], pa.bool_()),
+        (STRING, [["a", ""], ["ü", "b"], ["c", "d"]], pa.string()),
+    ],
+)
+def test_vectors_of_a_fixed_size_are_lists_of_a_fixed_size(tmp_path: Path, kind: int, data: Any, leaf: Any) -> None:
+    path = identity(tmp_path / "g.onnx", kind, ["N", 2])
+    made = engine(path, SPEC, tmp_path)
+    columns = pa.record_batch({"x": pa.array(data, pa.list_(leaf, 2))})
+    table, failures = run(made, SPEC, columns)
+    assert not failures and table.schema.field("y").type == pa.list_(leaf, 2)
+    assert table.column("y").to_pylist() == data
+    pq.write_table(table, tmp_path / "out.parquet")
+    assert pq.read_table(tmp_path / "out.parquet").equals(table)
+    tensors = job("tensor", tensor_columns=True)
+    table, _ = run(made, tensors, columns)
+    made.close()
+    numbers = kind in (FLOAT, INT64)  # Arrow's tensors of booleans and texts do not become arrays of numpy
+    assert table.schema.field("y").type == (pa.fixed_shape_tensor(leaf, [2]) if numbers else pa.list_(leaf, 2))
+    column = table.column("y").combine_chunks()
+    assert (column.to_numpy_ndarray().tolist() if numbers else column.to_pylist()) == data
 
 
 def test_strings_and_booleans_of_rank_two(tmp_path: Path) -> None:
@@ -584,7 +624,7 @@ def test_weights_beside_the_graph_are_read_and_part_of_what_the_model_is(tmp_pat
     table, failures = run(loaded, SPEC, columns)
     loaded.close()
     assert not failures
-    assert np.allclose(table.column("y").combine_chunks().to_numpy_ndarray(), rows @ weights, atol=1e-5)
+    assert np.allclose(vectors(table.column("y")), rows @ weights, atol=1e-5)
     (tmp_path / "weights.bin").write_bytes((weights * 2).tobytes())
     assert resolve(str(path), tmp_path / "cache").digest != first.digest
     (tmp_path / "weights.bin").unlink()
@@ -644,7 +684,7 @@ def test_quantized_and_mixed_precision_graphs(tmp_path: Path, kind: str) -> None
     # With a scale taken from the batch, a row's result would depend on its company: such rows run alone.
     assert not failures and made.stats()["stacked"] == (kind != "dynamic")
     made.close()
-    found = table.column("y").combine_chunks().to_numpy_ndarray()
+    found = vectors(table.column("y"))
     settings = onnxruntime.SessionOptions()
     for name, said in saturation.session_config(onnxruntime).items():
         settings.add_session_config_entry(name, said)

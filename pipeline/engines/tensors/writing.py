@@ -13,12 +13,12 @@ from pipeline.engines.onnx_graph import Dim
 from pipeline.engines.tensors.rows import Array
 
 
-def column_type(dtype: np.dtype[Any], dims: Sequence[Dim] | None) -> pa.DataType:
+def column_type(dtype: np.dtype[Any], dims: Sequence[Dim] | None, *, tensors: bool = False) -> pa.DataType:
     """The Arrow type of a result column whose rows have the shape ``dims``.
 
-    A scalar is a primitive; a fixed shape of numbers ``arrow.fixed_shape_tensor``; anything else (a dynamic or zero
-    size, booleans and strings, which that type cannot hand to numpy) nested lists; an open rank
-    ``struct<shape, data>``.
+    A scalar is a primitive; a vector of a fixed size ``fixed_size_list``, unless ``tensors`` asks for a tensor; a
+    fixed shape of numbers ``arrow.fixed_shape_tensor``; anything else (a dynamic or zero size, booleans and strings,
+    which that type cannot hand to numpy) nested lists; an open rank ``struct<shape, data>``.
     """
     dtype = onnx_narrow.carrier(dtype)
     leaf: pa.DataType = pa.string() if dtype == np.object_ else pa.from_numpy_dtype(dtype)
@@ -27,14 +27,17 @@ def column_type(dtype: np.dtype[Any], dims: Sequence[Dim] | None) -> pa.DataType
     if not dims:
         return leaf
     sizes = [dim for dim in dims if isinstance(dim, int) and dim > 0]
-    if len(sizes) == len(dims) and dtype.kind in "iuf":
+    fixed = len(sizes) == len(dims)
+    if fixed and dtype.kind in "iuf" and (tensors or len(dims) > 1):
         return pa.fixed_shape_tensor(leaf, sizes)
+    if fixed and len(dims) == 1:
+        return pa.list_(leaf, sizes[0])
     for _ in dims:
         leaf = pa.list_(leaf)
     return leaf
 
 
-def to_arrow(stacked: Array, kind: pa.DataType) -> Any:
+def to_arrow(stacked: Array, kind: Any) -> Any:
     """Rows, [n, *shape], as a column of a type from :func:`column_type`. Raises ``ValueError`` when they differ."""
     stacked = stacked.astype(onnx_narrow.carrier(stacked.dtype), copy=False)
     n, shape = len(stacked), stacked.shape[1:]
@@ -49,6 +52,10 @@ def to_arrow(stacked: Array, kind: pa.DataType) -> Any:
         size = int(np.prod(shape, dtype=np.int64))
         arrays = [_lists(sizes, n, len(shape)), _lists(flat, n, size)]
         return pa.StructArray.from_arrays(arrays, fields=[kind.field(0), kind.field(1)])
+    if pa.types.is_fixed_size_list(kind):
+        if shape != (kind.list_size,):
+            raise ValueError(f"shape {list(shape)}, declared [{kind.list_size}]")
+        return pa.FixedSizeListArray.from_arrays(flat, kind.list_size)
     rank = 0
     inner = kind
     while pa.types.is_list(inner):
@@ -62,3 +69,12 @@ def to_arrow(stacked: Array, kind: pa.DataType) -> Any:
 
 def _lists(values: Any, n: int, size: int) -> Any:
     return pa.ListArray.from_arrays(pa.array(np.arange(n + 1, dtype=np.int64) * size, pa.int32()), values)
+
+
+def retyped(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """The batch with its vectors as the tensors that ``schema`` has in their place; nothing is copied."""
+    columns: list[Any] = list(batch.columns)
+    for at, field in enumerate(schema):
+        if columns[at].type != field.type:
+            columns[at] = pa.ExtensionArray.from_storage(field.type, columns[at])
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
