@@ -41,10 +41,11 @@ class Template:
         self._names: Sequence[str] = names
         self.fields: tuple[str, ...] = tuple(dict.fromkeys(names))
 
-    def render(self, row: Mapping[str, object]) -> str:
-        """The text for one row. Values are put in as ``str(value)``; a missing key raises ``KeyError``."""
+    def render(self, row: Mapping[str, str]) -> str:
+        """The prompt of one row: column → its text (see :mod:`pipeline.engines.rendering`). A missing key raises
+        ``KeyError``."""
         out = [self._literals[0]]
         for name, literal in zip(self._names, self._literals[1:], strict=True):
-            out.append(str(row[name]))
+            out.append(row[name])
             out.append(literal)
         return "".join(out)

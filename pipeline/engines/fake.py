@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from pipeline.engines import fake_faults, fake_rows, sampling_columns
+from pipeline.engines import fake_faults, fake_rows, rendering, sampling_columns
 from pipeline.engines.answer_fields import fields_of
 from pipeline.engines.base import Cancellation, EngineContext, ResultBatch, RowBatch, RowFailure
 from pipeline.engines.sampling import check_sampling
@@ -272,7 +272,8 @@ def _wanted(spec: JobSpec, field: str, kind: pa.DataType) -> str | None:
     if field == "prompt_token_column":
         return None if fake_rows.is_numeric(kind) and pa.types.is_nested(kind) else "lists of token ids"
     if field not in ("column", "pair_column", "adapter_column"):
-        return "text, numbers or dates for a template" if pa.types.is_nested(kind) else None
+        refused = rendering.refusal(kind)
+        return None if refused is None else f"what a template can write ({refused})"
     if spec.task is Task.CHAT and field == "column":
         fits = fake_rows.is_messages(kind) or fake_rows.is_text(kind)
         return None if fits else "a list of structs with role and content, or JSON text of that"

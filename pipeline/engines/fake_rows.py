@@ -12,9 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import json_text
+from pipeline.engines import rendering
 from pipeline.job_spec import JobSpec, Task
 from pipeline.row_errors import RowErrorCode
 from pipeline.template import Template
+from storage.errors import RowError
 
 WIDTH = 8
 """Elements of an embedding."""
@@ -75,7 +77,7 @@ def reader(spec: JobSpec) -> Read:
         turns = [(message.role, Template(message.content)) for message in spec.messages]
         fields = tuple(dict.fromkeys(name for _, template in turns for name in template.fields))
 
-        def render(row: Mapping[str, object]) -> str:
+        def render(row: Mapping[str, str]) -> str:
             contents = [template.render(row) for _, template in turns]
             if not any(contents):
                 return ""
@@ -84,7 +86,7 @@ def reader(spec: JobSpec) -> Read:
         return _rendered(fields, render)
     if spec.prompt_token_column is not None:
         column = spec.prompt_token_column
-        return _rendered((column,), lambda row: " ".join(str(token) for token in row[column]))  # type: ignore[attr-defined]
+        return _tokens(column)
     assert spec.column is not None
     if spec.task is Task.CHAT:
         return _conversations(spec.column)
@@ -93,10 +95,10 @@ def reader(spec: JobSpec) -> Read:
     return _rendered((spec.column, spec.pair_column), lambda row: "\n".join(map(str, row.values())))
 
 
-def _rendered(names: tuple[str, ...], render: Callable[[Mapping[str, object]], str] | None) -> Read:
+def _rendered(names: tuple[str, ...], render: Callable[[Mapping[str, str]], str] | None) -> Read:
     def read(batch: pa.RecordBatch, n: int) -> Texts:
         failures: dict[int, Failure] = {}
-        columns = [_values(batch.column(name), name, failures) for name in names]
+        columns = [_texts(batch.column(name), name, failures) for name in names]
         if render is None:
             return columns[0], failures
         rows = zip(*columns, strict=True) if columns else iter([()] * n)
@@ -109,30 +111,32 @@ def _rendered(names: tuple[str, ...], render: Callable[[Mapping[str, object]], s
     return read
 
 
+def _texts(column: Column, name: str, failures: dict[int, Failure]) -> list[str | None]:
+    found = rendering.texts(column, name)
+    for at, text in enumerate(found):
+        if isinstance(text, RowError):
+            failures.setdefault(at, (text.code, text.message))
+    return [text if isinstance(text, str) else None for text in found]
+
+
+def _tokens(name: str) -> Read:
+    def read(batch: pa.RecordBatch, n: int) -> Texts:
+        failures: dict[int, Failure] = {}
+        tokens = _values(batch.column(name), name, failures)
+        return [None if row is None else " ".join(map(str, row)) for row in tokens], failures
+
+    return read
+
+
 def _values(column: Column, name: str, failures: dict[int, Failure]) -> list[Any]:
+    """Messages or tokens, as text or lists; a failure for a row that is null."""
     if column.null_count:
         for at in np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)).tolist():
             failures.setdefault(at, (RowErrorCode.MISSING_VALUE, f"column {name!r} is null"))
     kind = column.type
     if pa.types.is_null(kind):
         return [None] * len(column)
-    if not is_text(kind):
-        plain = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-        written = column if plain or pa.types.is_nested(kind) else column.cast(pa.large_string())
-        return written.to_pylist()  # type: ignore[no-any-return]
-    try:
-        values = column.cast(pa.large_string()).to_pylist()
-    except (UnicodeDecodeError, pa.ArrowInvalid):
-        # Parquet readers do not look whether strings are UTF-8: find the rows that are not.
-        values = []
-        for at, raw in enumerate(column.cast(pa.large_binary()).to_pylist()):
-            try:
-                values.append(None if raw is None else raw.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                values.append(None)
-                message = f"column {name!r} is not UTF-8: {error.reason} at byte {error.start}"
-                failures.setdefault(at, (RowErrorCode.INVALID_UTF8, message))
-    return values  # type: ignore[no-any-return]
+    return _texts(column, name, failures) if is_text(kind) else column.to_pylist()
 
 
 def _conversations(name: str) -> Read:

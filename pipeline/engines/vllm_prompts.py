@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import json_text
-from pipeline.engines import media_columns, sampling_columns
+from pipeline.engines import media_columns, rendering, sampling_columns
 from pipeline.engines.arrow_text import is_text, values
 from pipeline.engines.base import RowBatch, RowFailure
 from pipeline.engines.media_columns import Media
@@ -62,8 +62,8 @@ def check_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
     for field, template in templates(spec):
         for name in template.fields:
             kind = column_type(schema, name, field)
-            if pa.types.is_nested(kind):
-                raise InvalidInput(f"column {name!r} is {kind}; a template takes text, numbers and dates", field=field)
+            if (why := rendering.refusal(kind)) is not None:
+                raise InvalidInput(f"column {name!r} is {kind}, which a template cannot write: {why}", field=field)
             columns[name] = None
     if spec.column is not None:
         kind = column_type(schema, spec.column, "column")
@@ -232,11 +232,15 @@ class Prompts:
 
     def read(self, batch: RowBatch, chunk: int) -> Iterator[tuple[list[Prompt], list[RowFailure]]]:
         """The prompts of a batch, ``chunk`` rows at a time, and the rows that cannot be one."""
-        needed = [name for name in (self._column, self._token_column) if name is not None] or self._fields
+        needed = [name for name in (self._column, self._token_column) if name is not None]
         own = [*(self._params.columns if self._params else ()), *(self._adapters.columns if self._adapters else ())]
         schema = batch.columns.schema
         columns = {
             name: values(batch.columns.column(schema.get_field_index(name))) for name in dict.fromkeys([*needed, *own])
+        }
+        texts = {
+            name: rendering.texts(batch.columns.column(schema.get_field_index(name)), name)
+            for name in (() if needed else self._fields)
         }
         rows = batch.rows.tolist()
         for start in range(0, len(rows), chunk):
@@ -246,7 +250,9 @@ class Prompts:
                 row = {name: column[index] for name, column in columns.items()}
                 try:
                     media = self._media.of(batch.columns, index) if self._media else None
-                    made = self._render({name: row[name] for name in needed}, media)
+                    made = self._render(
+                        {name: row[name] for name in needed} | {n: t[index] for n, t in texts.items()}, media
+                    )
                     params = self._params.of(row) if self._params else None
                     adapter = self._adapters.of(row) if self._adapters else None
                 except RowError as error:
@@ -267,6 +273,8 @@ class Prompts:
         for name, value in row.items():
             if value is None:
                 raise RowError(RowErrorCode.MISSING_VALUE, f"column {name!r} is null")
+            if isinstance(value, RowError):
+                raise RowError(value.code, value.message)
             if isinstance(value, bytes):
                 raise RowError(RowErrorCode.INVALID_UTF8, f"column {name!r} holds bytes that are not UTF-8")
         if self._token_column is not None:

@@ -216,7 +216,7 @@ def test_overlong_texts(task: str, overlong: str, fails: bool) -> None:
 _FIELDS: list[Any] = [
     pa.field("text", pa.string()),
     pa.field("n", pa.int64()),
-    pa.field("nested", pa.list_(pa.string())),
+    pa.field("nested", pa.list_(pa.binary())),
 ]
 COLUMNS = pa.schema(_FIELDS)
 

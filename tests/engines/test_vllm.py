@@ -260,7 +260,7 @@ def test_columns_of_every_kind(engine: VllmEngine) -> None:
         "raw": pa.array(["ü".encode()], pa.binary()),
     }
     batch = RowBatch(np.arange(1), pa.RecordBatch.from_pydict(columns))
-    given = "7|0.5|True|1.50|2026-03-14|1970-01-01 00:00:00.000000001|é|view|ü"
+    given = "7|0.5|true|1.50|2026-03-14|1970-01-01 00:00:00.000000001|é|view|ü"
     templated = run(engine, support.make_spec(prompt="|".join(f"{{{name}}}" for name in columns)), [batch])
     plain = run(engine, support.make_spec(prompt=given), [batch])
     assert templated[0]["prompt_tokens"] == plain[0]["prompt_tokens"]
