@@ -36,7 +36,7 @@ _EXACT = 2.0**24
 def refusal(kind: pa.DataType) -> str | None:
     """Why values of this type have no text, or ``None``: they have one. For a check at submit."""
     if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
-        return refusal(kind.value_type)  # type: ignore[attr-defined]  # newer than the stubs
+        return refusal(kind.value_type)
     if isinstance(kind, (pa.UuidType, pa.Bool8Type, pa.JsonType)):
         return None
     if isinstance(kind, pa.FixedShapeTensorType):
