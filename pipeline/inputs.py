@@ -212,12 +212,14 @@ def _found(
     output = normalize(spec.output)
     found: list[tuple[_File, Format]] = []
     by: dict[str, str] = {}
+    shared = _shared_folder([normalize(pattern) for pattern in spec.input])
     for pattern in map(normalize, spec.input):
         refuse_output_inside(pattern, output)
         infos = store.find(pattern)
         if not infos and done is None:
             raise InvalidInput(
-                f"no file matches {pattern} (names that begin with '.' or '_' are not read)", field="input"
+                f"no file matches {pattern} (names that begin with '.' or '_' are not read){_about_brackets(pattern)}",
+                field="input",
             )
         data = _data_files(store, infos, pattern, notify)
         if done is not None:
@@ -234,7 +236,7 @@ def _found(
             by[info.uri] = pattern
             kind = format_of(store, info.uri)
             here.setdefault(kind.kind, info.uri)
-            found.append((_File(info, info.uri, _partition_of(info.uri, pattern)), kind))
+            found.append((_File(info, info.uri, _partition_of(info.uri, pattern, shared)), kind))
         if len(here) > 1:
             (one, first), (other, second) = list(here.items())[:2]
             raise InvalidInput(
@@ -293,11 +295,35 @@ def _resolved(uri: str) -> str:
     return os.path.realpath(uri) if locations.protocol(uri) == "file" else uri
 
 
-def _partition_of(uri: str, pattern: str) -> dict[str, str | None]:
-    """The hive keys in the folders between what was asked for and the file."""
-    if uri == pattern:
-        return {}
-    root = pattern if uri.startswith(pattern + "/") else listing.literal_prefix(pattern)
+def _about_brackets(pattern: str) -> str:
+    if "[" not in pattern:
+        return ""
+    return (
+        "; in a pattern, brackets stand for one character of those inside them: for a name with brackets write "
+        f"{listing.literal_brackets(pattern)}"
+    )
+
+
+def _shared_folder(patterns: Sequence[str]) -> str | None:
+    """The folder that all those have in common which are no globs; ``None`` for fewer than two."""
+    named = [pattern.split("/")[:-1] for pattern in patterns if not listing.is_glob(pattern)]
+    return "/".join(os.path.commonprefix(named)) if len(named) > 1 else None
+
+
+def _partition_of(uri: str, pattern: str, shared: str | None) -> dict[str, str | None]:
+    """The hive keys in the folders between what was asked for and the file.
+
+    Where several files or folders were named (``shared``: their common folder), the shell may have made them of a
+    glob. Then the keys in their own paths count too: those below ``shared``, and those directly above the file.
+    """
+    root = pattern if uri == pattern or uri.startswith(pattern + "/") else listing.literal_prefix(pattern)
+    if root == pattern and shared is not None:
+        folders = pattern.split("/")
+        if uri == pattern:
+            folders.pop()
+        while folders and folders[-1].find("=") > 0:
+            folders.pop()
+        root = min("/".join(folders), shared, key=len)
     found: dict[str, str | None] = {}
     for name in uri[len(root) :].strip("/").split("/")[:-1]:
         key, equals, value = name.partition("=")

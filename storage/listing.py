@@ -21,6 +21,11 @@ def is_glob(pattern: str) -> bool:
     return _MAGIC.search(pattern) is not None
 
 
+def literal_brackets(pattern: str) -> str:
+    """The pattern in which ``[`` stands for itself."""
+    return pattern.replace("[", "[[]")
+
+
 def literal_prefix(pattern: str) -> str:
     """The folders of a glob before the first wildcard, without a trailing slash."""
     parts = pattern.split("/")
@@ -62,6 +67,8 @@ def local_files_of(pattern: str, *, changing: bool = False) -> list[str]:
         mode = os.stat(pattern).st_mode  # noqa: PTH116
     except (FileNotFoundError, NotADirectoryError):
         mode = 0  # anything else, such as a folder above that may not be entered, is an error
+        if not changing:
+            local_files.refuse_dangling(pattern)
     if stat.S_ISDIR(mode):
         return list(visible(local_files.walk(pattern, changing=changing), pattern, pattern))
     if mode:
@@ -90,6 +97,8 @@ def _local_matches(pattern: str, root: str) -> Iterator[str]:
             parts = path.split("/")
             if any(matches(pattern, "/".join(parts[:n])) for n in range(above + 1, len(parts) + 1)):
                 yield path
+            elif any(visible([path], root, pattern)):  # perhaps a link to a folder with files that would match
+                local_files.refuse_dangling(path, above=False)
         return
     parts = pattern.split("/")
     folders = [root]
@@ -98,7 +107,12 @@ def _local_matches(pattern: str, root: str) -> Iterator[str]:
         found = [entry for folder in folders for entry in _entries(folder) if matches(here, entry.path)]
         if depth == len(parts) - 1:
             yield from (entry.path for entry in found)
-        folders = [entry.path for entry in found if entry.is_dir()]
+        folders = []
+        for entry in found:
+            if local_files.is_folder(entry):
+                folders.append(entry.path)
+            elif depth < len(parts) - 1:
+                local_files.refuse_dangling(entry.path)
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:

@@ -34,6 +34,16 @@ def refuse_special(path: str, stat: os.stat_result) -> None:
         raise InvalidInput(f"{path} is {_KINDS.get(S_IFMT(stat.st_mode), 'something else')}, not a file")
 
 
+def refuse_dangling(path: str, *, above: bool = True) -> None:
+    """Raise :class:`InvalidInput` where a path (``above``: or a folder on its way) is a link that leads nowhere."""
+    for place in (Path(path), *(Path(path).parents if above else ())):
+        if place.is_symlink() and not place.exists():
+            raise InvalidInput(
+                f"{place} is a symbolic link to {place.readlink()}, which leads nowhere; restore what it leads to, or "
+                "remove the link"
+            )
+
+
 def etag(stat: os.stat_result) -> str:
     """Changes when the file is replaced or written to. Nanoseconds, since two writes may fall into one second."""
     return f"{stat.st_size:x}-{stat.st_mtime_ns:x}-{stat.st_ino:x}"
@@ -173,6 +183,15 @@ def _remove_empty(folder: Path) -> bool:
     return True
 
 
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder, or a link to one. Raises :class:`InvalidInput` for links that lead to each other."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        refuse_dangling(entry.path)
+        raise
+
+
 def walk(folder: str, above: frozenset[tuple[int, int]] = frozenset(), *, changing: bool = False) -> Iterator[str]:
     """Everything below ``folder`` that is no folder, through symbolic links too; pipes and dangling links are among it.
     Raises :class:`InvalidInput` where links form a ring.
@@ -192,7 +211,7 @@ def walk(folder: str, above: frozenset[tuple[int, int]] = frozenset(), *, changi
         return
     with opened as entries:
         for entry in entries:
-            if entry.is_dir():
+            if is_folder(entry):
                 yield from walk(entry.path, above | {here}, changing=changing)
             else:
                 yield entry.path

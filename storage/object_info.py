@@ -40,6 +40,7 @@ def listed(path: str, *, changing: bool) -> ObjectInfo | None:
         return local_info(path)
     except FileNotFoundError:
         if not changing:
+            local_files.refuse_dangling(path)
             raise
         return None
 

@@ -130,6 +130,80 @@ def test_files_without_a_suffix_are_known_by_their_first_bytes(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
+    ("name", "inner"),
+    [
+        ("a.parquet.gz", "parquet"), ("a.csv", "parquet"), ("a.jsonl", "arrow"), ("a.parquet", "arrow"),
+        ("a.arrow", "parquet"), ("a.csv", "csv.gz"), ("a.csv.gz", "csv"), ("a.jsonl", "jsonl.zst"),
+        ("a.jsonl.zst", "jsonl.gz"), ("a.csv", "csv"), ("a.feather", "stream"),
+    ],
+)  # fmt: skip
+def test_first_bytes_go_before_names(tmp_path: Path, name: str, inner: str) -> None:
+    table = pa.table({"PARENT": [1, 2]})
+    kind, _, codec = inner.partition(".")
+    sink = pa.BufferOutputStream()
+    if kind == "parquet":
+        pq.write_table(table, sink)
+    elif kind in ("arrow", "stream"):
+        with (pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file)(sink, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        sink.write(b"PARENT\n1\n2\n" if kind == "csv" else b'{"PARENT": 1}\n{"PARENT": 2}\n')
+    content = sink.getvalue().to_pybytes()
+    if codec:
+        packed = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(packed, {"gz": "gzip", "zst": "zstd"}[codec]) as stream:
+            stream.write(content)
+        content = packed.getvalue().to_pybytes()
+    (tmp_path / name).write_bytes(content)
+    assert rows_of(find(tmp_path, name)) == [{"PARENT": 1}, {"PARENT": 2}]
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "message"),
+    [
+        ("a.csv", b"PK\x03\x04", "zip archive"),
+        ("a.jsonl", b"BZh91AY&SY", "bzip2"),
+        ("a", b"\xfd7zXZ\x00", "compressed with xz"),
+        ("a.csv", b"SQLite format 3\x00", "SQLite"),
+    ],
+)
+def test_other_formats_are_named_by_their_first_bytes(tmp_path: Path, name: str, head: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(head + bytes(100))
+    with pytest.raises(InvalidInput, match=message):
+        find(tmp_path, name)
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "pattern"),
+    [
+        ("a.parquet", "gone.parquet", "a.parquet"),
+        ("in/b.parquet", "gone.parquet", "in"),
+        ("in/b.parquet", "gone.parquet", "in/*.parquet"),
+        ("in/k=b", "gone", "in"),
+        ("in/k=b", "gone", "in/*/*.parquet"),
+        ("in/k=b", "gone", "in/**/*.parquet"),
+        ("in/k=b", "k=b", "in"),
+        ("in/k=b", "k=b", "in/*/*.parquet"),
+        ("folder", "gone", "folder/in/*.parquet"),
+    ],
+)
+def test_links_that_lead_nowhere_are_named(tmp_path: Path, link: str, target: str, pattern: str) -> None:
+    put(tmp_path / "in/a.parquet")
+    put(tmp_path / "in/k=a/a.parquet")
+    (tmp_path / link).symlink_to(target)
+    with pytest.raises(InvalidInput, match=f"{tmp_path / link} is a symbolic link to {target}, which leads nowhere"):
+        find(tmp_path, pattern)
+
+
+def test_brackets_in_a_name_have_a_hint_that_works(tmp_path: Path) -> None:
+    put(tmp_path / "x [id]/a.parquet")
+    assert len(find(tmp_path, "x [id]").sources) == 1
+    with pytest.raises(InvalidInput, match="brackets stand for one character") as caught:
+        find(tmp_path, "x [id]/*.parquet")
+    assert len(find(tmp_path, str(caught.value).split(" write ")[1]).sources) == 1
+
+
+@pytest.mark.parametrize(
     ("patterns", "message"),
     [
         (("nothing",), "no file matches .*nothing"),
@@ -256,6 +330,28 @@ def test_partitions_count_from_the_first_wildcard(tmp_path: Path) -> None:
     assert types(find(tmp_path, "in/*/*.parquet")) == {"a": "int64", "year": "int32"}
     assert types(find(tmp_path, "in/year=2024/*/*.parquet")) == {"a": "int64", "lang": "string"}
     assert types(find(tmp_path, "in/year=2025/f.parquet")) == {"a": "int64"}
+
+
+@pytest.mark.parametrize(
+    ("glob", "columns"),
+    [
+        ("in/k=*/*.parquet", {"k"}),
+        ("in/k=*", {"k", "m"}),
+        ("in/k=*/*/a.parquet", {"k", "m"}),
+        ("in/k=*/plain/*.parquet", {"k"}),
+        ("in/*.parquet", set()),
+    ],
+)
+def test_a_glob_that_the_shell_expanded_has_the_same_columns(tmp_path: Path, glob: str, columns: set[str]) -> None:
+    for key in "ab":
+        for name in ("p.parquet", "m=1/a.parquet", "plain/a.parquet"):
+            put(tmp_path / f"in/k={key}" / name)
+        put(tmp_path / f"in/{key}=1.parquet")
+    whole = find(tmp_path, glob)
+    names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob(glob))
+    expanded = find(tmp_path, *names)
+    assert set(whole.schema.names) == set(expanded.schema.names) == {"a"} | columns
+    assert rows_of(expanded) == rows_of(whole)
 
 
 def test_a_column_in_the_file_wins_over_its_folder(tmp_path: Path) -> None:
