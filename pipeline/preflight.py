@@ -70,7 +70,9 @@ def absolute(spec: JobSpec) -> JobSpec:
     """The spec with every local path made absolute, so that it means the same in any working directory."""
     model = spec.model
     if os.path.exists(model):  # noqa: PTH110 - false, too, for what can be no path
-        model = str(Path(model).resolve())
+        path = Path(model).absolute()
+        # The name of a file counts, not that of the file it leads to: hubs keep "model.onnx" under a hash.
+        model = str(path.parent.resolve() / path.name if path.is_file() else path.resolve())
     return spec.model_copy(
         update={
             "input": tuple(locations.normalize(uri) for uri in spec.input),

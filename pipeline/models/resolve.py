@@ -23,6 +23,7 @@ _BEST_GRAPHS = ("model.onnx", "onnx/model.onnx")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 _SMALL_BYTES = 2**20
 """Larger JSON (a vocabulary) is read by libraries that limit its depth themselves."""
+_GGUF = b"GGUF"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 _NOT_THE_MODEL = (
@@ -114,9 +115,12 @@ def _directory(name: str, root: Path, cache_dir: Path) -> Model:
     files = dict(_files_below(root))
     _check_files(root, files)
     config = _config(root, files)
-    graphs = tuple(root / graph for graph in sorted(_graphs(files), key=_preference))
+    graphs = tuple(_with_weights(root / graph) for graph in sorted(_graphs(files), key=_preference))
     weights = tuple(files[file] for file in sorted(files) if _is_checkpoint(file))
     sentence_transformer = "modules.json" in files
+    if not graphs and not weights:
+        for file in files.values():
+            _refuse_gguf(file)
     if config is None and not graphs and not sentence_transformer:
         raise InvalidModel(
             f"{root} is not a model directory: it has neither config.json (Transformers), modules.json "
@@ -141,13 +145,15 @@ def _directory(name: str, root: Path, cache_dir: Path) -> Model:
 
 
 def _file(name: str, path: Path, cache_dir: Path) -> Model:
+    _refuse_gguf(path)
     if path.suffix != ".onnx":
         hint = "give its directory" if (path.parent / "config.json").is_file() else "give a .onnx file or a directory"
         raise InvalidModel(f"{path} is not a .onnx file; {hint}", field=_FIELD)
     _refuse_pointer(path)
     files = {path.name: path}
-    for location in _external(path):
-        files[location] = path.parent / location
+    graph = _with_weights(path)
+    for location in _external(graph):
+        files[location] = graph.parent / location
     # Exporters put the graph into onnx/, and leave tokenizer and configuration above it.
     root = path.parent
     if root.name == "onnx" and not (root / "tokenizer.json").exists():
@@ -161,7 +167,7 @@ def _file(name: str, path: Path, cache_dir: Path) -> Model:
         digest=digest(files, cache_dir),
         architectures=_architectures(config, root),
         config=config,
-        onnx_files=(path,),
+        onnx_files=(graph,),
         sentence_transformer=(root / "modules.json").is_file(),
     )
 
@@ -183,14 +189,26 @@ def _external(path: Path) -> tuple[str, ...]:
     return locations
 
 
+def _with_weights(graph: Path) -> Path:
+    """The graph itself, or the file that the link ``graph`` leads to where only that one has its weights beside it."""
+    if not graph.is_symlink():
+        return graph
+    locations, target = _locations(graph), graph.resolve()
+    beside, there = ([(place.parent / name).is_file() for name in locations] for place in (graph, target))
+    return target if not all(beside) and all(there) else graph
+
+
+def _locations(graph: Path) -> tuple[str, ...]:
+    try:
+        return external_data.locations(graph)
+    except ValueError:  # whoever loads it says so
+        return ()
+
+
 def _beside(root: Path, graph: str) -> dict[str, Path]:
     """The files that hold the graph's weights, whatever they are called: names passed over elsewhere count."""
-    try:
-        locations = external_data.locations(root / graph)
-    except ValueError:  # whoever loads it says so
-        return {}
-    folder = Path(graph).parent
-    found = {os.path.normpath(folder / location): root / folder / location for location in locations}
+    folder, source = Path(graph).parent, _with_weights(root / graph).parent
+    found = {os.path.normpath(folder / location): source / location for location in _locations(root / graph)}
     return {Path(name).as_posix(): path for name, path in found.items() if path.is_file()}
 
 
@@ -279,6 +297,20 @@ def _architectures(config: dict[str, Any], root: Path) -> tuple[str, ...]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InvalidModel(f"{root / 'config.json'} is damaged: architectures is no list of names", field=_FIELD)
     return tuple(names)
+
+
+def _refuse_gguf(path: Path) -> None:
+    """GGUF holds weights for llama.cpp: no engine here takes them, and vLLM notices only after 20 s."""
+    named = path.suffix.lower() == ".gguf"
+    if path.is_file() and (named or path.suffix == ""):
+        with path.open("rb") as file:
+            named = named or file.read(len(_GGUF)) == _GGUF
+    if named:
+        raise InvalidModel(
+            f"{path} is a GGUF file (llama.cpp), which no engine here reads; give a directory with the model's "
+            "config.json and safetensors, which most hubs have beside it",
+            field=_FIELD,
+        )
 
 
 def _refuse_pointer(path: Path) -> None:

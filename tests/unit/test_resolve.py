@@ -17,8 +17,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from pipeline import preflight
 from pipeline.engines.onnx_checks import choose_graph
 from pipeline.engines.onnx_options import parse
+from pipeline.job_spec import JobSpec, Task
 from pipeline.models import digest as digests
 from pipeline.models import external_data
 from pipeline.models.resolve import resolve
@@ -333,6 +335,38 @@ def test_a_snapshot_of_links_keeps_its_weights_where_they_lead(tmp_path: Path, c
     with (tmp_path / "blobs" / "model.onnx_data"[::-1]).open("r+b") as file:
         file.write(b"changed")
     assert resolve(str(snapshot / "model.onnx"), cache).digest != before
+
+
+def test_weights_beside_the_file_that_a_link_leads_to(tmp_path: Path, cache: Path) -> None:
+    graph(tmp_path / "blobs/0a1b", external="2c3d")
+    (tmp_path / "snapshot").mkdir()
+    link = tmp_path / "snapshot/model.onnx"
+    link.symlink_to("../blobs/0a1b")
+    for name in (link, link.parent):
+        model = resolve(str(name), cache)
+        assert (model.path, model.onnx_files) == (name, (tmp_path / "blobs/0a1b",))
+        with (tmp_path / "blobs/2c3d").open("r+b") as file:
+            file.write(name.name.encode())
+        assert resolve(str(name), cache).digest != model.digest
+
+
+def test_the_name_of_a_link_counts(tmp_path: Path) -> None:
+    graph(tmp_path / "blobs/0a1b")
+    (tmp_path / "model.onnx").symlink_to("blobs/0a1b")
+    (tmp_path / "folder").symlink_to(tmp_path)
+    spec = JobSpec(input=("a",), output="b", model=str(tmp_path / "folder/model.onnx"), task=Task.TENSOR)
+    assert preflight.absolute(spec).model == str(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("beside", [None, "config.json"])
+@pytest.mark.parametrize("name", ["model.gguf", "model-Q4_K_M.GGUF", "0a1b"])
+def test_gguf_is_refused_by_name(tmp_path: Path, cache: Path, name: str, beside: str | None) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / name).write_bytes(b"GGUF" + bytes(20))
+    if beside is not None:
+        (tmp_path / "m" / beside).write_text('{"architectures": ["LlamaForCausalLM"]}')
+    for path in (tmp_path / "m", tmp_path / "m" / name):
+        assert f"{name} is a GGUF file" in refused(path, cache)
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {
