@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import takewhile
 from typing import Protocol
 from urllib.parse import unquote
 
@@ -307,7 +308,9 @@ def _about_brackets(pattern: str) -> str:
 def _shared_folder(patterns: Sequence[str]) -> str | None:
     """The folder that all those have in common which are no globs; ``None`` for fewer than two."""
     named = [pattern.split("/")[:-1] for pattern in patterns if not listing.is_glob(pattern)]
-    return "/".join(os.path.commonprefix(named)) if len(named) > 1 else None
+    if len(named) < 2:
+        return None
+    return "/".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, zip(*named, strict=False)))
 
 
 def _partition_of(uri: str, pattern: str, shared: str | None) -> dict[str, str | None]:
