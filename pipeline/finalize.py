@@ -25,7 +25,7 @@ from pipeline.publish_shard import assemble_partial, publish_shard
 from pipeline.renewals import renewals
 from pipeline.result_columns import known_fields
 from pipeline.runtime import Runtime
-from storage import failpoints, finalizing, garbage, input_rows, locations, parquet, reports
+from storage import failpoints, finalizing, garbage, input_rows, job_deaths, locations, parquet, reports
 from storage.errors import Conflict, CorruptFile, LeaseLost
 from storage.finalizing import Lost
 from storage.records import Job
@@ -44,6 +44,7 @@ def finalize_job(runtime: Runtime, job_id: str | None = None) -> Job | None:
     A job that cannot be published is freed, so that whoever comes next need not wait for this one's lease.
     """
     settings = runtime.settings
+    job_deaths.count(runtime.database, max_losses=settings.max_losses, actor=runtime.actor, job_id=job_id)
     job = finalizing.claim_finalize(
         runtime.database, owner=runtime.actor, lease_seconds=settings.lease_seconds, job_id=job_id
     )

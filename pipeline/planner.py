@@ -10,7 +10,7 @@ from pipeline.engines.base import Cancellation
 from pipeline.job import plan_job, refuse_job
 from pipeline.renewals import renewals
 from pipeline.runtime import Runtime
-from storage import failpoints, planners
+from storage import failpoints, job_deaths, planners
 from storage.errors import (
     CommitUnknown,
     IllegalTransition,
@@ -36,6 +36,7 @@ def plan_waiting(runtime: Runtime, over: Callable[[], bool], interrupt: Cancella
     while not over():
         # Of its own, not the worker's: two threads of one worker may plan.
         owner = f"{runtime.worker.id}#{secrets.token_hex(4)}"
+        job_deaths.count(runtime.database, max_losses=runtime.settings.max_losses, actor=runtime.actor)
         job = planners.claim(runtime.database, owner=owner, lease_seconds=runtime.settings.lease_seconds)
         if job is None:
             return

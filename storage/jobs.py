@@ -194,6 +194,7 @@ def set_planned(
             actor,
             plan=dict(plan),
             error=None,  # why an earlier try at planning it had to wait
+            n_lost=0,
             n_shards=n_shards,
             n_open=n_shards,
             rows_total=rows_total,

@@ -8,7 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from storage import shards, tables
+from storage import job_deaths, shards, tables
 from storage.database import Database, now
 from storage.deaths import Step, after_loss
 from storage.states import AttemptState, ShardState
@@ -45,11 +45,7 @@ def reap_owners(database: Database, owners: Collection[str], *, max_losses: int,
     if not owners:
         return Reaped(0, 0)
     condition = tables.shard.c.lease_owner.in_(list(owners))
-    with database.write() as connection:
-        job = tables.job
-        connection.execute(
-            job.update().where(job.c.finalize_owner.in_(list(owners))).values(finalize_owner=None, finalize_until=None)
-        )
+    job_deaths.count(database, max_losses=max_losses, actor=actor, owners=owners)
     return _take_back(database, condition, "its worker died", max_losses=max_losses, actor=actor, batch=200)
 
 

@@ -97,7 +97,7 @@ def planned_again(
             )
         plan = {name: value for name, value in found.plan.items() if name != _REOPEN}
         failed_only = found.plan[_REOPEN]["failed_only"]
-        values = {"plan": plan, "error": None, "finalize_owner": None, "finalize_until": None}
+        values = {"plan": plan, "error": None, "n_lost": 0, "finalize_owner": None, "finalize_until": None}
         again = _reopen_shards(connection, found, JobState.VALIDATING, failed_only, actor, lost, **values)
         quotas.admit_rows(database, connection, found.tenant, again)
         return rows.job(connection.execute(sa.select(job).where(job.c.id == job_id)).one())
@@ -137,6 +137,7 @@ def _afresh(window_seconds: float) -> dict[str, Any]:
         "finalize_owner": None,
         "finalize_until": None,
         "touched": False,
+        "n_lost": 0,
         "expires_at": now() + window_seconds,
     }
 

@@ -112,6 +112,8 @@ job = sa.Table(
     sa.Column("finalize_epoch", sa.Integer, nullable=False, server_default="0"),
     sa.Column("publishing", sa.Boolean, nullable=False, server_default=sa.text("false")),
     sa.Column("touched", sa.Boolean, nullable=False, server_default=sa.text("false")),
+    # How often a process died while it planned or published the job.
+    sa.Column("n_lost", sa.Integer, nullable=False, server_default="0"),
     sa.Column("finalize_owner", Text),
     sa.Column("finalize_until", Seconds),
     sa.Column("created_at", Seconds, nullable=False),

@@ -10,7 +10,7 @@ import pytest
 from storage.states import AttemptState, JobState
 from tests.faults.conftest import make_settings
 from tests.faults.driver import KILLED, World
-from tests.faults.sabotage import sabotaged
+from tests.faults.sabotage import sabotaged, work
 
 MAX_LOSSES = 2
 
@@ -56,17 +56,33 @@ def test_28_a_process_that_dies_before_its_rows_fails_the_job(small_world: World
     assert set(world.attempt_states(job.id)) == {AttemptState.LOST}
 
 
-@pytest.mark.parametrize("where", ["stats"])
-def test_28_a_process_that_dies_after_its_rows_keeps_them(small_world: World, where: str) -> None:
-    """The rows are flushed, so the first death of each shard costs nothing."""
+@pytest.mark.parametrize(("where", "publishing"), [("stats", 0), ("assembling", MAX_LOSSES)])
+def test_28_a_process_that_dies_after_its_rows_keeps_them(small_world: World, where: str, publishing: int) -> None:
+    """The rows are flushed, so the first death of each shard costs nothing. A partial output is assembled, too."""
     world = small_world
-    deaths, code = run_to_the_end(world, where, 2 * (MAX_LOSSES + 1))
-    assert (deaths, code) == (2 * (MAX_LOSSES + 1), 0)
+    expected = 2 * (MAX_LOSSES + 1) + publishing
+    assert run_to_the_end(world, where, expected) == (expected, 0)
     [job] = world.client.jobs()
     assert job.state is JobState.FAILED
-    assert "after the last row, while assembling the output" in str(job.error)
+    words = "while publishing it" if publishing else "after the last row, while assembling the output"
+    assert words in str(job.error)
     assert {row.code for row in world.rows("row_exception")} == {"missing_value"}
     assert sum(attempt.rows_computed for attempt in world.attempts(job.id)) == 8
+
+
+def test_28_a_process_that_dies_while_publishing_ends_the_job(small_world: World) -> None:
+    """All is computed; after the budget is spent the job says why it ended, and a retry publishes it."""
+    world = small_world
+    for _ in range(MAX_LOSSES):
+        assert world.run(arm={"finalize.publishing": "exit"}).join() == KILLED
+    assert world.run(arm={"finalize.publishing": "exit"}).join() == 0
+    [job] = world.client.jobs()
+    assert (job.state, job.rows_done) == (JobState.FAILED, 8)
+    assert "died 2 times while publishing it" in str(job.error)
+    world.client.job(job.id).retry()
+    work(world, job.id)
+    assert world.job(job.id).state is JobState.COMPLETED
+    assert (world.output / "_SUCCESS").exists()
 
 
 def test_28_what_was_computed_before_the_death_is_not_computed_again(small_world: World) -> None:

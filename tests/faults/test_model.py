@@ -128,6 +128,7 @@ class JobModel:
     """Who publishes it, or plans it."""
     finalizer_lives: bool = False
     """Its lease has not run out; without a finalizer: the job was given back, and waits a while."""
+    n_lost: int = 0
     publishing: bool = False
     reopening: bool | None = None
     """A retry waits for a planner; whether of failed rows only."""
@@ -385,6 +386,7 @@ class StorageMachine(RuleBasedStateMachine):
         if job.reopening is not None and job.state is JobState.VALIDATING:
             again()
             failed_only, job.reopening = job.reopening, None
+            job.n_lost = 0
             self.let_go(job)
             self.reopen(job, failed_only)
             return
@@ -396,7 +398,7 @@ class StorageMachine(RuleBasedStateMachine):
             return
         call()
         self.let_go(job)
-        job.planned = True
+        job.planned, job.n_lost = True, 0
         job.counted_rows += sizes
         for item in plans:
             name = jobs.shard_id(job.id, 0, item.idx)
@@ -490,7 +492,7 @@ class StorageMachine(RuleBasedStateMachine):
                 call()
             return
         call()
-        job.stop_reason, job.overdue, job.epoch = None, overdue, job.epoch + 1
+        job.stop_reason, job.overdue, job.epoch, job.n_lost = None, overdue, job.epoch + 1, 0
         self.let_go(job)
         if plan_again or not job.planned:
             job.reopening = failed_only if job.planned else None
@@ -799,15 +801,15 @@ class StorageMachine(RuleBasedStateMachine):
         found = reaping.reap(self.database, lease_seconds=0.0, max_losses=MAX_LOSSES, actor="reaper", batch=batch)
         assert found == self.all_lost(lambda shard: shard.lapsed)
 
-    @precondition(lambda self: self.held())
+    @precondition(lambda self: self.held() or any(job.finalizer for job in self.jobs.values()))
     @rule(owner=st.sampled_from(OWNERS))
     def a_worker_is_found_dead(self, owner: str) -> None:
         self.agreed = False
         found = reaping.reap_owners(self.database, [owner], max_losses=MAX_LOSSES, actor="reaper")
+        for job in sorted(self.jobs.values(), key=lambda job: job.id):
+            if job.finalizer in (owner, f"{owner}#1"):
+                self.lose_finalizer(job)
         assert found == self.all_lost(lambda shard: shard.owner == owner)
-        for job in self.jobs.values():
-            if job.finalizer == owner:
-                self.let_go(job)
         self.unregister(owner)
 
     @rule(owner=st.sampled_from(OWNERS))
@@ -882,6 +884,18 @@ class StorageMachine(RuleBasedStateMachine):
             item.lapsed = item.state is ShardState.RUNNING and stored[item.id].lease_until < clock
         for owner in self.jobs.values():
             owner.finalizer_lives = (until[owner.id] or 0.0) >= clock
+
+    def lose_finalizer(self, job: JobModel) -> None:
+        job.finalizer, job.finalizer_lives = None, False
+        job.n_lost += 1
+        self.note(job, "plan.lost" if job.state is JobState.VALIDATING else "finalize.lost")
+        if job.n_lost < MAX_LOSSES or job.n_open:
+            return
+        job.n_lost, job.epoch = 0, job.epoch + 1
+        if job.state not in TERMINAL_JOB:
+            stopped = job.stop_reason if job.state is JobState.CANCELLING else None
+            ends = {"cancelled": JobState.CANCELLED, "expired": JobState.EXPIRED}
+            self.move_job(job, ends.get(stopped or "", JobState.FAILED))
 
     def all_lost(self, which: Callable[[ShardModel], bool]) -> reaping.Reaped:
         gone = [(job, shard) for job, shard in self.shards() if shard.state is ShardState.RUNNING and which(shard)]
