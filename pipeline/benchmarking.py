@@ -91,8 +91,7 @@ def benchmark(
     )
     schema, batches = _texts(rows, pair_column) if input_uri is None else _first_rows(store, input_uri, rows)
     columns = kind.check(spec, found, schema)
-    spec = registry.settled(name, spec, found, schema)
-    made = kind(found, task, spec.engine_options, context)
+    made = kind(found, task, options, context)
     try:
         made.load()
         assert isinstance(made, Benchmarked)

@@ -14,17 +14,17 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
-from pipeline import input_conversion, planning
+from pipeline import planning
+from pipeline.input_conversion import KEY_CHARS, Converter, key_of
 from pipeline.input_formats import Format, Kind, format_of, is_beside_the_point
 from pipeline.input_schema import UnifiedSchema
 from pipeline.planning import InputFile
 from pipeline.spool import Spool
+from pipeline.text_options import TextOptions, TextSpec
 from storage import listing, locations, parquet
-from storage.arrow_schemas import Path
 from storage.errors import InvalidInput
 from storage.locations import normalize
 from storage.objects import ObjectInfo, ObjectStore
-from storage.parquet_values import value_range
 from storage.records import Source
 
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
@@ -38,16 +38,19 @@ _MOST_CONVERTED, _COMPRESSED = 32 * 2**20, 16
 """Bytes of text that are converted for it, and how much more compressed ones may be."""
 _NAMED = 3
 """Files that a message names before it counts the others."""
-_INT = re.compile(r"-?\d+")
+_INT = re.compile(r"0|-?[1-9][0-9]*")
+_NOT_ASKED_FOR = "it was not converted, because the job names it nowhere: name it in keep_columns (--keep)"
 
 
-class InputSpec(Protocol):
+class InputSpec(TextSpec, Protocol):
     """The part of a job's specification that says where its rows come from and go to."""
 
     @property
     def input(self) -> tuple[str, ...]: ...
     @property
     def output(self) -> str: ...
+    @property
+    def wanted_columns(self) -> frozenset[str] | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +117,7 @@ def discover(
     that were passed over. With ``done``, the files that it names are left out, and a pattern may match nothing. Raises
     :class:`InvalidInput`, naming the file and the reason; nothing but chunks in the work folder is ever written.
     """
-    return _read(store, _found(store, spec, notify, done), work_dir_uri)
+    return _read(store, spec, _found(store, spec, notify, done), work_dir_uri)
 
 
 def look(
@@ -133,38 +136,39 @@ def look(
     if n_bytes > _MOST_CONVERTED:
         notify("the input is large and not Parquet: the worker that plans the job reads its columns")
         return None
-    return _read(store, found, folder)
+    return _read(store, spec, found, folder)
 
 
-def _read(store: ObjectStore, found: Sequence[tuple[_File, Format]], work_dir_uri: str) -> Inputs:
+def _read(store: ObjectStore, spec: InputSpec, found: Sequence[tuple[_File, Format]], work_dir_uri: str) -> Inputs:
     unified = UnifiedSchema()
-    files = list(_parquet_files(store, found, work_dir_uri))
+    converter = Converter(store, TextOptions.of(spec, spec.wanted_columns), work_dir_uri)
+    files = list(_parquet_files(store, found, converter))
     sources: Spool[Source] = Spool()
     groups: Spool[InputFile] = Spool()
-    unreadable: dict[str, str] = {}
+    unreadable = dict(converter.unreadable)
     for idx, (file, stats) in enumerate(zip(files, _footers(store, files), strict=True)):
-        unified.add(stats.schema, file.origin, stats.orders)
+        unified.add(stats.schema, file.origin)
         for name, why in stats.unreadable.items():
             unreadable.setdefault(name, f"{file.origin} ({why})")
         sources.append(Source(idx, file.info.uri, file.info.etag, file.info.n_bytes, stats.n_rows, file.partition))
         groups.append(InputFile(idx, stats.row_groups))
+    for name, origin in unified.twice.items():
+        unreadable.setdefault(name, f"{origin} (two columns have that name)")
+    left_out = [item for item in converter.left_out if item.name not in unified]
+    for item in left_out:
+        unreadable.setdefault(item.name, _NOT_ASKED_FOR)
     keys = dict.fromkeys(key for file in files for key in file.partition if key not in unified)
     if any(key not in keys for file in files for key in file.partition):
         sources = Spool(replace(s, partition={k: v for k, v in s.partition.items() if k in keys}) for s in sources)
-    known = unified.resolved(partial(_range_of, store, files))
-    fields = [_typed(item) for item in known] if any(file.converted for file in files) else known
+    fields = [*unified.schema, *left_out]
+    fields = [_typed(item) for item in fields] if any(file.converted for file in files) else fields
     partition = [pa.field(key, _partition_type(key, sources)) for key in keys]
     schema = pa.schema([*fields, *partition], metadata=unified.metadata)
-    if not schema.names and any(source.n_rows for source in sources):
-        raise InvalidInput("the input has rows and no columns", field="input")
+    if not schema.names:
+        if any(source.n_rows for source in sources):
+            raise InvalidInput("the input has rows and no columns", field="input")
+        raise InvalidInput(f"{found[0][0].origin} is empty: without rows it has no columns either", field="input")
     return Inputs(sources, groups, schema, [(file.info.uri, file.info.etag) for file, _ in found], unreadable)
-
-
-def _range_of(store: ObjectStore, files: Sequence[_File], path: Path) -> tuple[int, int] | None:
-    """Of the values at ``path``, over all files; read from their footers where those say."""
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="rowmill-ranges") as pool:
-        found = [each for each in pool.map(lambda file: value_range(store, file.info.uri, path), files) if each]
-    return (min(low for low, _ in found), max(high for _, high in found)) if found else None
 
 
 def _typed(item: pa.Field[pa.DataType]) -> pa.Field[pa.DataType]:
@@ -182,13 +186,14 @@ def _stats(store: ObjectStore, file: _File) -> parquet.FileStats:
     return parquet.stats(store, file.info.uri, check=not file.converted)
 
 
-def _parquet_files(store: ObjectStore, found: Sequence[tuple[_File, Format]], work_dir_uri: str) -> Iterator[_File]:
+def _parquet_files(store: ObjectStore, found: Sequence[tuple[_File, Format]], converter: Converter) -> Iterator[_File]:
+    converter.survey((file.info, kind) for file, kind in found)
     number = 0
     for file, kind in found:
         if kind.kind is Kind.PARQUET:
             yield file
             continue
-        for uri in input_conversion.convert(store, file.info, kind, work_dir_uri, number):
+        for uri in converter.convert(file.info, kind, number):
             number += 1
             yield _File(store.info(uri), file.origin, file.partition, converted=True)
 
@@ -202,13 +207,16 @@ def convert_again(
     since then are passed over. Raises :class:`InvalidInput` when one that missing chunks were made of is gone, or is
     not as it was.
     """
+    keys = {locations.chunk_key(uri)[:KEY_CHARS] for uri in chunks}
+    infos = (info for pattern in map(normalize, spec.input) for info in store.find(pattern))
+    files = [(info, format_of(store, info.uri)) for info in infos if key_of(info) in keys]
+    converter = Converter(store, TextOptions.of(spec, spec.wanted_columns), work_dir_uri)
+    converter.survey(files)
     made: set[str] = set()
-    for info in (info for pattern in map(normalize, spec.input) for info in store.find(pattern)):
-        key = input_conversion.key_of(info)
-        mine = [uri for uri in chunks if locations.chunk_key(uri) == key]
+    for info, kind in files:
+        mine = [uri for uri in chunks if locations.chunk_key(uri)[:KEY_CHARS] == key_of(info)]
         if not made.issuperset(mine) and not set(missing).isdisjoint(mine):
-            first, kind = chunks.index(mine[0]), format_of(store, info.uri)
-            made.update(input_conversion.convert(store, info, kind, work_dir_uri, first))
+            made.update(converter.convert(info, kind, chunks.index(mine[0])))
     if not made.issuperset(missing):
         raise InvalidInput(
             "rows that are still to be computed were read from a file that is gone, or was changed since the job was "
@@ -346,7 +354,7 @@ def _partition_of(uri: str, pattern: str, shared: str | None) -> dict[str, str |
 
 
 def _partition_type(key: str, sources: Iterable[Source]) -> pa.DataType:
-    """``int32`` where every value is one, text otherwise: what pyarrow's HivePartitioning infers."""
+    """``int32`` where every value is one and is written as one (no ``01``), text otherwise."""
     values = {value for source in sources if (value := source.partition.get(key)) is not None}
     if values and all(_INT.fullmatch(value) and -(2**31) <= int(value) < 2**31 for value in values):
         return pa.int32()

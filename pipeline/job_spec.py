@@ -27,6 +27,7 @@ from pipeline.spec_values import (
     rule,
 )
 from pipeline.template import Template
+from pipeline.text_options import TextFields
 from storage.errors import InvalidJob
 from storage.locations import protocol
 from storage.redaction import holds_credentials
@@ -114,11 +115,16 @@ NOT_PART_OF_THE_WORK = frozenset(
 """Fields that do not change what is computed: a job may be resumed under other values of them."""
 
 
-_LATER = frozenset({"limit", "sample", "request_timeout", "tensor_columns"})
+_LATER: dict[str, Any] = {
+    **dict.fromkeys(("limit", "sample", "request_timeout", "tensor_columns", "encoding", "csv_delimiter")),
+    "csv_types": "auto",
+    "csv_schema": {},
+}
+"""Fields that earlier versions did not have, and the values that say what those did."""
 PlainJson = Annotated[dict[str, Any], rule(plain_json)]
 
 
-class JobSpec(BaseModel):
+class JobSpec(TextFields):
     """Everything that says what a job computes and where to put it. Immutable, and complete: same spec, same work."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -305,11 +311,28 @@ class JobSpec(BaseModel):
         """The completion window in seconds."""
         return duration_seconds(self.completion_window)
 
+    @property
+    def named_columns(self) -> frozenset[str]:
+        """The input columns that the fields name, ``keep_columns`` left out."""
+        templates = [self.prompt, *(message.content for message in self.messages or ())]
+        named = [field for text in templates if text is not None for field in Template(text).fields]
+        named += [name for field in _COLUMNS if (name := getattr(self, field)) is not None]
+        return frozenset(named) | set((self.inputs or {}).values()) | set(self.sampling_columns.values())
+
+    @property
+    def wanted_columns(self) -> frozenset[str] | None:
+        """The input columns that the job reads or keeps; ``None`` where its fields alone do not tell."""
+        named = self.named_columns
+        # A graph's inputs are columns of their names, and those are in the graph.
+        if self.keep_columns is None or self.task is Task.TENSOR or not named:
+            return None
+        return named | set(self.keep_columns)
+
     def work_hash(self) -> str:
         """SHA-256 (hex) of the fields that decide what is computed: two specs that agree may share one job."""
         work = {k: v for k, v in self.model_dump(mode="json").items() if k not in NOT_PART_OF_THE_WORK}
         # Jobs of versions that did not know these fields go on.
-        work = {k: v for k, v in work.items() if k not in _LATER or v is not None}
+        work = {k: v for k, v in work.items() if k not in _LATER or v != _LATER[k]}
         if self.sampling.get("structured_outputs"):
             # The properties of a JSON Schema are answered in its order, which sorting would hide.
             work["form"] = json.dumps(self.sampling["structured_outputs"])
@@ -319,6 +342,10 @@ class JobSpec(BaseModel):
         return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
 
 
+_COLUMNS = (
+    *("column", "pair_column", "prompt_token_column", "adapter_column"),
+    *("image_column", "audio_column", "video_column"),
+)
 _MEDIA = {"image_column": "images", "audio_column": "sounds", "video_column": "videos"}
 _ANSWERS = frozenset(
     {

@@ -1,11 +1,13 @@
-"""JSON Lines to tables: one pass over all lines to learn the types, one to read them. Strings stay strings."""
+"""JSON Lines to tables: one pass over all files to learn the types, one to read them. Strings stay strings.
+
+A column whose values have no type in common is carried as JSON text (``arrow.json``).
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -13,8 +15,9 @@ import pyarrow as pa
 import pyarrow.json as pj
 
 from pipeline import text_streams
-from pipeline.input_schema import merged_type
+from pipeline.json_shapes import JSON, Seen, members
 from pipeline.json_text import MAX_DEPTH, TooDeep
+from pipeline.text_options import TextOptions
 from pipeline.text_streams import Codec
 from storage.errors import InvalidInput
 from storage.objects import ObjectStore
@@ -23,60 +26,167 @@ from storage.parquet_batches import readable
 BLOCK_BYTES = 4 * 2**20
 LINE_BYTES = 256 * 2**20
 """A longer line is refused: it would have to be held in memory several times over."""
-_BOM = b"\xef\xbb\xbf"
-_LONG = re.compile(rb"[0-9]{16}")
+_LONG = re.compile(rb"[:,\[\s]-?[0-9]{16}")
 """Whole numbers of 15 digits and fewer are exact as doubles."""
-_HUGE = 10**300
 _NO_BRACKETS = bytes(sorted(set(range(256)) - set(b'[]{}"\n')))
 _STRING = re.compile(rb'"[^"\n]*"?')
 _OPENING, _CLOSING = np.frombuffer(b"[{", np.uint8), np.frombuffer(b"]}", np.uint8)
 _ARROWS_ROW = re.compile(r"^JSON parse error: |\.? in row \d+$")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_ESCAPE = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u([dD][89a-fA-F][0-9a-fA-F]{2})|\\."
+)
 
 
-def tables(store: ObjectStore, uri: str, compression: Codec | None) -> Iterator[pa.Table]:
-    """The file's rows in blocks of about ``BLOCK_BYTES``; one empty table when there is none.
+class JsonlReader:
+    """The JSONL files of one input: ``survey`` all of them, then read their ``tables``."""
 
-    Raises :class:`InvalidInput` with the line number and the reason.
-    """
-    schema = pa.schema([])
-    rows = False
-    for line, block in _blocks(store, uri, compression):
-        known = schema
+    def __init__(self, store: ObjectStore, options: TextOptions) -> None:
+        self._store, self._options = store, options
+        self._seen: dict[str, Seen] = {}
 
-        def widened(data: bytes, known: pa.Schema = known) -> pa.Schema:
-            return _merged(known, _inferred(data))
+    def survey(self, uri: str, compression: Codec | None) -> None:
+        """Take a file's values into account. Raises :class:`InvalidInput` with the line number and the reason."""
+        rows = False
+        for first, block in self._blocks(uri, compression):
+            _refuse_depth(uri, first, block)
+            self._survey(uri, first, block)
+            rows = True
+        if rows and not self._seen:
+            raise InvalidInput(f"{uri} has rows and no columns: every line is an empty object", field="input")
 
-        _refuse_depth(uri, line, block)
-        schema = _checked(uri, line, block, widened)
-        rows = True
-    if rows and not schema.names:
-        raise InvalidInput(f"{uri} has rows and no columns: every line is an empty object", field="input")
-    yield schema.empty_table()
-    for line, block in _blocks(store, uri, compression):
-        table = _checked(uri, line, block, lambda data: _parse(data, schema))
-        _refuse_rounding(uri, line, block, schema)
-        yield table
+    @property
+    def schema(self) -> pa.Schema:
+        """All columns of all files, also those that are not read."""
+        return pa.schema([pa.field(name, seen.type()) for name, seen in self._seen.items()])
 
+    def tables(self, uri: str, compression: Codec | None) -> Iterator[pa.Table]:
+        """The file's rows in blocks of about ``BLOCK_BYTES``; one empty table when there is none."""
+        everything = self.schema
+        # At least one column, so that the rows can be counted.
+        wanted = [item for item in everything if self._options.wants(item.name)] or list(everything)[:1]
+        schema = pa.schema(wanted)
+        yield schema.empty_table()
+        for first, block in self._blocks(uri, compression):
+            yield self._table(uri, first, block, schema)
 
-def _blocks(store: ObjectStore, uri: str, compression: Codec | None) -> Iterator[tuple[int, bytes]]:
-    """Whole lines: (number of the first, bytes). Blocks without anything but white space are left out."""
-    line, rest = 1, b""
-    with text_streams.opened(store, uri, compression) as stream:
-        while True:
-            with readable(uri, InvalidInput, "it cannot be decompressed"):
-                chunk = bytes(stream.read(BLOCK_BYTES))
-            data = rest + chunk
-            if line == 1 and data.startswith(_BOM):
-                data = data.removeprefix(_BOM)
-            cut = data.rfind(b"\n") + 1 if chunk else len(data)
-            if data[:cut].strip():
-                yield line, data[:cut]
-            line += data.count(b"\n", 0, cut)
-            rest = data[cut:]
-            if len(rest) > LINE_BYTES:
-                raise InvalidInput(f"{uri}, line {line}: longer than {LINE_BYTES // 2**20} MiB", field="input")
-            if not chunk:
+    def _survey(self, uri: str, first: int, block: bytes) -> None:
+        try:
+            table = _parse(_without_halves(block), None)
+            if table.num_rows == _full(block) and not (_LONG.search(block) and any(map(_doubles, table.schema.types))):
+                for item, column in zip(table.schema, table.columns, strict=True):
+                    seen = self._seen.setdefault(item.name, Seen())
+                    if self._options.wants(item.name):
+                        for chunk in column.chunks:
+                            seen.add_column(chunk)
                 return
+        except UnicodeDecodeError as error:
+            raise _bad_name(uri, error) from error
+        except pa.ArrowInvalid:
+            pass  # values that vary, or a line at fault: looked at one by one
+        for name, value in (item for line in self._objects(uri, first, block) for item in line.items()):
+            seen = self._seen.setdefault(name, Seen())
+            if self._options.wants(name):
+                seen.add(value[0])
+
+    def _table(self, uri: str, first: int, block: bytes, schema: pa.Schema) -> pa.Table:
+        typed = pa.schema([item for item in schema if item.type != JSON])
+        columns: dict[str, Any] = {}
+        if typed.names:
+            columns = dict(zip(typed.names, self._typed(uri, first, block, typed).columns, strict=True))
+        if len(typed) < len(schema):
+            texts: dict[str, list[bytes | None]] = {item.name: [] for item in schema if item.type == JSON}
+            for line in self._objects(uri, first, block):
+                for name, found in texts.items():
+                    value, text = line.get(name, (None, "null"))
+                    # What stands in the file, to the byte, whether that is UTF-8 or not.
+                    found.append(None if value is None else text.encode("utf-8", "surrogateescape"))
+            for name, found in texts.items():
+                columns[name] = pa.ExtensionArray.from_storage(JSON, pa.array(found, pa.binary()).view(pa.string()))
+        return pa.Table.from_arrays([columns[item.name] for item in schema], schema=schema)
+
+    def _typed(self, uri: str, first: int, block: bytes, schema: pa.Schema) -> pa.Table:
+        n_rows = _full(block)
+        try:
+            table = _parse(_without_halves(block), schema)
+            if table.num_rows == n_rows:
+                return table
+        except pa.ArrowInvalid:
+            pass  # a line at fault, or a column that is no part of the schema: Arrow looks at that, too
+        lines = []
+        for line in self._objects(uri, first, block):
+            texts = (f"{json.dumps(name)}:{line[name][1]}" for name in schema.names if name in line)
+            lines.append(("{" + ",".join(texts) + "}\n").encode("utf-8", "surrogateescape"))
+        try:
+            return _parse(_without_halves(b"".join(lines)), schema)
+        except pa.ArrowInvalid as error:
+            raise _fault(uri, first, block, lines, schema, error) from error
+
+    def _objects(self, uri: str, first: int, block: bytes) -> Iterator[dict[str, tuple[Any, str]]]:
+        """The members of each line's object. Raises :class:`InvalidInput` for the first line that is none."""
+        for at, line in enumerate(block.split(b"\n")):
+            if not line.strip():
+                continue
+            try:
+                found = members(line.decode("utf-8", "surrogateescape"), self._options.wants)
+                for name in found:
+                    name.encode()
+            except json.JSONDecodeError as error:
+                hint = "; write one JSON object per line" if line.lstrip()[:1] in (b"[", b"{") else ""
+                reason = f"{error.msg} at character {error.pos + 1}{hint}"
+            except UnicodeEncodeError as error:
+                shown = error.object.encode("utf-8", "surrogatepass")
+                reason = f"the name {shown!r} is not UTF-8; mend it, or give the file's encoding (--encoding)"
+            except ValueError as error:
+                reason = str(error)
+            except RecursionError:
+                reason = "nested too deeply"
+            else:
+                yield found
+                continue
+            raise InvalidInput(f"{uri}, line {first + at}: {reason}", field="input")
+
+    def _blocks(self, uri: str, compression: Codec | None) -> Iterator[tuple[int, bytes]]:
+        """Whole lines: (number of the first, bytes). Blocks without anything but white space are left out."""
+        line, rest = 1, b""
+        with text_streams.opened(self._store, uri, compression, self._options.encoding) as stream:
+            while True:
+                with readable(uri, InvalidInput, "it cannot be decompressed"):
+                    chunk = bytes(stream.read(BLOCK_BYTES))
+                data = rest + chunk
+                cut = data.rfind(b"\n") + 1 if chunk else len(data)
+                if data[:cut].strip():
+                    yield line, data[:cut]
+                line += data.count(b"\n", 0, cut)
+                rest = data[cut:]
+                if len(rest) > LINE_BYTES:
+                    raise InvalidInput(f"{uri}, line {line}: longer than {LINE_BYTES // 2**20} MiB", field="input")
+                if not chunk:
+                    return
+
+
+def _bad_name(uri: str, error: UnicodeDecodeError) -> InvalidInput:
+    return InvalidInput(
+        f"{uri}: a name in it is not UTF-8 ({error.object[:80]!r}); give the file's encoding (--encoding latin-1, for "
+        "example)",
+        field="encoding",
+    )
+
+
+def _without_halves(block: bytes) -> bytes:
+    """Half of a surrogate pair, which is no character, as the bytes that are not UTF-8: so it is its row's error."""
+    if _SURROGATE.search(block) is None:
+        return block
+
+    def replaced(match: re.Match[bytes]) -> bytes:
+        half = match[1]
+        return match[0] if half is None else chr(int(half, 16)).encode("utf-8", "surrogatepass")
+
+    return _ESCAPE.sub(replaced, block)
+
+
+def _full(block: bytes) -> int:
+    return sum(1 for line in block.split(b"\n") if line.strip())
 
 
 def _refuse_depth(uri: str, first: int, block: bytes) -> None:
@@ -97,7 +207,7 @@ def _refuse_depth(uri: str, first: int, block: bytes) -> None:
 
 def _parse(data: bytes, schema: pa.Schema | None) -> pa.Table:
     """One block, which is never cut into several: pyarrow would take a row that spans two for an error."""
-    unexpected: Literal["infer", "error"] = "infer" if schema is None else "error"
+    unexpected: Literal["infer", "ignore"] = "infer" if schema is None else "ignore"
     source: Any = pa.BufferReader(data)
     return pj.read_json(
         source,
@@ -106,118 +216,24 @@ def _parse(data: bytes, schema: pa.Schema | None) -> pa.Table:
     )
 
 
-def _inferred(data: bytes) -> pa.Schema:
-    """What pyarrow infers, but whole numbers from 2⁶³ to 2⁶⁴ (hashes, ids) are uint64, which it takes for doubles."""
-    schema = _parse(data, None).schema
-    if _LONG.search(data) is None:
-        return schema
-    for at, item in enumerate(schema):
-        if pa.types.is_floating(item.type):
-            unsigned = schema.set(at, item.with_type(pa.uint64()))
-            with suppress(pa.ArrowInvalid):
-                _parse(data, unsigned)
-                schema = unsigned
-    return schema
-
-
-def _refuse_rounding(uri: str, first: int, block: bytes, schema: pa.Schema) -> None:
-    """Raise :class:`InvalidInput` for a whole number that its column, a double, would round."""
-    doubles = [item for item in schema if _holds_doubles(item.type)]
-    if not doubles or _LONG.search(block) is None:
-        return
-    for at, line in enumerate(block.split(b"\n")):
-        if _LONG.search(line) is None:
-            continue
-        row = json.loads(line)
-        for item in doubles:
-            number = _rounded(row.get(item.name), item.type)
-            if number is not None:
-                raise InvalidInput(
-                    f"{uri}, line {first + at}: {number} in column {item.name!r} would be rounded, for the column is a "
-                    "double (it has fractions, or numbers beyond 64 bits); write such numbers as strings",
-                    field="input",
-                )
-
-
-def _holds_doubles(kind: pa.DataType) -> bool:
+def _doubles(kind: pa.DataType) -> bool:
     if isinstance(kind, pa.StructType):
-        return any(_holds_doubles(kind.field(at).type) for at in range(kind.num_fields))
-    return _holds_doubles(kind.value_type) if isinstance(kind, pa.ListType) else pa.types.is_floating(kind)
+        return any(_doubles(kind.field(at).type) for at in range(kind.num_fields))
+    return _doubles(kind.value_type) if isinstance(kind, pa.ListType) else pa.types.is_floating(kind)
 
 
-def _rounded(value: Any, kind: pa.DataType) -> int | None:
-    """The first whole number in ``value`` that a double does not hold exactly."""
-    if isinstance(value, list) and isinstance(kind, pa.ListType):
-        found = (_rounded(item, kind.value_type) for item in value)
-    elif isinstance(value, dict) and isinstance(kind, pa.StructType):
-        fields = (kind.field(at) for at in range(kind.num_fields))
-        found = (_rounded(value.get(item.name), item.type) for item in fields)
-    else:
-        whole = isinstance(value, int) and not isinstance(value, bool) and pa.types.is_floating(kind)
-        return value if whole and (abs(value) >= _HUGE or int(float(value)) != value) else None
-    return next((number for number in found if number is not None), None)
-
-
-def _merged(known: pa.Schema, found: pa.Schema) -> pa.Schema:
-    fields: dict[str, pa.Field[Any]] = {field.name: field for field in known}
-    for field in found:
-        kind = _without_times(field.type)
-        if field.name in fields:
-            before = fields[field.name].type
-            # pyarrow would make it int64; a negative number is then refused, with its line.
-            unsigned = {before, kind} == {pa.int64(), pa.uint64()}
-            kind = pa.uint64() if unsigned else merged_type(before, kind)
-        fields[field.name] = pa.field(field.name, kind)
-    return pa.schema(fields.values())
-
-
-def _without_times(kind: pa.DataType) -> pa.DataType:
-    """pyarrow takes strings that look like dates for timestamps; JSON has no such type, and the next may not."""
-    if pa.types.is_temporal(kind):
-        return pa.string()
-    if isinstance(kind, pa.ListType):
-        return pa.list_(_without_times(kind.value_type))
-    if isinstance(kind, pa.StructType):
-        return pa.struct([pa.field(f.name, _without_times(f.type)) for f in (kind.field(i) for i in range(len(kind)))])
-    return kind
-
-
-def _checked(uri: str, first: int, block: bytes, use: Callable[[bytes], Any]) -> Any:
-    """``use(block)``; when it fails, the error names the first line at fault."""
-    lines = block.split(b"\n")
-    full = [at for at, line in enumerate(lines) if line.strip()]
-    try:
-        result = use(block)
-        rows = result.num_rows if isinstance(result, pa.Table) else None
-        if rows is None or rows == len(full):
-            return result
-        problem: Exception = ValueError("several values on one line")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        problem = error
-    for at in full:
-        if (reason := _not_an_object(lines[at])) is not None:
-            raise InvalidInput(f"{uri}, line {first + at}: {reason}", field="input") from problem
-    # Every line is an object of its own: it is their types that do not go together. Find the first that does not fit.
-    low, high = 0, len(full)
+def _fault(
+    uri: str, first: int, block: bytes, lines: list[bytes], schema: pa.Schema, problem: Exception
+) -> InvalidInput:
+    """Which line of ``block`` Arrow refuses, and why; ``lines`` are its objects."""
+    low, high = 0, len(lines)
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            use(b"\n".join(lines[at] for at in full[:middle]))
+            _parse(_without_halves(b"".join(lines[low:middle])), schema)
             low = middle
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        except pa.ArrowInvalid as error:
             high, problem = middle, error
     reason = _ARROWS_ROW.sub("", str(problem))
-    raise InvalidInput(f"{uri}, line {first + full[high - 1]}: {reason}", field="input") from problem
-
-
-def _not_an_object(line: bytes) -> str | None:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        hint = "; write one JSON object per line" if line.lstrip()[:1] in (b"[", b"{") else ""
-        return f"{error.msg} at character {error.pos + 1}{hint}"
-    except UnicodeDecodeError:
-        return None
-    except RecursionError:
-        return "nested too deeply"
-    return None if isinstance(value, dict) else "not a JSON object; write one JSON object per line"
+    at = [at for at, line in enumerate(block.split(b"\n")) if line.strip()][low]
+    return InvalidInput(f"{uri}, line {first + at}: {reason}", field="input")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,7 @@ def columns_of(request: Request, found: inputs.Inputs, notify: Callable[[str], N
     """The columns that the job reads and copies. Raises :class:`InvalidJob` for columns that are not there, hold the
     wrong type, or clash with those of the result."""
     spec, schema = request.spec, found.schema
+    _refuse_look_alikes(spec.named_columns | set(spec.keep_columns or ()), schema.names)
     read = registry.check(request.engine, spec, request.model, schema)
     missing = [name for name in spec.keep_columns or () if name not in schema.names]
     if missing:
@@ -99,6 +101,19 @@ def columns_of(request: Request, found: inputs.Inputs, notify: Callable[[str], N
     check_names(keep, results or (), spec.output_prefix, notify)
     _refuse_unreadable(found, read, keep)
     return Columns(read, keep)
+
+
+def _refuse_look_alikes(wanted: Iterable[str], names: Sequence[str]) -> None:
+    """Raise :class:`InvalidInput` for a name that the input has in another normal form of Unicode only."""
+    composed = {unicodedata.normalize("NFC", name): name for name in names}
+    for name in wanted:
+        same = composed.get(unicodedata.normalize("NFC", name))
+        if name not in names and same is not None:
+            raise InvalidInput(
+                f"the input has no column {name!r} ({name!a}); its column {same!r} ({same!a}) only looks the "
+                "same, in another Unicode normal form (NFC or NFD): copy the name from the input, or rename the column",
+                field="input",
+            )
 
 
 def _refuse_unreadable(found: inputs.Inputs, columns: Iterable[str], keep: Iterable[str]) -> None:

@@ -191,6 +191,22 @@ def _fields(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a finished output.", rich_help_panel=_OUT)
     ] = False,
+    encoding: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of CSV and JSONL; UTF-8 if not given.", rich_help_panel=_ROWS),
+    ] = None,
+    csv_delimiter: Annotated[
+        str | None,
+        typer.Option(metavar="CHAR", help="Separates a CSV's columns: ';', '\\t'.", rich_help_panel=_ROWS),
+    ] = None,
+    csv_types: Annotated[
+        Literal["auto", "text"] | None,
+        typer.Option(metavar="HOW", help="Of CSV columns: auto, or text for all.", rich_help_panel=_ROWS),
+    ] = None,
+    csv_type: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN=TYPE", help="The type of a CSV column.", rich_help_panel=_ROWS),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(metavar="N", help="Only the first N rows, as a job of its own.", rich_help_panel=_ROWS)
     ] = None,
@@ -295,6 +311,10 @@ def _fields(
         "output_prefix": output_prefix,
         "overwrite": overwrite or None,
         "profile": profile or None,
+        "encoding": encoding,
+        "csv_delimiter": csv_delimiter,
+        "csv_types": csv_types,
+        "csv_schema": values.key_values(csv_type, "--csv-type", literal=True) if csv_type else None,
         "limit": limit,
         "sample": sample,
         "request_timeout": request_timeout,

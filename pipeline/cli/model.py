@@ -126,9 +126,8 @@ def _feeds(invocation: Invocation, model: Model, rows: Path, fields: dict[str, A
         raise InvalidInput(f"{rows} has no rows", field="calibrate")
     spec = parse({**fields, "input": str(rows), "output": "none", "model": model.name, "engine": "onnx"})
     columns = OnnxEngine.check(spec, model, batch.schema)
-    options = {"sessions": 1, **OnnxEngine.settle(spec, model, batch.schema)}
     engine = OnnxEngine(
-        model, spec.task, options, EngineContext(invocation.loaded.settings.cache_dir, invocation.notice)
+        model, spec.task, {"sessions": 1}, EngineContext(invocation.loaded.settings.cache_dir, invocation.notice)
     )
     try:
         engine.load()

@@ -121,11 +121,9 @@ class TensorModel:
         """Record ``wrong_shape`` for rows in which two axes of one name differ in size; fill sizes still open.
 
         ONNX: a name stands for one size within a graph. Where the graph itself goes on, as with sizes that broadcast,
-        it declares its axes without a name or under different ones. A name that one shape has twice says nothing:
-        some exporters give every axis the same.
+        it declares its axes without a name or under different ones.
         """
         named: dict[str, list[tuple[str, int, Indices]]] = {}
-        loose = self._signature.loose_names()
         for value in self._signature.inputs:
             if value.name not in tensors:
                 continue
@@ -134,7 +132,7 @@ class TensorModel:
                 continue
             extra = rows.shapes.shape[1] - len(dims)
             for axis, dim in enumerate(dims):
-                if isinstance(dim, str) and dim not in loose:
+                if isinstance(dim, str):
                     named.setdefault(dim, []).append((value.name, axis, rows.shapes[:, axis + extra]))
         for dim, places in named.items():
             first, axis, sizes = places[0]

@@ -213,6 +213,10 @@ OTHERS: dict[str, Any] = {
     "shard_bytes": 7,
     "max_failed_rows": 7,
     "tenant": "other",
+    "encoding": "latin-1",
+    "csv_delimiter": ";",
+    "csv_types": "text",
+    "csv_schema": {"zip": "string"},
 }
 
 
@@ -220,6 +224,35 @@ OTHERS: dict[str, Any] = {
 def test_the_hash_follows_what_decides_the_work(name: str) -> None:
     changed = spec(**{name: OTHERS[name]}).work_hash() != spec().work_hash()
     assert changed is (name not in NOT_PART_OF_THE_WORK)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("encoding", "klingon", "no encoding"),
+        ("encoding", "rot13", "no encoding"),
+        ("csv_delimiter", ";;", "one ASCII character"),
+        ("csv_delimiter", '"', "one ASCII character"),
+        ("csv_delimiter", "a", "values hold it"),
+        ("csv_types", "guess", "'auto' or 'text'"),
+        ("csv_schema", {"zip": "postcode"}, "no type of a CSV column"),
+        ("csv_schema", {"price": "decimal(2,3)"}, "no type of a CSV column"),
+    ],
+)
+def test_what_no_text_file_can_be_read_by_is_refused(name: str, value: Any, reason: str) -> None:
+    with pytest.raises(InvalidJob, match=f"{name}.*{reason}"):
+        parse({"input": "in", "output": "out", "model": "fake", "task": "generate", "prompt": "{text}", name: value})
+
+
+@pytest.mark.parametrize("text", ["\\t", "tab", "\t"])
+def test_a_tab_may_be_spelled(text: str) -> None:
+    assert spec(csv_delimiter=text).csv_delimiter == "\t"
+
+
+def test_the_columns_that_are_wanted() -> None:
+    assert spec(prompt="{a} {b}", keep_columns=("c",)).wanted_columns == {"a", "b", "c"}
+    assert spec(prompt="{a}").wanted_columns is None, "all are kept"
+    assert spec(prompt="no column", keep_columns=()).wanted_columns is None
 
 
 def test_the_fields_left_out_of_the_hash_exist() -> None:
