@@ -10,6 +10,7 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline import table_formats
 from pipeline.csv_input import CsvReader
 from pipeline.input_formats import Format, Kind
 from pipeline.jsonl_input import JsonlReader
@@ -70,7 +71,7 @@ class Converter:
         The names tell the file, its etag, the columns and the chunk's number: a chunk that is there already holds the
         same rows, and is left alone. Raises :class:`InvalidInput`.
         """
-        tables = self._tables(file.uri, kind)
+        tables = self._tables(file, kind)
         empty = next(tables)
         # The types of text are those of all files, so that they may have changed when the file has not.
         types = hashlib.sha256(empty.schema.serialize().to_pybytes()).hexdigest()[:6]
@@ -80,14 +81,17 @@ class Converter:
                 chunks.write(table)
         return chunks.uris
 
-    def _tables(self, uri: str, kind: Format) -> Iterator[pa.Table]:
+    def _tables(self, file: ObjectInfo, kind: Format) -> Iterator[pa.Table]:
         """The file's rows, after an empty table that tells the columns."""
+        uri = file.uri
         if kind.kind is Kind.JSONL:
             yield from self._jsonl.tables(uri, kind.compression)
         elif kind.kind is Kind.CSV:
             yield from self._csv.tables(uri, kind.compression)
-        else:
+        elif kind.kind is Kind.IPC:
             yield from self._ipc_tables(uri)
+        else:
+            yield from table_formats.tables(uri, file.etag, kind.kind)
 
     def _refuse_idle_options(self, kinds: Set[Kind]) -> None:
         """Raise :class:`InvalidInput` for an option that no file of the input could follow."""

@@ -18,6 +18,9 @@ class Kind(StrEnum):
     JSONL = "JSONL"
     CSV = "CSV"
     IPC = "Arrow IPC"
+    DELTA = "Delta Lake"
+    ICEBERG = "Apache Iceberg"
+    HUDI = "Apache Hudi"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
-from pipeline import planning
+from pipeline import planning, table_formats
 from pipeline.input_conversion import KEY_CHARS, Converter, key_of
 from pipeline.input_formats import Format, Kind, format_of, is_beside_the_point
 from pipeline.input_schema import UnifiedSchema
@@ -97,8 +97,7 @@ class _File:
 
 def new_files(store: ObjectStore, spec: InputSpec, done: Processed) -> list[ObjectInfo]:
     """The files of the input that ``done`` does not name as they are now; possibly none."""
-    found = [_data_files(store, store.find(pattern), pattern, lambda _: None) for pattern in map(normalize, spec.input)]
-    infos = [info for part in found for info in part]
+    infos = [info for pattern in map(normalize, spec.input) for info in _listed(store, pattern, lambda _: None)[0]]
     seen = done([info.uri for info in infos])
     return [info for info in infos if (info.uri, info.etag) not in seen]
 
@@ -208,8 +207,10 @@ def convert_again(
     not as it was.
     """
     keys = {locations.chunk_key(uri)[:KEY_CHARS] for uri in chunks}
-    infos = (info for pattern in map(normalize, spec.input) for info in store.find(pattern))
-    files = [(info, format_of(store, info.uri)) for info in infos if key_of(info) in keys]
+    files = []
+    for pattern in map(normalize, spec.input):
+        infos, table = _listed(store, pattern, lambda _: None)
+        files += [(info, table or format_of(store, info.uri)) for info in infos if key_of(info) in keys]
     converter = Converter(store, TextOptions.of(spec, spec.wanted_columns), work_dir_uri)
     converter.survey(files)
     made: set[str] = set()
@@ -234,13 +235,12 @@ def _found(
     shared = _shared_folder([normalize(pattern) for pattern in spec.input])
     for pattern in map(normalize, spec.input):
         refuse_output_inside(pattern, output)
-        infos = store.find(pattern)
-        if not infos and done is None:
+        data, table = _listed(store, pattern, notify)
+        if not data and done is None:
             raise InvalidInput(
                 f"no file matches {pattern} (names that begin with '.' or '_' are not read){_about_brackets(pattern)}",
                 field="input",
             )
-        data = _data_files(store, infos, pattern, notify)
         if done is not None:
             seen = done([info.uri for info in data])
             data = [info for info in data if (info.uri, info.etag) not in seen]
@@ -253,7 +253,7 @@ def _found(
             if info.uri in by:
                 raise InvalidInput(f"{info.uri} is in the input twice: {by[info.uri]} and {pattern}", field="input")
             by[info.uri] = pattern
-            kind = format_of(store, info.uri)
+            kind = table or format_of(store, info.uri)
             here.setdefault(kind.kind, info.uri)
             found.append((_File(info, info.uri, _partition_of(info.uri, pattern, shared)), kind))
         if len(here) > 1:
@@ -271,6 +271,18 @@ def unchanged(store: ObjectStore, spec: InputSpec, sources: Sequence[Source]) ->
     """Whether the input is, file by file, what ``sources`` were when a job was planned over it."""
     now = [(info.uri, info.etag) for pattern in map(normalize, spec.input) for info in store.find(pattern)]
     return sorted(now) == sorted((source.uri, source.etag) for source in sources)
+
+
+def _listed(
+    store: ObjectStore, pattern: str, notify: Callable[[str], None]
+) -> tuple[Sequence[ObjectInfo], Format | None]:
+    """The files that a pattern stands for; or the one table that it is, with its format."""
+    kind = None if listing.is_glob(pattern) else table_formats.kind_at(store, pattern)
+    if kind is not None:
+        return [table_formats.current(pattern, kind)], Format(kind)
+    infos = store.find(pattern)
+    table_formats.refuse_files_of(store, (info.uri for info in infos), pattern)
+    return _data_files(store, infos, pattern, notify), None
 
 
 def _data_files(
