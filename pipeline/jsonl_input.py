@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.json as pj
 
-from pipeline import text_streams
+from pipeline import json_array, text_streams
 from pipeline.json_shapes import JSON, Seen, members
 from pipeline.json_text import MAX_DEPTH, TooDeep
 from pipeline.text_options import TextOptions
@@ -149,7 +149,9 @@ class JsonlReader:
     def _blocks(self, uri: str, compression: Codec | None) -> Iterator[tuple[int, bytes]]:
         """Whole lines: (number of the first, bytes). Blocks without anything but white space are left out."""
         line, rest = 1, b""
-        with text_streams.opened(self._store, uri, compression, self._options.encoding) as stream:
+        with text_streams.opened(self._store, uri, compression, self._options.encoding) as opened:
+            with readable(uri, InvalidInput, "it cannot be decompressed"):
+                stream = json_array.as_lines(opened, uri, LINE_BYTES)
             while True:
                 with readable(uri, InvalidInput, "it cannot be decompressed"):
                     chunk = bytes(stream.read(BLOCK_BYTES))

@@ -29,6 +29,8 @@ def values(column: pa.Array[Any]) -> list[Any]:
     kind = column.type
     if pa.types.is_dictionary(kind):
         return values(column.cast(kind.value_type))
+    if isinstance(kind, pa.JsonType):
+        return values(column.storage)  # type: ignore[attr-defined]
     if is_text(kind):
         try:
             found = column.to_pylist()

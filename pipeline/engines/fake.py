@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from pipeline.engines import fake_faults, fake_rows, rendering, sampling_columns
+from pipeline.engines import chat_messages, fake_faults, fake_rows, rendering, sampling_columns
 from pipeline.engines.answer_fields import fields_of
 from pipeline.engines.base import Cancellation, EngineContext, ResultBatch, RowBatch, RowFailure
 from pipeline.engines.sampling import check_sampling
@@ -275,8 +275,11 @@ def _wanted(spec: JobSpec, field: str, kind: pa.DataType) -> str | None:
         refused = rendering.refusal(kind)
         return None if refused is None else f"what a template can write ({refused})"
     if spec.task is Task.CHAT and field == "column":
-        fits = fake_rows.is_messages(kind) or fake_rows.is_text(kind)
-        return None if fits else "a list of structs with role and content, or JSON text of that"
+        return (
+            None
+            if chat_messages.is_conversation(kind)
+            else "a list of structs with role and content, or JSON text of that"
+        )
     return None if fake_rows.is_text(kind) else "text"
 
 

@@ -11,8 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import json_text
-from pipeline.engines import rendering
+from pipeline.engines import chat_messages, rendering
 from pipeline.job_spec import JobSpec, Task
 from pipeline.row_errors import RowErrorCode
 from pipeline.template import Template
@@ -23,7 +22,6 @@ WIDTH = 8
 LABELS = ("negative", "neutral", "positive")
 PROMPT_CHARACTERS = 64
 """How much of the prompt an answer repeats."""
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 Failure = tuple[str, str]
 """A ``RowErrorCode`` and a message."""
@@ -49,13 +47,6 @@ def is_text(kind: pa.DataType) -> bool:
             pa.types.is_binary_view,
         )
     )
-
-
-def is_messages(kind: Any) -> bool:
-    """True for a list of structs with the fields ``role`` and ``content``."""
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
-        return False
-    return {"role", "content"} <= {kind.value_type.field(i).name for i in range(kind.value_type.num_fields)}
 
 
 def is_numeric(kind: Any) -> bool:
@@ -133,6 +124,8 @@ def _values(column: Column, name: str, failures: dict[int, Failure]) -> list[Any
     if column.null_count:
         for at in np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)).tolist():
             failures.setdefault(at, (RowErrorCode.MISSING_VALUE, f"column {name!r} is null"))
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
     kind = column.type
     if pa.types.is_null(kind):
         return [None] * len(column)
@@ -148,27 +141,23 @@ def _conversations(name: str) -> Read:
                 texts.append(None)
                 continue
             try:
-                texts.append(_conversation(json_text.loads(value) if isinstance(value, str) else value))
-            except (ValueError, TypeError, KeyError) as error:
+                texts.append(_conversation(value))
+            except RowError as error:
                 texts.append(None)
-                failures[at] = (RowErrorCode.INVALID_VALUE, f"column {name!r} holds no list of messages: {error}")
+                failures[at] = (error.code, f"column {name!r}: {error.message}")
         return texts, failures
 
     return read
 
 
-def _conversation(messages: Sequence[Mapping[str, Any]]) -> str:
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("at least one message is needed")
-    lines = []
-    for message in messages:
-        role, content = message["role"], message.get("content")
-        if role not in ROLES:
-            raise ValueError(f"role must be one of {', '.join(ROLES)}, not {role!r}")
-        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            raise ValueError("content must be text")
-        lines.append(f"{role}: {content or ''}")
-    return "\n".join(lines)
+def _conversation(messages: Any) -> str:
+    parsed = chat_messages.parse_messages(messages)
+    text = "\n".join(f"{message['role']}: {chat_messages.text_of(message)}" for message in parsed)
+    try:
+        text.encode()  # JSON can hold half of a surrogate pair
+    except UnicodeEncodeError as error:
+        raise RowError(RowErrorCode.INVALID_UTF8, f"the text is not valid Unicode: {error.reason}") from None
+    return text
 
 
 def row_sums(column: Column) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:

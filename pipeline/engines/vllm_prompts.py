@@ -13,8 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline import json_text
-from pipeline.engines import media_columns, rendering, sampling_columns
+from pipeline.engines import chat_messages, media_columns, rendering, sampling_columns
 from pipeline.engines.arrow_text import is_text, values
 from pipeline.engines.base import RowBatch, RowFailure
 from pipeline.engines.media_columns import Media
@@ -25,9 +24,6 @@ from pipeline.job_spec import JobSpec, Task
 from pipeline.row_errors import MESSAGE_LIMIT, RowErrorCode
 from pipeline.template import Template
 from storage.errors import InvalidInput, InvalidModel, RowError
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-"""The roles that a message may have; which of them a model's template knows is for the template to say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +63,8 @@ def check_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
             columns[name] = None
     if spec.column is not None:
         kind = column_type(schema, spec.column, "column")
-        if not (is_text(kind) or _is_messages(kind)):
-            raise InvalidInput(
-                f"column {spec.column!r} is {kind}; messages are list<struct<role: string, content: string>>, or text "
-                'that holds them as JSON: [{"role": "user", "content": "…"}]',
-                field="column",
-            )
+        if not chat_messages.is_conversation(kind):
+            raise InvalidInput(f"column {spec.column!r} is {kind}; {chat_messages.WANTED}", field="column")
         columns[spec.column] = None
     if spec.prompt_token_column is not None:
         kind = column_type(schema, spec.prompt_token_column, "prompt_token_column")
@@ -112,58 +104,6 @@ def column_type(schema: pa.Schema, name: str, field: str) -> pa.DataType:
         raise InvalidInput(f"the input has no column {name!r}; it has {', '.join(schema.names) or 'none'}", field=field)
     kind: pa.DataType = schema.field(found[0]).type
     return kind.value_type if isinstance(kind, pa.DictionaryType) else kind
-
-
-def _is_messages(kind: pa.DataType) -> bool:
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-        return False
-    item = kind.value_type
-    names = {field.name: field.type for field in item} if pa.types.is_struct(item) else {}
-    return {"role", "content"} <= names.keys() and is_text(names["role"]) and is_text(names["content"])
-
-
-# ---- messages ------------------------------------------------------------------------------------------------------
-
-
-def parse_messages(value: Any) -> list[dict[str, Any]]:
-    """The messages of one row of a chat column: a list of mappings, or JSON text of one. Raises :class:`RowError`."""
-    if isinstance(value, str):
-        try:
-            value = json_text.loads(value)
-        except ValueError as error:
-            raise RowError(RowErrorCode.INVALID_VALUE, f"the messages are not JSON: {error}") from None
-    if not isinstance(value, list) or not value:
-        raise RowError(RowErrorCode.INVALID_VALUE, "the messages must be a list of at least one message")
-    return [_message(index, message) for index, message in enumerate(value)]
-
-
-def _message(index: int, message: Any) -> dict[str, Any]:
-    def refuse(why: str) -> RowError:
-        return RowError(RowErrorCode.INVALID_VALUE, f"message {index}: {why}")
-
-    if not isinstance(message, Mapping):
-        raise refuse("must be an object with role and content")
-    # Every struct of an Arrow column has all the fields; those that are null are simply not there.
-    found = {name: item for name, item in message.items() if item is not None}
-    role, content = found.get("role"), found.get("content")
-    if role not in ROLES:
-        raise refuse(f"role must be one of {', '.join(ROLES)}, not {role!r}")
-    if isinstance(content, list):
-        # Anything else in a part may name a file or an address to fetch, which a row must not make this machine do:
-        # vLLM looks for its kind by every key that it has, whatever ``type`` says.
-        found["content"] = [_text_part(part, refuse) for part in content]
-    elif not isinstance(content, str) and not (content is None and found.get("tool_calls")):
-        raise refuse("content must be text")
-    return found
-
-
-def _text_part(part: Any, refuse: Callable[[str], RowError]) -> dict[str, str]:
-    if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-        raise refuse("content parts other than text are not supported")
-    more = sorted(str(name) for name, item in part.items() if item is not None and name not in ("type", "text"))
-    if more:
-        raise refuse(f"a content part of text has type and text, and nothing else; this one has {', '.join(more)}")
-    return {"type": "text", "text": part["text"]}
 
 
 # ---- tokens --------------------------------------------------------------------------------------------------------
@@ -283,7 +223,7 @@ class Prompts:
             text = self._templates[0].render(row)
         else:
             if self._column is not None:
-                messages = parse_messages(row[self._column])
+                messages = chat_messages.parse_messages(row[self._column])
             else:
                 texts = [template.render(row) for template in self._templates]
                 messages = [{"role": r, "content": t} for r, t in zip(self._roles, texts, strict=True)]

@@ -176,6 +176,10 @@ def test_bytes_that_are_not_utf8(kind: Any) -> None:
     ("talk", "code"),
     [
         ('[{"role": "user", "content": "hi"}]', None),
+        ('[{"role": "user", "content": [{"type": "text", "text": "hi"}]}]', None),
+        ('[{"role": "assistant", "content": null, "tool_calls": [{"id": "1"}]}]', None),
+        ('[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///a"}}]}]', "invalid_value"),
+        ('[{"role": "user", "content": "\\ud800"}]', "invalid_utf8"),
         ('[{"role": "king", "content": "hi"}]', "invalid_value"),
         ('[{"role": "user"}]', "invalid_value"),
         ("[]", "invalid_value"),
@@ -189,6 +193,29 @@ def test_conversations_in_a_column(talk: str | None, code: str | None) -> None:
     spec = make_spec("chat", column="text")
     answer = run(make_engine(spec), spec, [texts(talk)])[0]
     assert (answer.code if isinstance(answer, RowFailure) else None) == code
+
+
+PARTS = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([[{"role": "user", "content": PARTS}]]),
+        pa.array([[{"role": "user", "content": "one\ntwo"}]]),
+        pa.ExtensionArray.from_storage(
+            pa.json_(pa.string()), pa.array([json.dumps([{"role": "user", "content": PARTS}])])
+        ),
+        pa.array([json.dumps([{"role": "user", "content": PARTS}])]).dictionary_encode(),
+    ],
+    ids=["parts", "text", "json", "dictionary"],
+)
+def test_content_is_text_or_a_list_of_parts(column: pa.Array[Any]) -> None:
+    spec = make_spec("chat", column="talk")
+    batch = pa.RecordBatch.from_arrays([column], ["talk"])
+    make_engine(spec).check(spec, MODEL, batch.schema)
+    answered = run(make_engine(spec), spec, [RowBatch(np.arange(1), batch)])
+    assert answered[0]["output"].endswith("user: one\ntwo")
 
 
 def test_an_empty_prompt_is_refused() -> None:

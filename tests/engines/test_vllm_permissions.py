@@ -12,10 +12,10 @@ import pytest
 from pipeline import permissions
 from pipeline.engines import registry, vllm_chat_template, vllm_permissions
 from pipeline.engines.base import EngineContext, Permissions
+from pipeline.engines.chat_messages import parse_messages
 from pipeline.engines.pool import EnginePool
 from pipeline.engines.vllm import VllmEngine
 from pipeline.engines.vllm_options import ENGINE_FIELDS, ENGINE_REFUSED
-from pipeline.engines.vllm_prompts import parse_messages
 from pipeline.job_spec import Task
 from pipeline.settings import Settings
 from storage.errors import InvalidJob, RowError

@@ -437,6 +437,13 @@ def test_jsonl_oddities(tmp_path: Path) -> None:
         find(tmp_path, "cut.jsonl.gz")
 
 
+@pytest.mark.parametrize("name", ["in.json", "in.jsonl", "in.json.gz"])
+def test_a_json_array_holds_rows(tmp_path: Path, name: str) -> None:
+    content = json.dumps([{"a": 1, "b": "x"}, {"a": 2.5}], indent=2).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert rows_of(find(tmp_path, name)) == [{"a": 1, "b": "x"}, {"a": 2.5, "b": None}]
+
+
 def test_a_line_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jsonl_input, "BLOCK_BYTES", 1000)
     monkeypatch.setattr(jsonl_input, "LINE_BYTES", 5000)
