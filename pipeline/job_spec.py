@@ -117,6 +117,7 @@ NOT_PART_OF_THE_WORK = frozenset(
 
 _LATER: dict[str, Any] = {
     **dict.fromkeys(("limit", "sample", "request_timeout", "tensor_columns", "encoding", "csv_delimiter")),
+    **dict.fromkeys(("prompt_name", "prefix")),
     "csv_types": "auto",
     "csv_schema": {},
 }
@@ -148,6 +149,11 @@ class JobSpec(TextFields):
     """``chat``: templates over the input columns."""
     column: Name | None = None
     """The text column of embed, classify and score; for ``chat`` a column that holds the messages."""
+    prompt_name: Filled | None = None
+    """``embed``: which of the prompts in the model's own files stands before every text, as sentence-transformers'
+    ``encode(prompt_name=…)``; ``None`` is the model's default."""
+    prefix: Text | None = None
+    """``embed``: a text of yours before every text, in place of the model's prompts: ``"query: "`` for e5."""
     pair_column: Name | None = None
     """``classify`` and ``score``: the second text of a pair."""
     inputs: dict[Name, Name] | None = None
@@ -288,6 +294,8 @@ class JobSpec(TextFields):
             raise ValueError("task 'chat' needs exactly one of messages, prompt and column")
         if self.limit is not None and self.sample is not None:
             raise ValueError("limit and sample exclude each other: the first rows, or some from everywhere")
+        if self.prompt_name is not None and self.prefix is not None:
+            raise ValueError("prompt_name and prefix exclude each other: the model's own prompt, or a text of yours")
         if self.overlong == "split" and task is not Task.EMBED:
             raise ValueError(f"overlong 'split' averages embeddings; task '{task}' has none")
         if task in (Task.EMBED, Task.CLASSIFY, Task.SCORE) and self.column is None:
@@ -356,7 +364,7 @@ _ANSWERS = frozenset(
 _READS: dict[Task, frozenset[str]] = {
     Task.GENERATE: frozenset({"prompt", "prompt_token_column"}) | _ANSWERS,
     Task.CHAT: frozenset({"prompt", "messages", "column", "chat_template_kwargs", "tools"}) | _ANSWERS,
-    Task.EMBED: frozenset({"column", "dimensions", "embedding_type"}),
+    Task.EMBED: frozenset({"column", "prompt_name", "prefix", "dimensions", "embedding_type"}),
     Task.CLASSIFY: frozenset({"column", "pair_column", "top_k"}),
     Task.SCORE: frozenset({"column", "pair_column"}),
     Task.TENSOR: frozenset({"inputs", "tensor_columns"}),

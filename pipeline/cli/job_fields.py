@@ -155,6 +155,14 @@ def _fields(
         bool | None,
         typer.Option("--normalize/--no-normalize", help="embed: scale to unit length.", rich_help_panel=_WORK),
     ] = None,
+    prompt_name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="embed: a prompt of the model's own, such as query.", rich_help_panel=_WORK),
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="embed: put before every text, such as 'query: '.", rich_help_panel=_WORK),
+    ] = None,
     dimensions: Annotated[
         int | None, typer.Option(metavar="N", help="embed: keep N numbers of a vector.", rich_help_panel=_WORK)
     ] = None,
@@ -304,6 +312,8 @@ def _fields(
         "pooling": pooling,
         "normalize": normalize,
         "tensor_columns": tensor_columns,
+        "prompt_name": prompt_name,
+        "prefix": prefix,
         "dimensions": dimensions,
         "embedding_type": embedding_type,
         "top_k": top_k,

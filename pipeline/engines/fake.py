@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from pipeline.engines import chat_messages, fake_faults, fake_rows, rendering, sampling_columns
+from pipeline.engines import chat_messages, fake_faults, fake_rows, rendering, sampling_columns, sentence_prompts
 from pipeline.engines.answer_fields import fields_of
 from pipeline.engines.base import Cancellation, EngineContext, ResultBatch, RowBatch, RowFailure
 from pipeline.engines.sampling import check_sampling
@@ -65,6 +65,7 @@ class FakeEngine:
         """See :class:`pipeline.engines.base.ChecksRequests`."""
         fake_faults.parse(spec.engine_options)
         check_sampling(spec.sampling)
+        sentence_prompts.NONE.of(spec)
         for name in ("dimensions", "embedding_type", "top_k"):
             if getattr(spec, name) is not None:
                 raise InvalidJob("engine 'fake' does not do that; leave it away", field=name)
@@ -166,6 +167,8 @@ class _Text:
 
     def __call__(self, batch: RowBatch, faults: fake_faults.Faults) -> tuple[list[str | None], ResultBatch]:
         texts, failures = self._read(batch.columns, len(batch.rows))
+        if self._spec.prefix:
+            texts = [None if text is None else self._spec.prefix + text for text in texts]
         if self._spec.task in (Task.GENERATE, Task.CHAT) and "" in texts:
             for at, text in enumerate(texts):
                 if text == "":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.engines.onnx_folder import read_json
+from pipeline.engines.model_json import read_json
 from pipeline.models.model import Model
 from storage.errors import InvalidModel
 

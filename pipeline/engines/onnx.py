@@ -105,10 +105,13 @@ class OnnxEngine:
                 checks.check_inputs(spec, options, signature, mode)
         elif checks.takes_images(model, options):
             checks.check_image(spec.task, model, options, spec.pooling)
-            checks.check_embedding(spec, normalized=False)
+            checks.check_embedding(spec, unit_length=spec.normalize is True)
+            checks.check_no_prompt(spec, f"{model.name} takes images, which have no prompt")
         else:
             folder = checks.check_text(spec.task, model, options, spec.pooling)
-            checks.check_embedding(spec, normalized=folder.normalize)
+            checks.check_embedding(spec, unit_length=folder.unit_length(spec))
+            if spec.task is Task.EMBED:
+                checks.check_prompt(spec, folder)
 
     @classmethod
     def result_names(cls, spec: JobSpec, model: Model) -> tuple[str, ...] | None:

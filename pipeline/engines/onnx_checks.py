@@ -11,7 +11,7 @@ from pipeline.engines.images import is_image
 from pipeline.engines.onnx_folder import TextFolder
 from pipeline.engines.onnx_folder import read as read_folder
 from pipeline.engines.onnx_graph import GraphValue, RowMode, Signature
-from pipeline.engines.onnx_heads import head
+from pipeline.engines.onnx_heads import check_layers, head
 from pipeline.engines.onnx_image import POOLED, image_head, image_input, token_states
 from pipeline.engines.onnx_masks import Masks
 from pipeline.engines.onnx_options import OnnxOptions
@@ -76,8 +76,11 @@ def check_text(task: Task, model: Model, options: OnnxOptions, pooling: str = "a
     if signature is not None:
         if "input_ids" not in {value.name for value in signature.inputs}:
             raise InvalidModel(f"{graph} has no input 'input_ids', so it takes no text: {signature}", field="model")
-        if head(task, signature).rank == 2 and task is Task.EMBED and pooling != "auto":
-            raise InvalidJob("the graph pools by itself; leave it at 'auto'", field="pooling")
+        used = head(task, signature)
+        if task is Task.EMBED:
+            check_layers(folder, used)
+            if used.rank == 2 and pooling != "auto":
+                raise InvalidJob("the graph pools by itself; leave it at 'auto'", field="pooling")
     return folder
 
 
@@ -157,10 +160,32 @@ def check_image_column(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
     return (spec.column,)
 
 
-def check_embedding(spec: JobSpec, *, normalized: bool) -> None:
-    """Refuse ``int8`` vectors of any length. ``normalized``: whether the model's own files ask for unit length."""
-    if spec.embedding_type == "int8" and not (normalized if spec.normalize is None else spec.normalize):
+def check_embedding(spec: JobSpec, *, unit_length: bool) -> None:
+    """Refuse ``int8`` vectors of other lengths than 1. Raises :class:`~storage.errors.InvalidJob`."""
+    if spec.embedding_type == "int8" and not unit_length:
         raise InvalidJob("int8 needs embeddings of unit length; set normalize (--normalize)", field="embedding_type")
+
+
+def check_prompt(spec: JobSpec, folder: TextFolder) -> None:
+    """Refuse a prompt that the model does not have, or that cannot be left out of the pooling.
+
+    Raises :class:`~storage.errors.InvalidJob`.
+    """
+    if not folder.prompts.of(spec) or folder.include_prompt:
+        return
+    if spec.overlong == "split":
+        raise InvalidJob(
+            "the model leaves its prompt out of the pooling, and only the first piece of a text has one; "
+            "use 'truncate', or an empty prefix",
+            field="overlong",
+        )
+
+
+def check_no_prompt(spec: JobSpec, why: str) -> None:
+    """Refuse every prompt. Raises :class:`~storage.errors.InvalidJob`."""
+    for name in ("prompt_name", "prefix"):
+        if getattr(spec, name) is not None:
+            raise InvalidJob(why, field=name)
 
 
 def check_text_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:

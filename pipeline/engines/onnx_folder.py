@@ -1,7 +1,7 @@
 """What the files beside a text model say about it: tokenizer, length limit, pooling, normalization, labels, prompt.
 
 Reads JSON only, so it is cheap enough for ``check``. Formats: a Transformers directory, a sentence-transformers
-directory (versions 2 to 6), and a ``.onnx`` file with ``tokenizer.json`` beside it.
+directory (:mod:`~pipeline.engines.sentence_modules`), and a ``.onnx`` file with ``tokenizer.json`` beside it.
 """
 
 from __future__ import annotations
@@ -11,22 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline import json_text
+from pipeline.engines import sentence_modules, sentence_prompts
+from pipeline.engines.model_json import read_json
+from pipeline.engines.sentence_layers import Layer, Normalize
+from pipeline.engines.sentence_prompts import NONE, Prompts
+from pipeline.job_spec import JobSpec
 from pipeline.models.model import Model
 from storage.errors import InvalidModel
 
 Activation = Literal["sigmoid", "softmax", "identity"]
 
-_LEGACY_POOLING = {  # sentence-transformers before 5.4, in the order in which the parts are concatenated
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "last",
-}
-_POOLING_NAMES = {"mean_sqrt_len_tokens": "mean_sqrt_len", "lasttoken": "last"}
-_POOLINGS = ("cls", "max", "mean", "mean_sqrt_len", "weightedmean", "last")
 _TOKENIZER_SOURCES = ("vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 # Position ids of these start after the padding index, so two of the positions in the table are never used for text.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet", "luke")
@@ -34,7 +28,11 @@ _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "l
 
 @dataclass(frozen=True, slots=True)
 class TextFolder:
-    """``root`` is the model directory, ``weights`` the directory with ``config.json`` (below it in some old models)."""
+    """``root`` is the model directory, ``weights`` the directory with ``config.json`` (below it in some old models).
+
+    Of sentence-transformers: ``pooling``, ``layers`` and ``normalize`` are applied to token states in this order;
+    ``include_prompt``: whether pooling sees the prompt; ``truncate_dim``: how many numbers of a vector are kept.
+    """
 
     root: Path
     weights: Path
@@ -45,8 +43,11 @@ class TextFolder:
     lower_case: bool
     pooling: tuple[str, ...] | None
     normalize: bool
-    prompt: str
     sentence_transformer: bool
+    layers: tuple[Layer, ...] = ()
+    include_prompt: bool = True
+    truncate_dim: int | None = None
+    prompts: Prompts = NONE
 
     @property
     def architectures(self) -> tuple[str, ...]:
@@ -60,6 +61,17 @@ class TextFolder:
     def vocab_size(self) -> int | None:
         size = self.config.get("vocab_size")
         return size if isinstance(size, int) else None
+
+    @property
+    def module_width(self) -> int | None:
+        """How many numbers the last layer with weights gives; ``None`` without one."""
+        return next((layer.n_out for layer in reversed(self.layers) if not isinstance(layer, Normalize)), None)
+
+    def unit_length(self, spec: JobSpec) -> bool:
+        """Whether the job's vectors have unit length: as it says, else as the model's own files say."""
+        if spec.normalize is not None:
+            return spec.normalize
+        return self.normalize and (self.truncate_dim is None or spec.dimensions is not None)
 
     def label(self, index: int) -> str:
         """See :func:`label`."""
@@ -105,83 +117,44 @@ def read(model: Model) -> TextFolder:
     root = model.path if model.path.is_dir() else model.path.parent
     if model.path.is_file() and root.name == "onnx" and not (root / "tokenizer.json").exists():
         root = root.parent  # exporters put the graph into onnx/, and the rest stays above
-    modules = _modules(root)
-    weights = root
-    pooling: tuple[str, ...] | None = None
-    normalize = False
-    include_prompt = True
-    for kind, folder in modules or ():
-        match kind:
-            case "Transformer":
-                weights = folder
-            case "Pooling":
-                config = read_json(folder / "config.json")
-                pooling = _pooling(config, folder)
-                include_prompt = bool(config.get("include_prompt", True))
-            case "Normalize":
-                normalize = True
-            case _:
-                raise InvalidModel(
-                    f"{root / 'modules.json'} has a module {kind}, which engine 'onnx' does not run; "
-                    "it runs Transformer, Pooling and Normalize"
-                )
+    modules = sentence_modules.read(root)
+    weights = root if modules is None else modules.weights
     config = read_json(weights / "config.json") or dict(model.config)
-    sentence = read_json(weights / "sentence_bert_config.json")
     tokenizer_config = read_json(weights / "tokenizer_config.json")
     tokenizer = weights / "tokenizer.json"
+    settings = sentence_modules.settings(weights) if modules is None else modules.settings
+    shared: dict[str, Any] = {
+        "root": root,
+        "weights": weights,
+        "config": config,
+        "tokenizer": tokenizer if tokenizer.is_file() else None,
+        "convertible_tokenizer": any((weights / name).is_file() for name in _TOKENIZER_SOURCES),
+        "lower_case": bool(settings.get("do_lower_case", False)),
+    }
+    if modules is None:
+        limit = _max_length(config, settings, tokenizer_config)
+        return TextFolder(**shared, max_length=limit, pooling=None, normalize=False, sentence_transformer=False)
+    # sentence-transformers sets the tokenizer's limit to its own, where it has one.
+    own = None if modules.max_length is None else {"model_max_length": modules.max_length}
     return TextFolder(
-        root=root,
-        weights=weights,
-        config=config,
-        tokenizer=tokenizer if tokenizer.is_file() else None,
-        convertible_tokenizer=any((weights / name).is_file() for name in _TOKENIZER_SOURCES),
-        max_length=_max_length(config, sentence, tokenizer_config),
-        lower_case=bool(sentence.get("do_lower_case", False)),
-        pooling=pooling,
-        normalize=normalize,
-        prompt=_prompt(root, include_prompt) if modules is not None else "",
-        sentence_transformer=modules is not None,
+        **shared,
+        max_length=_max_length(config, own or tokenizer_config),
+        pooling=modules.pooling,
+        normalize=modules.normalize,
+        sentence_transformer=True,
+        layers=modules.layers,
+        include_prompt=modules.include_prompt,
+        truncate_dim=_truncate_dim(root),
+        prompts=sentence_prompts.read(root),
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is no such file. Raises :class:`~storage.errors.InvalidModel`."""
-    try:
-        value = json_text.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise InvalidModel(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise InvalidModel(f"{path} holds no JSON object")
-    return value
-
-
-def _modules(root: Path) -> list[tuple[str, Path]] | None:
-    path = root / "modules.json"
-    try:
-        entries = json_text.loads(path.read_bytes())
-        modules = []
-        for entry in sorted(entries, key=lambda item: int(item["idx"])):
-            folder = root / entry["path"]
-            if not folder.resolve().is_relative_to(root.resolve()):
-                raise InvalidModel(f"{path} names {entry['path']!r}, which lies outside the model directory")
-            modules.append((str(entry["type"]).rsplit(".", 1)[-1], folder))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InvalidModel(f"{path} cannot be read: {error!r}") from error
-    return modules
-
-
-def _pooling(config: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
-    modes = config.get("pooling_mode")
-    if modes is None:
-        modes = [name for key, name in _LEGACY_POOLING.items() if config.get(key)] or ["mean"]
-    names = tuple(_POOLING_NAMES.get(mode, mode) for mode in ([modes] if isinstance(modes, str) else modes))
-    if unknown := [name for name in names if name not in _POOLINGS]:
-        raise InvalidModel(f"{folder / 'config.json'} asks for the unknown pooling {', '.join(map(str, unknown))}")
-    return names
+def _truncate_dim(root: Path) -> int | None:
+    path = root / "config_sentence_transformers.json"
+    size = read_json(path).get("truncate_dim")
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise InvalidModel(f"{path} is damaged: truncate_dim is {size!r}")
+    return size
 
 
 def _max_length(config: Mapping[str, Any], *others: Mapping[str, Any]) -> int | None:
@@ -197,15 +170,3 @@ def _max_length(config: Mapping[str, Any], *others: Mapping[str, Any]) -> int | 
             if isinstance(limit, int | float) and 0 < limit < 1e9:
                 limits.append(int(limit))
     return min(limits, default=None)
-
-
-def _prompt(root: Path, include_prompt: bool) -> str:
-    config = read_json(root / "config_sentence_transformers.json")
-    name = config.get("default_prompt_name")
-    prompt = str((config.get("prompts") or {}).get(name, "")) if name else ""
-    if prompt and not include_prompt:
-        raise InvalidModel(
-            f"{root} puts the prompt {prompt!r} before every text and leaves it out of the pooling, "
-            "which engine 'onnx' does not do"
-        )
-    return prompt

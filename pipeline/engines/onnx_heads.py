@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.engines.onnx_folder import TextFolder
 from pipeline.engines.onnx_graph import GraphValue, Signature
 from pipeline.job_spec import Task
 from storage.errors import InvalidModel
+
+WHOLE_MODEL = "sentence_embedding"
+"""What exporters call the output of a whole sentence-transformers model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +36,30 @@ def fixed_shape(value: GraphValue) -> tuple[int | None, int | None]:
 def own_embedding(signature: Signature) -> Head | None:
     """The graph's own sentence embedding, which is what it is for where nothing says how to pool its token states."""
     for i, value in enumerate(signature.outputs):
-        if value.name == "sentence_embedding" and value.dtype.kind == "f" and len(value.dims or ()) == 2:
+        if value.name == WHOLE_MODEL and value.dtype.kind == "f" and len(value.dims or ()) == 2:
             return Head(value.name, i, 2)
     return None
+
+
+def check_layers(folder: TextFolder, used: Head, width: int | None = None) -> None:
+    """Refuse a graph that pools by itself where nothing says whether it applies the folder's layers, too.
+
+    An output ``sentence_embedding`` is the whole model's. ``width``: of the output, where it is known. Raises
+    :class:`~storage.errors.InvalidModel`.
+    """
+    if used.rank != 2 or not folder.layers:
+        return
+    names = ", ".join(type(layer).__name__ for layer in folder.layers)
+    if used.name != WHOLE_MODEL:
+        raise InvalidModel(
+            f"the graph's output {used.name!r} is pooled already, and nothing says whether the modules {names} are in "
+            f"it; export it with token states, or as {WHOLE_MODEL!r} with all modules"
+        )
+    if width is not None and folder.module_width not in (None, width):
+        raise InvalidModel(
+            f"the graph's {WHOLE_MODEL} has {width} numbers, and the model's modules ({names}) give "
+            f"{folder.module_width}: they are not in the graph"
+        )
 
 
 def head(task: Task, signature: Signature) -> Head:
@@ -48,7 +73,7 @@ def head(task: Task, signature: Signature) -> Head:
     ranked = [(i, value.name, len(value.dims or ())) for i, value in floats]
     by_name = {name: (i, name, rank) for i, name, rank in ranked}
     embed = task is Task.EMBED
-    names = ("last_hidden_state", "token_embeddings", "sentence_embedding") if embed else ("logits",)
+    names = ("last_hidden_state", "token_embeddings", WHOLE_MODEL) if embed else ("logits",)
     ranks = (3, 2) if embed else (2,)
     for name in names:
         if name in by_name and by_name[name][2] in ranks:

@@ -17,12 +17,14 @@ from pipeline.engines import pooling
 from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
 from pipeline.engines.onnx_folder import TextFolder
 from pipeline.engines.onnx_graph import Signature
-from pipeline.engines.onnx_heads import Head, fixed_shape, head, own_embedding
+from pipeline.engines.onnx_heads import Head, check_layers, fixed_shape, head, own_embedding
 from pipeline.engines.onnx_lane import Array, Call, Run, RunFailed
 from pipeline.engines.onnx_options import OnnxOptions
 from pipeline.engines.onnx_session import SessionPool, is_out_of_memory
 from pipeline.engines.onnx_stream import Indices, Pack, Window, bisect, record_batch, windows
 from pipeline.engines.onnx_tokens import DistinctTexts, TextTokenizer, Tokens, distinct
+from pipeline.engines.sentence_layers import Normalize
+from pipeline.engines.sentence_layers import load as load_layers
 from pipeline.job_spec import JobSpec, Task
 from storage.errors import InvalidJob, InvalidModel, TransientError
 
@@ -60,6 +62,7 @@ class TextModel:
         self._fixed_batch, self._fixed_length = batch, length
         limits = [limit for limit in (folder.max_length, length) if limit is not None]
         self.tokenizer = TextTokenizer(folder, min(limits, default=None))
+        self._layers = load_layers(folder.layers)
         self._masked = "attention_mask" in self._inputs
         if not self._masked and length is not None:
             notify(
@@ -77,6 +80,8 @@ class TextModel:
             )
         self._widths: dict[str, int] = {}
         self._widths = {used.name: self._measure_width(used) for used in {self._states, self._own}}
+        if task is Task.EMBED:
+            check_layers(folder, self._own, self._widths[self._own.name])
         width = self._widths[self._states.name]
         if task is Task.SCORE and width != 1:
             raise InvalidModel(f"task 'score' needs a model with one output; this one has {width}: use 'classify'")
@@ -108,7 +113,7 @@ class TextModel:
         match self.task:
             case Task.EMBED:
                 fields = [
-                    pa.field("embedding", results.embedding_type(spec, self.vector_width(spec))),
+                    pa.field("embedding", results.embedding_type(spec, self._kept_width(spec))),
                     pa.field("prompt_tokens", pa.int32()),
                 ]
             case Task.CLASSIFY:
@@ -117,6 +122,10 @@ class TextModel:
                 fields = [pa.field("score", pa.float32())]
         return pa.schema(fields)
 
+    def _kept_width(self, spec: JobSpec) -> int:
+        width, kept = self.vector_width(spec), self._folder.truncate_dim
+        return width if kept is None or spec.dimensions is not None else min(width, kept)
+
     def _modes(self, spec: JobSpec) -> tuple[str, ...]:
         if spec.pooling != "auto":
             if self._states.rank == 2:
@@ -124,14 +133,19 @@ class TextModel:
             return (spec.pooling,)
         return self._folder.pooling or ("mean",)
 
+    def _prompt(self, spec: JobSpec) -> str:
+        return self._folder.prompts.of(spec) if self.task is Task.EMBED else ""
+
     def prepare(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[Window]:
         """Tokenize window by window, as the stream asks for them."""
         columns = [name for name in (spec.column, spec.pair_column) if name is not None]
         job = _TextJob(self, spec)
+        prompt = self._prompt(spec)
         for rows, parts in windows(batches, self._options.window_rows, WINDOW_BYTES):
             texts = distinct(parts, columns)
-            tokens = self.tokenizer.encode(texts.texts, truncate=spec.overlong not in ("error", "split"))
-            pieces = self.tokenizer.split(texts.texts, tokens) if spec.overlong == "split" else {}
+            truncate = spec.overlong not in ("error", "split")
+            tokens = self.tokenizer.encode(texts.texts, truncate=truncate, prompt=prompt)
+            pieces = self.tokenizer.split(texts.texts, tokens, prompt) if spec.overlong == "split" else {}
             yield job.window(rows, texts, tokens, pieces)
 
     def count(self, **numbers: int) -> None:
@@ -211,17 +225,37 @@ class TextModel:
         return feed
 
     def vectors(self, spec: JobSpec, out: Floats, lengths: Indices) -> Floats:
-        """Sentence embeddings as the model gives them, float32 [k, width]."""
-        return pooling.pool(out, lengths, self._modes(spec)) if self._head(spec).rank == 3 else out
+        """Sentence embeddings as the model gives them but for a last change of length, float32 [k, width]."""
+        if self._head(spec).rank == 2:  # the graph has applied the layers, see check_layers
+            return out
+        start = 0 if self._folder.include_prompt else self.tokenizer.prompt_length(self._prompt(spec))
+        return self._layers(pooling.pool(out, lengths, self._modes(spec), start))
 
     def vector_width(self, spec: JobSpec) -> int:
+        """Numbers in a vector of :meth:`vectors`. Raises :class:`~storage.errors.InvalidJob` for a pooling that gives
+        other vectors than the model's layers take."""
         used = self._head(spec)
-        return self._widths[used.name] * (len(self._modes(spec)) if used.rank == 3 else 1)
+        if used.rank == 2:
+            return self._widths[used.name]
+        width = self._widths[used.name] * len(self._modes(spec))
+        for layer in self._folder.layers:
+            if isinstance(layer, Normalize):
+                continue
+            if layer.n_in != width:
+                raise InvalidJob(
+                    f"it gives {width} numbers; the model's {layer.folder.name} takes {layer.n_in}", field="pooling"
+                )
+            width = layer.n_out
+        return width
 
     def stored(self, spec: JobSpec, vectors: Floats) -> Array:
         """Sentence embeddings as the job wants them (see :func:`.pooled_results.finished`)."""
-        normalize = self._folder.normalize if spec.normalize is None else spec.normalize
-        return results.finished(spec, vectors, normalize=normalize)
+        folder = self._folder
+        if folder.truncate_dim is not None and spec.dimensions is None:
+            # As in encode(): the model's own unit length comes before its own truncation.
+            own = pooling.unit_length(vectors) if folder.normalize and spec.normalize is not False else vectors
+            vectors = own[:, : folder.truncate_dim]
+        return results.finished(spec, vectors, normalize=folder.unit_length(spec))
 
     def columns(self, spec: JobSpec, out: Floats, lengths: Indices) -> dict[str, npt.NDArray[Any]]:
         """What is kept of a batch, per text: ``embedding`` [k, d], ``probabilities`` [k, labels] or ``score`` [k]; and

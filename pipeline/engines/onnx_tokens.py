@@ -123,7 +123,7 @@ class TextTokenizer:
             raise EngineMissing("the package tokenizers is not installed; install rowmill[onnx]") from error
         assert folder.tokenizer is not None
         self._lock = threading.Lock()
-        self.prompt = folder.prompt
+        self._prompt_lengths: dict[str, int] = {}
         self.max_length = max_length
         self.vocab_size = folder.vocab_size
         try:
@@ -142,16 +142,25 @@ class TextTokenizer:
         if max_length is not None:
             self._cut.enable_truncation(max_length)
 
-    def encode(self, texts: Sequence[tuple[str, ...]], *, truncate: bool) -> Tokens:
-        """Token ids of the texts or pairs, special tokens included.
+    def prompt_length(self, prompt: str) -> int:
+        """How many tokens of a text are its prompt: those of the prompt alone, but not a special token at its end."""
+        if not prompt:
+            return 0
+        if prompt not in self._prompt_lengths:
+            encoding = self._cut.encode(prompt)
+            special = {at for at, token in self._cut.get_added_tokens_decoder().items() if token.special}
+            ends = bool(encoding.ids) and (encoding.special_tokens_mask[-1] == 1 or encoding.ids[-1] in special)
+            self._prompt_lengths[prompt] = len(encoding.ids) - ends
+        return self._prompt_lengths[prompt]
+
+    def encode(self, texts: Sequence[tuple[str, ...]], *, truncate: bool, prompt: str = "") -> Tokens:
+        """Token ids of the texts or pairs, special tokens included; ``prompt`` stands before each text.
 
         Texts past the limit are cut (the longer one of a pair first), or are ``prompt_too_long`` without ``truncate``.
         Ids outside the vocabulary are ``invalid_value``: one of them would fail its whole batch on a CPU, and read
         garbage on a GPU.
         """
-        whole: list[Any] = [
-            self.prompt + text[0] if len(text) == 1 else (self.prompt + text[0], text[1]) for text in texts
-        ]
+        whole: list[Any] = [prompt + text[0] if len(text) == 1 else (prompt + text[0], text[1]) for text in texts]
         tokenizer = self._cut if truncate else self._whole
         shortened: set[int] = set()
         clip = None if self.max_length is None else max(CLIP_CHARACTERS, 64 * self.max_length)
@@ -213,7 +222,7 @@ class TextTokenizer:
                     cut[text] = text[: encoding.offsets[2 * limit][1]]
         return {at: (cut.get(one, one), cut.get(two, two)) for at, (one, two) in pairs.items()}
 
-    def split(self, texts: Sequence[tuple[str, ...]], tokens: Tokens) -> dict[int, Tokens]:
+    def split(self, texts: Sequence[tuple[str, ...]], tokens: Tokens, prompt: str = "") -> dict[int, Tokens]:
         """The pieces of the texts that are too long in ``tokens``, each with special tokens of its own.
 
         Text → its pieces, end to end. What was split is taken out of ``tokens.failures``; a text of more than
@@ -222,7 +231,7 @@ class TextTokenizer:
         found: dict[int, Tokens] = {}
         most = max(CLIP_CHARACTERS, PIECE_CHARACTERS * MAX_PIECES * (self.max_length or 1))
         for index in [i for i, (code, _) in tokens.failures.items() if code == RowErrorCode.PROMPT_TOO_LONG]:
-            text = self.prompt + texts[index][0]
+            text = prompt + texts[index][0]
             encoding = self._cut.encode_batch_fast([text[:most]])[0]
             parts = [encoding, *encoding.overflowing]
             if len(text) > most and len(parts) <= MAX_PIECES:

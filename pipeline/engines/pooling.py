@@ -11,22 +11,25 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 
-def pool(states: Floats, lengths: Ints, modes: Sequence[str]) -> Floats:
+def pool(states: Floats, lengths: Ints, modes: Sequence[str], start: int = 0) -> Floats:
     """Sentence embeddings, float32 [n, len(modes) * d], from token states, float32 [n, s, d], padded on the right.
 
     ``lengths``: int64 [n], each at least 1; what lies behind a row's length is not looked at. Modes and their order of
-    concatenation are those of sentence-transformers' ``Pooling``.
+    concatenation are those of sentence-transformers' ``Pooling``; the first ``start`` tokens (a prompt) are left out.
+    Of a text without any other tokens, mean and last are zeros, and max is minus infinity, as there.
     """
-    parts = [_one(states, lengths, mode) for mode in modes]
+    parts = [_one(states, lengths, mode, start) for mode in modes]
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
-def _one(states: Floats, lengths: Ints, mode: str) -> Floats:
+def _one(states: Floats, lengths: Ints, mode: str, start: int) -> Floats:
+    rows = np.arange(len(states))
     if mode == "cls":
-        return states[:, 0].copy()  # the states may lie in a buffer that the next run overwrites
+        return np.asarray(states[rows, np.where(start < lengths, start, 0)])
     if mode == "last":
-        return np.asarray(states[np.arange(len(states)), lengths - 1])
-    mask = np.arange(states.shape[1])[None, :] < lengths[:, None]
+        return np.where((start < lengths)[:, None], states[rows, lengths - 1], np.float32(0))
+    at = np.arange(states.shape[1])[None, :]
+    mask = (at >= start) & (at < lengths[:, None])
     if mode == "max":
         return np.asarray(np.where(mask[:, :, None], states, np.float32(-np.inf)).max(axis=1))
     weights = mask.astype(np.float32)
@@ -36,7 +39,7 @@ def _one(states: Floats, lengths: Ints, mode: str) -> Floats:
     if not mask.all():
         states = np.where(mask[:, :, None], states, np.float32(0))
     total = np.matmul(weights[:, None, :], states)[:, 0]
-    size = weights.sum(axis=1, keepdims=True)
+    size = np.maximum(weights.sum(axis=1, keepdims=True), np.float32(1e-9))
     return np.asarray(total / (np.sqrt(size) if mode == "mean_sqrt_len" else size))
 
 

@@ -35,7 +35,7 @@ from pipeline.engines.vllm_model_check import check_model
 from pipeline.engines.vllm_once import Once, identities, settled
 from pipeline.engines.vllm_options import OWN_OPTIONS, check_engine_options
 from pipeline.engines.vllm_params import JobParams
-from pipeline.engines.vllm_pooling import PooledRows, Pooling
+from pipeline.engines.vllm_pooling import PooledRows, Pooling, prompt_of
 from pipeline.engines.vllm_process import STALL_SECONDS, RunningVllm, memory_bytes, prepare_environment
 from pipeline.engines.vllm_prompts import Prompt, Prompts, check_columns
 from pipeline.engines.vllm_requests import TOKEN_BYTES, Requests, Waiting
@@ -114,7 +114,7 @@ class VllmEngine:
         check_fit(model, spec.engine_options)
         vllm_reuse.check(spec)
         if pools:
-            vllm_pooling.check(spec)
+            vllm_pooling.check(spec, model)
             return
         if "pooler_config" in spec.engine_options:
             raise InvalidJob(f"not a job's to set: {spec.task} does not pool", field="engine_options.pooler_config")
@@ -171,7 +171,7 @@ class VllmEngine:
         rows: PooledRows | Prompts
         reader: PooledRows | Answers
         if spec.task in vllm_pooling.TASKS:
-            rows = reader = PooledRows(running, Pooling(running, spec.task), spec)
+            rows = reader = PooledRows(running, Pooling(running, spec.task), spec, prompt_of(spec, self._model))
             params, most = rows.params, 1
         else:
             own = JobParams(running, spec)

@@ -14,14 +14,18 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.engines import pooled_results as results
+from pipeline.engines import sentence_prompts
 from pipeline.engines.arrow_text import is_text, values
 from pipeline.engines.base import RowBatch, RowFailure
+from pipeline.engines.model_json import read_json
 from pipeline.engines.vllm_answers import Answer
 from pipeline.engines.vllm_finished import Finished, Outcome
 from pipeline.engines.vllm_params import Params
 from pipeline.engines.vllm_process import RunningVllm, first_lines
 from pipeline.engines.vllm_prompts import Prompt, column_type
 from pipeline.job_spec import JobSpec, Task
+from pipeline.models import module_folders
+from pipeline.models.model import Model
 from pipeline.row_errors import MESSAGE_LIMIT, RowErrorCode
 from storage.errors import InvalidInput, InvalidJob, InvalidModel
 
@@ -30,8 +34,29 @@ ARGUMENTS: Mapping[str, Any] = {"runner": "pooling"}
 """Engine arguments that the task decides; what the model is converted to follows from its architecture."""
 
 
-def check(spec: JobSpec) -> None:
+def prompt_of(spec: JobSpec, model: Model) -> str:
+    """What stands before every text to embed, as sentence-transformers has it.
+
+    Raises :class:`InvalidJob` for a prompt that the model does not have, and :class:`InvalidModel` for one that its
+    pooling leaves out, which vLLM does not do.
+    """
+    if spec.task is not Task.EMBED:
+        return ""
+    if model.path is None or not model.sentence_transformer:
+        return sentence_prompts.NONE.of(spec)
+    prompt = sentence_prompts.read(model.path).of(spec)
+    pooling = [folder for kind, folder in module_folders.read(model.path) or () if kind.endswith(".Pooling")]
+    if prompt and any(read_json(folder / "config.json").get("include_prompt") is False for folder in pooling):
+        raise InvalidModel(
+            f"{model.name} leaves its prompt out of the pooling, which engine 'vllm' does not do; engine 'onnx' does",
+            field="model",
+        )
+    return prompt
+
+
+def check(spec: JobSpec, model: Model) -> None:
     """Raise :class:`InvalidJob` for what a pooling model on vLLM does not do."""
+    prompt_of(spec, model)
     if spec.pooling != "auto":
         raise InvalidJob(
             f"an engine pools as it was started: leave it at 'auto', and set engine_options.pooler_config to "
@@ -113,10 +138,10 @@ class Pooling:
 class PooledRows:
     """The rows of one job. Not to be shared between threads, but for :meth:`read` and the others."""
 
-    def __init__(self, running: RunningVllm, pooling: Pooling, spec: JobSpec) -> None:
+    def __init__(self, running: RunningVllm, pooling: Pooling, spec: JobSpec, prompt: str = "") -> None:
         from vllm.pooling_params import PoolingParams
 
-        self._pooling, self._spec = pooling, spec
+        self._pooling, self._spec, self._prompt = pooling, spec, prompt
         task: Any = getattr(pooling.input, "pooling_task", None) or pooling.input.name
         self.params = PoolingParams(task=task, use_activation=spec.normalize if spec.task is Task.EMBED else None)
         self._columns = [name for name in (spec.column, spec.pair_column) if name is not None]
@@ -184,7 +209,7 @@ class PooledRows:
             pair = ScoringData(data_1=[texts[0]], data_2=[texts[1]])
             context: Any = OfflineScoringInputsContext(scoring_data=pair, chat_template=None, **common)
         else:
-            context = OfflineEncodeInputsContext(prompts=[texts[0]], **common)
+            context = OfflineEncodeInputsContext(prompts=[self._prompt + texts[0]], **common)
         make, _ = self._pooling.input.get_request_factory_offline(context)
         return (self._pooling.input.render(parameters) for parameters in make())
 

@@ -184,13 +184,30 @@ def _quiet_transformers() -> Iterator[None]:
             chatter.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
+_ENCODERS = {
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+    "longt5": "LongT5EncoderModel",
+}
+"""Model type of an encoder-decoder → its encoder alone, which is what sentence-transformers embeds with."""
+
+
+def _loader(folder: Path, kind: Kind) -> Any:
+    import transformers
+
+    if kind == "classifier":
+        return transformers.AutoModelForSequenceClassification
+    config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    return getattr(transformers, _ENCODERS.get(config.model_type, "AutoModel"))
+
+
 def _load(folder: Path, kind: Kind) -> Any:
     import torch
-    import transformers
     from safetensors import SafetensorError
 
-    loader = transformers.AutoModel if kind == "encoder" else transformers.AutoModelForSequenceClassification
     try:
+        loader = _loader(folder, kind)
         model, info = loader.from_pretrained(
             str(folder),
             dtype=torch.float32,

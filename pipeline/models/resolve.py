@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import json_text
-from pipeline.models import external_data
+from pipeline.models import external_data, module_folders
 from pipeline.models.digest import digest
 from pipeline.models.model import Model
 from storage.errors import InvalidModel
@@ -67,9 +67,8 @@ _BESIDE_A_GRAPH = (
     "merges.txt",
     "*.model",
     "modules.json",
-    "sentence_bert_config.json",
+    "sentence_*_config.json",
     "config_sentence_transformers.json",
-    "*_Pooling/config.json",
 )
 """What belongs to a text model whose graph was named as a file."""
 
@@ -116,7 +115,10 @@ def _directory(name: str, root: Path, cache_dir: Path) -> Model:
     _check_files(root, files)
     config = _config(root, files)
     graphs = tuple(_with_weights(root / graph) for graph in sorted(_graphs(files), key=_preference))
-    weights = tuple(files[file] for file in sorted(files) if _is_checkpoint(file))
+    layers = {f"{folder.relative_to(root).as_posix()}/" for folder in module_folders.layers(root)}
+    weights = tuple(
+        files[file] for file in sorted(files) if _is_checkpoint(file) and not file.startswith(tuple(layers))
+    )
     sentence_transformer = "modules.json" in files
     if not graphs and not weights:
         for file in files.values():
@@ -160,6 +162,9 @@ def _file(name: str, path: Path, cache_dir: Path) -> Model:
         root = root.parent
     for pattern in _BESIDE_A_GRAPH:
         files |= {f"./{file.relative_to(root)}": file for file in root.glob(pattern) if file.is_file()}
+    for folder in module_folders.layers(root):
+        made_of = (folder / "config.json", folder / module_folders.LAYER_WEIGHTS)
+        files |= {f"./{file.relative_to(root)}": file for file in made_of if file.is_file()}
     config = _json(root / "config.json") if (root / "config.json").is_file() else {}
     return Model(
         name=name,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.models import external_data
+from pipeline.models import external_data, module_folders
 from pipeline.models.model import Model
 from storage.errors import InvalidJob, InvalidModel
 
@@ -57,7 +57,15 @@ def copy_files(model: Model, work: Path) -> None:
         root = root.parent
     if model.path.is_file() and not (root / "config.json").exists():
         return  # a bare graph among other things
-    shutil.copytree(root, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+    usual = shutil.ignore_patterns(*_NOT_COPIED)
+    layers = {folder.resolve() for folder in module_folders.layers(root)}
+
+    def passed_over(folder: str, names: list[str]) -> set[str]:
+        # The graph holds the Transformer. What sentence-transformers applies after it keeps its weights.
+        kept = {module_folders.LAYER_WEIGHTS} if Path(folder).resolve() in layers else set[str]()
+        return set(usual(folder, names)) - kept
+
+    shutil.copytree(root, work, dirs_exist_ok=True, ignore=passed_over)
 
 
 def graph_of(model: Model) -> Path:

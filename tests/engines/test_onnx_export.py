@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
+import torch
+import transformers
 from onnx import helper
 
 from examples.tiny_encoder import build_classifier, build_encoder
@@ -39,6 +42,27 @@ def test_the_export_is_told_checked_recorded_and_used_again(encoder: Path, tmp_p
     assert second.graph.stat().st_mtime_ns == written and len(said) == 1
     other = export.exported(encoder, "encoder", "f" * 64, tmp_path, said.append)
     assert other.graph != first.graph and len(said) == 2
+
+
+def test_of_an_encoder_decoder_the_encoder_is_exported(tmp_path: Path) -> None:
+    """A whole T5 and its encoder alone give the encoder's token states, whatever the length."""
+    config = transformers.T5Config(
+        vocab_size=99, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, pad_token_id=0, decoder_start_token_id=0
+    )
+    torch.manual_seed(0)
+    whole = transformers.T5Model(config).eval()
+    encoder = transformers.T5EncoderModel(config).eval()
+    encoder.load_state_dict(whole.state_dict(), strict=False)
+    for name, model in (("whole", whole), ("encoder", encoder)):
+        model.save_pretrained(tmp_path / name)
+        made = export.exported(tmp_path / name, "encoder", DIGEST, tmp_path / f"{name}-cache", lambda message: None)
+        session = onnxruntime.InferenceSession(str(made.graph))
+        for length in (1, 2, 8, 63, 200):
+            ids = np.arange(1, length + 1)[None] % 98 + 1
+            with torch.no_grad():
+                expected = encoder(torch.from_numpy(ids)).last_hidden_state.numpy()
+            (found,) = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+            assert np.abs(found - expected).max() < 1e-5
 
 
 def test_the_engine_finds_the_export_of_an_earlier_one(encoder: Path, tmp_path: Path) -> None:
