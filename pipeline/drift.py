@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 Numbers = npt.NDArray[np.float64]
+
+UNIT = 0.01
+"""By how much a vector of unit length may miss it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +26,11 @@ class Drift:
     ``max_difference``: of two numbers of the same row; ``cosine_mean``, ``cosine_min``: between the rows' vectors;
     ``agreement``: the share of rows with the same label, or with equal values where results are no numbers. ``None``
     where a kind of result does not occur.
+
+    ``relative_difference``: of a column's numbers, the root mean square of what they changed by, over their spread
+    (standard deviation) in the original, the worst column; a negated or doubled result has 1 or more.
+    ``length_change``: by what share the length of a row's vector changed, the worst row, which no cosine shows.
+    ``unit_length``: whether all vectors of one of the two have length 1.
     """
 
     rows: int
@@ -29,6 +39,9 @@ class Drift:
     cosine_mean: float | None
     cosine_min: float | None
     agreement: float | None
+    relative_difference: float | None = None
+    length_change: float | None = None
+    unit_length: bool | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -42,25 +55,81 @@ class Limits:
     mean_cosine: float | None = None
     agreement: float | None = None
     max_difference: float | None = None
+    relative_difference: float | None = None
+    length_change: float | None = None
 
-    def broken(self, drift: Drift) -> list[str]:
-        """What is beyond its limit, in words. Rows that only one of the models computed are never within limits."""
+    def broken(self, drift: Drift, required: Collection[str] = ()) -> list[str]:
+        """What is beyond its limit, in words. Rows that only one of the models computed are never within limits.
+
+        Neither are results of which nothing is measured, or nothing that one of the ``required`` limits is about.
+        Vectors of unit length keep it, whatever ``length_change`` allows.
+        """
+        length = UNIT if drift.unit_length and self.length_change is not None else self.length_change
         found = []
         if drift.only_one:
             found.append(f"{drift.only_one} rows have an error in one of the two results only")
         if not drift.rows:
             found.append("no row was computed by both")
-        for name, value, limit, below in (
-            ("worst cosine", drift.cosine_min, self.min_cosine, True),
-            ("mean cosine", drift.cosine_mean, self.mean_cosine, True),
-            ("agreement", drift.agreement, self.agreement, True),
-            ("largest difference", drift.max_difference, self.max_difference, False),
-        ):
+        held = [
+            ("min_cosine", "worst cosine", drift.cosine_min, self.min_cosine, True),
+            ("mean_cosine", "mean cosine", drift.cosine_mean, self.mean_cosine, True),
+            ("agreement", "agreement", drift.agreement, self.agreement, True),
+            ("max_difference", "largest difference", drift.max_difference, self.max_difference, False),
+            (
+                "relative_difference",
+                "relative difference",
+                drift.relative_difference,
+                self.relative_difference,
+                False,
+            ),
+            ("length_change", "change of a vector's length", drift.length_change, length, False),
+        ]
+        limited = [value for _, _, value, limit, _ in held if limit is not None]
+        if drift.rows and limited and all(value is None for value in limited):
+            found.append("nothing in the results is measured by a limit")
+        for field, name, value, limit, below in held:
+            if value is None and field in required and drift.rows:
+                found.append(f"the results have no {name}")
             if value is None or limit is None:
                 continue
             if math.isnan(value) or (value < limit if below else value > limit):
                 found.append(f"{name} is {value:.6g}, {'less' if below else 'more'} than {limit:g}")
         return found
+
+
+DEFAULTS = {
+    "embed": Limits(min_cosine=0.95, mean_cosine=0.985, length_change=0.1),
+    "classify": Limits(agreement=0.99, relative_difference=0.25),
+    "score": Limits(relative_difference=0.25),
+    "tensor": Limits(min_cosine=0.95, mean_cosine=0.985, agreement=0.99, relative_difference=0.25, length_change=0.1),
+}
+"""What 8-bit weights may cost, by task: each has a limit that every one of its results meets or breaks."""
+
+
+@dataclass(slots=True)
+class _Spread:
+    """Sums over a column's numbers: of the original's, and of the squares of what they changed by."""
+
+    n: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+    changed: float = 0.0
+
+    def add(self, x: Numbers, difference: Numbers) -> None:
+        known = x[np.isfinite(x)]
+        self.n += known.size
+        self.total += float(known.sum())
+        self.squares += float((known**2).sum())
+        self.changed += float((difference**2).sum())
+
+    def relative(self) -> float | None:
+        if not self.n:
+            return math.inf if self.changed else None
+        size = self.squares / self.n
+        # Numbers that are all alike have no spread: then a hundredth of their size counts as one.
+        spread = math.sqrt(max(size - (self.total / self.n) ** 2, 1e-4 * size))
+        changed = math.sqrt(self.changed / self.n)
+        return changed / spread if spread else math.inf if changed else 0.0
 
 
 class Comparison:
@@ -70,6 +139,8 @@ class Comparison:
         self._rows = self._only_one = self._agreeing = self._agreement_of = 0
         self._largest: float | None = None
         self._cosines: list[Numbers] = []
+        self._lengths: list[Numbers] = []
+        self._spreads: defaultdict[str, _Spread] = defaultdict(_Spread)
 
     def add(self, original: pa.Table, other: pa.Table, columns: Iterable[str]) -> None:
         """Compare the result columns of two outputs; both have the column ``error``.
@@ -87,16 +158,18 @@ class Comparison:
             a, b = original[name].combine_chunks(), other[name].combine_chunks()
             if a.type != b.type:
                 raise ValueError(f"column {name!r} is {a.type} in one result and {b.type} in the other")
-            self._compare(name, a, b)
+            self._compare(name, a, b, of_classes=name == "score" and "scores" in original.column_names)
 
-    def _compare(self, name: str, a: Any, b: Any) -> None:
-        if name == "scores" and pa.types.is_list(a.type):  # of labels, in one order
-            a, b = (_scores(column) for column in (a, b))
+    def _compare(self, name: str, a: Any, b: Any, *, of_classes: bool) -> None:
+        if name == "scores" and pa.types.is_list(a.type):
+            (labels, a), (other, b) = (_by_label(column) for column in (a, b))
+            if not labels.equals(other):
+                raise ValueError("their labels have different names")
         if pa.types.is_string(a.type):
             self._agreeing += sum(x == y for x, y in zip(a.to_pylist(), b.to_pylist(), strict=True))
             self._agreement_of += len(a)
             return
-        cosines = []
+        cosines, lengths = [], []
         for x, y in zip(_vectors(a), _vectors(b), strict=True):
             if x is None or y is None or x.shape != y.shape:
                 raise ValueError(f"column {name!r} has rows of different shapes")
@@ -107,14 +180,23 @@ class Comparison:
                 # A NaN on one side only is as far away as can be.
                 largest = math.inf if math.isnan(largest) else largest
                 self._largest = max(self._largest or 0.0, largest)
+                if not of_classes:  # the best label's score alone has hardly any spread
+                    self._spreads[name].add(
+                        x, np.where(np.isnan(x) & np.isnan(y), 0.0, np.nan_to_num(difference, nan=np.inf))
+                    )
             if x.size > 1 and name not in ("scores",):
-                norms = float(np.linalg.norm(x) * np.linalg.norm(y))
+                one, two = float(np.linalg.norm(x)), float(np.linalg.norm(y))
+                norms = one * two
                 cosines.append(float(x @ y) / norms if norms else 1.0 if not x.any() and not y.any() else 0.0)
+                lengths.append((one, two))
         if cosines:
             self._cosines.append(np.asarray(cosines))
+            self._lengths.append(np.asarray(lengths))
 
     def result(self) -> Drift:
         cosines = np.concatenate(self._cosines) if self._cosines else None
+        lengths = np.concatenate(self._lengths) if self._lengths else None
+        relative = [value for spread in self._spreads.values() if (value := spread.relative()) is not None]
         return Drift(
             rows=self._rows,
             only_one=self._only_one,
@@ -122,12 +204,28 @@ class Comparison:
             cosine_mean=None if cosines is None else float(cosines.mean()),
             cosine_min=None if cosines is None else float(cosines.min()),
             agreement=self._agreeing / self._agreement_of if self._agreement_of else None,
+            relative_difference=max(relative, default=None),
+            length_change=None if lengths is None else _length_change(lengths),
+            unit_length=None if lengths is None else bool((np.abs(lengths - 1) <= UNIT).all(axis=0).any()),
         )
 
 
-def _scores(column: Any) -> Any:
-    values = column.values.field("score")
-    return pa.ListArray.from_arrays(column.offsets, values)
+def _length_change(lengths: Numbers) -> float:
+    """Of pairs of lengths, [n, 2]: the largest share by which a second one differs from its first."""
+    one, two = lengths.T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        change = np.where(one == two, 0.0, np.abs(two - one) / one)
+    return float(np.nan_to_num(change, nan=np.inf).max())
+
+
+def _by_label(column: Any) -> tuple[Any, Any]:
+    """The labels of all rows, and each row's scores, both in the order of the labels' names."""
+    sizes = np.asarray(column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False), np.int64)
+    flat = column.flatten()
+    keys = pa.table({"row": np.repeat(np.arange(len(sizes)), sizes), "label": flat.field("label")})
+    order = pc.sort_indices(keys, sort_keys=[("row", "ascending"), ("label", "ascending")])
+    offsets = pa.array(np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]).astype(np.int32))
+    return keys["label"].take(order), pa.ListArray.from_arrays(offsets, flat.field("score").take(order))
 
 
 def _vectors(column: Any) -> Iterable[Numbers | None]:

@@ -12,6 +12,7 @@ from pipeline.cli import errors, output, values
 from pipeline.cli.command import Invocation, command
 
 if TYPE_CHECKING:
+    from pipeline.drift import Limits
     from pipeline.models.model import Model
 
 app = typer.Typer(help="Models: export to ONNX, quantize, compare.", no_args_is_help=True)
@@ -78,15 +79,21 @@ def quantize(
     graph_input: Annotated[
         list[str] | None, typer.Option("--input", metavar="NAME=COLUMN", help="tensor: the column of a graph input.")
     ] = None,
+    engine_option: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An engine option to read those rows with.")
+    ] = None,
 ) -> None:
-    """Make an ONNX graph 8-bit: dynamic, or static by calibration rows. Compare before use: 'model validate'."""
+    """Make an ONNX graph 8-bit: dynamic, or static by calibration rows. Compare before use: 'model validate'.
+
+    Refused where the result is not smaller.
+    """
     from pipeline.models import quantize, variant
     from storage.errors import InvalidJob
 
     found = _resolve(invocation, model)
     graph = variant.graph_of(found)
-    if calibrate is None and (task or column or pair_column or graph_input):
-        raise InvalidJob("--task, --column and --input are about the rows of --calibrate", field="calibrate")
+    if calibrate is None and (task or column or pair_column or graph_input or engine_option):
+        raise InvalidJob("--task, --column, --input and --set are about the rows of --calibrate", field="calibrate")
     with variant.new_directory(out) as work:
         variant.copy_files(found, work)
         if calibrate is None:
@@ -97,13 +104,16 @@ def quantize(
             fields: dict[str, Any] = {"task": task, "column": column, "pair_column": pair_column}
             if graph_input:
                 fields["inputs"] = values.key_values(graph_input, "--input", literal=True)
+            if engine_option:
+                fields["engine_options"] = values.key_values(engine_option, "--set")
             feeds = _feeds(invocation, found, calibrate, {k: v for k, v in fields.items() if v is not None})
             quantize.static(graph, work / variant.GRAPH, feeds)
-        n_bytes = sum(path.stat().st_size for path in work.glob(f"{variant.GRAPH}*"))
+        before, after = quantize.check_smaller(graph, work / variant.GRAPH)
     if calibrate is None:
         invocation.notice("a row's result now depends on its batch, a little: validate it on rows of yours")
     method = "dynamic, per channel" if calibrate is None else "static, per channel (QDQ)"
-    _report(invocation, {"model": str(out), "method": method, "bytes": n_bytes})
+    facts = {"model": str(out), "method": method, "bytes_before": before, "bytes": after}
+    _report(invocation, facts | {"times_smaller": round(before / after, 2)})
 
 
 def _feeds(invocation: Invocation, model: Model, rows: Path, fields: dict[str, Any]) -> Iterator[Any]:
@@ -126,9 +136,8 @@ def _feeds(invocation: Invocation, model: Model, rows: Path, fields: dict[str, A
         raise InvalidInput(f"{rows} has no rows", field="calibrate")
     spec = parse({**fields, "input": str(rows), "output": "none", "model": model.name, "engine": "onnx"})
     columns = OnnxEngine.check(spec, model, batch.schema)
-    engine = OnnxEngine(
-        model, spec.task, {"sessions": 1}, EngineContext(invocation.loaded.settings.cache_dir, invocation.notice)
-    )
+    context = EngineContext(invocation.loaded.settings.cache_dir, invocation.notice)
+    engine = OnnxEngine(model, spec.task, {"sessions": 1, **spec.engine_options}, context)
     try:
         engine.load()
         yield from engine.feeds(spec, [RowBatch(np.arange(batch.num_rows), batch.select(list(columns)))])
@@ -154,9 +163,31 @@ def validate(
     engine_option: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the engine's own.")
     ] = None,
-    min_cosine: Annotated[float, typer.Option(metavar="X", help="Least cosine of any row's vectors.")] = 0.95,
-    mean_cosine: Annotated[float, typer.Option(metavar="X", help="Least mean cosine.")] = 0.985,
-    agreement: Annotated[float, typer.Option(metavar="X", help="Least share of rows with the same label.")] = 0.99,
+    min_cosine: Annotated[
+        float | None, typer.Option(metavar="X", help="embed, tensor: least cosine of any row; 0.95 by default.")
+    ] = None,
+    mean_cosine: Annotated[
+        float | None, typer.Option(metavar="X", help="embed, tensor: least mean cosine; 0.985 by default.")
+    ] = None,
+    length_change: Annotated[
+        float | None,
+        typer.Option(
+            "--max-length-change",
+            metavar="X",
+            help="embed, tensor: of a vector's length, by default 0.1; 0.01 of unit.",
+        ),
+    ] = None,
+    agreement: Annotated[
+        float | None, typer.Option(metavar="X", help="classify: least share of rows with the same label; 0.99.")
+    ] = None,
+    relative_difference: Annotated[
+        float | None,
+        typer.Option(
+            "--max-relative-difference",
+            metavar="X",
+            help="classify, score, tensor: root mean square of the differences, over the spread; 0.25 by default.",
+        ),
+    ] = None,
     max_difference: Annotated[
         float | None, typer.Option(metavar="X", help="Largest difference of any number; not looked at by default.")
     ] = None,
@@ -164,8 +195,15 @@ def validate(
     """Run two models over the same rows and say how far they are apart: PASS, or FAIL and exit code 1."""
     import tempfile
 
-    from pipeline.drift import Limits
-
+    given = {
+        "min_cosine": min_cosine,
+        "mean_cosine": mean_cosine,
+        "agreement": agreement,
+        "max_difference": max_difference,
+        "relative_difference": relative_difference,
+        "length_change": length_change,
+    }
+    limits, asked = _limits(task, {name: value for name, value in given.items() if value is not None})
     fields: dict[str, Any] = {"input": inputs, "task": task, "column": column, "pair_column": pair_column}
     if graph_input:
         fields["inputs"] = values.key_values(graph_input, "--input", literal=True)
@@ -174,10 +212,32 @@ def validate(
     fields = {name: value for name, value in fields.items() if value is not None}
     with tempfile.TemporaryDirectory(prefix="rowmill-validate-") as folder:
         drift = _compared(invocation, against, model, fields, Path(folder))
-    broken = Limits(min_cosine, mean_cosine, agreement, max_difference).broken(drift)
+    broken = limits.broken(drift, asked)
     facts = {"model": model, "against": against, **drift.to_json(), "verdict": "FAIL" if broken else "PASS"}
     _report(invocation, facts | {"reasons": broken} if invocation.as_json or broken else facts)
     return errors.ERROR if broken else errors.OK
+
+
+def _limits(task: _TaskName, given: dict[str, float]) -> tuple[Limits, frozenset[str]]:
+    """The task's limits, with those that were given in their place, and which these are.
+
+    Raises :class:`~storage.errors.InvalidJob` for one that the task's results have nothing for.
+    """
+    from dataclasses import asdict, replace
+
+    from pipeline.drift import DEFAULTS
+    from storage.errors import InvalidJob
+
+    usual = DEFAULTS[task]
+    able = {name for name, limit in asdict(usual).items() if limit is not None} | {"max_difference"}
+    if task == "embed":
+        able.add("relative_difference")
+    for name in given:
+        if name not in able:
+            raise InvalidJob(
+                f"the results of task '{task}' have none; limits are {', '.join(sorted(able))}", field=name
+            )
+    return replace(usual, **given), frozenset(given)
 
 
 def _compared(invocation: Invocation, original: str, other: str, fields: dict[str, Any], folder: Path) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from pipeline.models import external_data
 from storage.errors import EngineMissing, InvalidModel
 
 Feed = Mapping[str, npt.NDArray[Any]]
@@ -65,6 +66,38 @@ def static(graph: Path, target: Path, feeds: Iterable[Feed]) -> None:
             op_types_to_quantize=_OPERATORS,
             use_external_data_format=large,
         )
+
+
+def check_smaller(graph: Path, target: Path) -> tuple[int, int]:
+    """Bytes of ``graph`` and of ``target``, each with the files that hold its weights.
+
+    Raises :class:`~storage.errors.InvalidModel` where ``target`` has no operator of 8 bits, or is not smaller.
+    """
+    before, after = (_bytes(path) for path in (graph, target))
+    if _eight_bit_operators(target) <= _eight_bit_operators(graph):
+        operators = ", ".join(_OPERATORS)
+        raise InvalidModel(
+            f"nothing in {graph} was quantized: it has no {operators} with constant weights of 32 bits", field="model"
+        )
+    if after >= before:
+        raise InvalidModel(
+            f"{graph} did not get smaller: it has {before:,} bytes, and {after:,} with 8-bit weights; "
+            "its weights are too small to gain anything",
+            field="model",
+        )
+    return before, after
+
+
+def _eight_bit_operators(graph: Path) -> int:
+    import onnx
+
+    nodes = onnx.load(str(graph), load_external_data=False).graph.node
+    return sum("Quantize" in node.op_type or "Integer" in node.op_type for node in nodes)
+
+
+def _bytes(graph: Path) -> int:
+    files = (graph, *(graph.parent / location for location in external_data.locations(graph)))
+    return sum(path.stat().st_size for path in files)
 
 
 def _quantization() -> Any:

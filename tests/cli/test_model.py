@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from onnx import helper, numpy_helper
 
 from examples.tiny_encoder import build_classifier, build_encoder
 from tests.cli.conftest import Rowmill
+from tests.engines.onnx_support import FLOAT, graph, value
 
 
 def texts(rowmill: Rowmill, rows: int = 60) -> None:
@@ -109,6 +112,75 @@ def test_another_model_fails(rowmill: Rowmill) -> None:
     done = rowmill.inside("model", "validate", "two", *VALIDATE, "--against", "one", "-t", "embed", "--json")
     assert done.code == 1
     assert done.document["verdict"] == "FAIL" and "worst cosine" in " ".join(done.document["reasons"])
+
+
+def matmul(path: Path, width: int, factor: float = 1.0) -> Path:
+    """A graph of one matrix product, ``y = factor * x @ w``."""
+    weights = (factor * np.random.default_rng(0).normal(size=(width, width))).astype(np.float32)
+    return graph(
+        path,
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        [value("x", FLOAT, ["b", width])],
+        [value("y", FLOAT, ["b", width])],
+        [numpy_helper.from_array(weights, "w")],
+    )
+
+
+def vectors(rowmill: Rowmill, width: int, rows: int = 40) -> None:
+    flat = pa.array(np.random.default_rng(1).normal(size=rows * width).astype(np.float32))
+    pq.write_table(pa.table({"x": pa.FixedSizeListArray.from_arrays(flat, width)}), rowmill.home / "vectors.parquet")
+
+
+def test_a_verdict_is_about_the_values_in_every_task(rowmill: Rowmill) -> None:
+    vectors(rowmill, 8)
+    for name, factor in (("good", 1.0), ("negated", -1.0), ("doubled", 2.0)):
+        matmul(rowmill.home / f"{name}.onnx", 8, factor)
+    compare = ("vectors.parquet", "--against", "good.onnx", "-t", "tensor", "--set", "row_mode=stack", "--json")
+    done = rowmill.inside("model", "validate", "good.onnx", *compare)
+    assert done.code == 0 and done.document["relative_difference"] == 0, done.err
+    for name, cosine in (("negated", -1), ("doubled", 1)):
+        done = rowmill.inside("model", "validate", f"{name}.onnx", *compare)
+        assert done.code == 1 and done.document["verdict"] == "FAIL", done.err
+        assert done.document["cosine_mean"] == pytest.approx(cosine)
+        assert "relative difference is" in " ".join(done.document["reasons"])
+    loose = ("--max-relative-difference", "9", "--max-length-change", "9")
+    assert rowmill.inside("model", "validate", "doubled.onnx", *compare, *loose).code == 0
+
+
+@pytest.mark.parametrize(
+    ("task", "limit"), [("score", "--min-cosine"), ("classify", "--mean-cosine"), ("embed", "--agreement")]
+)
+def test_a_limit_on_what_a_task_has_not_is_refused(rowmill: Rowmill, task: str, limit: str) -> None:
+    texts(rowmill, 3)
+    done = rowmill.inside("model", "validate", "a", *VALIDATE, "--against", "b", "-t", task, limit, "0.9")
+    assert done.code == 2 and f"the results of task '{task}' have none" in done.err
+
+
+def test_quantizing_says_both_sizes_and_refuses_what_is_not_smaller(rowmill: Rowmill) -> None:
+    before = matmul(rowmill.home / "large.onnx", 64).stat().st_size
+    done = rowmill.inside("model", "quantize", "large.onnx", "-o", "small", "--json")
+    assert done.code == 0, done.err
+    after = (rowmill.home / "small" / "model.onnx").stat().st_size
+    assert (done.document["bytes_before"], done.document["bytes"]) == (before, after) and after < before
+    matmul(rowmill.home / "tiny.onnx", 2)
+    x, y = value("x", FLOAT, ["b", 4]), value("y", FLOAT, ["b", 4])
+    graph(rowmill.home / "none.onnx", [helper.make_node("Neg", ["x"], ["y"])], [x], [y])
+    for name, says in (("tiny", "did not get smaller"), ("none", "was quantized"), ("small/model", "quantized")):
+        done = rowmill.inside("model", "quantize", f"{name}.onnx", "-o", "x")
+        assert done.code == 2 and says in done.err, (name, done.err)
+        assert not (rowmill.home / "x").exists()
+
+
+def test_calibration_reads_its_rows_with_engine_options(rowmill: Rowmill) -> None:
+    vectors(rowmill, 64)
+    matmul(rowmill.home / "m.onnx", 64)
+    rows = ("--calibrate", "vectors.parquet", "-t", "tensor", "--set", "row_mode=stack")
+    done = rowmill.inside("model", "quantize", "m.onnx", "-o", "q", *rows)
+    assert done.code == 0, done.err
+    wrong = rowmill.inside("model", "quantize", "m.onnx", "-o", "x", *rows[:-1], "row_mode=heap")
+    assert wrong.code == 2 and "row_mode" in wrong.err
+    wrong = rowmill.inside("model", "quantize", "m.onnx", "-o", "x", *rows[-2:])
+    assert wrong.code == 2 and "are about the rows of --calibrate" in wrong.err
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.drift import Comparison, Drift, Limits
+from pipeline.drift import DEFAULTS, Comparison, Drift, Limits
 
 ERROR = pa.struct([("code", pa.string()), ("message", pa.string())])
 
@@ -79,3 +79,90 @@ def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(ValueError, match="column 'y' is double in one result and string"):
         Comparison().add(table(y=[1.0]), table(y=["a"]), ["y"])
     assert Limits().broken(Comparison().result()) == ["no row was computed by both"]
+
+
+RNG = np.random.default_rng(3)
+UNIT = RNG.normal(size=(40, 8))
+UNIT /= np.linalg.norm(UNIT, axis=1, keepdims=True)
+SCORES = RNG.uniform(0.2, 0.9, 40)
+
+
+def scores_of(probabilities: Any, labels: str = "abc") -> pa.Array:
+    rows = [[{"label": label, "score": p} for label, p in zip(labels, row, strict=True)] for row in probabilities]
+    return pa.array(rows, pa.list_(pa.struct([("label", pa.string()), ("score", pa.float32())])))
+
+
+def classified(logits: Any, labels: str = "abc") -> pa.Table:
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    return table(label=[labels[at] for at in p.argmax(axis=1)], score=p.max(axis=1), scores=scores_of(p, labels))
+
+
+LOGITS = RNG.normal(size=(40, 3))
+RESULTS = {
+    "embed": lambda x: table(embedding=vectors(x)),
+    "score": lambda x: table(score=pa.array(x, pa.float32())),
+    "tensor": lambda x: table(y=vectors(x)),
+    "classify": classified,
+}
+ORIGINAL = {"embed": UNIT, "score": SCORES, "tensor": UNIT, "classify": LOGITS}
+
+
+@pytest.mark.parametrize("task", DEFAULTS)
+def test_every_task_passes_noise_and_fails_another_answer_by_default(task: str) -> None:
+    made, x = RESULTS[task], np.asarray(ORIGINAL[task])
+    limits = DEFAULTS[task]
+    noise = RNG.normal(size=x.shape) * 0.005 * x.std()
+    assert limits.broken(compare(made(x), made(x))) == []
+    near = x + noise
+    if task == "embed":
+        near = near / np.linalg.norm(near, axis=1, keepdims=True)
+    assert limits.broken(compare(made(x), made(near))) == []
+    others = {"negated": -x, "tripled": 3 * x, "rows in another order": x[::-1]}
+    if task != "classify":  # more of every logit is the same class
+        others |= {"moved": x + 1, "constant": np.full_like(x, x.mean())}
+    for name, other in others.items():
+        assert limits.broken(compare(made(x), made(other))), (task, name)
+
+
+def test_a_small_spread_hides_no_negated_head() -> None:
+    """Scores near one half: every difference is small, and the order of the rows is the other way round."""
+    x = 0.5 + 0.01 * RNG.normal(size=40)
+    found = compare(RESULTS["score"](x), RESULTS["score"](1 - x))
+    assert found.max_difference is not None and found.max_difference < 0.1
+    assert "relative difference is 2" in DEFAULTS["score"].broken(found)[0]
+
+
+def test_a_normalize_that_is_dropped_or_added_shows_in_the_lengths() -> None:
+    made = RESULTS["embed"]
+    longer = UNIT * RNG.uniform(0.95, 1.05, (40, 1))
+    for one, two in ((UNIT, longer), (longer, UNIT), (UNIT, 7 * longer)):
+        found = compare(made(one), made(two))
+        assert found.cosine_min is not None and found.cosine_min > 0.999999 and found.unit_length
+        assert "change of a vector's length is" in DEFAULTS["embed"].broken(found)[0]
+    assert DEFAULTS["embed"].broken(compare(made(3 * UNIT), made(3 * longer))) == []
+
+
+def test_classes_are_compared_by_name() -> None:
+    one, two = classified(LOGITS), classified(LOGITS[:, ::-1], "cba")
+    found = compare(one, two)
+    assert (found.agreement, found.max_difference) == (1.0, pytest.approx(0.0, abs=1e-12))
+    with pytest.raises(ValueError, match="labels have different names"):
+        compare(one, classified(LOGITS, "abd"))
+
+
+def test_a_limit_that_finds_nothing_to_measure_is_broken() -> None:
+    found = compare(table(y=["a", "b"]), table(y=["a", "b"]))
+    assert Limits(min_cosine=0.9).broken(found) == ["nothing in the results is measured by a limit"]
+    assert "the results have no worst cosine" in Limits(min_cosine=0.9, agreement=1).broken(found, {"min_cosine"})
+
+
+@given(hnp.arrays(np.float64, (2, 9), elements=st.floats(-9, 9)))
+def test_the_relative_difference_is_numpys(pair: Any) -> None:
+    one, two = pair.astype(np.float32).astype(np.float64)
+    found = compare(*(table(score=pa.array(x, pa.float32())) for x in (one, two)))
+    spread = max(one.std(), 0.01 * np.sqrt((one**2).mean()))
+    changed = np.sqrt(((one - two) ** 2).mean())
+    if spread > 1e-6:
+        assert found.relative_difference == pytest.approx(changed / spread, rel=1e-6)
+    nan = compare(table(y=[1.0, 2.0, math.nan]), table(y=[1.0, math.nan, math.nan]))
+    assert nan.relative_difference == math.inf
