@@ -22,13 +22,13 @@ from pipeline.spec_values import (
     Text,
     Whole,
     all_different,
+    invalid,
     plain_json,
     plain_options,
     rule,
 )
 from pipeline.template import Template
 from pipeline.text_options import TextFields
-from storage.errors import InvalidJob
 from storage.locations import protocol
 from storage.redaction import holds_credentials
 
@@ -373,9 +373,6 @@ _SHAPING = frozenset().union(*_READS.values())
 """Fields that only some tasks read."""
 
 
-_SAY_ENOUGH = ("extra_forbidden", "missing", "value_error")
-
-
 def parse(fields: dict[str, Any]) -> JobSpec:
     """A spec from keyword arguments, or :class:`InvalidJob` naming every field at fault and why."""
     try:
@@ -393,27 +390,3 @@ def stored(fields: Mapping[str, Any]) -> JobSpec:
         return JobSpec.model_validate(dict(fields), context=STORED)
     except ValidationError as error:
         raise invalid(error) from None
-
-
-def invalid(error: ValidationError) -> InvalidJob:
-    """What pydantic found, as the error that names every field at fault and why."""
-    problems = []
-    found_in = {item["loc"][0] for item in error.errors(include_url=False) if len(item["loc"]) > 1}
-    for item in error.errors(include_url=False):
-        if item["type"] == "too_short" and item["loc"][0] in found_in:
-            continue  # pydantic counts only what is right in a list, and says so twice
-        where = ".".join(_printable(str(part)) for part in item["loc"] if part != "[key]")
-        what = item["msg"].removeprefix("Value error, ")
-        if item["type"] not in _SAY_ENOUGH and isinstance(item["input"], (str, int, float)):
-            what += f", not {textwrap.shorten(repr(item['input']), 100)}"
-        problems.append((where, "unknown field" if item["type"] == "extra_forbidden" else what))
-    first = problems[0][0] or None
-    if len(problems) == 1:
-        return InvalidJob(problems[0][1], field=first)
-    found = InvalidJob("; ".join(f"{where}: {what}" if where else what for where, what in problems))
-    found.field = first
-    return found
-
-
-def _printable(text: str) -> str:
-    return text if text.isprintable() else repr(text)[1:-1]

@@ -15,8 +15,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline import json_text
-from pipeline.job_spec import JobSpec, duration_seconds, invalid, parse
+from pipeline.job_spec import JobSpec, duration_seconds, parse
 from pipeline.schedule_times import CronTimes, local, upcoming, zone
+from pipeline.spec_values import invalid
 from pipeline.template import Template
 from storage.errors import InvalidJob
 

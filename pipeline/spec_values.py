@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 import operator
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo
 
 from pipeline.json_text import MAX_DEPTH, TooDeep
+from storage.errors import InvalidJob
 
 T = TypeVar("T")
 
@@ -146,3 +148,30 @@ def _checked(item: Any, where: str, check_text: Callable[[str], None]) -> list[t
 def _shown(text: str) -> str:
     whole = repr(text)
     return whole if len(whole) <= 100 else whole[:99] + "…"
+
+
+_SAY_ENOUGH = ("extra_forbidden", "missing", "value_error")
+
+
+def invalid(error: ValidationError) -> InvalidJob:
+    """What pydantic found, as the error that names every field at fault and why."""
+    problems = []
+    found_in = {item["loc"][0] for item in error.errors(include_url=False) if len(item["loc"]) > 1}
+    for item in error.errors(include_url=False):
+        if item["type"] == "too_short" and item["loc"][0] in found_in:
+            continue  # pydantic counts only what is right in a list, and says so twice
+        where = ".".join(_printable(str(part)) for part in item["loc"] if part != "[key]")
+        what = item["msg"].removeprefix("Value error, ")
+        if item["type"] not in _SAY_ENOUGH and isinstance(item["input"], (str, int, float)):
+            what += f", not {textwrap.shorten(repr(item['input']), 100)}"
+        problems.append((where, "unknown field" if item["type"] == "extra_forbidden" else what))
+    first = problems[0][0] or None
+    if len(problems) == 1:
+        return InvalidJob(problems[0][1], field=first)
+    found = InvalidJob("; ".join(f"{where}: {what}" if where else what for where, what in problems))
+    found.field = first
+    return found
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else repr(text)[1:-1]
