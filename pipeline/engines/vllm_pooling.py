@@ -57,6 +57,15 @@ def prompt_of(spec: JobSpec, model: Model) -> str:
 def check(spec: JobSpec, model: Model) -> None:
     """Raise :class:`InvalidJob` for what a pooling model on vLLM does not do."""
     prompt_of(spec, model)
+    if model.sentence_transformer and spec.task is Task.EMBED and spec.dimensions is None:
+        assert model.path is not None
+        kept = read_json(model.path / "config_sentence_transformers.json").get("truncate_dim")
+        if kept is not None:
+            raise InvalidJob(
+                f"the model keeps {kept} numbers of each vector (truncate_dim), which engine 'vllm' does not read: "
+                f"set dimensions to {kept}",
+                field="dimensions",
+            )
     if spec.pooling != "auto":
         raise InvalidJob(
             f"an engine pools as it was started: leave it at 'auto', and set engine_options.pooler_config to "

@@ -126,6 +126,16 @@ def test_embeddings_have_unit_length() -> None:
     np.testing.assert_allclose(lengths, 1.0, atol=1e-6)
 
 
+def test_a_prefix_is_a_part_of_the_text() -> None:
+    spec = make_spec("embed", column="text")
+    plain = run(make_engine(spec), spec, [numbered(0, 5)])
+    spec = make_spec("embed", column="text", prefix="query: ")
+    prefixed = run(make_engine(spec), spec, [numbered(0, 5)])
+    for row, answer in prefixed.items():
+        assert answer["prompt_tokens"] == plain[row]["prompt_tokens"] + 1
+        assert answer["embedding"] != plain[row]["embedding"]
+
+
 def test_probabilities_sum_to_one_and_the_best_is_named() -> None:
     spec = make_spec("classify", column="text")
     for answer in run(make_engine(spec), spec, [numbered(0, 50)]).values():

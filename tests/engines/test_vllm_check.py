@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, get_args
 import pyarrow as pa
 import pytest
 
+from pipeline.engines import vllm_pooling
 from pipeline.engines.sampling import SAMPLING, SAMPLING_REFUSED
 from pipeline.engines.vllm import VllmEngine
 from pipeline.engines.vllm_fit import CHOICES, MAPPINGS
@@ -251,6 +253,31 @@ def test_other_tasks_are_refused() -> None:
     error = refusal(make_spec("tensor"))
     assert error.field == "task"
     assert "onnx" in error.message
+
+
+def test_prompts_of_sentence_transformers_are_looked_at(tmp_path: Path) -> None:
+    """The default prompt is the model's own; one that its pooling leaves out is more than vLLM does."""
+    modules = [{"idx": 0, "path": "", "type": "a.Transformer"}, {"idx": 1, "path": "1_Pooling", "type": "a.Pooling"}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling").mkdir()
+    settings = tmp_path / "config_sentence_transformers.json"
+    settings.write_text(json.dumps({"prompts": {"query": "find: "}, "default_prompt_name": "query"}))
+    model = dataclasses.replace(LLAMA, path=tmp_path, sentence_transformer=True)
+    embed = make_spec("embed", column="text")
+    assert vllm_pooling.prompt_of(embed, model) == "find: "
+    assert vllm_pooling.prompt_of(make_spec("embed", column="text", prefix="q: "), model) == "q: "
+    assert vllm_pooling.prompt_of(make_spec("embed", column="text", prefix="q: "), LLAMA) == "q: "
+    for asked, known in ((model, "it has query"), (LLAMA, "it has none")):
+        with pytest.raises(InvalidJob, match=known):
+            vllm_pooling.check(make_spec("embed", column="text", prompt_name="passage"), asked)
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"include_prompt": False}))
+    with pytest.raises(InvalidModel, match="leaves its prompt out of the pooling"):
+        vllm_pooling.check(embed, model)
+    assert vllm_pooling.prompt_of(make_spec("embed", column="text", prefix=""), model) == ""
+    settings.write_text(json.dumps({"truncate_dim": 8}))
+    with pytest.raises(InvalidJob, match="set dimensions to 8"):
+        vllm_pooling.check(embed, model)
+    vllm_pooling.check(make_spec("embed", column="text", dimensions=8), model)
 
 
 def test_pooling_is_looked_at() -> None:
