@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.engines import inline_media
 from pipeline.engines.image_folder import ImageRecipe
 from pipeline.row_errors import MESSAGE_LIMIT, RowErrorCode
 from storage.errors import EngineMissing, InvalidInput
@@ -101,6 +102,8 @@ class ImageReader:
         if _is_binary(row.type):
             return row.as_buffer()
         uri = bytes(row.as_buffer()).decode("utf-8")
+        if (data := inline_media.content(uri)) is not None:
+            return data
         if self._fetch is None:
             raise InvalidInput(f"{uri} is not read: nothing here reads URIs of a row")
         return self._fetch(uri)

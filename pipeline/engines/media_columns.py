@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.engines import arrow_text
+from pipeline.engines import arrow_text, inline_media
 from pipeline.engines.images import is_image
 from pipeline.job_spec import JobSpec
 from pipeline.row_errors import RowErrorCode
@@ -137,9 +137,12 @@ def read(item: Any, fetch: Callable[[str], bytes] | None) -> bytes:
         uri = data.decode()
     except UnicodeDecodeError as error:
         raise RowError(RowErrorCode.INVALID_UTF8, f"not UTF-8: {error.reason} at byte {error.start}") from None
-    if fetch is None:
-        raise RowError(RowErrorCode.UNREADABLE_URI, "nothing here reads URIs of a row")
     try:
-        return fetch(uri)
+        inline = inline_media.content(uri)
+        if inline is None and fetch is not None:
+            inline = fetch(uri)
     except InvalidInput as error:
         raise RowError(RowErrorCode.UNREADABLE_URI, str(error)) from None
+    if inline is None:
+        raise RowError(RowErrorCode.UNREADABLE_URI, "nothing here reads URIs of a row")
+    return inline

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from collections.abc import Iterator
@@ -158,6 +159,22 @@ def test_an_image_is_the_same_in_every_kind_of_column(loaded: OnnxEngine) -> Non
     columns.append(pa.array([{"bytes": item, "path": "x.png"} for item in [data[0], *data]], pair))
     tables = [run(loaded, SPEC, pa.record_batch({"image": column}).slice(1))[0] for column in columns]
     assert all(table.equals(tables[0]) for table in tables) and tables[0].num_rows == 5
+
+
+def test_images_stand_in_a_text_column_themselves(loaded: OnnxEngine) -> None:
+    data = [encoded(picture(n)) for n in range(2)]
+    plain = [base64.b64encode(item).decode() for item in data]
+    texts = [f"data:image/png;base64,{plain[0]}", plain[0], base64.encodebytes(data[0]).decode(), plain[1]]
+    texts += ["data:image/png;base64,AAA", "x" * 200, "/" + "a" * 99]
+    expected, _ = run(loaded, SPEC, pa.record_batch({"image": pa.array([data[at] for at in (0, 0, 0, 1)])}))
+    table, failures = run(loaded, SPEC, pa.record_batch({"image": texts}))
+    assert table.equals(expected)
+    assert {row: failure.code for row, failure in failures.items()} == {
+        4: "unreadable_uri",
+        5: "invalid_image",
+        6: "unreadable_uri",
+    }
+    assert "Base64" in failures[4].message
 
 
 def test_a_broken_image_fails_its_row_only(loaded: OnnxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
