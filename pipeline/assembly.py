@@ -17,6 +17,8 @@ from pyroaring import BitMap
 from pipeline import part_merge
 from pipeline.file_metadata import carried
 from pipeline.part_merge import Run
+from pipeline.row_errors import RowErrorCode
+from pipeline.text_check import without_broken
 from storage import parquet
 from storage.errors import CorruptFile, RowmillError
 from storage.objects import ObjectStore, Written
@@ -206,15 +208,40 @@ def assemble(
     n_rows = 0
     inputs = _Kept(kept)
     with parquet.writer(store, target_uri, schema) as file_out:
-        for rows, results in part_merge.merge(runs, stored):
+        for rows, computed in part_merge.merge(runs, stored):
+            columns, results = _readable(inputs.take(rows), keep, computed)
             bad = pc.is_valid(results.column(results.num_columns - 1)).to_numpy()
             failed |= BitMap(rows[bad].astype(np.uint32))
-            columns = [*inputs.take(rows), *results.columns]
-            file_out.write(pa.Table.from_arrays(columns, schema=schema))
+            file_out.write(pa.Table.from_arrays([*columns, *results.columns], schema=schema))
             n_rows += len(rows)
         if n_rows != len(held):
             raise CorruptFile(f"{len(held)} rows were flushed for {target_uri}, and {n_rows} were found")
     return Assembled(file_out.written, n_rows, len(failed), failed, missing)
+
+
+def _readable(
+    kept: Sequence[pa.ChunkedArray[Any]], names: Sequence[str], results: pa.Table
+) -> tuple[list[pa.ChunkedArray[Any]], pa.Table]:
+    """Kept columns without text that is not UTF-8, and results that are an error where there was such text."""
+    columns = []
+    broken: dict[int, str] = {}
+    for name, column in zip(names, kept, strict=True):
+        cleaned, mask = without_broken(column)
+        columns.append(cleaned)
+        if mask is not None:
+            for at in np.flatnonzero(mask).tolist():
+                broken.setdefault(at, name)
+    if broken:
+        known = results.column(results.num_columns - 1)
+        failures = [at for at in sorted(broken) if not known[at].is_valid]
+        index = np.arange(len(results))
+        index[failures] = len(results) + np.arange(len(failures))
+        messages = [f"column {broken[at]!r} holds bytes that are not UTF-8" for at in failures]
+        errors = pa.array([{"code": str(RowErrorCode.INVALID_UTF8), "message": text} for text in messages], ERROR_TYPE)
+        nulls = [pa.nulls(len(failures), item.type) for item in list(results.schema)[:-1]]
+        failed = pa.Table.from_arrays([*nulls, errors], schema=results.schema)
+        results = pa.concat_tables([results, failed]).take(pa.array(index))
+    return columns, results
 
 
 def ranges(rows: BitMap) -> tuple[tuple[int, int], ...]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from storage.broken_dictionaries import healed, is_refusal, plain_batches
 from storage.errors import RowmillError
 from storage.object_errors import explain
 
@@ -113,13 +115,15 @@ class Readable:
         """
         cursor = self._cursor
         if cursor is None or cursor.number != group.number or cursor.position > group.lo:
+            rows = self._rows_per_batch(group.number)
             found = self._parquet.iter_batches(
-                batch_size=self._rows_per_batch(group.number),
+                batch_size=rows,
                 row_groups=[group.number],
                 columns=None if self._all else self.columns,
                 use_threads=False,
             )
-            cursor = self._cursor = _Cursor(group.number, group.first, found)
+            plain = partial(plain_batches, self._file, self.footer, self.schema, self.columns, group.number, rows)
+            cursor = self._cursor = _Cursor(group.number, group.first, healed(found, plain))
         yield from cursor.read(group.lo, group.hi)
 
     @property
@@ -168,7 +172,12 @@ class Readable:
                 # No value is longer than its chunk: most chunks need no look at their dictionary.
                 if stored * per_row * min(rows, self._batch_rows) > self._batch_bytes:
                     few = max(1, min(self._batch_rows, self._batch_bytes // max(1, 4 * per_row)))
-                    worst += per_row * self._longest_in_dictionary(number, chunk.path_in_schema, few)
+                    try:
+                        worst += per_row * self._longest_in_dictionary(number, chunk.path_in_schema, few)
+                    except pa.ArrowInvalid as error:
+                        if not is_refusal(error):
+                            raise
+                        worst += per_row * stored
         fits = min(self._batch_bytes * rows // max(1, n_bytes), self._batch_bytes // max(1, worst))
         return int(max(1, min(self._batch_rows, fits)))
 

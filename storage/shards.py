@@ -149,6 +149,11 @@ def commit(database: Database, claim: Claim, output: PartFile, *, stats: Mapping
             job = locked_job(database, connection, claim.job.id)
             held = held_row(database, connection, claim)
             connection.execute(tables.part_file.insert().values(shard_id=claim.shard.id, **_columns(output)))
+            if len(output.failed) > held.n_failed:
+                # Rows that were computed, and whose kept columns hold what no output may.
+                values = {"failed_bm": pack(output.failed), "n_failed": len(output.failed)}
+                connection.execute(tables.shard.update().where(tables.shard.c.id == claim.shard.id).values(**values))
+                held = held_row(database, connection, claim)
             move_shard(
                 connection,
                 held,
