@@ -91,7 +91,8 @@ def benchmark(
     )
     schema, batches = _texts(rows, pair_column) if input_uri is None else _first_rows(store, input_uri, rows)
     columns = kind.check(spec, found, schema)
-    made = kind(found, task, options, context)
+    spec = registry.settled(name, spec, found, schema)
+    made = kind(found, task, spec.engine_options, context)
     try:
         made.load()
         assert isinstance(made, Benchmarked)

@@ -19,6 +19,7 @@ from pipeline import assembly, output_owner, profiling
 from pipeline.attempt_steps import AttemptSteps
 from pipeline.bisection import Kind, rounds
 from pipeline.damage import forget_damaged
+from pipeline.engines import registry
 from pipeline.engines.base import Cancellation, Engine, ResultBatch, RowBatch, RowFailure
 from pipeline.engines.pool import LeaseCancelled
 from pipeline.flusher import Flusher, patiently
@@ -140,6 +141,7 @@ def _attempt(runtime: Runtime, claim: Claim, cancel: Cancellation, measured: dic
     if model.digest != plan.model_digest:
         raise InvalidModel(f"{spec.model} changed after the job was planned; submit a new job", field="model")
     _check_adapters(runtime, spec, plan)
+    spec = registry.settled(claim.job.engine, spec, model, plan.schema)
     began = time.monotonic()
     try:
         with runtime.engines.lease(claim.job.engine, model, spec.task, spec.engine_options, cancel) as engine:

@@ -136,8 +136,9 @@ def _feeds(invocation: Invocation, model: Model, rows: Path, fields: dict[str, A
         raise InvalidInput(f"{rows} has no rows", field="calibrate")
     spec = parse({**fields, "input": str(rows), "output": "none", "model": model.name, "engine": "onnx"})
     columns = OnnxEngine.check(spec, model, batch.schema)
+    options = {"sessions": 1, **OnnxEngine.settle(spec, model, batch.schema)}
     context = EngineContext(invocation.loaded.settings.cache_dir, invocation.notice)
-    engine = OnnxEngine(model, spec.task, {"sessions": 1, **spec.engine_options}, context)
+    engine = OnnxEngine(model, spec.task, options, context)
     try:
         engine.load()
         yield from engine.feeds(spec, [RowBatch(np.arange(batch.num_rows), batch.select(list(columns)))])

@@ -230,6 +230,17 @@ class ChecksRequests(Protocol):
 
 
 @runtime_checkable
+class SettlesOptions(Protocol):
+    """An engine class with options that the input's columns decide where the job leaves them open."""
+
+    @classmethod
+    def settle(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> Mapping[str, Any]:
+        """The options that the engine is made with for this job, whose input has this ``schema``; ``check`` has passed
+        it. The same for the same arguments, on every machine."""
+        ...
+
+
+@runtime_checkable
 class NamesResults(Protocol):
     """An engine class whose result columns for some tasks are its own, and known before it is loaded."""
 

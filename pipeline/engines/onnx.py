@@ -88,8 +88,13 @@ class OnnxEngine:
         signature = checks.signature_of(model, options)
         if signature is None:  # it cannot be read here: load finds out what is read, and every row is checked
             return checks.check_any_columns(spec, schema)
-        mode = onnx_graph.row_mode(signature, options.row_mode)
+        mode = checks.settled_mode(spec, options, signature, schema)
         return checks.check_tensor_columns(spec, options, signature, mode, schema)
+
+    @classmethod
+    def settle(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> Mapping[str, Any]:
+        """See :class:`~pipeline.engines.base.SettlesOptions`: ``row_mode`` may follow from what the columns hold."""
+        return checks.settled_options(spec, model, schema)
 
     @classmethod
     def check_request(cls, spec: JobSpec, model: Model) -> None:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
-from pipeline.engines import image_folder, onnx_graph
+from pipeline.engines import image_folder, onnx_graph, onnx_options
 from pipeline.engines.images import is_image
 from pipeline.engines.onnx_folder import TextFolder
 from pipeline.engines.onnx_folder import read as read_folder
-from pipeline.engines.onnx_graph import GraphValue, RowMode, Signature
+from pipeline.engines.onnx_graph import Dim, GraphValue, RowMode, Signature
 from pipeline.engines.onnx_heads import check_layers, head
 from pipeline.engines.onnx_image import POOLED, image_head, image_input, token_states
 from pipeline.engines.onnx_masks import Masks
 from pipeline.engines.onnx_options import OnnxOptions
 from pipeline.engines.onnx_tensor import column_of, made_here, row_dims
 from pipeline.engines.onnx_tokens import is_text
-from pipeline.engines.tensors.kinds import lossless, tensor_kind
+from pipeline.engines.tensors.kinds import lossless, tensor_kind, turned_around
 from pipeline.job_spec import JobSpec, Task
 from pipeline.models.export import check_exportable
 from pipeline.models.model import Model
@@ -239,25 +241,65 @@ def check_any_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
     return tuple(dict.fromkeys(schema.names))
 
 
+def settled_mode(spec: JobSpec, options: OnnxOptions, signature: Signature, schema: pa.Schema) -> RowMode:
+    """How rows map onto the graph, by the graph and by what the columns hold.
+
+    A graph that is run whole by its signature alone is stacked when every column holds items of its input: one axis
+    less, of fitting sizes. Whether rows may run together is proved while they run.
+    """
+    mode = onnx_graph.row_mode(signature, options.row_mode)
+    if mode != "whole" or options.row_mode != "auto" or not signature.can_stack():
+        return mode
+    made = made_here(spec, options, schema)
+    for value in signature.inputs:
+        if value.name in made:
+            continue
+        at = schema.get_all_field_indices(column_of(spec, value.name))
+        found = tensor_kind(schema.field(at[0]).type) if len(at) == 1 else None
+        if found is None or found.dims is None or value.dims is None or not _fits(found.dims, value.dims[1:]):
+            return mode
+    return "stack"
+
+
+def settled_options(spec: JobSpec, model: Model, schema: pa.Schema) -> Mapping[str, Any]:
+    """The job's options, with the ``row_mode`` that its columns settle."""
+    options = onnx_options.parse(spec.engine_options)
+    signature = signature_of(model, options) if spec.task is Task.TENSOR else None
+    if signature is None:
+        return spec.engine_options
+    mode = settled_mode(spec, options, signature, schema)
+    if mode == onnx_graph.row_mode(signature, options.row_mode):
+        return spec.engine_options
+    return {**spec.engine_options, "row_mode": mode}
+
+
 def _advice(signature: Signature, mode: RowMode, value: GraphValue, kind: pa.DataType) -> str:
-    """What to do about rows that are items of the graph's batches of a fixed size."""
-    size, found = onnx_graph.fixed_batch(signature), tensor_kind(kind)
-    if mode != "whole" or found is None or found.dims is None or value.dims is None:
+    """What a row is taken for, where it does not fit, and how to say otherwise."""
+    found = tensor_kind(kind)
+    if mode == "stack" and found is not None and found.dims is not None and _fits(found.dims, value.dims or ()):
+        return "; a row is one item along the graph's first axis: with engine_options.row_mode 'whole' it is all of it"
+    if mode != "whole":
         return ""
-    if len(found.dims) != len(value.dims) - 1:
-        return ""
-    if size is None:
-        if not all(v.stackable for v in [*signature.inputs, *signature.outputs]):
-            return ""
-        return (
-            "; outputs call their first axis otherwise, so a row is taken for a whole input: with "
-            "engine_options.row_mode 'stack', a row is one item of it"
-        )
-    return f"; with engine_options.row_mode 'stack', rows run in the graph's batches of {size}"
+    said = "; a row of the table is a whole input of this graph"
+    if signature.can_stack():
+        said += ", or one item along its first axis with engine_options.row_mode 'stack'"
+    return said
+
+
+def _fits(have: Sequence[int | None], want: Sequence[Dim]) -> bool:
+    return len(have) == len(want) and all(
+        not isinstance(size, int) or given is None or given == size for given, size in zip(have, want, strict=True)
+    )
 
 
 def _fitting_type(value: GraphValue, mode: RowMode, name: str, kind: pa.DataType, advice: str) -> None:
     where = f"inputs.{value.name}"
+    if turned_around(kind):
+        raise InvalidInput(
+            f"column {name!r} is {kind}; writers do not agree on which way round such a permutation is meant. Write "
+            "the array without one: call .copy() on it before from_numpy_ndarray",
+            field=where,
+        )
     found = tensor_kind(kind)
     if found is None:
         raise InvalidInput(f"column {name!r} is {kind}, which holds no tensors; the graph wants {value}", field=where)
@@ -269,10 +311,7 @@ def _fitting_type(value: GraphValue, mode: RowMode, name: str, kind: pa.DataType
     if dims is None or found.dims is None:
         return
     brought = found.dims[1:] if mode == "unit" and len(found.dims) == len(dims) + 1 else found.dims
-    fits = len(brought) == len(dims) and all(
-        not isinstance(want, int) or have is None or have == want for have, want in zip(brought, dims, strict=True)
-    )
-    if not fits:
+    if not _fits(brought, dims):
         shape = ", ".join("?" if dim is None else str(dim) for dim in dims)
         raise InvalidInput(
             f"column {name!r} holds {found} per row; the graph's {value} wants [{shape}]{advice}", field=where

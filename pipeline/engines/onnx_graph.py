@@ -73,6 +73,17 @@ class Signature:
     inputs: tuple[GraphValue, ...]
     outputs: tuple[GraphValue, ...]
 
+    def loose_names(self) -> frozenset[str]:
+        """Names that one input or output gives to several of its axes: such a name stands for no one size."""
+        shapes = [value.dims or () for value in (*self.inputs, *self.outputs)]
+        return frozenset(dim for dims in shapes for dim in dims if isinstance(dim, str) and dims.count(dim) > 1)
+
+    def can_stack(self) -> bool:
+        """Whether rows may be items along the first axis of every input and output, as far as the shapes tell."""
+        dynamic = all(value.stackable for value in self.inputs)
+        dynamic = dynamic and all(value.stackable or value.dims is None for value in self.outputs)
+        return bool(self.inputs) and (dynamic or fixed_batch(self) is not None)
+
     def __str__(self) -> str:
         return f"({', '.join(map(str, self.inputs))}) -> ({', '.join(map(str, self.outputs))})"
 
@@ -181,7 +192,12 @@ def _open_rank(path: Path) -> set[str]:
 def _dim(dim: object) -> Dim:
     if isinstance(dim, int) and dim >= 0:
         return dim
-    return dim if isinstance(dim, str) and dim else None
+    # Exporters write "?" (Paddle), "-1" or "None" for an axis that they do not name: several of them need not be equal.
+    named = isinstance(dim, str) and any(map(str.isalpha, dim)) and dim.lower() not in _NO_NAMES
+    return str(dim) if named else None
+
+
+_NO_NAMES = frozenset({"none", "unk", "unknown", "dynamic"})
 
 
 def _dtype(name: str, value: str, path: Path) -> np.dtype[Any]:
@@ -209,9 +225,10 @@ def row_mode(signature: Signature, wanted: Literal["auto", "stack", "whole"]) ->
     """How rows map onto the graph.
 
     Stacked, when every input and output has a dynamic first axis, under one name where they name it: an output that
-    calls its first axis otherwise may have another number of items. On demand whatever the outputs call it, and also
+    calls its first axis otherwise may have another number of items. On demand whatever the axes are called, and also
     where it has one fixed size for all of them, which is then the size of every batch: such a graph may as well mean
-    one input of several lines. Raises
+    one input of several lines. What the columns hold may decide it (see
+    :func:`pipeline.engines.onnx_checks.settled_mode`). Raises
     :class:`~storage.errors.InvalidModel` when stacking was asked for and the graph cannot do it.
     """
     values: Sequence[GraphValue] = [*signature.inputs, *signature.outputs]
@@ -222,10 +239,10 @@ def row_mode(signature: Signature, wanted: Literal["auto", "stack", "whole"]) ->
         others = {value.dims[0] for value in signature.outputs if value.dims} - names - {None}
         return "whole" if wanted == "auto" and others and names != {None} else "stack"
     if wanted == "stack":
-        if fixed_batch(signature) is not None:
+        if signature.can_stack():
             return "stack"
         raise InvalidModel(
-            f"row_mode 'stack' needs one first axis for every input and output, dynamic or of one size; it has "
+            f"row_mode 'stack' needs a first axis in every input and output, dynamic or of one size; the graph is "
             f"{signature}"
         )
     if all(value.unit_batch for value in signature.inputs) and all(

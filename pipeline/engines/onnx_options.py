@@ -61,7 +61,8 @@ class OnnxOptions(BaseModel):
     """Most rows looked at together when texts are sorted by length and duplicates found; 32 MiB of columns at most.
     Two such windows are in memory at a time."""
     row_mode: Literal["auto", "stack", "whole"] = "auto"
-    """``tensor``: is a row one item along the graph's first axis, or the whole input? ``auto`` reads the graph."""
+    """``tensor``: is a row one item along the graph's first axis, or the whole input? ``auto`` reads the graph, and the
+    types of the columns where it leaves both open."""
     masks: dict[str, str] = {}
     """``tensor``: the name that the graph gives an axis → its input, [rows, axis], that is 1 where the axis is real:
     rows of different size run together, padded with their last element, and outputs with that axis are cut. The mask

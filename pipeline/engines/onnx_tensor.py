@@ -121,9 +121,11 @@ class TensorModel:
         """Record ``wrong_shape`` for rows in which two axes of one name differ in size; fill sizes still open.
 
         ONNX: a name stands for one size within a graph. Where the graph itself goes on, as with sizes that broadcast,
-        it declares its axes without a name or under different ones.
+        it declares its axes without a name or under different ones. A name that one shape has twice says nothing:
+        some exporters give every axis the same.
         """
         named: dict[str, list[tuple[str, int, Indices]]] = {}
+        loose = self._signature.loose_names()
         for value in self._signature.inputs:
             if value.name not in tensors:
                 continue
@@ -132,7 +134,7 @@ class TensorModel:
                 continue
             extra = rows.shapes.shape[1] - len(dims)
             for axis, dim in enumerate(dims):
-                if isinstance(dim, str):
+                if isinstance(dim, str) and dim not in loose:
                     named.setdefault(dim, []).append((value.name, axis, rows.shapes[:, axis + extra]))
         for dim, places in named.items():
             first, axis, sizes = places[0]

@@ -14,7 +14,15 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.engines.answer_fields import names_of
-from pipeline.engines.base import ChecksRequests, Engine, NamesResults, NeedsOfHost, Permissions, RestrictsOptions
+from pipeline.engines.base import (
+    ChecksRequests,
+    Engine,
+    NamesResults,
+    NeedsOfHost,
+    Permissions,
+    RestrictsOptions,
+    SettlesOptions,
+)
 from pipeline.job_spec import JobSpec, Task
 from pipeline.models.model import Model
 from storage.errors import EngineMissing, InvalidJob
@@ -138,6 +146,14 @@ def check_request(name: str, spec: JobSpec, model: Model) -> None:
 def check(name: str, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:
     """The input columns that the job reads: see :meth:`Engine.check`, which comes after :func:`check_request`."""
     return engine_class(name).check(spec, model, schema)
+
+
+def settled(name: str, spec: JobSpec, model: Model, schema: pa.Schema) -> JobSpec:
+    """The spec with the engine's options as the input's columns decide them, where the job leaves them open."""
+    kind = engine_class(name)
+    if issubclass(kind, SettlesOptions) and _goes_with(kind, "settle", "check"):
+        return spec.model_copy(update={"engine_options": dict(kind.settle(spec, model, schema))})
+    return spec
 
 
 def result_names(name: str, spec: JobSpec, model: Model) -> tuple[str, ...] | None:

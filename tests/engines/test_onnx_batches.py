@@ -73,12 +73,15 @@ def test_rows_run_in_the_batches_that_the_graph_fixes(tmp_path: Path, n: int) ->
     assert vectors(table.column("y")).tobytes() == expected.tobytes()
 
 
-def test_without_being_told_such_a_graph_takes_whole_inputs_and_says_what_to_set(tmp_path: Path) -> None:
-    path = by_fours(tmp_path / "fours.onnx")
-    with pytest.raises(
-        InvalidInput, match=r"wants \[4, 3\]; with engine_options.row_mode 'stack', rows run in .* of 4"
-    ):
-        OnnxEngine.check(SPEC, model_at(path), pa.schema([pa.field("x", pa.list_(pa.float32(), 3))]))
+def test_without_being_told_the_columns_say_what_a_row_is(tmp_path: Path) -> None:
+    model = model_at(by_fours(tmp_path / "fours.onnx"))
+    row, whole = pa.list_(pa.float32(), 3), pa.list_(pa.list_(pa.float32(), 3), 4)
+    for kind, options in ((row, STACK), (pa.list_(pa.float32()), STACK), (whole, {})):
+        schema = pa.schema([pa.field("x", kind)])
+        assert OnnxEngine.check(SPEC, model, schema) == ("x",)
+        assert OnnxEngine.settle(SPEC, model, schema) == options
+    with pytest.raises(InvalidInput, match=r"holds float32\[5\] per row; .* wants \[4, 3\]; .* 'stack'"):
+        OnnxEngine.check(SPEC, model, pa.schema([pa.field("x", pa.list_(pa.float32(), 5))]))
     with pytest.raises(InvalidModel, match="dynamic or of one size"):
         other = graph(
             tmp_path / "other.onnx",

@@ -158,12 +158,53 @@ def triples(rows: list[list[float]]) -> pa.RecordBatch:
     return pa.record_batch({"x": pa.array(rows, pa.list_(pa.float32(), 3))})
 
 
-def test_an_output_that_calls_its_first_axis_otherwise_is_not_stacked(tmp_path: Path) -> None:
+def test_an_output_that_calls_its_first_axis_otherwise_is_stacked_where_rows_are_its_items(tmp_path: Path) -> None:
     path = positives(tmp_path / "named.onnx", out="K")
     assert (mode := onnx_graph.of_file(path)) is not None
     assert onnx_graph.row_mode(mode, "auto") == "whole" and onnx_graph.row_mode(mode, "stack") == "stack"
-    with pytest.raises(InvalidInput, match=r"with engine_options\.row_mode 'stack'"):
-        OnnxEngine.check(SPEC, model_at(path), triples([]).schema)
+    rows, model = triples([[1.0, 2.0, -1.0], [3.0, -1.0, -1.0]]), model_at(path)
+    assert OnnxEngine.check(SPEC, model, rows.schema) == ("x",)
+    assert OnnxEngine.settle(SPEC, model, rows.schema) == {"row_mode": "stack"}
+    made = engine(path, SPEC, tmp_path, row_mode="stack")
+    with pytest.raises(InvalidJob, match="does not count rows; set it to 'whole'"):  # stacking is tried, not believed
+        run(made, SPEC, rows)
+    made.close()
+    whole = pa.schema([pa.field("x", pa.list_(pa.list_(pa.float32(), 3)))])
+    assert OnnxEngine.settle(SPEC, model, whole) == {}
+    with pytest.raises(InvalidInput, match=r"wants \[N, 3\]; a row of the table is a whole input .* 'stack'"):
+        OnnxEngine.check(SPEC, model, pa.schema([pa.field("x", pa.float32())]))
+
+
+@pytest.mark.parametrize("axes", [["N", 3, "?", "?"], ["?", 3, "?", "?"], ["d", 3, "d", "d"], ["-1", 3, "-1", "None"]])
+def test_axes_without_a_name_or_with_one_for_all_need_not_be_equal(tmp_path: Path, axes: list[Any]) -> None:
+    nodes = [helper.make_node("Abs", ["x"], ["y"])]
+    path = graph(tmp_path / "g.onnx", nodes, [value("x", FLOAT, axes)], [value("y", FLOAT, axes)])
+    x = -np.arange(144, dtype=np.float32).reshape(2, 3, 4, 6)
+    columns = pa.record_batch({"x": pa.FixedShapeTensorArray.from_numpy_ndarray(x)})
+    assert OnnxEngine.check(SPEC, model_at(path), columns.schema) == ("x",)
+    made = engine(path, SPEC, tmp_path)
+    table, failures = run(made, SPEC, columns)
+    made.close()
+    assert not failures and np.array_equal(table.column("y").to_pylist(), -x)
+
+
+def test_tensors_that_no_two_readers_turn_alike_are_refused(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Identity", ["x"], ["y"])]
+    path = graph(tmp_path / "g.onnx", nodes, [value("x", FLOAT, ["N", 3, 3, 3])], [value("y", FLOAT, ["N", 3, 3, 3])])
+    pictures = np.arange(54, dtype=np.float32).reshape(2, 3, 3, 3)
+    for order, fits in (((0, 3, 1, 2), False), ((0, 2, 3, 1), False), ((0, 1, 3, 2), True), ((0, 1, 2, 3), True)):
+        column = pa.FixedShapeTensorArray.from_numpy_ndarray(pictures.transpose(order))
+        columns = pa.record_batch({"x": column})
+        if not fits:
+            with pytest.raises(InvalidInput, match=r"column 'x' is .*permutation.*\.copy\(\)"):
+                OnnxEngine.check(SPEC, model_at(path), columns.schema)
+            continue
+        assert OnnxEngine.check(SPEC, model_at(path), columns.schema) == ("x",)
+        made = engine(path, SPEC, tmp_path)
+        table, _ = run(made, SPEC, columns)
+        made.close()
+        found: Any = table.column("y").combine_chunks()
+        assert np.array_equal(found.to_numpy_ndarray(), pictures.transpose(order))
 
 
 def test_rows_that_change_each_other_later_only_are_found_out(tmp_path: Path) -> None:

@@ -52,6 +52,18 @@ def tensor_kind(kind: Any) -> TensorKind | None:
     return None
 
 
+def turned_around(kind: Any) -> bool:
+    """True for tensors whose permutation is not its own inverse, as of NHWC seen as NCHW.
+
+    The specification and ``from_numpy_ndarray`` of pyarrow mean opposite things by it, so nothing tells which order an
+    author had in mind; with axes of equal size the tensor would come out turned without a word.
+    """
+    if pa.types.is_dictionary(kind):
+        return turned_around(kind.value_type)
+    order = kind.permutation if isinstance(kind, pa.FixedShapeTensorType) else None
+    return order is not None and any(order[order[axis]] != axis for axis in range(len(order)))
+
+
 def is_list(kind: pa.DataType) -> bool:
     """True for lists of any length, views included."""
     return (
