@@ -195,7 +195,7 @@ class JobSpec(TextFields):
     embedding_type: Literal["float32", "int8", "binary"] | None = None
     """``embed``: ``int8`` is 127 times a unit vector, rounded; ``binary`` the signs, eight to a byte."""
     top_k: Annotated[Whole, Field(ge=1, le=MOST_ITEMS)] | None = None
-    """``classify``: the best so many labels in ``scores``, best first; ``None``: all, in the model's order."""
+    """``classify``: how many labels are in ``scores``, best first; ``None``: all."""
     overlong: Literal["auto", "error", "truncate", "split"] = "auto"
     """Text past the model's limit: ``auto`` is an error for generate and chat, truncation (counted) elsewhere;
     ``split`` (``embed``) averages the vectors of its pieces, each with the weight of its tokens."""

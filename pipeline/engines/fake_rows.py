@@ -216,10 +216,11 @@ def classes(texts: Sequence[str]) -> dict[str, pa.Array[Any]]:
     """The best of ``LABELS``, and the probability of each."""
     p = _numbers(texts, len(LABELS)) + 1e-3
     p = (p / p.sum(axis=1, keepdims=True)).astype(np.float32)
-    best = p.argmax(axis=1)
+    order = np.argsort(-p, axis=1, kind="stable")
+    best = order[:, 0]
     labels = pa.array(LABELS, pa.string())
     pairs = pa.StructArray.from_arrays(
-        [labels.take(pa.array(np.tile(np.arange(len(LABELS)), len(p)), pa.int64())), pa.array(p.reshape(-1))],
+        [labels.take(pa.array(order.reshape(-1), pa.int64())), pa.array(np.take_along_axis(p, order, 1).reshape(-1))],
         ["label", "score"],
     )
     offsets = pa.array(np.arange(len(p) + 1) * len(LABELS), pa.int32())

@@ -111,7 +111,7 @@ class ImageReader:
     def prepare(self, data: Any) -> Floats:
         """The model's input, float32 [3, h, w], from an encoded image. Raises whatever Pillow does for a broken one."""
         with opened(data) as image, self._memory_for(image.size):
-            return to_input(image.convert("RGB"), self._recipe, self._table)
+            return to_input(eight_bits(image).convert("RGB"), self._recipe, self._table)
 
     def _memory_for(self, size: tuple[int, int]) -> AbstractContextManager[object]:
         # A batch of large images takes the memory of one of them, however many cores there are.
@@ -139,6 +139,45 @@ def opened(data: Any) -> Any:
         image.close()
         raise ValueError(f"{width} × {height} pixels are more than {MAX_PIXELS}")
     return image
+
+
+def is_deep(image: Any) -> bool:
+    """Whether it holds grey values of 16 bits, 32 bits or floats: Pillow's modes ``I;16…``, ``I`` and ``F``."""
+    return bool(image.mode == "F" or image.mode.startswith("I"))
+
+
+def png(image: Any) -> bytes:
+    """The image, encoded without loss."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def eight_bits(image: Any) -> Any:
+    """An image that :func:`is_deep` as one of 8 bits; any other as it is.
+
+    Pillow's own conversion cuts off what is above 255. White is 65535, and 1.0. Raises ``ValueError`` for values whose
+    white is not known: floats outside 0 to 1, and integers of 32 bits.
+    """
+    import PIL.Image
+
+    if image.mode == "F":
+        values = np.asarray(image, np.float64)
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise ValueError("an image of floats must hold values from 0 to 1; scale them")
+        white = 1.0
+    elif is_deep(image):
+        values = np.asarray(image, np.int64)
+        known = image.mode != "I" or image.format in ("PNG", "PPM", "JPEG2000")
+        if not known or values.min() < 0 or values.max() > _WHITE_16:
+            raise ValueError("an image of 32-bit or signed integers has no known white; write it with 8 or 16 bits")
+        white = float(_WHITE_16)
+    else:
+        return image
+    return PIL.Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+
+
+_WHITE_16 = 65_535
 
 
 def resized(size: tuple[int, int], recipe: ImageRecipe) -> tuple[int, int] | None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from pipeline.engines.onnx_folder import TextFolder
+import pyarrow as pa
+
+from pipeline.engines.onnx_folder import TextFolder, label
 from pipeline.engines.onnx_graph import GraphValue, Signature
 from pipeline.job_spec import Task
-from storage.errors import InvalidModel
+from storage.errors import InvalidJob, InvalidModel
 
 WHOLE_MODEL = "sentence_embedding"
 """What exporters call the output of a whole sentence-transformers model."""
@@ -89,3 +93,15 @@ def head(task: Task, signature: Signature) -> Head:
     wanted = "token states [texts, tokens, width] or embeddings" if task is Task.EMBED else "logits [texts, labels]"
     outputs = ", ".join(map(str, signature.outputs))
     raise InvalidModel(f"task '{task}' needs a graph that gives {wanted}; this one gives {outputs}")
+
+
+def label_column(config: Mapping[str, Any], width: int, named: Sequence[str] | None) -> pa.StringArray:
+    """The names of ``width`` classes: those that the job ``named``, else those of ``config.json``.
+
+    Raises :class:`~storage.errors.InvalidJob` for another number of names.
+    """
+    if named is None:
+        return pa.array([label(config, at) for at in range(width)], pa.string())
+    if len(named) != width:
+        raise InvalidJob(f"{len(named)} names for {width} classes; name each", field="engine_options.labels")
+    return pa.array(list(named), pa.string())

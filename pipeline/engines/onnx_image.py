@@ -16,9 +16,10 @@ from pipeline.engines import pooling
 from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
 from pipeline.engines.cores import available_cores
 from pipeline.engines.image_folder import ImageFolder
-from pipeline.engines.images import ImageReader
-from pipeline.engines.onnx_folder import class_activation, label
+from pipeline.engines.images import ImageReader, png
+from pipeline.engines.onnx_folder import class_activation
 from pipeline.engines.onnx_graph import GraphValue, Signature
+from pipeline.engines.onnx_heads import label_column
 from pipeline.engines.onnx_options import OnnxOptions
 from pipeline.engines.onnx_session import Array, Call, Run, RunFailed, SessionPool, is_out_of_memory
 from pipeline.engines.onnx_stream import Indices, Pack, Window, bisect, record_batch, windows
@@ -41,13 +42,19 @@ _EMBEDDINGS = ("image_embeds", "image_embedding", "pooler_output", "last_hidden_
 
 
 def image_input(signature: Signature) -> GraphValue | None:
-    """The graph's one input of images, [n, 3, h, w] of floats; ``None`` for any other graph."""
+    """The graph's one input of images, [n, 3, h, w] or [n, h, w, 3] of floats; ``None`` for any other graph."""
     if len(signature.inputs) != 1:
         return None
     value = signature.inputs[0]
     floats = value.dtype in (np.dtype(np.float32), np.dtype(np.float16))
     dims = value.dims
-    return value if (floats and dims is not None and len(dims) == 4 and dims[1] in (3, None)) or _named(value) else None
+    pictures = floats and dims is not None and len(dims) == 4 and (dims[1] in (3, None) or channels_last(value))
+    return value if pictures or _named(value) else None
+
+
+def channels_last(value: GraphValue) -> bool:
+    """Whether an input of images is [n, h, w, 3]: three at the end, and not three (channels) in front of it."""
+    return value.dims is not None and len(value.dims) == 4 and value.dims[3] == 3 and value.dims[1] != 3
 
 
 def _named(value: GraphValue) -> bool:
@@ -93,7 +100,9 @@ class ImageModel:
     ) -> None:
         value = image_input(signature)
         if value is None:
-            raise InvalidModel(f"the graph takes no images, [n, 3, height, width]: {signature}", field="model")
+            raise InvalidModel(
+                f"the graph takes no images, [n, 3, height, width] or [n, height, width, 3]: {signature}", field="model"
+            )
         self.task = task
         self._input = value
         self._folder = folder
@@ -115,7 +124,7 @@ class ImageModel:
             self.close()
             raise
         width, _ = self._shapes[self._own]
-        self._labels = pa.array([label(folder.config, i) for i in range(width)], pa.string())
+        self._labels = label_column(folder.config, width, options.labels if task is Task.CLASSIFY else None)
 
     def close(self) -> None:
         self._reader.close()
@@ -221,7 +230,10 @@ class ImageModel:
         n = len(images)
         if self._fixed_batch is not None and n < self._fixed_batch:
             images = np.concatenate([images, np.repeat(images[:1], self._fixed_batch - n, axis=0)])
-        output = run({self._input.name: images.astype(self._input.dtype, copy=False)})[head][:n]
+        feed: Array = images.astype(self._input.dtype, copy=False)
+        if channels_last(self._input):
+            feed = np.ascontiguousarray(feed.transpose(0, 2, 3, 1))
+        output = run({self._input.name: feed})[head][:n]
         self._count(runs=1)
         if not output.ndim or len(output) != n:
             raise InvalidModel(f"graph output {self._names[head]!r} has shape {list(output.shape)} for {n} images")
@@ -264,10 +276,6 @@ class ImageModel:
 
 def _grey() -> bytes:
     """A small encoded image, so that the sample goes the way of every row."""
-    import io
-
     import PIL.Image
 
-    file = io.BytesIO()
-    PIL.Image.new("RGB", (256, 256), (128, 128, 128)).save(file, "PNG")
-    return file.getvalue()
+    return png(PIL.Image.new("RGB", (256, 256), (128, 128, 128)))

@@ -67,6 +67,8 @@ class OnnxOptions(BaseModel):
     """``tensor``: the name that the graph gives an axis → its input, [rows, axis], that is 1 where the axis is real:
     rows of different size run together, padded with their last element, and outputs with that axis are cut. The mask
     is made here where the rows have no column for it. Without it, rows of one shape run together."""
+    labels: tuple[str, ...] | None = None
+    """``classify``: the names of the classes, in the graph's order, in place of those in ``config.json``."""
     row_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Seconds that a run may take: a batch that takes longer is halved, down to the row that does."""
     finite: StrictBool = False

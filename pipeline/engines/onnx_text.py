@@ -17,7 +17,7 @@ from pipeline.engines import pooling
 from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
 from pipeline.engines.onnx_folder import TextFolder
 from pipeline.engines.onnx_graph import Signature
-from pipeline.engines.onnx_heads import Head, check_layers, fixed_shape, head, own_embedding
+from pipeline.engines.onnx_heads import Head, check_layers, fixed_shape, head, label_column, own_embedding
 from pipeline.engines.onnx_lane import Array, Call, Run, RunFailed
 from pipeline.engines.onnx_options import OnnxOptions
 from pipeline.engines.onnx_session import SessionPool, is_out_of_memory
@@ -85,7 +85,7 @@ class TextModel:
         width = self._widths[self._states.name]
         if task is Task.SCORE and width != 1:
             raise InvalidModel(f"task 'score' needs a model with one output; this one has {width}: use 'classify'")
-        self._labels = pa.array([folder.label(i) for i in range(width)], pa.string())
+        self._labels = label_column(folder.config, width, options.labels if task is Task.CLASSIFY else None)
 
     @property
     def output(self) -> str:

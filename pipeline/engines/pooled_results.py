@@ -78,13 +78,10 @@ def classify_fields() -> list[pa.Field[Any]]:
 def classify_columns(spec: JobSpec, p: Floats, labels: pa.StringArray) -> dict[str, Any]:
     """``label``, ``score`` and ``scores`` from probabilities, float32 [n, k].
 
-    All labels in the model's order, or the best ``top_k``, best first; of equal ones the first.
+    Best first, all labels or ``top_k`` of them; of equal ones that which is the model's first.
     """
-    n, k = p.shape
-    if spec.top_k is None:
-        order = np.tile(np.arange(k), (n, 1))
-    else:
-        order = np.argsort(-p, axis=1, kind="stable")[:, : spec.top_k]
+    n = len(p)
+    order = np.argsort(-p, axis=1, kind="stable")[:, : spec.top_k]
     best = p.argmax(axis=1)
     pairs = pa.StructArray.from_arrays(
         [labels.take(pa.array(order.reshape(-1), pa.int64())), pa.array(np.take_along_axis(p, order, 1).reshape(-1))],

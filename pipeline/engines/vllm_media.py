@@ -172,7 +172,9 @@ class MediaInputs:
             # The head alone: a file of kilobytes can claim any size.
             with images.opened(data) as head:
                 size = 3 * head.size[0] * head.size[1]
-            self._limits.check_row(before + size)
+                self._limits.check_row(before + size)
+                if images.is_deep(head):  # vLLM would cut its values off at 255
+                    data = images.png(images.eight_bits(head))
             return self._images.load_bytes(data), size
         except RowError:
             raise

@@ -115,3 +115,12 @@ def vectors(column: pa.ChunkedArray) -> np.ndarray[Any, Any]:
     """A column of ``fixed_size_list`` without nulls, [n, size]."""
     one: Any = column.combine_chunks()
     return np.asarray(one.flatten()).reshape(len(one), one.type.list_size)
+
+
+def by_label(scores: Sequence[dict[str, Any]], labels: Sequence[str]) -> list[float]:
+    """A row's ``scores`` in the order of ``labels``; they must be best first, and name each of these once."""
+    values = [pair["score"] for pair in scores]
+    assert values == sorted(values, reverse=True)
+    found = {pair["label"]: pair["score"] for pair in scores}
+    assert len(scores) == len(labels) and found.keys() == set(labels)
+    return [found[label] for label in labels]

@@ -139,7 +139,8 @@ def test_a_prefix_is_a_part_of_the_text() -> None:
 def test_probabilities_sum_to_one_and_the_best_is_named() -> None:
     spec = make_spec("classify", column="text")
     for answer in run(make_engine(spec), spec, [numbered(0, 50)]).values():
-        best = max(answer["scores"], key=lambda item: item["score"])
+        best = answer["scores"][0]
+        assert answer["scores"] == sorted(answer["scores"], key=lambda item: -item["score"])
         assert (answer["label"], answer["score"]) == (best["label"], best["score"])
         assert sum(item["score"] for item in answer["scores"]) == pytest.approx(1.0, abs=1e-6)
 

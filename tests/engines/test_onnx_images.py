@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import helper
 
 from examples.tiny_vision import LABELS, build_resnet, build_vit
 from pipeline import Client
@@ -30,7 +31,7 @@ from pipeline.permissions import RowFiles
 from pipeline.settings import Settings
 from storage.errors import InvalidInput, InvalidJob, InvalidModel
 from storage.objects import ObjectStore
-from tests.engines.onnx_support import batches, embeddings, job, model_at, run
+from tests.engines.onnx_support import FLOAT, batches, by_label, embeddings, graph, job, model_at, run, value
 
 SPEC = job("classify", column="image")
 
@@ -127,12 +128,57 @@ def test_a_classifier_of_images_agrees_with_pytorch(loaded: OnnxEngine, vit: Pat
     model = transformers.ViTForImageClassification(transformers.ViTConfig.from_pretrained(vit)).eval()
     with torch.no_grad():
         expected = torch.softmax(model(torch.tensor(np.asarray(pixels))).logits, dim=-1).numpy()
-    found = np.array([[pair["score"] for pair in row] for row in table.column("scores").to_pylist()])
+    found = np.array([by_label(row, LABELS) for row in table.column("scores").to_pylist()])
     assert np.abs(found - expected).max() < 1e-5
     assert table.column("label").to_pylist() == [LABELS[at] for at in expected.argmax(axis=1)]
-    assert [pair["label"] for pair in table.column("scores")[0].as_py()] == list(LABELS)
     stats = loaded.stats()
     assert stats["output"] == "logits" and stats["image_batch"] == 8
+
+
+GREY = np.full((8, 8), 128, np.uint8)
+
+
+@pytest.mark.parametrize("axes", [["b", 3, 8, 8], ["b", 8, 8, 3], [None, None, None, 3], ["b", "h", "w", 3]], ids=str)
+def test_colours_arrive_where_the_graph_has_its_channels(tmp_path: Path, axes: list[Any]) -> None:
+    """A graph of the mean of each channel, in either layout; grey values of more than 8 bits are scaled."""
+    last = axes[3] == 3
+    over = [1, 2] if last else [2, 3]
+    (tmp_path / "m").mkdir()
+    graph(
+        tmp_path / "m/model.onnx",
+        [helper.make_node("ReduceMean", ["pixel_values"], ["pooler_output"], axes=over, keepdims=0)],
+        [value("pixel_values", FLOAT, axes)],
+        [value("pooler_output", FLOAT, ["b", 3])],
+        opset=17,
+    )
+    recipe = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}, "do_normalize": False}
+    (tmp_path / "m/preprocessor_config.json").write_text(json.dumps(recipe))
+    (tmp_path / "m/config.json").write_text("{}")
+    flat = np.broadcast_to(np.array([255, 0, 51], np.uint8), (8, 8, 3))
+    wide = GREY.astype(np.uint16) * 257
+    deep = (wide, "PNG"), (wide, "TIFF"), (GREY / np.float32(255), "TIFF")
+    pictures = [PIL.Image.fromarray(array) for array in (flat, GREY, *(array for array, _ in deep))]
+    kinds = ["PNG", "PNG", *(kind for _, kind in deep)]
+    bad = [(np.full((8, 8), 200, np.float32), "floats"), (np.full((8, 8), 200, np.int32), "32-bit")]
+    rows = [encoded(image, kind) for image, kind in zip(pictures, kinds, strict=True)]
+    rows += [encoded(PIL.Image.fromarray(array), "TIFF") for array, _ in bad]
+    made = image_engine(tmp_path / "m", "embed", tmp_path)
+    table, failures = run(made, job("embed", column="image"), pa.record_batch({"image": rows}))
+    made.close()
+    want = [[1.0, 0.0, 0.2], *[[128 / 255] * 3] * 4]
+    assert np.allclose(embeddings(table), want, atol=1e-6)
+    assert {row: failure.code for row, failure in failures.items()} == {5: "invalid_image", 6: "invalid_image"}
+    assert all(words in failures[5 + at].message for at, (_, words) in enumerate(bad))
+
+
+def test_a_job_names_the_classes(vit: Path, tmp_path: Path) -> None:
+    names = [f"kind {n}" for n in range(len(LABELS))]
+    made = image_engine(vit, "classify", tmp_path, labels=names)
+    table, _ = run(made, SPEC, pa.record_batch({"image": [encoded(picture(1))]}))
+    made.close()
+    assert {pair["label"] for pair in table.column("scores")[0].as_py()} == set(names)
+    with pytest.raises(InvalidJob, match=r"engine_options\.labels: 1 names for 4 classes"):
+        image_engine(vit, "classify", tmp_path, labels=["one"])
 
 
 def test_a_resnet_classifies_and_a_headless_vit_embeds(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,8 +27,9 @@ def test_rows_of_a_graph_that_leaves_open_what_a_row_is(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": pa.array(items, numbers)}), tmp_path / "items.parquet")
     pq.write_table(pa.table({"x": pa.array(whole, pa.list_(numbers))}), tmp_path / "whole.parquet")
     found = {}
+    jobs: dict[str, dict[str, Any]] = {"items": {}, "tensors": {"tensor_columns": True}, "whole": {}}
     with Client(settings=Settings(data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")) as client:
-        for name, fields in {"items": {}, "tensors": {"tensor_columns": True}, "whole": {}}.items():
+        for name, fields in jobs.items():
             source = tmp_path / f"{'items' if name == 'tensors' else name}.parquet"
             output = tmp_path / name
             status = client.run(input=str(source), output=str(output), model=str(path), task="tensor", **fields)
