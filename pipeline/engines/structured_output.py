@@ -19,6 +19,7 @@ from pipeline.engines.value_checks import FLAG, TEXT, TEXTS, Check, refuse_wrong
 from storage.errors import InvalidJob
 
 FIELD = "sampling.structured_outputs"
+_BYTES = 256
 _SCHEMA: Check = ("a JSON Schema", lambda value: isinstance(value, (str, dict)))
 KINDS: Mapping[str, Check] = MappingProxyType(
     {
@@ -31,6 +32,7 @@ KINDS: Mapping[str, Check] = MappingProxyType(
     }
 )
 """Of these, exactly one is given."""
+
 MANNERS: Mapping[str, Check] = MappingProxyType(
     {"disable_any_whitespace": FLAG, "disable_additional_properties": FLAG, "whitespace_pattern": TEXT}
 )
@@ -87,6 +89,8 @@ class _Json:
             value = json.loads(text, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             return f"the output is not JSON: {cut}{error}"
+        if not ended and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return f"the output was cut off: {text[:LONGEST_REASON]!r} may be the beginning of a longer number"
         return self._schema.broken(value)
 
 
@@ -99,13 +103,18 @@ class _Choice:
         self._choices = choices
 
     def broken(self, text: str, *, ended: bool) -> str | None:
-        return None if text in self._choices else f"the output {text[:LONGEST_REASON]!r} is none of the choices"
+        if text not in self._choices:
+            return f"the output {text[:LONGEST_REASON]!r} is none of the choices"
+        if not ended and any(choice != text and choice.startswith(text) for choice in self._choices):
+            return f"the output was cut off: {text[:LONGEST_REASON]!r} is the beginning of another choice, too"
+        return None
 
 
 class _Grammar:
     """A regex, grammar or structural tag: what the model ended was held to it to the last token.
 
-    What was cut may be complete all the same: that is for vLLM's default matcher to say, where it knows the form.
+    What was cut may be complete all the same, if nothing could follow: that is for vLLM's default matcher to say,
+    where it knows the form.
     """
 
     def __init__(self, kind: str, source: str) -> None:
@@ -123,7 +132,11 @@ class _Grammar:
         import xgrammar
 
         matcher = xgrammar.GrammarMatcher(compiled, terminate_without_stop_token=True)
-        return bool((text == "" or matcher.accept_string(text)) and matcher.is_terminated())
+        if not (text == "" or matcher.accept_string(text)) or not matcher.is_terminated():
+            return False
+        following = xgrammar.allocate_token_bitmask(1, _BYTES)
+        matcher.fill_next_token_bitmask(following)
+        return not bool(following.any())
 
     @functools.cached_property
     def _compiled(self) -> Any:
@@ -133,7 +146,8 @@ class _Grammar:
             import xgrammar
 
             read = xgrammar.Grammar.from_regex if self._kind == "regex" else xgrammar.Grammar.from_ebnf
-            # The text is matched by its bytes; no token of the model comes into it.
-            return xgrammar.GrammarCompiler(xgrammar.TokenizerInfo(["a"])).compile_grammar(read(self._source))
+            # The text is matched by its bytes, which are the tokens: none of the model's comes into it.
+            every = xgrammar.TokenizerInfo([bytes([value]) for value in range(_BYTES)])
+            return xgrammar.GrammarCompiler(every).compile_grammar(read(self._source))
         except (ImportError, RuntimeError, ValueError):  # another backend's dialect
             return None

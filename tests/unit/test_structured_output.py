@@ -148,10 +148,15 @@ def test_a_choice() -> None:
 @pytest.mark.parametrize(
     ("given", "whole", "part"),
     [
-        ({"regex": "[0-9]{4}(-x)?"}, "1234", "123"),
-        ({"regex": "[0-9]{4}(-x)?"}, "1234-x", "1234-"),
+        ({"regex": "[0-9]{4}(-x)?"}, "1234-x", "123"),
+        ({"regex": "[0-9]{4}(-x)?"}, "1234-x", "1234"),
         ({"grammar": 'root ::= "a" root | "b"'}, "aab", "aa"),
-        ({"regex": "(yes)?"}, "", "y"),
+        ({"regex": "(yes)?"}, "yes", ""),
+        ({"regex": "[0-9]+!"}, "12!", "12"),
+        ({"choice": ["a", "ab"]}, "ab", "a"),
+        ({"json": {"type": "object"}}, '{"n": 12}', '{"n": 12'),
+        ({"json": {"type": "string"}}, '"12"', '"12'),
+        ({"json": {"type": "boolean"}}, "true", "tru"),
     ],
 )
 def test_what_was_cut_may_be_complete(given: dict[str, Any], whole: str, part: str) -> None:
@@ -159,6 +164,24 @@ def test_what_was_cut_may_be_complete(given: dict[str, Any], whole: str, part: s
     assert broken(given, whole, ended=False) is None
     assert "cut off" in (broken(given, part, ended=False) or "")
     assert broken(given, whole) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"json": {"type": "integer"}}, "12"),
+        ({"json": {"type": "number"}}, "1.5"),
+        ({"json": {"type": "integer", "maximum": 99}}, "-3"),
+        ({"choice": ["a", "ab"]}, "a"),
+        ({"regex": "[0-9]+"}, "12"),
+        ({"grammar": 'root ::= "x" [0-9]*'}, "x1"),
+    ],
+)
+def test_what_could_have_gone_on_was_cut_off(given: dict[str, Any], text: str) -> None:
+    """What is there happens to be of the form; more of it would be, too."""
+    pytest.importorskip("xgrammar")
+    assert broken(given, text) is None
+    assert "cut off" in (broken(given, text, ended=False) or "")
 
 
 def test_a_grammar_that_only_its_backend_knows() -> None:
