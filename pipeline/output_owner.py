@@ -23,6 +23,8 @@ from storage.states import TERMINAL_JOB
 log = logging.getLogger(__name__)
 
 VERSION = 1
+_MOST_TRIES = 20
+"""Owners that may have gone between a put, which found one, and the read after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ def check(runtime: Runtime, job: Job, *, over_rows: bool = False) -> None:
 
 def _take(runtime: Runtime, job: Job, *, overwrite: bool) -> None:
     output = job.output_uri
-    while True:
+    for _ in range(_MOST_TRIES):
         owner = read(runtime.store, output)
         if owner is None:
             try:
@@ -110,6 +112,11 @@ def _take(runtime: Runtime, job: Job, *, overwrite: bool) -> None:
             runtime.notify(f"{output} is taken from job {owner.job} ({owner.where}), which fails once it notices")
         _put(runtime, job, if_absent=False)
         return
+    raise Conflict(
+        f"{locations.owner(output)} is there and cannot be read (a link that leads nowhere, or other jobs come "
+        "and go); delete it, or choose another output",
+        field="output",
+    )
 
 
 def _refuse_rows_of_others(runtime: Runtime, job: Job) -> None:

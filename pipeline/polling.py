@@ -116,7 +116,7 @@ class Poller:
         except (TransientError, CommitUnknown) as failure:
             found, error = False, str(failure)
             log.warning("looking for work (%s) failed, trying again: %s", self.name, failure)
-        except Exception as failure:
+        except BaseException as failure:
             # A thread that died here would leave its slot idle for good, for whatever reason.
             found, error = False, f"{type(failure).__name__}: {failure}"
             log.exception("looking for work (%s) failed, trying again", self.name)

@@ -21,8 +21,9 @@ from typing import Final, Protocol
 log = logging.getLogger(__name__)
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-_SAME_KEY_PRESS_SECONDS = 0.5
-"""Wrappers pass on a Ctrl-C that this process already got from the terminal: the second one is not a second wish."""
+_SAME_WISH_SECONDS = 0.5
+"""Wrappers pass on a Ctrl-C that this process already got from the terminal, and ``timeout`` sends its signal to the
+process and to its group: the second one is not a second wish."""
 
 
 class Endable(Protocol):
@@ -42,14 +43,14 @@ ending = threading.Event()
 """Set once the process has begun to end."""
 _killed_by: list[int] = []
 """The signal that ends the process, once there is one."""
+_asked_at = float("-inf")
+"""When that came, by the monotonic clock."""
+_ended = False
+"""All work has ended, and the signal is sent once more, to end the process."""
 
 
 def add(work: Endable) -> None:
-    """End ``work`` before the process ends. Called again, it changes nothing.
-
-    In the main thread, signals that would kill the process at once (``SIGTERM``, ``SIGHUP``, and ``SIGINT`` where it
-    is not Ctrl-C) are watched for, unless somebody else handles or ignores them already.
-    """
+    """End ``work`` before the process ends. Called again, it changes nothing. In the main thread, :func:`watch`."""
     global _hooked
     with _lock:
         _at_work.add(work)
@@ -58,6 +59,13 @@ def add(work: Endable) -> None:
             register = getattr(threading, "_register_atexit", atexit.register)
             register(_end)
             _hooked = True
+    watch()
+
+
+def watch() -> None:
+    """Watch for signals that would kill the process at once: ``SIGTERM``, ``SIGHUP``, and ``SIGINT`` where it is not
+    Ctrl-C. Those that somebody else handles or ignores are left alone. Only the main thread can; in others, nothing.
+    """
     if threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:
             if signal.getsignal(number) is signal.SIG_DFL:
@@ -87,7 +95,7 @@ def _end() -> None:
             _end_work()
             break
         except KeyboardInterrupt:
-            if time.monotonic() - began > _SAME_KEY_PRESS_SECONDS:
+            if time.monotonic() - began > _SAME_WISH_SECONDS:
                 raise
     await_signal()
 
@@ -106,10 +114,15 @@ def _end_work() -> None:
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
     # It may have come while the main thread held any lock, so no lock is taken here, and no threading.Thread is made.
-    _unwatch()  # the same signal once more ends the process at once
-    if not _at_work:
+    global _asked_at
+    now = time.monotonic()
+    if _killed_by and not _ended and now - _asked_at < _SAME_WISH_SECONDS:
+        return
+    if _killed_by or not _at_work:  # asked again, the process ends at once
+        _unwatch()
         os.kill(os.getpid(), number)
         return
+    _asked_at = now
     _killed_by.append(number)
     ending.set()
     try:
@@ -120,10 +133,14 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 def _end_and_die(number: int) -> None:
     """End as the signal's default action would have: others see by which signal the process ended."""
+    global _ended
     try:
         _end_work()
     finally:
+        _ended = True
         os.kill(os.getpid(), number)
+        time.sleep(_SAME_WISH_SECONDS)
+        os._exit(128 + number)  # the main thread is in native code, and takes no signals: as shells tell of them
 
 
 def _unwatch() -> None:

@@ -89,6 +89,8 @@ class Session:
         self._wakeups = Wakeups(self._settings.broker_url)
         self._running: dict[str, Background] = {}
         self._closed = False
+        if self._settings.broker_url is None:
+            process_end.watch()  # now: jobs may be started in another thread, which cannot
         # Of a session that nobody has closed: with the last handle, or when the interpreter ends.
         self._finalizer = weakref.finalize(self, _close, self._runtime, self._pid)
 

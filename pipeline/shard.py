@@ -95,7 +95,8 @@ def execute(
             _report(lambda: shards.fail_job(runtime.database, claim, reason, stats=measured))
         else:
             _fail(runtime, claim, reason, measured)
-    except Exception as error:
+    except BaseException as error:
+        # Of any kind: SystemExit of a model's code, or a panic of a Rust library, would end this thread in silence.
         fit = not getattr(error, "elsewhere", False)
         # Not swallowed: it is the attempt's recorded error, and costs one failure of the shard's budget.
         if not isinstance(error, RowmillError):

@@ -115,13 +115,21 @@ def link(source: Path, target: Path) -> bool:
 
 
 def make_dirs(folder: Path) -> None:
-    """Make a folder and what is missing above it, each durably."""
+    """Make a folder and what is missing above it, each durably.
+
+    Raises ``NotADirectoryError`` where a file or a link that leads nowhere has the name of one of them; never
+    ``FileExistsError``, which says that the file itself is there.
+    """
     missing = []
     while not folder.exists():
         missing.append(folder)
         folder = folder.parent
     for path in reversed(missing):
-        path.mkdir(exist_ok=True)
+        try:
+            path.mkdir(exist_ok=True)
+        except FileExistsError:
+            what = "a link that leads nowhere" if path.is_symlink() else "a file"
+            raise NotADirectoryError(errno.ENOTDIR, f"{path} is {what}, not a folder") from None
         sync_dir(path.parent)
 
 

@@ -94,9 +94,9 @@ def explain(uri: str, error: Exception, *, writing: bool = False) -> RowmillErro
     if isinstance(error, PermissionError) or error.errno in _REFUSED:
         return _elsewhere(_refusal(uri, f"permission denied ({reason})", writing))
     if isinstance(error, (IsADirectoryError, NotADirectoryError)) or error.errno in _NO_PATH:
-        return _refusal(uri, reason.lower(), writing)
+        return _refusal(uri, reason[:1].lower() + reason[1:], writing)
     if error.errno in _NO_NAME:
-        return _refusal(uri[:200] + "…" if len(uri) > 200 else uri, reason.lower(), writing)
+        return _refusal(uri[:200] + "…" if len(uri) > 200 else uri, reason[:1].lower() + reason[1:], writing)
     return RowmillError(f"cannot {'write' if writing else 'read'} {uri}: {reason}")
 
 

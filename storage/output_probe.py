@@ -12,7 +12,7 @@ from storage.locations import protocol
 from storage.objects import ObjectStore
 
 PUT, GET, LIST, CONDITIONAL, COPY, PARTS, DELETE, LOOK = (
-    "put", "get", "list", "conditional put", "copy", "multi-part upload", "delete", "looking for an object",
+    "put", "get", "list", "conditional put", "copy", "multi-part upload", "delete", "look for an object",
 )  # fmt: skip
 _PART_BYTES = 5 * 2**20
 """The smallest that S3 takes."""

@@ -265,7 +265,7 @@ class EnginePool:
         for entry in entries:
             try:
                 entry.engine.close()
-            except Exception:
+            except (Exception, SystemExit):
                 # It is given up anyway; what it could not free goes with the process.
                 log.exception("engine %s did not close cleanly", entry.engine.name)
             with self._lock:

@@ -107,6 +107,18 @@ def test_an_output_has_one_owner_whatever_it_is_called(
         theirs.run(**fields(texts, f"file://{out}" if name == "file" else name))
 
 
+def test_a_link_that_leads_nowhere_holds_up_nobody(mine: Client, texts: Path, out: Path) -> None:
+    """A put finds it, and a read does not."""
+    owner_file = Path(locations.owner(str(out)))
+    owner_file.parent.mkdir(parents=True)
+    owner_file.symlink_to("nowhere")
+    with pytest.raises(Conflict, match=r"owner\.json is there and cannot be read.*delete it"):
+        mine.run(**fields(texts, out))
+    owner_file.unlink()
+    mine.run(**fields(texts, out))
+    assert whose(out) == {"Mine"}
+
+
 def test_one_database_knows_its_job_by_another_name(mine: Client, texts: Path, out: Path, tmp_path: Path) -> None:
     job = mine.submit(start=False, **fields(texts, out))
     (tmp_path / "link").symlink_to(out)

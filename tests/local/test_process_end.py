@@ -29,6 +29,17 @@ ENDS = {
     "SIGTERM in wait": (WAIT + "kill_later(signal.SIGTERM); job.wait()", -signal.SIGTERM),
     "SIGTERM in run": ("kill_later(signal.SIGTERM); client().run(**FIELDS)", -signal.SIGTERM),
     "SIGHUP while working": (WAIT + "kill_later(signal.SIGHUP)\nwhile True: time.sleep(0.01)", -signal.SIGHUP),
+    "SIGTERM twice, as timeout sends it": (
+        WAIT + "some_rows()\nfor number in (signal.SIGTERM, signal.SIGTERM): os.kill(os.getpid(), number)\njob.wait()",
+        -signal.SIGTERM,
+    ),
+    "SIGTERM while another thread runs the job": (
+        (
+            "mine = client()\nthreading.Thread(target=lambda: mine.submit(**FIELDS).wait(), daemon=True).start()\n"
+            "kill(signal.SIGTERM)\nwhile True: time.sleep(0.01)"
+        ),
+        -signal.SIGTERM,
+    ),
     "a handler of one's own": (
         "signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(7))\n" + WAIT + "kill(signal.SIGTERM)",
         7,

@@ -15,6 +15,7 @@ import pytest
 
 from pipeline import Client, local, maintenance
 from pipeline.engines.base import Cancellation
+from pipeline.engines.fake import FakeEngine
 from pipeline.runtime import Runtime
 from pipeline.settings import Settings
 from storage import failpoints, jobs
@@ -465,3 +466,22 @@ def test_the_same_request_after_it_is_done_does_nothing(client: Client, texts: P
     with pytest.raises(Conflict, match="already holds published rows"):
         client.run(**fields(texts, out))  # the input has changed
     assert client.run(**fields(texts, out, overwrite=True)).rows_done == 999
+
+
+class _Panic(BaseException):
+    """As a library in Rust raises."""
+
+
+@pytest.mark.parametrize("raised", [SystemExit(3), _Panic("at the disco")], ids=["sys.exit", "panic"])
+@pytest.mark.parametrize("where", ["load", "infer", "stats"])
+def test_whatever_an_engine_raises_is_its_attempts_failure(
+    settings: Settings, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, raised: BaseException
+) -> None:
+    def fails(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(FakeEngine, where, fails)
+    with Client(settings=settings.model_copy(update={"max_failures": 2})) as client:
+        status = client.run(**fields(texts, tmp_path / "out"))
+        assert (status.state, status.failures) == (JobState.FAILED, 2)
+        assert type(raised).__name__ in (status.error or "")

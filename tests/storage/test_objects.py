@@ -735,3 +735,11 @@ def test_a_missing_bucket(s3: S3) -> None:
         file.write(b"x")
     with pytest.raises(ValueError, match="refusing"):
         store.delete_tree(f"s3://{s3.bucket}")
+
+
+@pytest.mark.parametrize("put", [{}, {"if_absent": True}], ids=["put", "conditional put"])
+def test_a_link_that_leads_nowhere_is_no_folder(tmp_path: Path, put: dict[str, Any]) -> None:
+    """Nor is the object there, which a conditional put would say by its error."""
+    (tmp_path / "Data").symlink_to("nowhere")
+    with pytest.raises(InvalidJob, match=r"/Data is a link that leads nowhere, not a folder"):
+        ObjectStore().put_bytes(f"{tmp_path}/Data/x", b"x", **put)

@@ -27,14 +27,14 @@ def polling(look: Callable[[], bool], *, count: int = 1, first: float = FAR) -> 
 class Looks:
     """Counts the looks; ``answers`` are what they find, then nothing."""
 
-    def __init__(self, *answers: bool | Exception) -> None:
+    def __init__(self, *answers: bool | BaseException) -> None:
         self._answers = list(answers)
         self._semaphore = threading.Semaphore(0)
 
     def __call__(self) -> bool:
         self._semaphore.release()
         answer = self._answers.pop(0) if self._answers else False
-        if isinstance(answer, Exception):
+        if isinstance(answer, BaseException):
             raise answer
         return answer
 
@@ -70,13 +70,16 @@ def test_it_looks_by_itself() -> None:
 
 
 def test_an_error_ends_no_thread_and_is_told() -> None:
-    looks = Looks(TransientError("the database is away"), ValueError("a defect"))
+    looks = Looks(TransientError("the database is away"), ValueError("a defect"), SystemExit(3))
     with polling(looks) as poller:
         looks.wait()
         _until(lambda: poller.trouble == "the database is away")
         poller.wake()
         looks.wait()
         _until(lambda: poller.trouble == "ValueError: a defect")
+        poller.wake()
+        looks.wait()
+        _until(lambda: poller.trouble == "SystemExit: 3")
         poller.wake()
         looks.wait()
         _until(lambda: poller.trouble is None)
