@@ -20,7 +20,7 @@ from storage import arrow_schemas
 
 JSON = pa.json_(pa.string())
 _SCALARS: Mapping[str, pa.DataType] = {"bool": pa.bool_(), "text": pa.string(), "null": pa.string()}
-_EXACT = 2**53
+EXACT = 2**53
 """Whole numbers up to this one are exact as doubles."""
 _DIGITS = 400
 _SPACE = " \t\r\n"
@@ -147,7 +147,7 @@ class Seen:
                 return pa.int64()
             return pa.uint64() if low >= 0 and high < 2**64 else None
         if shape == "float":
-            return pa.float64() if max(-low, high) <= _EXACT else None
+            return pa.float64() if max(-low, high) <= EXACT else None
         return _SCALARS.get(shape)
 
 

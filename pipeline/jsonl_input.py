@@ -12,10 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.json as pj
 
 from pipeline import json_array, text_streams
-from pipeline.json_shapes import JSON, Seen, members
+from pipeline.json_shapes import EXACT, JSON, Seen, members
 from pipeline.json_text import MAX_DEPTH, TooDeep
 from pipeline.text_options import TextOptions
 from pipeline.text_streams import Codec
@@ -26,8 +27,6 @@ from storage.parquet_batches import readable
 BLOCK_BYTES = 4 * 2**20
 LINE_BYTES = 256 * 2**20
 """A longer line is refused: it would have to be held in memory several times over."""
-_LONG = re.compile(rb"[:,\[\s]-?[0-9]{16}")
-"""Whole numbers of 15 digits and fewer are exact as doubles."""
 _NO_BRACKETS = bytes(sorted(set(range(256)) - set(b'[]{}"\n')))
 _STRING = re.compile(rb'"[^"\n]*"?')
 _OPENING, _CLOSING = np.frombuffer(b"[{", np.uint8), np.frombuffer(b"]}", np.uint8)
@@ -73,7 +72,9 @@ class JsonlReader:
     def _survey(self, uri: str, first: int, block: bytes) -> None:
         try:
             table = _parse(_without_halves(block), None)
-            if table.num_rows == _full(block) and not (_LONG.search(block) and any(map(_doubles, table.schema.types))):
+            if table.num_rows == _full(block) and not any(
+                _may_be_rounded(chunk) for column in table.columns for chunk in column.chunks
+            ):
                 for item, column in zip(table.schema, table.columns, strict=True):
                     seen = self._seen.setdefault(item.name, Seen())
                     if self._options.wants(item.name):
@@ -218,10 +219,17 @@ def _parse(data: bytes, schema: pa.Schema | None) -> pa.Table:
     )
 
 
-def _doubles(kind: pa.DataType) -> bool:
+def _may_be_rounded(column: Any) -> bool:
+    """Whether a whole number that a double does not hold exactly may have become one of the column's doubles."""
+    kind = column.type
     if isinstance(kind, pa.StructType):
-        return any(_doubles(kind.field(at).type) for at in range(kind.num_fields))
-    return _doubles(kind.value_type) if isinstance(kind, pa.ListType) else pa.types.is_floating(kind)
+        return any(_may_be_rounded(column.field(at)) for at in range(kind.num_fields))
+    if isinstance(kind, pa.ListType):
+        return _may_be_rounded(column.flatten())
+    if not pa.types.is_floating(kind):
+        return False
+    largest = pc.max(pc.abs(column)).as_py()
+    return largest is not None and not largest < EXACT
 
 
 def _fault(
