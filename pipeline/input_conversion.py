@@ -19,11 +19,13 @@ from storage import arrow_schemas, locations, parquet
 from storage.errors import InvalidInput
 from storage.objects import ObjectInfo, ObjectStore
 from storage.parquet import ParquetOutput
-from storage.parquet_batches import readable
+from storage.parquet_batches import readable, unfolded
 
 CHUNK_BYTES = 256 * 2**20
 """Bytes in memory (not on disk) after which a chunk is closed."""
 KEY_CHARS = 12
+UNFOLDED_BYTES = 32 * 2**20
+"""Of rows that are written at a time, with each value of a dictionary written out."""
 
 
 def key_of(file: ObjectInfo) -> str:
@@ -132,7 +134,8 @@ class Converter:
                         return
                     # Offsets that lead out of a buffer would end the process as soon as somebody follows them.
                     batch.validate(full=True)
-                yield _plain(pa.Table.from_batches([batch]), positions)
+                for piece in unfolded(batch, UNFOLDED_BYTES):
+                    yield _plain(pa.Table.from_batches([piece]), positions)
 
     def _ipc_positions(self, uri: str, schema: pa.Schema) -> list[int]:
         """Of the columns that are read: wanted, the only ones of their name, of types that Parquet has."""
@@ -184,14 +187,31 @@ class _Chunks:
             if self._open is None:
                 arrow_schemas.check(table.schema, self._origin)
                 uri = locations.chunk_in(self._work_dir, self._first + len(self.uris), self._key)
-                self._open = parquet.writer(self._store, uri, table.schema, keep_existing=True)
+                schema = arrow_schemas.as_stored(table.schema)
+                self._open = parquet.writer(self._store, uri, schema, keep_existing=True)
                 self.uris.append(uri)
-            self._open.write(table)
+            self._open.write(self._cast(table))
         except pa.ArrowNotImplementedError as error:
             raise InvalidInput(f"{self._origin} holds what Parquet cannot: {error}", field="input") from error
         self._bytes += table.nbytes
         if self._bytes >= CHUNK_BYTES:
             self._close(None)
+
+    def _cast(self, table: pa.Table) -> pa.Table:
+        schema = arrow_schemas.as_stored(table.schema)
+        if schema == table.schema:
+            return table
+        columns: list[Any] = []
+        for field, column in zip(schema, table.columns, strict=True):
+            try:
+                columns.append(column.cast(field.type))
+            except pa.ArrowInvalid as error:
+                raise InvalidInput(
+                    f"{self._origin}: column {field.name!r} is {column.type}, and Parquet stores that as {field.type}, "
+                    f"which does not hold its values ({error})",
+                    field="input",
+                ) from error
+        return pa.Table.from_arrays(columns, schema=schema)
 
     def _close(self, error: BaseException | None) -> None:
         chunk, self._open, self._bytes = self._open, None, 0

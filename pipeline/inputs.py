@@ -22,9 +22,11 @@ from pipeline.planning import InputFile
 from pipeline.spool import Spool
 from pipeline.text_options import TextOptions, TextSpec
 from storage import listing, locations, parquet
+from storage.arrow_schemas import Path
 from storage.errors import InvalidInput
 from storage.locations import normalize
 from storage.objects import ObjectInfo, ObjectStore
+from storage.parquet_values import value_range
 from storage.records import Source
 
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
@@ -146,7 +148,7 @@ def _read(store: ObjectStore, spec: InputSpec, found: Sequence[tuple[_File, Form
     groups: Spool[InputFile] = Spool()
     unreadable = dict(converter.unreadable)
     for idx, (file, stats) in enumerate(zip(files, _footers(store, files), strict=True)):
-        unified.add(stats.schema, file.origin)
+        unified.add(stats.schema, file.origin, stats.orders)
         for name, why in stats.unreadable.items():
             unreadable.setdefault(name, f"{file.origin} ({why})")
         sources.append(Source(idx, file.info.uri, file.info.etag, file.info.n_bytes, stats.n_rows, file.partition))
@@ -159,7 +161,7 @@ def _read(store: ObjectStore, spec: InputSpec, found: Sequence[tuple[_File, Form
     keys = dict.fromkeys(key for file in files for key in file.partition if key not in unified)
     if any(key not in keys for file in files for key in file.partition):
         sources = Spool(replace(s, partition={k: v for k, v in s.partition.items() if k in keys}) for s in sources)
-    fields = [*unified.schema, *left_out]
+    fields = [*unified.resolved(partial(_range_of, store, files)), *left_out]
     fields = [_typed(item) for item in fields] if any(file.converted for file in files) else fields
     partition = [pa.field(key, _partition_type(key, sources)) for key in keys]
     schema = pa.schema([*fields, *partition], metadata=unified.metadata)
@@ -168,6 +170,13 @@ def _read(store: ObjectStore, spec: InputSpec, found: Sequence[tuple[_File, Form
             raise InvalidInput("the input has rows and no columns", field="input")
         raise InvalidInput(f"{found[0][0].origin} is empty: without rows it has no columns either", field="input")
     return Inputs(sources, groups, schema, [(file.info.uri, file.info.etag) for file, _ in found], unreadable)
+
+
+def _range_of(store: ObjectStore, files: Sequence[_File], path: Path) -> tuple[int, int] | None:
+    """Of the values at ``path``, over all files; read from their footers where those say."""
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="rowmill-ranges") as pool:
+        found = [each for each in pool.map(lambda file: value_range(store, file.info.uri, path), files) if each]
+    return (min(low for low, _ in found), max(high for _, high in found)) if found else None
 
 
 def _typed(item: pa.Field[pa.DataType]) -> pa.Field[pa.DataType]:

@@ -19,8 +19,8 @@ from pyroaring import BitMap
 from pipeline import manifest, part_merge
 from pipeline.assembly import Assembled, ranges
 from pipeline.part_merge import Rows
-from pipeline.row_spill import takeable
 from storage import failpoints, locations, parquet
+from storage.arrow_schemas import takeable
 from storage.errors import CorruptFile, InputChanged, InvalidInput
 from storage.finalizing import Closed, Lost
 from storage.objects import ObjectStore
@@ -232,11 +232,12 @@ class _Merger:
         if not runs:
             return
         share = max(_SMALLEST_BATCH_BYTES, self._limits.batch_bytes // len(runs))
-        schema = takeable(parquet.stats(self._store, runs[0].uri).schema)
-        yield np.empty(0, dtype=np.int64), schema.empty_table()
-        yield from part_merge.merge(
-            [part_merge.Run(run.uri, run.rows, self._batches(run, schema, share)) for run in runs], schema
-        )
+        given = parquet.stats(self._store, runs[0].uri).schema
+        yield np.empty(0, dtype=np.int64), given.empty_table()
+        schema = takeable(given)
+        parts = [part_merge.Run(run.uri, run.rows, self._batches(run, schema, share)) for run in runs]
+        for rows, table in part_merge.merge(parts, schema):
+            yield rows, table.cast(given)
 
     def _batches(self, run: _Run, schema: pa.Schema, n_bytes: int) -> Iterator[tuple[Rows, pa.RecordBatch]]:
         with closing(self._store.open(run.uri)) as reader:

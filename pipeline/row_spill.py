@@ -6,34 +6,19 @@ import tempfile
 from array import array
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from storage.arrow_schemas import takeable
 from storage.object_errors import explain
 
 ROW, PILE = "__row", "__pile"
 """Columns that are put before the others: the number that each row came with, and its pile."""
 FAN_OUT = 128
 """Most stretches of one round. Each has a schema of its own: with 8 MiB a round, one for every 60 KiB."""
-
-
-def takeable(schema: pa.Schema) -> pa.Schema:
-    """The same columns in types that Arrow can gather rows of, whatever dictionaries their batches have."""
-    fields: list[Any] = [field.with_type(_takeable(field.type)) for field in schema]
-    return pa.schema(fields, metadata=cast(Any, schema.metadata))
-
-
-def _takeable(kind: Any) -> Any:
-    if pa.types.is_string_view(kind):
-        return pa.large_string()
-    if pa.types.is_binary_view(kind):
-        return pa.large_binary()
-    if pa.types.is_dictionary(kind):
-        return pa.dictionary(pa.int32(), _takeable(kind.value_type), kind.ordered)
-    return kind
 
 
 class RowSpill:

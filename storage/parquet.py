@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyroaring import BitMap
 
-from storage import arrow_schemas, footer_check
+from storage import arrow_schemas, footer_check, parquet_values
 from storage.errors import CorruptFile, InputChanged, InvalidInput, RowmillError
 from storage.locations import protocol
 from storage.objects import NewFile, ObjectStore, Written
@@ -33,19 +33,23 @@ ROW_GROUP_BYTES = 32 * 2**20
 class FileStats:
     """What a footer says. ``row_groups``: (rows, uncompressed bytes) of each.
 
-    ``unreadable``: why a column cannot be read, by its name; only of a file that was asked for with ``check``.
+    Dictionaries have indices wide enough for any number of values, and INT96 times a unit that holds all of them.
+    ``orders``: the categories of columns that have ordered ones. ``unreadable``: why a column cannot be read, by its
+    name; only of a file that was asked for with ``check``.
     """
 
     n_rows: int
     schema: pa.Schema
     row_groups: tuple[tuple[int, int], ...]
     unreadable: Mapping[str, str] = field(default_factory=dict)
+    orders: Mapping[str, Sequence[parquet_values.Order]] = field(default_factory=dict)
 
 
 def stats(store: ObjectStore, uri: str, *, check: bool = False) -> FileStats:
-    """The footer's facts; no data is read. Raises :class:`InvalidInput`, saying why, when this is no Parquet file.
+    """The footer's facts. Raises :class:`InvalidInput`, saying why, when this is no Parquet file.
 
-    With ``check``, for files of others: also which columns nobody can read, encrypted ones for instance.
+    No data is read, except for what only data can tell: see ``storage.parquet_values``. With ``check``, for files of
+    others: also which columns nobody can read, encrypted ones for instance.
     """
     with store.open(uri) as file, readable(uri, InvalidInput, "it is not a readable Parquet file"):
         try:
@@ -63,7 +67,12 @@ def stats(store: ObjectStore, uri: str, *, check: bool = False) -> FileStats:
             unreadable = unreadable_columns(parquet)
             if not unreadable:
                 raise InvalidInput(f"{uri}: its footer is damaged", field="input")
-        return FileStats(footer.num_rows, parquet.schema_arrow, sizes, unreadable)
+        schema = parquet.schema_arrow
+        if check:
+            schema, unfit = parquet_values.int96_units(parquet, file, unreadable)
+            unreadable |= unfit
+        orders = parquet_values.category_orders(parquet, unreadable)
+        return FileStats(footer.num_rows, arrow_schemas.with_wide_indices(schema), sizes, unreadable, orders)
 
 
 def read(
@@ -106,11 +115,11 @@ def _read_file(
     batch_rows: int,
     batch_bytes: int,
 ) -> Iterator[tuple[RowIds, pa.RecordBatch]]:
-    key = (source.uri, source.etag, tuple(target.names), batch_rows, batch_bytes)
+    key = (source.uri, source.etag, tuple(target.names), tuple(map(str, target.types)), batch_rows, batch_bytes)
     _check_unchanged(store, source)
     reader: Readable | None = store.parked.take(key, pieces[0][1].row_lo)
     if reader is None:
-        reader = _open(store, source, target.names, batch_rows, batch_bytes)
+        reader = _open(store, source, target, batch_rows, batch_bytes)
     try:
         for start, item in pieces:
             shift = start - item.row_lo
@@ -141,12 +150,12 @@ def _read_file(
         reader.close()
 
 
-def _open(store: ObjectStore, source: Source, names: Sequence[str], batch_rows: int, batch_bytes: int) -> Readable:
+def _open(store: ObjectStore, source: Source, target: pa.Schema, batch_rows: int, batch_bytes: int) -> Readable:
     with ExitStack() as stack:
         file = stack.enter_context(closing(store.open(source.uri)))
         _check_version(source, getattr(file, "etag", None) or source.etag)
         with readable(source.uri, InvalidInput, "it is not a readable Parquet file"):
-            reader = Readable(file, source.uri, names, batch_rows, batch_bytes)
+            reader = Readable(file, source.uri, target.names, batch_rows, batch_bytes, target)
         stack.pop_all()
     return reader
 
@@ -200,7 +209,10 @@ def _selected(first: int, batch: pa.RecordBatch, only: BitMap | None) -> tuple[R
     if only is None or only.range_cardinality(first, first + count) == count:
         return np.arange(first, first + count, dtype=np.int64), batch
     rows = np.array((only & BitMap(range(first, first + count))).to_array(), dtype=np.int64)
-    return rows, batch.take(rows - first)
+    target = arrow_schemas.takeable(batch.schema)
+    if target == batch.schema:
+        return rows, batch.take(rows - first)
+    return rows, batch.cast(target).take(rows - first).cast(batch.schema)
 
 
 def scan(
@@ -253,8 +265,15 @@ class ParquetOutput:
         self._pending: list[pa.Table] = []
         self._rows = self._bytes = 0
         self.n_rows = 0
+        self._footers: list[pq.FileMetaData] = []
         try:
-            self._writer = pq.ParquetWriter(cast(IO[bytes], file), schema, compression="zstd", write_page_checksum=True)
+            self._writer = pq.ParquetWriter(
+                cast(IO[bytes], file),
+                schema,
+                compression="zstd",
+                write_page_checksum=True,
+                metadata_collector=self._footers,
+            )
         except BaseException:
             file.close()
             raise
@@ -293,11 +312,22 @@ class ParquetOutput:
         try:
             self._write_out()
             self._writer.close()
+            self._check()
         except BaseException as problem:
             self._abandon()
             self._file.__exit__(type(problem), problem, problem.__traceback__)
             raise
         self._file.__exit__(None, None, None)
+
+    def _check(self) -> None:
+        """Never publish a file that is read back as other than what was to be written."""
+        (footer,) = self._footers
+        found = footer.schema.to_arrow_schema()
+        if found.names != self._schema.names or footer.num_rows != self.n_rows:
+            raise RowmillError(f"{footer.num_rows} rows of {found.names} were written, of {self.n_rows} rows")
+        for meant, stored in zip(self._schema, found, strict=True):
+            if meant.type != stored.type:
+                raise RowmillError(f"column {meant.name!r} is {meant.type}, and would be read back as {stored.type}")
 
     def _abandon(self) -> None:
         # Its file is thrown away; what matters is the error that led here.

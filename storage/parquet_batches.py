@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from storage import arrow_schemas
 from storage.broken_dictionaries import healed, is_refusal, plain_batches
 from storage.errors import RowmillError
 from storage.object_errors import explain
@@ -86,10 +87,20 @@ class Readable:
     """An open Parquet file. ``columns`` are those of the wanted top-level columns that it has (``None``: all).
 
     Batches get as many rows as surely fit into ``batch_bytes``: by the footer's sizes and, where a dictionary lets a
-    small chunk unfold into huge values, by the longest value of that dictionary.
+    small chunk unfold into huge values, by the longest value of that dictionary. That counts too for columns that stay
+    dictionaries in memory: who reads them unfolds them. With ``target``, INT96 times are read
+    in its unit: in microseconds they reach beyond the year 2262.
     """
 
-    def __init__(self, file: Any, uri: str, columns: Sequence[str] | None, batch_rows: int, batch_bytes: int) -> None:
+    def __init__(
+        self,
+        file: Any,
+        uri: str,
+        columns: Sequence[str] | None,
+        batch_rows: int,
+        batch_bytes: int,
+        target: pa.Schema | None = None,
+    ) -> None:
         self._file = file
         self._batch_rows, self._batch_bytes = batch_rows, batch_bytes
         plain = pq.ParquetFile(file)
@@ -98,7 +109,15 @@ class Readable:
         self.columns = self.schema.names if columns is None else [n for n in columns if n in self.schema.names]
         self._all = columns is None
         self._indices = self._wanted()
-        self._parquet = self._opened(())
+        micros = self._in_microseconds(target)
+        self._parts = [
+            (self._opened((), unit), names)
+            for unit, names in (
+                (None, [name for name in self.columns if name not in micros]),
+                ("us", [name for name in self.columns if name in micros]),
+            )
+            if names or (unit is None and self._all)
+        ]
         self._cursor: _Cursor | None = None
 
     def plan(self, groups: Iterable[GroupRange]) -> None:
@@ -115,16 +134,35 @@ class Readable:
         """
         cursor = self._cursor
         if cursor is None or cursor.number != group.number or cursor.position > group.lo:
-            rows = self._rows_per_batch(group.number)
-            found = self._parquet.iter_batches(
-                batch_size=rows,
-                row_groups=[group.number],
-                columns=None if self._all else self.columns,
-                use_threads=False,
-            )
-            plain = partial(plain_batches, self._file, self.footer, self.schema, self.columns, group.number, rows)
-            cursor = self._cursor = _Cursor(group.number, group.first, healed(found, plain))
+            cursor = self._cursor = _Cursor(group.number, group.first, self._decoded(group.number))
         yield from cursor.read(group.lo, group.hi)
+
+    def _decoded(self, number: int) -> Iterator[pa.RecordBatch]:
+        rows = self._rows_per_batch(number)
+        found = []
+        for parquet, names in self._parts:
+            batches = parquet.iter_batches(
+                batch_size=rows, row_groups=[number], columns=None if self._all else names, use_threads=False
+            )
+            plain = partial(plain_batches, self._file, self.footer, self.schema, names, number, rows)
+            found.append(healed(batches, plain))
+        if len(found) == 1:
+            yield from found[0]
+            return
+        for batches in zip(*found, strict=True):
+            columns = {name: batch.column(name) for batch in batches for name in batch.schema.names}
+            yield pa.RecordBatch.from_pydict(columns)
+
+    def _in_microseconds(self, target: pa.Schema | None) -> set[str]:
+        """The columns of INT96 times that are not to be read in nanoseconds, which is what pyarrow would do."""
+        wanted = dict(arrow_schemas.leaves(target)) if target is not None else {}
+        schema = self.footer.schema
+        found = set()
+        for index, (path, kind) in enumerate(arrow_schemas.leaves(self.schema) if wanted else ()):
+            if path in wanted and pa.types.is_timestamp(kind) and schema.column(index).physical_type == "INT96":
+                goal = wanted[path]
+                found |= {path[0]} if not pa.types.is_timestamp(goal) or goal.unit != "ns" else set()
+        return found
 
     @property
     def pinned(self) -> bool:
@@ -139,10 +177,11 @@ class Readable:
         group = self.footer.row_group(number)
         return (group.column(index) for index in self._indices)
 
-    def _opened(self, dictionaries: Sequence[str]) -> pq.ParquetFile:
+    def _opened(self, dictionaries: Sequence[str], int96_unit: str | None = None) -> pq.ParquetFile:
         return pq.ParquetFile(
             self._file,
             metadata=self.footer,
+            coerce_int96_timestamp_unit=int96_unit,
             read_dictionary=list(dictionaries) or None,
             buffer_size=min(max(self._batch_bytes // max(1, len(self._indices)), _STREAM_BYTES[0]), _STREAM_BYTES[1]),
             pre_buffer=False,
@@ -191,15 +230,12 @@ class Readable:
 
         The dictionary comes with the first value, which is in the first ``few`` rows unless those are all empty lists.
         """
-        if any(pa.types.is_dictionary(f.type) for f in self.schema if f.name in (path, path.split(".")[0])):
-            return 0  # stays a dictionary in memory
         for batch in self._opened([path]).iter_batches(
             batch_size=few, row_groups=[number], columns=[path], use_threads=False
         ):
-            found = [values for column in batch.columns for values in _dictionaries(column)]
-            lengths = [int(pc.max(pc.binary_length(values)).as_py() or 0) for values in found if len(values)]
-            if lengths:
-                return max(lengths)
+            found = [values for column in batch.columns for values in dictionaries(column)]
+            if any(len(values.dictionary) for values in found):
+                return _longest(found)
         return 0
 
 
@@ -232,19 +268,35 @@ def _place(chunk: Any) -> tuple[int, int]:
     return begin, begin + max(0, chunk.total_compressed_size)
 
 
-def _dictionaries(column: Any) -> Iterator[Any]:
-    """The dictionaries of text or bytes at the leaves of a column."""
+def unfolded(batch: pa.RecordBatch, n_bytes: int) -> Iterator[pa.RecordBatch]:
+    """The batch in pieces that surely fit into ``n_bytes`` where each value of a dictionary is written out."""
+    worst = sum(len(values) * _longest([values]) for column in batch.columns for values in dictionaries(column))
+    rows = max(1, batch.num_rows * n_bytes // max(1, worst))
+    for low in range(0, batch.num_rows, rows):
+        yield batch.slice(low, rows)
+
+
+def _longest(arrays: Iterable[Any]) -> int:
+    """Bytes of the longest value that the dictionaries hold."""
+    return max((int(pc.max(pc.binary_length(values.dictionary)).as_py() or 0) for values in arrays), default=0)
+
+
+def dictionaries(column: Any) -> Iterator[Any]:
+    """The dictionary arrays of text or bytes at the leaves of a column."""
     if isinstance(column, pa.ExtensionArray):
-        yield from _dictionaries(column.storage)
+        yield from dictionaries(column.storage)
     elif isinstance(column, pa.DictionaryArray):
         kind = column.dictionary.type
         if pa.types.is_string(kind) or pa.types.is_binary(kind) or _is_large(kind):
-            yield column.dictionary
+            yield column
     elif isinstance(column, pa.StructArray):
         for at in range(column.type.num_fields):
-            yield from _dictionaries(column.field(at))
+            yield from dictionaries(column.field(at))
+    elif isinstance(column, pa.MapArray):
+        yield from dictionaries(column.keys)
+        yield from dictionaries(column.items)
     elif isinstance(column, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
-        yield from _dictionaries(column.values)
+        yield from dictionaries(column.values)
 
 
 def _is_large(kind: pa.DataType) -> bool:
