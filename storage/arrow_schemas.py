@@ -35,6 +35,12 @@ def check(schema: pa.Schema, where: str) -> None:
                 f"{where}: the name {error.object[:80]!r} {inside} is not valid UTF-8; write it anew",
                 field="input",
             ) from None
+        if _in_view(kind):
+            raise InvalidInput(
+                f"{where}: column {name!r} has categories in a list view, of which Arrow converts none; write it with "
+                "lists",
+                field="input",
+            )
         if depth > MOST_LEVELS:
             raise InvalidInput(
                 f"{where}: column {name!r} is nested too deeply for Parquet ({depth} levels, of {MOST_LEVELS}); keep "
@@ -71,6 +77,19 @@ def levels(kind: Any) -> int:
                 below.append((field.type, above + (1 if isinstance(item, pa.StructType) else 2)))
         level = below
     return deepest
+
+
+def _in_view(kind: Any) -> bool:
+    """Whether there are dictionaries in a list view, at any depth."""
+    if isinstance(kind, pa.BaseExtensionType) or not kind.num_fields:
+        return False
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        return bool(changed(kind, _plain) != kind)
+    return any(_in_view(kind.field(at).type) for at in range(kind.num_fields))
+
+
+def _plain(kind: Any) -> Any:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def changed(kind: Any, change: Callable[[Any], Any]) -> Any:

@@ -217,3 +217,10 @@ def test_types_of_two_files(client: Client, tmp_path: Path, name: str, statistic
         return
     column = run(client, tmp_path)["c"]
     assert (column.type, column.to_pylist()) == (kind, one.to_pylist() + other.to_pylist())
+
+
+def test_categories_in_a_list_view_are_refused_by_name(client: Client, tmp_path: Path) -> None:
+    kind = pa.list_view(pa.dictionary(pa.int8(), pa.string()))
+    put(tmp_path / "in", pa.array([["a"]], kind))
+    with pytest.raises(InvalidInput, match=r"000\.parquet: column 'c' has categories in a list view"):
+        run(client, tmp_path)
