@@ -149,8 +149,8 @@ class Readable:
         if len(found) == 1:
             yield from found[0]
             return
-        for batches in zip(*found, strict=True):
-            columns = {name: batch.column(name) for batch in batches for name in batch.schema.names}
+        for parts in zip(*found, strict=True):
+            columns = {name: batch.column(name) for batch in parts for name in batch.schema.names}
             yield pa.RecordBatch.from_pydict(columns)
 
     def _in_microseconds(self, target: pa.Schema | None) -> set[str]:
