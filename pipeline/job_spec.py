@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from pipeline.places import no_credentials, plain_place, writable_place
 from pipeline.spec_values import (
     MOST_ITEMS,
     STORED,
@@ -29,8 +30,6 @@ from pipeline.spec_values import (
 )
 from pipeline.template import Template
 from pipeline.text_options import TextFields
-from storage.locations import protocol
-from storage.redaction import holds_credentials
 
 
 class Task(StrEnum):
@@ -51,16 +50,8 @@ class Message(BaseModel):
 
 
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([smhd])\s*$")
-_NOWHERE = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:/*\s*$")
-"""A scheme and nothing else: what is left of ``s3://$BUCKET`` when the variable is not set."""
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _LONGEST_DAYS = 36_500
-_IN_ONE_PROCESS = frozenset({"memory"})
-_READ_ONLY = frozenset(
-    {"blockcache", "cached", "data", "filecache", "gist", "git", "github", "http", "https", "libarchive", "reference"}
-    | {"simplecache", "tar", "zip"}
-)
-"""Schemes of URLs where fsspec writes nothing, or nothing that can be renamed, listed and deleted."""
 
 
 def duration_seconds(text: str) -> float:
@@ -78,35 +69,6 @@ def bounded(text: str) -> None:
     if not 0 < seconds <= _LONGEST_DAYS * _SECONDS["d"]:
         shown = textwrap.shorten(repr(text), 60)
         raise ValueError(f"{shown} is not above 0 and at most {_LONGEST_DAYS} days; give such a time, as in '24h'")
-
-
-def _no_credentials(uri: str) -> None:
-    # A job is stored, shown and listed. Its text is not repeated here either.
-    if holds_credentials(uri):
-        scheme = uri.partition("://")[0].lower()
-        raise ValueError(
-            f"the {scheme}:// URL holds a password or a key, and a job is no place for one: leave it out of the URL, "
-            f"and set storage_options.{scheme} (ROWMILL_STORAGE_OPTIONS)"
-        )
-
-
-def _plain_place(uri: str) -> None:
-    _no_credentials(uri)
-    if not uri.strip():
-        raise ValueError("the path is empty; '.' is the working directory")
-    if _NOWHERE.match(uri):
-        raise ValueError(f"{uri!r} names no bucket or folder")
-    if "::" in uri:
-        raise ValueError(f"{uri!r} chains filesystems with '::', which is refused; give one plain path or URL")
-    if protocol(uri) in _IN_ONE_PROCESS:
-        raise ValueError(
-            f"{uri!r} is in the memory of one process, and is lost with it; give a folder or an object store"
-        )
-
-
-def _writable_place(uri: str) -> None:
-    if protocol(uri) in _READ_ONLY:
-        raise ValueError(f"{uri!r} cannot be written to; give a folder or an object store")
 
 
 NOT_PART_OF_THE_WORK = frozenset(
@@ -130,11 +92,11 @@ class JobSpec(TextFields):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    input: Annotated[tuple[Annotated[Text, rule(_plain_place)], ...], Field(min_length=1)]
+    input: Annotated[tuple[Annotated[Text, rule(plain_place)], ...], Field(min_length=1)]
     """Files, globs or directories of Parquet, JSONL, CSV or Arrow IPC, on anything that fsspec reads."""
-    output: Annotated[Text, Field(min_length=1), rule(_plain_place), rule(_writable_place)]
+    output: Annotated[Text, Field(min_length=1), rule(plain_place), rule(writable_place)]
     """Directory for ``data/``, ``_manifest.json`` and ``_SUCCESS``."""
-    model: Annotated[Filled, rule(_no_credentials), Field(min_length=1)]
+    model: Annotated[Filled, rule(no_credentials), Field(min_length=1)]
     """A registered name, a model directory, a ``.onnx`` file, or ``fake``."""
     task: Task
     engine: Annotated[Filled, Field(min_length=1)] = "auto"
@@ -182,7 +144,7 @@ class JobSpec(TextFields):
     ``struct<bytes, path>``; or of lists of images, which are its frames."""
     video_frame_rate: Annotated[float, Field(gt=0, le=1_000, allow_inf_nan=False)] | None = None
     """Of a ``video_column`` of frames, a second; ``None`` is 1."""
-    adapters: dict[Filled, Annotated[Filled, rule(_no_credentials)]] = {}
+    adapters: dict[Filled, Annotated[Filled, rule(no_credentials)]] = {}
     """LoRA adapters: name → directory. A single one serves every row, unless ``adapter_column`` is given."""
     adapter_column: Name | None = None
     """A column with the adapter's name for each row; where it is null, the model alone answers."""

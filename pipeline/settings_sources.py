@@ -15,7 +15,8 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSourc
 from pydantic_settings.exceptions import SettingsError
 
 from pipeline import json_text
-from storage.errors import InvalidSettings
+from storage.errors import InvalidInput, InvalidSettings
+from storage.local_files import read_given
 
 PREFIX = "ROWMILL_"
 CONFIG_VARIABLE = "ROWMILL_CONFIG"
@@ -71,7 +72,9 @@ def read_file(path: Path, known: Iterable[str]) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        values = json_text.loads_toml(path.read_bytes().decode())
+        values = json_text.loads_toml(read_given(path).decode())
+    except InvalidInput as error:
+        raise InvalidSettings(error.message, source=str(path)) from None
     except ValueError as error:
         raise InvalidSettings(f"not valid TOML: {error}", source=str(path)) from None
     except OSError as error:

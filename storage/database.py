@@ -31,6 +31,7 @@ from storage.errors import (
     Unreachable,
     WaitTimeout,
 )
+from storage.local_files import make_room
 
 _MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
 _BUSY_SECONDS = 60
@@ -104,7 +105,7 @@ class Database:
         self.url = _parse(url)
         self.sqlite = self.url.get_backend_name() == "sqlite"
         if self.sqlite:
-            self._make_room(Path(str(self.url.database)))
+            make_room(Path(str(self.url.database)))
             self._writer = self._sqlite_engine("BEGIN IMMEDIATE")
             self._reader = self._sqlite_engine("BEGIN")
         else:
@@ -122,18 +123,6 @@ class Database:
     def place(self) -> str:
         """What to call this database to a person: the file, or the URL without its password."""
         return str(self.url.database) if self.sqlite else self.url.render_as_string()
-
-    def _make_room(self, file: Path) -> None:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            if file.is_dir():
-                raise InvalidSettings(f"{file} is a folder, and a database is a file", field="database_url")
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise InvalidSettings(
-                f"the folder {file.parent} cannot be made ({reason.lower()}); set data_dir or database_url to a place "
-                "that can be written"
-            ) from error
 
     def _sqlite_engine(self, begin: str) -> sa.Engine:
         engine = sa.create_engine(self.url, connect_args={"timeout": _BUSY_SECONDS}, json_serializer=_dump)
@@ -287,7 +276,15 @@ class Database:
         with self.write() as connection:
             if not self.sqlite:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(0x726F776D)))
-            command.upgrade(_alembic(connection), target)
+            try:
+                command.upgrade(_alembic(connection), target)
+            except DBAPIError as error:
+                if "already exists" not in _reason(error):
+                    raise
+                raise RowmillError(
+                    f"the database at {self.place} is another program's, or a part of Rowmill's: {_reason(error)}; use "
+                    "another data_dir or database_url"
+                ) from error
 
     def downgrade(self, target: str) -> None:
         """Run the migrations back to ``target``."""

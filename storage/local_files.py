@@ -11,7 +11,7 @@ from pathlib import Path
 from stat import S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFMT, S_IFSOCK, S_ISREG
 from typing import IO, Any, Literal
 
-from storage.errors import InvalidInput
+from storage.errors import InvalidInput, InvalidSettings
 
 OnConflict = Literal["replace", "keep", "fail"]
 """When the target exists: replace it, keep it (the new content is dropped), or raise ``FileExistsError``."""
@@ -28,10 +28,37 @@ _KINDS = {
 }
 
 
+_DESCRIPTORS = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
+
+
 def refuse_special(path: str, stat: os.stat_result) -> None:
     """Raise :class:`InvalidInput` for what is no regular file: to read a pipe could wait for ever."""
     if not S_ISREG(stat.st_mode):
         raise InvalidInput(f"{path} is {_KINDS.get(S_IFMT(stat.st_mode), 'something else')}, not a file")
+
+
+def read_given(path: Path) -> bytes:
+    """The content of a file that a user names, or of a shell's ``<(…)``. Raises :class:`InvalidInput` for anything
+    else that could be read for ever, as well as ``OSError``."""
+    if not str(path).startswith(_DESCRIPTORS):
+        refuse_special(str(path), path.stat())
+    return path.read_bytes()
+
+
+def make_room(database: Path) -> None:
+    """Make the folder of a database's file. Raises :class:`InvalidSettings` where there can be no such file."""
+    try:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        if database.exists():
+            refuse_special(str(database), database.stat())
+    except InvalidInput as error:
+        raise InvalidSettings(f"{error.message}, and a database is one", field="database_url") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InvalidSettings(
+            f"the folder {database.parent} cannot be made ({reason.lower()}); set data_dir or database_url to a place "
+            "that can be written"
+        ) from error
 
 
 def refuse_dangling(path: str, *, above: bool = True) -> None:

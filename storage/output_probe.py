@@ -128,15 +128,23 @@ def refused(output: str, step: str) -> Iterator[None]:
     except TransientError:
         raise
     except RowmillError as error:
-        found = InvalidJob(f"{reason(output, step, error)}; {remedy(output, step, error)}", field="output")
+        if step == LOOK and isinstance(error, InvalidJob) and not error.elsewhere:
+            # No right would help: it is a file, or a place that nothing here can open.
+            text = f"{_words(error)}; an output is a folder, here or in an object store: choose another one"
+        else:
+            text = f"{reason(output, step, error)}; {remedy(output, step, error)}"
+        found = InvalidJob(text, field="output")
         found.elsewhere = error.elsewhere
         raise found from error
 
 
 def reason(output: str, step: str, error: Exception) -> str:
     """Why ``step`` failed, in one line, and what it needs."""
-    what = error.message if isinstance(error, InvalidJob) else str(error)
-    return f"{step} below {output} failed: {what} (it needs {right(output, needed(step, error))})"
+    return f"{step} below {output} failed: {_words(error)} (it needs {right(output, needed(step, error))})"
+
+
+def _words(error: Exception) -> str:
+    return error.message if isinstance(error, InvalidJob) else str(error)
 
 
 def needed(step: str, error: Exception) -> str:

@@ -64,6 +64,13 @@ def _postgresql(url: sa.URL) -> sa.URL:
         raise ValueError(f"the port in the database URL is not between 1 and {_LAST_PORT}")
     if url.host and "@" in url.host:
         raise ValueError("the database URL holds '@' more than once; write '@' in a user's name or password as %40")
+    hosts = ",".join([url.host or "", *_texts(url.query.get("host"))])
+    try:
+        for host in hosts.split(","):
+            if not host.startswith("/"):  # a folder of sockets
+                host.encode("idna")
+    except UnicodeError:
+        raise ValueError("the host in the database URL is no name of a host") from None
     try:
         dialect = url.get_dialect()
         dialect.import_dbapi()
@@ -78,6 +85,11 @@ def _postgresql(url: sa.URL) -> sa.URL:
         names = ", ".join(sorted(url.query))
         raise ValueError(f"the parameters after '?' ({names}) are not all known to PostgreSQL's client") from None
     return url
+
+
+def _texts(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """A parameter of a URL that may occur more than once."""
+    return (value,) if isinstance(value, str) else value or ()
 
 
 def broker_url(url: str) -> str:

@@ -125,13 +125,25 @@ def say(message: str, *, error: bool = False) -> None:
         console.print(text)
 
 
-def _check_arguments(values: Mapping[str, Any]) -> None:
-    """Refuse arguments that are not UTF-8, by their names: nothing could store or show them."""
+def _check_arguments(values: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> None:
+    """Refuse arguments that are not UTF-8, by what their users call them: nothing could store or show them."""
     for name, value in values.items():
         try:
             check_text(value)
         except ValueError as error:
-            raise InvalidJob(str(error), field="--" + name.replace("_", "-")) from None
+            raise InvalidJob(str(error), field=_called(parameters[name])) from None
+
+
+def _called(parameter: inspect.Parameter) -> str:
+    """What a user calls a command's parameter: ``--output``, ``INPUT``."""
+    for info in getattr(parameter.annotation, "__metadata__", ()):
+        if isinstance(info, typer.models.ArgumentInfo) and info.metavar:
+            return info.metavar.strip("[].")
+        # typer keeps the first name as the default until it builds the command.
+        for declared in (getattr(info, "default", None), *(getattr(info, "param_decls", None) or ())):
+            if isinstance(declared, str) and declared.startswith("--"):
+                return declared.partition("/")[0]
+    return "--" + parameter.name.replace("_", "-")
 
 
 def command(function: Callable[..., int | None]) -> Callable[..., None]:
@@ -149,7 +161,7 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
     def wrapper(**values: Any) -> None:
         invocation = Invocation(**{name: values.pop(name) for name in shared.parameters})
         try:
-            _check_arguments({**values, **vars(invocation)})
+            _check_arguments({**values, **vars(invocation)}, {**own.parameters, **shared.parameters})
             code = function(invocation, **values) or errors.OK
         except (typer.Exit, BrokenPipeError):
             raise

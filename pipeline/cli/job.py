@@ -225,7 +225,7 @@ def delete(invocation: Invocation, jobs: JobIds) -> None:
     'job retry' cannot go on with them any more, and their idempotency keys are free again.
     """
     with invocation.client() as client:
-        handles = [client.job(job) for job in jobs]
+        handles = {handle.id: handle for handle in map(client.job, jobs)}.values()  # each once, however it is named
         for handle in handles:
             handle.delete()
             if not invocation.as_json:

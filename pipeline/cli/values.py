@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import json_text
-from storage.errors import InvalidJob, InvalidSettings
+from storage.errors import InvalidInput, InvalidJob, InvalidSettings
+from storage.local_files import read_given
 
 _REQUIRED = {"input": "INPUT", "output": "-o/--output", "model": "-m/--model", "task": "-t/--task"}
 _MERGED = (
@@ -122,7 +123,9 @@ def json_file(path: Path, option: str) -> Any:
 
 def _read(path: Path, option: str) -> bytes:
     try:
-        return path.read_bytes()
+        return read_given(path)
+    except InvalidInput as error:
+        raise InvalidJob(error.message, field=option) from None
     except FileNotFoundError:
         raise InvalidJob(f"no such file: {path}", field=option) from None
     except OSError as error:

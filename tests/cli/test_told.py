@@ -232,6 +232,9 @@ brokers = urls(
 @given(databases)
 @example("postgresql://u:p@127.0.0.1:9/db?client_encoding=bogus")
 @example("postgresql://u:p@127.0.0.1:9/db?sslmode=bogus")
+@example("postgresql://a..b/db")
+@example("postgresql:///db?host=127.0.0.1," + "x" * 70)
+@example("sqlite:////dev/null")
 @settings(parent=in_a_folder, max_examples=200)
 def test_a_database_url(tmp_path: Path, url: str) -> None:
     with contextlib.chdir(tmp_path), contextlib.suppress(RowmillError):

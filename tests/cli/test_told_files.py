@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from pipeline import jsonl_input
+from pipeline.cli.values import json_file
 from pipeline.json_text import MAX_DEPTH
 from pipeline.models.resolve import resolve
 from storage.errors import InvalidInput, InvalidModel
@@ -92,6 +93,55 @@ def test_a_column_whose_name_is_not_utf8(rowmill: Rowmill, kind: str) -> None:
     done = told(rowmill.inside("run", path.name, "-o", "out", *EMBED), 2, home=rowmill.home)
     assert path.name in done.err
     assert "UTF-8" in done.err
+
+
+@pytest.mark.parametrize(("words", "name"), [
+    (("job", "show", "{}"), "JOB"),
+    (("run", "{}", "-o", "out", *EMBED), "INPUT"),
+    (("run", "in.parquet", "-o", "{}", *EMBED), "--output"),
+    (("run", "in.parquet", "-o", "out", *EMBED, "--set", "a={}"), "--set"),
+])  # fmt: skip
+def test_an_argument_that_is_not_utf8_is_named_as_its_user_does(
+    rowmill: Rowmill, words: tuple[str, ...], name: str
+) -> None:
+    odd = os.fsdecode(b"odd\xff")
+    done = told(rowmill.inside(*(word.format(odd) for word in words)), 2, home=rowmill.home)
+    assert done.err.startswith(f"error: {name}: ")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("option", ["--spec", "--schema", "--tools"])
+def test_a_file_of_options_that_could_be_read_for_ever(rowmill: Rowmill, option: str, kind: str) -> None:
+    path = Path("/dev/zero") if kind == "device" else rowmill.home / "pipe.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    done = told(rowmill.inside("run", "in.parquet", "-o", "out", *EMBED, option, path), 2, home=rowmill.home)
+    assert f"{option}: {path} is a " in done.err
+
+
+def test_a_settings_file_that_is_a_pipe(rowmill: Rowmill) -> None:
+    os.mkfifo(rowmill.home / "rowmill.toml")
+    rowmill.environment["ROWMILL_CONFIG"] = str(rowmill.home / "rowmill.toml")
+    done = told(rowmill.inside("job", "list"), 2, home=rowmill.home)
+    assert "a named pipe" in done.err
+
+
+def test_options_from_a_pipe_of_the_shell(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.write(write, b'{"a": 1}')
+    os.close(write)
+    try:
+        assert json_file(Path(f"/dev/fd/{read}"), "--schema") == {"a": 1}
+    finally:
+        os.close(read)
+
+
+@pytest.mark.parametrize("output", ["in.parquet", "in.parquet/below", "/dev/null"])
+def test_an_output_that_is_a_file(rowmill: Rowmill, output: str) -> None:
+    pq.write_table(pa.table({"text": ["a"]}), rowmill.home / "in.parquet")
+    done = told(rowmill.inside("run", "in.parquet", "-o", output, *EMBED), 2, home=rowmill.home)
+    assert "output: " in done.err
+    assert "an output is a folder" in done.err
 
 
 @pytest.mark.parametrize("given_as", ["by name", "in a folder", "as a glob"])
@@ -205,13 +255,38 @@ def test_a_database_that_is_none(rowmill: Rowmill, whole: bytes) -> None:
 def test_a_folder_and_a_newer_database(rowmill: Rowmill, whole: bytes) -> None:
     data = Path(rowmill.environment["ROWMILL_DATA_DIR"])
     (data / "rowmill.db").mkdir(parents=True)
-    assert "rowmill.db is a folder" in told(rowmill.inside("job", "list"), 2, home=rowmill.home).err
+    assert "rowmill.db is a folder, not a file" in told(rowmill.inside("job", "list"), 2, home=rowmill.home).err
     (data / "rowmill.db").rmdir()
     (data / "rowmill.db").write_bytes(whole)
     with closing(sqlite3.connect(data / "rowmill.db")) as connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
         connection.commit()
     assert "upgrade Rowmill" in told(rowmill.inside("job", "list"), 1, home=rowmill.home).err
+
+
+@pytest.mark.parametrize("statement", ["CREATE TABLE job (x)", "CREATE TABLE worker (x)"])
+def test_a_database_of_another_program(rowmill: Rowmill, statement: str) -> None:
+    data = Path(rowmill.environment["ROWMILL_DATA_DIR"])
+    data.mkdir(parents=True)
+    with closing(sqlite3.connect(data / "rowmill.db")) as connection:
+        connection.execute(statement)
+        connection.commit()
+    assert "another program's" in told(rowmill.inside("job", "list"), 1, home=rowmill.home).err
+
+
+def test_a_database_that_is_a_pipe(rowmill: Rowmill) -> None:
+    data = Path(rowmill.environment["ROWMILL_DATA_DIR"])
+    data.mkdir(parents=True)
+    os.mkfifo(data / "rowmill.db")
+    assert "rowmill.db is a named pipe" in told(rowmill.inside("job", "list"), 2, home=rowmill.home).err
+
+
+def test_a_job_that_is_named_twice_is_deleted_once(rowmill: Rowmill) -> None:
+    rows(rowmill)
+    told(rowmill.inside("run", "in.parquet", "-o", "out", *EMBED), 0, home=rowmill.home)
+    job = json.loads(rowmill.inside("job", "list", "--json").out)["jobs"][0]["id"]
+    done = told(rowmill.inside("job", "delete", job, job[-8:], "--json"), 0, home=rowmill.home)
+    assert json.loads(done.out)["deleted"] == [job]
 
 
 def test_a_database_that_another_process_has_locked(
