@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.fleet import fresh, homes, server
 from pipeline import Client
-from pipeline.settings import Settings
+from pipeline.config.settings import Settings
 from tests import servers
 
 KEPT = 0.9

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.memory import ROWMILL
 from pipeline import Client
-from pipeline.settings import Settings
+from pipeline.config.settings import Settings
 
 Setup = Callable[[Path], list[str]]
 

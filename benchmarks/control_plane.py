@@ -32,13 +32,15 @@ import pyarrow as pa
 import sqlalchemy as sa
 
 from benchmarks.fleet import cycle, fill, fresh, homes, server, throughput
-from pipeline import inputs, planning
-from pipeline.input_formats import Format, Kind
-from pipeline.settings import Settings
-from pipeline.worker import Worker
-from storage import claims, finalizing, jobs, parquet, planners
-from storage.database import Database
-from storage.objects import ObjectInfo, ObjectStore
+from pipeline.config.settings import Settings
+from pipeline.inputs import discovery
+from pipeline.inputs.formats import Format, Kind
+from pipeline.planning import shard_plan
+from pipeline.worker.worker import Worker
+from storage.objects.store import ObjectInfo, ObjectStore
+from storage.parquet import parquet
+from storage.queue import claims, jobs, plan_leases, publish_leases
+from storage.sql.database import Database
 
 FLAT = 0.8
 PER_FILE = 1000
@@ -137,11 +139,11 @@ def _plan(url: str, n_files: int, result: Connection) -> None:
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     with (
         mock.patch.object(ObjectStore, "find", find),
-        mock.patch.object(inputs, "format_of", lambda *_: Format(Kind.PARQUET)),
+        mock.patch.object(discovery, "format_of", lambda *_: Format(Kind.PARQUET)),
         mock.patch.object(parquet, "stats", stats),
     ):
-        read = inputs.discover(store, spec, "/out/.rowmill/planned/")
-    shards = planning.plan(read.files, shard_rows=50_000, shard_bytes=2**28)
+        read = discovery.discover(store, spec, "/out/.rowmill/planned/")
+    shards = shard_plan.plan(read.files, shard_rows=50_000, shard_bytes=2**28)
     job = jobs.set_planned(database, job_id, plan={"planned": True}, sources=read.sources, shards=shards, actor="b")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result.send((job.rows_total, job.n_shards, time.perf_counter() - began, (peak - before) * 1024))
@@ -158,8 +160,8 @@ def measure_poll(url: str, kind: str) -> None:
         who: dict[str, Any] = {"owner": "w", "lease_seconds": 60.0}
         looks: dict[str, Callable[[], object]] = {
             "shard": partial(claims.claim, database, queues=["idle"], **who),
-            "plan": partial(planners.claim, database, **who),
-            "publish": partial(finalizing.claim_finalize, database, **who),
+            "plan": partial(plan_leases.claim, database, **who),
+            "publish": partial(publish_leases.claim_finalize, database, **who),
         }
         shown = []
         for what, look in looks.items():

@@ -15,8 +15,8 @@ import threading
 import time
 
 from benchmarks.fleet import claim_one, commit, fill, fresh, homes, server
-from storage import jobs
-from storage.database import Database
+from storage.queue import jobs
+from storage.sql.database import Database
 
 CLAIMERS, SHARD_SECONDS = 4, 0.1
 SMALL = 10

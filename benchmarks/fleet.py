@@ -14,9 +14,10 @@ from pathlib import Path
 import sqlalchemy as sa
 from pyroaring import BitMap
 
-from storage import claims, database, shards, tables
-from storage.database import Database
+from storage.queue import attempts, claims
 from storage.records import OUTPUT_SEQ, Claim, PartFile
+from storage.sql import database, tables
+from storage.sql.database import Database
 from tests import servers
 
 LEASE = 3600.0
@@ -106,7 +107,7 @@ def commit(opened: Database, claim: Claim) -> None:
     every = BitMap(range(claim.shard.row_n))
     uri = f"/out/{claim.shard.id}"
     output = PartFile(claim.attempt_no, OUTPUT_SEQ, uri, 1, "sha", "etag", every, BitMap())
-    shards.commit(opened, claim, output, stats={})
+    attempts.commit(opened, claim, output, stats={})
 
 
 def cycle(opened: Database, owner: str, count: int) -> float:

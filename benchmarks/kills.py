@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.memory import ROWMILL, write_input
 from pipeline import Client
-from pipeline.settings import Settings
+from pipeline.config.settings import Settings
 
 
 def main() -> None:

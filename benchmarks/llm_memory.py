@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from examples.tiny_llama import build_llama
 from pipeline import Client
-from pipeline.settings import Settings
+from pipeline.config.settings import Settings
 
 MOST_GROWTH = 1.10
 MIB = 2**20

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from benchmarks.llm_workloads import BLOCK_TOKENS, Workload
 from examples.tiny_llama import build_llama
 from pipeline import Client
-from pipeline.settings import Settings
+from pipeline.config.settings import Settings
 
 ORDERS = ("input", "auto", "prefix")
 CONTEXT = 1024

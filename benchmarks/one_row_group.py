@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 from benchmarks.memory import write_input
-from storage import parquet
-from storage.objects import ObjectStore
+from storage.objects.store import ObjectStore
+from storage.parquet import parquet
 from storage.records import Slice, Source
 
 ROWS, SHARDS = 10**6, 20

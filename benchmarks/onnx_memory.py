@@ -50,9 +50,9 @@ def build(path: Path) -> Path:
 def child(folder: Path) -> None:
     """Run the batches in this process, and print the resident memory after each, in bytes."""
     from pipeline.engines.base import Cancellation, EngineContext, RowBatch
-    from pipeline.engines.onnx import OnnxEngine
-    from pipeline.job_spec import JobSpec, Task
+    from pipeline.engines.onnx.engine import OnnxEngine
     from pipeline.models.resolve import resolve
+    from pipeline.spec.job_spec import JobSpec, Task
 
     path = build(folder / "attention.onnx")
     spec = JobSpec(input=("rows.parquet",), output="out", model=str(path), task=Task.TENSOR)

@@ -142,7 +142,7 @@ def best(model: Path, graph: Path) -> Turn:
 def rowmill(model: Path, options: dict[str, Any], folder: Path, task: str = "embed", column: str = "text") -> Turn:
     """A job, from its planning to its published output, in a process that has the engine loaded."""
     from pipeline import Client
-    from pipeline.settings import Settings
+    from pipeline.config.settings import Settings
 
     client = Client(settings=Settings(data_dir=folder / "data", cache_dir=folder.parent / "cache"))
 

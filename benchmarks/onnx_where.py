@@ -46,20 +46,22 @@ class Clock:
 
 
 def clocked() -> Clock:
-    from pipeline import flusher, local, shard
-    from pipeline.engines import onnx_lane, onnx_text, onnx_tokens
+    from pipeline.engines.onnx.models import text_model, tokenizer
+    from pipeline.engines.onnx.runtime import run
+    from pipeline.execution import flush, run_shard
+    from pipeline.worker import embedded
 
     clock = Clock()
-    clock.around(onnx_lane.Lane, "run_one", "graph (ONNX Runtime)")
-    clock.around(onnx_text.TextModel, "_feed", "padding and copies in")
-    clock.around(onnx_text.TextModel, "vectors", "pooling and scaling")
-    clock.around(onnx_text.TextModel, "values", "result columns")
-    clock.around(onnx_text, "distinct", "duplicates")
-    clock.around(onnx_tokens.TextTokenizer, "encode", "tokenization, the Python side")
-    clock.around(flusher.Flusher, "_flush", "part files (Parquet, hash, database)")
-    clock.around(shard, "_assemble", "assembling the output (Parquet)")
-    clock.around(local, "finalize_job", "publishing")
-    clock.around(local, "job_status", "progress")
+    clock.around(run.Lane, "run_one", "graph (ONNX Runtime)")
+    clock.around(text_model.TextModel, "_feed", "padding and copies in")
+    clock.around(text_model.TextModel, "vectors", "pooling and scaling")
+    clock.around(text_model.TextModel, "values", "result columns")
+    clock.around(text_model, "distinct", "duplicates")
+    clock.around(tokenizer.TextTokenizer, "encode", "tokenization, the Python side")
+    clock.around(flush.Flusher, "_flush", "part files (Parquet, hash, database)")
+    clock.around(run_shard, "_assemble", "assembling the output (Parquet)")
+    clock.around(embedded, "finalize_job", "publishing")
+    clock.around(embedded, "job_status", "progress")
     return clock
 
 

@@ -18,14 +18,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pipeline import row_errors
-from pipeline.client import Client
-from pipeline.engines.fake_faults import FakeOptions
-from pipeline.engines.onnx_options import OnnxOptions
-from pipeline.engines.vllm_options import OWN_MEANINGS, OWN_OPTIONS
-from pipeline.job_handle import JobHandle
-from pipeline.job_spec import JobSpec
-from pipeline.settings import Settings
+from pipeline.client.client import Client
+from pipeline.client.handle import JobHandle
+from pipeline.config.settings import Settings
+from pipeline.engines.fake.faults import FakeOptions
+from pipeline.engines.onnx.runtime.options import OnnxOptions
+from pipeline.engines.vllm.options.engine_args import OWN_MEANINGS, OWN_OPTIONS
+from pipeline.spec import error_codes
+from pipeline.spec.job_spec import JobSpec
 from storage import states
 
 REFERENCE = Path(__file__).resolve().parent / "reference"
@@ -93,7 +93,7 @@ job's events."""
 
 ROW_ERRORS = f"""\
 A row that cannot be computed is in the output all the same: its `error` holds a `code` from this table and a \
-`message` of at most {row_errors.MESSAGE_LIMIT} characters, and its result columns are null. The codes are stable; \
+`message` of at most {error_codes.MESSAGE_LIMIT} characters, and its result columns are null. The codes are stable; \
 the messages are for people."""
 
 FAKE = """\
@@ -148,9 +148,9 @@ def states_page() -> str:
 
 
 def row_errors_page() -> str:
-    docs = attribute_docs(row_errors.RowErrorCode)
-    rows = [(f"`{code}`", docs[code.name]) for code in row_errors.RowErrorCode]
-    origin = ORIGIN.format(source="`pipeline/row_errors.py`")
+    docs = attribute_docs(error_codes.RowErrorCode)
+    rows = [(f"`{code}`", docs[code.name]) for code in error_codes.RowErrorCode]
+    origin = ORIGIN.format(source="`pipeline/spec/error_codes.py`")
     return "\n\n".join([origin, "# Row errors", ROW_ERRORS, table(("Code", "Meaning"), *rows)]) + "\n"
 
 
@@ -160,7 +160,7 @@ def fake_engine_page() -> str:
     for name, field in FakeOptions.model_fields.items():
         rows.append((f"`{name}`", default(field), docs[name]))
     parts = [
-        ORIGIN.format(source="`pipeline/engines/fake_faults.py`"),
+        ORIGIN.format(source="`pipeline/engines/fake/faults.py`"),
         "# The fake engine",
         FAKE,
         "## Scripted faults",
@@ -186,7 +186,7 @@ def settings_page() -> str:
         (f"`{name}`", places.get(name) or default(field), docs.get(name, ""))
         for name, field in Settings.model_fields.items()
     ]
-    origin = ORIGIN.format(source="`pipeline/settings.py`")
+    origin = ORIGIN.format(source="`pipeline/config/settings.py`")
     return "\n\n".join([origin, "# Settings", SETTINGS, table(("Setting", "Default", "Meaning"), *rows)]) + "\n"
 
 
@@ -195,7 +195,7 @@ def engine_options_page() -> str:
     onnx = [(f"`{name}`", default(field), docs[name]) for name, field in OnnxOptions.model_fields.items()]
     own = [(f"`{name}`", markdown(OWN_MEANINGS[name])) for name in OWN_OPTIONS]
     parts = [
-        ORIGIN.format(source="`pipeline/engines/onnx_options.py` and `vllm_options.py`"),
+        ORIGIN.format(source="`pipeline/engines/onnx/runtime/options.py` and `vllm_options.py`"),
         "# Engine options",
         ENGINE_OPTIONS,
         "## ONNX Runtime",
@@ -209,7 +209,7 @@ def engine_options_page() -> str:
 
 
 def client_page() -> str:
-    parts = [ORIGIN.format(source="`pipeline/client.py` and `job_handle.py`"), "# The Python client", CLIENT]
+    parts = [ORIGIN.format(source="`pipeline/client/client.py` and `job_handle.py`"), "# The Python client", CLIENT]
     for cls in (Client, JobHandle):
         rows = []
         for name, member in vars(cls).items():

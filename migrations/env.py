@@ -1,10 +1,10 @@
-"""Alembic's entry: runs inside the connection that ``storage.database`` hands over."""
+"""Alembic's entry: runs inside the connection that ``storage.sql.database`` hands over."""
 
 from __future__ import annotations
 
 from alembic import context
 
-from storage.tables import metadata
+from storage.sql.tables import metadata
 
 connection = context.config.attributes["connection"]
 context.configure(

@@ -9,21 +9,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.client import Client as Client
-    from pipeline.job_handle import JobHandle as JobHandle
-    from pipeline.job_spec import JobSpec as JobSpec
-    from pipeline.schedule_spec import ScheduleSpec as ScheduleSpec
+    from pipeline.client.client import Client as Client
+    from pipeline.client.handle import JobHandle as JobHandle
+    from pipeline.schedules.spec import ScheduleSpec as ScheduleSpec
+    from pipeline.spec.job_spec import JobSpec as JobSpec
     from storage.errors import JobCancelled as JobCancelled
     from storage.errors import JobFailed as JobFailed
     from storage.errors import RowmillError as RowmillError
 
 _HOMES = {
-    "Client": "pipeline.client",
+    "Client": "pipeline.client.client",
     "JobCancelled": "storage.errors",
     "JobFailed": "storage.errors",
-    "JobHandle": "pipeline.job_handle",
-    "JobSpec": "pipeline.job_spec",
-    "ScheduleSpec": "pipeline.schedule_spec",
+    "JobHandle": "pipeline.client.handle",
+    "JobSpec": "pipeline.spec.job_spec",
+    "ScheduleSpec": "pipeline.schedules.spec",
     "RowmillError": "storage.errors",
 }
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError, validate_call
 
-from pipeline import spec_values
-from pipeline.spec_values import Whole as Whole
+from pipeline.spec import values
+from pipeline.spec.values import Whole as Whole
 from storage.errors import InvalidJob, RowmillError, Unexpected
 
 T = TypeVar("T")
@@ -22,9 +22,9 @@ _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
 _OWN = "_rowmill_user_code"
 
 
-Text = Annotated[spec_values.Text, Field(max_length=8192)]
+Text = Annotated[values.Text, Field(max_length=8192)]
 """A name, an id, a place. SQLite takes no longer patterns than 50,000 bytes."""
-Limit = Annotated[Whole, Field(ge=1, le=spec_values.MOST_ITEMS)]
+Limit = Annotated[Whole, Field(ge=1, le=values.MOST_ITEMS)]
 """How many things to list."""
 Seconds = Annotated[float, Field(ge=0)]
 Moment = Annotated[float, Field(allow_inf_nan=False)] | datetime

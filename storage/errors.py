@@ -139,7 +139,7 @@ class IllegalTransition(RowmillError):
 
 
 class RowError(RowmillError):
-    """One row cannot be computed. ``code`` is stable (see ``pipeline.row_errors``)."""
+    """One row cannot be computed. ``code`` is stable (see ``pipeline.spec.error_codes``)."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)

@@ -20,12 +20,12 @@ from celery.signals import after_setup_logger, after_setup_task_logger, worker_s
 from celery.worker import state
 from kombu.transport import TRANSPORT_ALIASES
 
+from pipeline.config.settings import Settings
 from pipeline.engines import registry
-from pipeline.settings import Settings
-from pipeline.worker import Worker
+from pipeline.worker.worker import Worker
 from storage import logs
+from storage.broker import CONTROL_QUEUE, TICK, transport_options
 from storage.errors import TransientError
-from storage.wakeups import CONTROL_QUEUE, TICK, transport_options
 from tasks import redis_transport
 
 TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "tasks.redis_transport:Transport"))
@@ -56,7 +56,7 @@ app.conf.update(
     broker_channel_error_retry=True,
     broker_transport_options=transport_options(settings.broker_url or ""),
     timezone="UTC",
-    # Without ``expires``, which would compare beat's clock with the worker's (``storage.ticks`` drops what piles up).
+    # Without ``expires``, which would compare beat's clock with the worker's (``storage.fleet.maintenance_lock`` drops what piles up).
     beat_schedule={"tick": {"task": TICK, "schedule": settings.tick_seconds}},
 )
 

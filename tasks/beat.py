@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from storage.wakeups import TICK
+from storage.broker import TICK
 from tasks.app import app, worker
 
 

@@ -12,7 +12,7 @@ import sys
 import threading
 from contextlib import suppress
 
-from pipeline.engines.guardian import Guardian
+from pipeline.host.child_reaper import Guardian
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from storage.wakeups import FINALIZE, PLAN
+from storage.broker import FINALIZE, PLAN
 from tasks.app import app, worker
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from storage.wakeups import FINALIZE, PLAN, RUN, TICK
+from storage.broker import FINALIZE, PLAN, RUN, TICK
 
 LONGEST = 64 * 1024
 """Characters of a message. Ours have about a thousand."""

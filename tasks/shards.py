@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from storage.wakeups import RUN
+from storage.broker import RUN
 from tasks.app import app, worker
 
 

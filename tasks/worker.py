@@ -12,9 +12,9 @@ import platform
 import sys
 from collections.abc import Sequence
 
+from storage.broker import CONTROL_QUEUE
 from storage.errors import RowmillError
 from storage.redaction import redact_text
-from storage.wakeups import CONTROL_QUEUE
 from tasks import app as celery_app
 from tasks import control
 

@@ -32,8 +32,8 @@ import hypothesis
 import pytest
 import sqlalchemy as sa
 
-from pipeline.settings import Settings
-from storage import database
+from pipeline.config.settings import Settings
+from storage.sql import database
 from tests import servers
 
 # How long an example takes is up to the machine and whatever else runs on it.

@@ -6,7 +6,7 @@ import base64
 import json
 from typing import Any
 
-from storage.wakeups import RUN
+from storage.broker import RUN
 
 
 def encoded(text: str) -> str:

@@ -15,13 +15,13 @@ import typer
 from pipeline.cli import errors, output
 from pipeline.cli.streams import OutputError
 from pipeline.cli.values import setting_values
-from pipeline.json_text import check_text
+from pipeline.spec.json_text import check_text
 from storage.errors import InvalidJob
 from storage.redaction import redact_text
 
 if TYPE_CHECKING:
-    from pipeline.client import Client
-    from pipeline.settings import LoadedSettings
+    from pipeline.client.client import Client
+    from pipeline.config.settings import LoadedSettings
 
 _PANEL = "Every command"
 
@@ -68,7 +68,7 @@ class Invocation:
     @functools.cached_property
     def loaded(self) -> LoadedSettings:
         """The settings with their sources. Raises :class:`~storage.errors.InvalidSettings`."""
-        from pipeline.settings import load_settings
+        from pipeline.config.settings import load_settings
 
         values = setting_values(self.setting or ())
         flags = dict.fromkeys(values, "--setting")
@@ -79,7 +79,7 @@ class Invocation:
 
     def client(self) -> Client:
         """The client of the database that the settings name, with logging set up first."""
-        from pipeline.client import Client
+        from pipeline.client.client import Client
         from storage import logs
 
         logs.set_up(self.loaded.settings.log_level)

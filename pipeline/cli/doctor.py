@@ -11,7 +11,7 @@ from pipeline.cli import errors, output
 from pipeline.cli.command import Invocation, command
 
 if TYPE_CHECKING:
-    from pipeline.doctor_check import Check
+    from pipeline.diagnostics.check import Check
 
 
 @command
@@ -29,7 +29,7 @@ def doctor(
 
     Example: rowmill doctor --output s3://results/run-1
     """
-    from pipeline.doctor import checks
+    from pipeline.diagnostics.doctor import checks
 
     found = []
     if sys.stderr.isatty():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.status import JobStatus
+from pipeline.spec.status import JobStatus
 from storage import errors
 from storage.redaction import redact_text
 from storage.states import JobState

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, TypedDict
 from pipeline.cli import errors, output
 from pipeline.cli.command import Invocation, say
 from pipeline.cli.interrupts import InterruptWatch, end_now
-from pipeline.progress import progress
-from pipeline.status import JobStatus
+from pipeline.client.progress import progress
+from pipeline.spec.status import JobStatus
 from storage.errors import Interrupted
 from storage.redaction import redact_text
 
 if TYPE_CHECKING:
-    from pipeline.client import Client
+    from pipeline.client.client import Client
     from pipeline.engines.base import Cancellation
 
 _COUNTED_ERRORS = 10_000

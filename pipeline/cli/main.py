@@ -10,25 +10,16 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pipeline.cli import (
-    admin,
-    config,
-    db,
-    doctor,
-    errors,
-    job,
-    model,
-    model_benchmark,
-    schedule,
-    streams,
-    tenant,
-    worker,
-)
-from pipeline.cli.beat import beat
+from pipeline.cli import config, doctor, errors, streams
+from pipeline.cli.admin import db, maintenance, schedule, tenant, worker
+from pipeline.cli.admin.beat import beat
 from pipeline.cli.command import Invocation
+from pipeline.cli.job import commands
+from pipeline.cli.job.submit import estimate, submit
+from pipeline.cli.model import benchmark
+from pipeline.cli.model import commands as model
 from pipeline.cli.run import run
 from pipeline.cli.streams import OutputError
-from pipeline.cli.submit import estimate, submit
 from storage.redaction import redact_text
 
 
@@ -86,9 +77,9 @@ def _root(
 
 
 app.command(name="run")(run)
-job.app.command()(submit)
-job.app.command()(estimate)
-app.add_typer(job.app, name="job")
+commands.app.command()(submit)
+commands.app.command()(estimate)
+app.add_typer(commands.app, name="job")
 app.add_typer(schedule.app, name="schedule")
 app.command(name="beat")(beat)
 app.add_typer(worker.app, name="worker")
@@ -96,8 +87,8 @@ app.command(name="doctor")(doctor.doctor)
 app.add_typer(config.app, name="config")
 app.add_typer(db.app, name="db")
 app.add_typer(tenant.app, name="tenant")
-app.add_typer(admin.app, name="admin")
-model.app.command(name="benchmark")(model_benchmark.benchmark)
+app.add_typer(maintenance.app, name="admin")
+model.app.command(name="benchmark")(benchmark.benchmark)
 app.add_typer(model.app, name="model")
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pipeline.cli import streams
-from pipeline.words import count, duration, plural, printable
+from pipeline.spec.words import count, duration, plural, printable
 from storage.redaction import redact_known, redact_known_values
 
 __all__ = ["count", "duration", "plural", "printable"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.cli.command import Invocation, command
 from pipeline.cli.foreground import foreground
-from pipeline.cli.job_fields import with_job_fields
+from pipeline.cli.job.fields import with_job_fields
 
 
 @command

@@ -8,9 +8,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline import json_text
+from pipeline.spec import json_text
 from storage.errors import InvalidInput, InvalidJob, InvalidSettings
-from storage.local_files import read_given
+from storage.objects.local_files import read_given
 
 _REQUIRED = {"input": "INPUT", "output": "-o/--output", "model": "-m/--model", "task": "-t/--task"}
 _MERGED = (
@@ -55,7 +55,7 @@ def key_values(items: Iterable[str], option: str, *, literal: bool = False) -> d
 def moment(text: str, option: str, now: float) -> float:
     """A time in Unix seconds: ``"2026-11-30"``, ``"2026-11-30T12:00+01:00"`` (local time without an offset), or how
     long before ``now``: ``"90m"``, ``"24h"``, ``"7d"``. Raises :class:`InvalidJob` for anything else."""
-    from pipeline.job_spec import duration_seconds
+    from pipeline.spec.job_spec import duration_seconds
 
     try:
         return now - duration_seconds(text)
@@ -81,7 +81,7 @@ def messages(items: Iterable[str]) -> list[dict[str, str]]:
 
 def setting_values(items: Iterable[str]) -> dict[str, Any]:
     """``["flush_rows=10", "storage_options.s3.anon=true"]`` → nested values. Raises :class:`InvalidSettings`."""
-    from pipeline.settings_sources import text_or_json
+    from pipeline.config.sources import text_or_json
 
     found: dict[str, Any] = {}
     for item in items:
@@ -150,7 +150,7 @@ def job_fields(from_file: Mapping[str, Any], from_flags: Mapping[str, Any]) -> d
 
     Flags that were not given are ``None`` and say nothing. Raises :class:`InvalidJob` for what no job can lack.
     """
-    from pipeline.job_spec import JobSpec
+    from pipeline.spec.job_spec import JobSpec
 
     fields = dict(from_file)
     for name, value in from_flags.items():

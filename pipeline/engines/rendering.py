@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from pipeline.engines.arrow_text import is_bytes, is_text
-from pipeline.row_errors import RowErrorCode
+from pipeline.spec.error_codes import RowErrorCode
 from storage.errors import RowError
 
 pc: Any = pyarrow.compute

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.drift import Comparison, Drift, Limits
 from pipeline.models import cache_entry, saturation
+from pipeline.models.compare import Comparison, Drift, Limits
 
 Array = npt.NDArray[Any]
 

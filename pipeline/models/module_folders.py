@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline import json_text
+from pipeline.spec import json_text
 from storage.errors import InvalidModel
 
 LAYER_WEIGHTS = "model.safetensors"

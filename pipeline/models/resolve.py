@@ -11,10 +11,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from pipeline import json_text
 from pipeline.models import external_data, module_folders
 from pipeline.models.digest import digest
 from pipeline.models.model import Model
+from pipeline.spec import json_text
 from storage.errors import InvalidModel
 
 FAKE = "fake"

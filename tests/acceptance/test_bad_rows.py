@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 
 from examples.tiny_vision import LABELS, build_vit
 from tests.cli.conftest import Rowmill
-from tests.engines.onnx_support import FLOAT, INT64, graph, value
+from tests.engines.onnx.support import FLOAT, INT64, graph, value
 
 ROWS, BAD = 1000, 50
 VOCABULARY, WIDTH = 40, 3

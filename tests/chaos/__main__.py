@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from storage.database import Database
+from storage.sql.database import Database
 from tests.chaos.client import Users
 from tests.chaos.cluster import Cluster
 from tests.chaos.schedule import FAULTS, Schedule, draw

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import Client, JobSpec
-from pipeline.preflight import absolute
-from pipeline.settings import Settings
+from pipeline.config.settings import Settings
+from pipeline.jobs.preflight import absolute
 from storage.errors import CommitUnknown, Conflict, IllegalTransition, TransientError
 from storage.states import TERMINAL_JOB, JobState
 from tests.chaos.schedule import PlannedJob

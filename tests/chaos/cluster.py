@@ -14,8 +14,8 @@ from pathlib import Path
 
 import redis
 
-from pipeline.settings import Settings
-from storage import database
+from pipeline.config.settings import Settings
+from storage.sql import database
 from tests import servers
 from tests.chaos.schedule import LEASE_SECONDS, Fault
 from tests.forged import FORGED

@@ -12,9 +12,9 @@ import sqlalchemy as sa
 from pyroaring import BitMap
 
 from pipeline import Client
-from pipeline.settings import Settings
-from storage import tables
-from storage.database import Database, pack
+from pipeline.config.settings import Settings
+from storage.sql import tables
+from storage.sql.database import Database, pack
 from tests.chaos import client
 from tests.chaos.schedule import draw
 from tests.chaos.verdict import Verdict

@@ -15,10 +15,11 @@ import sqlalchemy as sa
 from pyroaring import BitMap
 
 from pipeline import Client
-from pipeline.settings import Settings
-from storage import states, tables
-from storage.database import Database, unpack
+from pipeline.config.settings import Settings
+from storage import states
 from storage.records import OUTPUT_SEQ
+from storage.sql import tables
+from storage.sql.database import Database, unpack
 from storage.states import JobState, ShardState
 from tests.chaos.client import Asked
 

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli.main import app
-from pipeline.status import JobStatus
+from pipeline.spec.status import JobStatus
 from storage.states import JobState
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import beat_health, schedule_loop
+from pipeline.config.settings import Settings
 from pipeline.engines.base import Cancellation
-from pipeline.settings import Settings
+from pipeline.worker import beat, beat_health
 from tests.cli.conftest import Rowmill
 
 
@@ -30,7 +30,7 @@ def test_each_round_shows(rowmill: Rowmill, tmp_path: Path, monkeypatch: pytest.
         interrupt.cancel("interrupted")
 
     monkeypatch.setattr(beat_health, "note_round", note)
-    schedule_loop.wake_workers(settings, interrupt)
+    beat.wake_workers(settings, interrupt)
     done = rowmill.inside("beat", "--health", "--json")
     assert done.code == 0 and done.document["healthy"] is True
     [mark] = (tmp_path / "cache").glob("beat-*.alive")

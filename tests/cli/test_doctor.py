@@ -11,36 +11,36 @@ from typing import Any
 
 import pytest
 
-from pipeline import doctor, doctor_engines, doctor_machine, doctor_output, doctor_probes
 from pipeline.cli.doctor import verdict
-from pipeline.doctor_check import Check
-from pipeline.settings import Settings
-from storage import database as storage_database
-from storage.objects import ObjectStore
+from pipeline.config.settings import Settings
+from pipeline.diagnostics import doctor, engines, machine, output, probes
+from pipeline.diagnostics.check import Check
+from storage.objects.store import ObjectStore
+from storage.sql import database as storage_database
 from tests.cli.conftest import Rowmill
 from tests.conftest import S3
-from tests.storage.faulty_s3 import proxy
+from tests.storage.objects.faulty_s3 import proxy
 
 
 def test_the_built_in_graph_is_the_model_that_it_is_said_to_be() -> None:
     onnx = pytest.importorskip("onnx")
-    model = onnx.load_from_string(doctor_probes.ADD_GRAPH)
+    model = onnx.load_from_string(probes.ADD_GRAPH)
     onnx.checker.check_model(model)
     assert [node.op_type for node in model.graph.node] == ["Add"]
 
 
 def test_onnx_runtime_is_proved_by_a_graph_that_ran() -> None:
     pytest.importorskip("onnxruntime")
-    result = doctor_engines.probe(["onnx", "CPUExecutionProvider"], 60)
+    result = engines.probe(["onnx", "CPUExecutionProvider"], 60)
     assert result["ok"]
     assert result["active"] == ["CPUExecutionProvider"]
     assert result["placement"] == ["CPUExecutionProvider"]
 
 
-@pytest.mark.skipif(doctor_machine.has_gpu(), reason="there is a GPU here")
+@pytest.mark.skipif(machine.has_gpu(), reason="there is a GPU here")
 def test_a_provider_that_falls_back_to_the_cpu_does_not_pass() -> None:
     pytest.importorskip("onnxruntime")
-    assert not doctor_engines.probe(["onnx", "CUDAExecutionProvider"], 60)["ok"]
+    assert not engines.probe(["onnx", "CUDAExecutionProvider"], 60)["ok"]
 
 
 def test_two_builds_of_onnx_runtime_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +49,7 @@ def test_two_builds_of_onnx_runtime_are_refused(tmp_path: Path, monkeypatch: pyt
         folder.mkdir()
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    (check,) = doctor_engines.onnx()
+    (check,) = engines.onnx()
     assert check.status == "fail"
     assert "onnxruntime and onnxruntime-gpu" in check.detail
     assert check.remedy is not None
@@ -57,10 +57,10 @@ def test_two_builds_of_onnx_runtime_are_refused(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_probe_that_crashes_or_hangs_is_a_finding() -> None:
-    crashed = doctor_engines.probe(["nonsense"], 60)
+    crashed = engines.probe(["nonsense"], 60)
     assert not crashed["ok"]
     assert "KeyError" in crashed["error"]
-    late = doctor_engines.probe(["onnx-providers"], 0.001)
+    late = engines.probe(["onnx-providers"], 0.001)
     assert late == {"ok": False, "error": "no answer within 0 s"}
 
 
@@ -109,12 +109,12 @@ def test_the_broker(redis_url: str) -> None:
 
 
 def _output(options: Mapping[str, Any], uri: str | None) -> dict[str, Check]:
-    found = list(doctor_output.checks(Settings(storage_options=dict(options)), uri))
+    found = list(output.checks(Settings(storage_options=dict(options)), uri))
     return {check.name: check for check in found}
 
 
 def test_an_output_that_nobody_asked_about() -> None:
-    [check] = doctor_output.checks(Settings(), None)
+    [check] = output.checks(Settings(), None)
     assert (check.status, check.name) == ("skip", "output")
 
 
@@ -142,7 +142,7 @@ def test_an_output_without_a_right(s3: S3, method: str, step: str) -> None:
 
 
 def test_an_output_whose_store_does_not_answer(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_output, "_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(output, "_PATIENCE_SECONDS", 0.1)
     found = _output(replace(s3, endpoint="http://127.0.0.1:1").storage_options, s3.url("out"))
     assert [(check.status, check.unreachable) for check in found.values()] == [("fail", True)]
 
@@ -161,11 +161,11 @@ def test_an_output_that_is_no_place(rowmill: Rowmill) -> None:
 
 
 def test_directories(tmp_path: Path) -> None:
-    missing = doctor_machine.directory("data directory", tmp_path / "a" / "b", sqlite=True)
+    missing = machine.directory("data directory", tmp_path / "a" / "b", sqlite=True)
     assert missing.status in ("ok", "warn")
     assert not (tmp_path / "a").exists()
     (tmp_path / "file").write_text("")
-    check = doctor_machine.directory("data directory", tmp_path / "file" / "b", sqlite=False)
+    check = machine.directory("data directory", tmp_path / "file" / "b", sqlite=False)
     assert check.status == "fail"
     assert check.remedy is not None
     assert "data_dir" in check.remedy
@@ -173,7 +173,7 @@ def test_directories(tmp_path: Path) -> None:
 
 def test_what_sounds_and_videos_need(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
-    found = doctor_engines.media()
+    found = engines.media()
     assert found.status == "skip"
     assert "rowmill[audio]" in (found.remedy or "")
 
@@ -181,11 +181,11 @@ def test_what_sounds_and_videos_need(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_directory_that_may_not_be_written_to(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    assert doctor_machine.directory("cache directory", tmp_path, sqlite=False).status == "fail"
+    assert machine.directory("cache directory", tmp_path, sqlite=False).status == "fail"
 
 
 def test_the_machine() -> None:
-    for check in (doctor_machine.cpu(), doctor_machine.memory(), doctor_machine.shared_memory(), doctor_machine.gpu()):
+    for check in (machine.cpu(), machine.memory(), machine.shared_memory(), machine.gpu()):
         assert check.detail
 
 
@@ -194,11 +194,11 @@ def test_a_driver_whose_gpu_does_not_answer(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     command.write_text("#!/bin/sh\necho 'No devices were found' >&2\nexit 6\n")
     command.chmod(0o755)
-    assert doctor_machine.gpu().status == "warn"
-    assert doctor_machine.gpu().detail == "No devices were found"
+    assert machine.gpu().status == "warn"
+    assert machine.gpu().detail == "No devices were found"
     command.write_text("#!/bin/sh\necho 'NVIDIA H200, 143771 MiB, 580.95'\n")
-    assert doctor_machine.gpu().status == "ok"
-    assert doctor_machine.has_gpu()
+    assert machine.gpu().status == "ok"
+    assert machine.has_gpu()
 
 
 @pytest.mark.parametrize(

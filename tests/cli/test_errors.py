@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.cli import errors as cli_errors
-from pipeline.status import JobStatus
+from pipeline.spec.status import JobStatus
 from storage import errors
 from storage.states import JobState
 

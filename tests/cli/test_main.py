@@ -9,9 +9,9 @@ from typing import get_args
 
 import pytest
 
-from pipeline.cli.job_fields import TaskName
-from pipeline.cli.job_list import StateName
-from pipeline.job_spec import Task
+from pipeline.cli.job.fields import TaskName
+from pipeline.cli.job.listing import StateName
+from pipeline.spec.job_spec import Task
 from storage.states import JobState
 from tests.cli.conftest import REPOSITORY, Rowmill
 

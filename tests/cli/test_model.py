@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 
 from examples.tiny_encoder import build_classifier, build_encoder
 from tests.cli.conftest import Rowmill
-from tests.engines.onnx_support import FLOAT, graph, value
+from tests.engines.onnx.support import FLOAT, graph, value
 
 
 def texts(rowmill: Rowmill, rows: int = 60) -> None:

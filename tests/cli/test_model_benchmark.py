@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from examples.tiny_encoder import build_encoder
-from pipeline.cli.model_benchmark import _SHOWN, _speeds
+from pipeline.cli.model.benchmark import _SHOWN, _speeds
 from tests.cli.conftest import Rowmill
 
 
@@ -23,7 +23,7 @@ def test_benchmark_shows_what_jobs_will_do(rowmill: Rowmill, encoder: Path) -> N
     trials = done.document["trials"]
     assert len(trials) >= 4 and all(trial["rows_per_second"] > 0 for trial in trials)
     assert done.document["chosen"] in [trial["layout"] for trial in trials if trial["chosen"]]
-    # Jobs read it from there: tests/engines/test_onnx_layout.py.
+    # Jobs read it from there: tests/engines/onnx/test_layout.py.
     assert len(list((Path(rowmill.environment["ROWMILL_CACHE_DIR"]) / "onnx-layouts").iterdir())) == 1
 
 

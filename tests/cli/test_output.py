@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from pipeline.cli import foreground, output
-from pipeline.status import JobStatus
+from pipeline.spec.status import JobStatus
 from storage.states import JobState
 from tests.cli.conftest import REPOSITORY
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 
-from pipeline import progress
-from pipeline.progress import Bar, Lines, Notebook, Silent
-from pipeline.rates import Rates, describe, describe_shortly, doing
-from pipeline.status import JobStatus, Phase
+from pipeline.client import progress
+from pipeline.client.progress import Bar, Lines, Notebook, Silent
+from pipeline.spec.rates import Rates, describe, describe_shortly, doing
+from pipeline.spec.status import JobStatus, Phase
 from storage.states import JobState
 
 Make = Callable[..., JobStatus]

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import Client
-from pipeline.settings import Settings
-from storage import tables
+from pipeline.config.settings import Settings
+from storage.sql import tables
 from storage.states import JobState
 from tests.cli.conftest import Rowmill
 

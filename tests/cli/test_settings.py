@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.settings import Origin, Settings, load_settings
+from pipeline.config.settings import Origin, Settings, load_settings
 from storage.errors import InvalidSettings
 from storage.redaction import redact, redact_text
 

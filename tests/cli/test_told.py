@@ -18,16 +18,16 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.engines import json_schema
-from pipeline.job_spec import JobSpec, parse
-from pipeline.json_text import MAX_DEPTH
-from pipeline.schedule_spec import parse_schedule
-from pipeline.settings import Settings, load_settings
-from storage.database import Database
+from pipeline.config.settings import Settings, load_settings
+from pipeline.engines.generation import json_schema
+from pipeline.schedules.spec import parse_schedule
+from pipeline.spec.job_spec import JobSpec, parse
+from pipeline.spec.json_text import MAX_DEPTH
+from storage.broker import Wakeups
 from storage.errors import InvalidJob, InvalidSettings, RowmillError
-from storage.object_errors import STORES, WRAPPERS
-from storage.objects import ObjectStore
-from storage.wakeups import Wakeups
+from storage.objects.errors import STORES, WRAPPERS
+from storage.objects.store import ObjectStore
+from storage.sql.database import Database
 from tests.cli.conftest import Rowmill
 from tests.cli.told import EMBED, deep, told
 

@@ -19,12 +19,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from pipeline import jsonl_input
 from pipeline.cli.values import json_file
-from pipeline.json_text import MAX_DEPTH
+from pipeline.inputs import jsonl
 from pipeline.models.resolve import resolve
+from pipeline.spec.json_text import MAX_DEPTH
 from storage.errors import InvalidInput, InvalidModel
-from storage.objects import ObjectStore
+from storage.objects.store import ObjectStore
 from tests.cli.conftest import Done, Rowmill
 from tests.cli.told import EMBED, deep, told
 
@@ -56,7 +56,7 @@ def test_json_lines(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(content)
     with contextlib.suppress(InvalidInput):
-        list(jsonl_input.tables(ObjectStore(), str(path), None))
+        list(jsonl.tables(ObjectStore(), str(path), None))
 
 
 def test_the_line_that_is_nested_too_deeply_is_named(rowmill: Rowmill) -> None:
@@ -69,7 +69,7 @@ def test_the_line_that_is_nested_too_deeply_is_named(rowmill: Rowmill) -> None:
 def test_brackets_in_strings_are_not_nested(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text(json.dumps({"a": "[" * 500 + '"' + "{" * 500 + "\\"}) + "\n")
-    assert sum(table.num_rows for table in jsonl_input.tables(ObjectStore(), str(path), None)) == 1
+    assert sum(table.num_rows for table in jsonl.tables(ObjectStore(), str(path), None)) == 1
 
 
 @pytest.mark.parametrize("kind", ["list", "dict"])
@@ -297,7 +297,7 @@ def test_a_database_that_another_process_has_locked(
     (data / "rowmill.db").write_bytes(whole)
     with closing(sqlite3.connect(data / "rowmill.db")) as connection:
         connection.execute("BEGIN EXCLUSIVE")
-        monkeypatch.setattr("storage.database._BUSY_SECONDS", 0.1)
+        monkeypatch.setattr("storage.sql.database._BUSY_SECONDS", 0.1)
         rows(rowmill)
         done = told(rowmill.inside("run", "in.parquet", "-o", "out", *EMBED), 1, home=rowmill.home)
     assert "rowmill.db was locked by another process" in done.err

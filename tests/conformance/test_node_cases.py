@@ -10,11 +10,11 @@ import onnx
 import pyarrow.parquet as pq
 
 from pipeline import Client
+from pipeline.config.settings import Settings
 from pipeline.engines.base import Cancellation, EngineContext, RowBatch, RowFailure
-from pipeline.engines.onnx import OnnxEngine
-from pipeline.job_spec import JobSpec, Task
+from pipeline.engines.onnx.engine import OnnxEngine
 from pipeline.models.resolve import resolve
-from pipeline.settings import Settings
+from pipeline.spec.job_spec import JobSpec, Task
 from storage.errors import InvalidInput, InvalidJob, InvalidModel
 from storage.states import JobState
 from tests.conformance.cases import KINDS, SHARE, Array, Case, Refused, all_cases, cases, plain, same_bits, write

@@ -10,11 +10,11 @@ import onnx
 import onnxruntime
 import pyarrow as pa
 
-from pipeline.engines import onnx_narrow
 from pipeline.engines.base import Cancellation, EngineContext, RowBatch
-from pipeline.engines.onnx import OnnxEngine
-from pipeline.job_spec import JobSpec, Task
+from pipeline.engines.onnx.engine import OnnxEngine
+from pipeline.engines.onnx.runtime import narrow_dtypes
 from pipeline.models.resolve import resolve
+from pipeline.spec.job_spec import JobSpec, Task
 from storage.errors import InvalidInput, InvalidJob, InvalidModel
 from tests.conformance.cases import KINDS, Array, Case, cases, column, plain_run
 
@@ -57,7 +57,7 @@ def alone(path: Path, rows: dict[str, Array], n: int) -> list[list[Array]] | Non
 
 
 def close(found: Array, expected: Array) -> bool:
-    if expected.dtype.kind in "OUSb" or not onnx_narrow.is_float(expected.dtype):
+    if expected.dtype.kind in "OUSb" or not narrow_dtypes.is_float(expected.dtype):
         return found.tolist() == expected.tolist()
     a, b = found.astype(np.float64), expected.astype(np.float64)
     finite = np.isfinite(b)

@@ -30,8 +30,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.engines.base import Cancellation, Engine, ResultBatch, RowBatch, RowFailure
-from pipeline.job_spec import JobSpec
-from pipeline.row_errors import RowErrorCode
+from pipeline.spec.error_codes import RowErrorCode
+from pipeline.spec.job_spec import JobSpec
 
 MakeBatch = Callable[[int, int], RowBatch]
 """``(first, n)`` → a batch with the rows ``first`` … ``first + n - 1``; no two rows have the same content."""

@@ -13,7 +13,7 @@ In a test (``world`` comes from ``conftest.py`` and runs the test on SQLite and 
 Three kinds of process, all started by this module as ``python -m tests.faults.driver`` (``celery``: as ``celery -A
 tasks.app``):
 
-``worker``  the ``pipeline.worker.Worker`` that Celery's tasks call, in a loop in place of Celery: tick, plan, run,
+``worker``  the ``pipeline.worker.worker.Worker`` that Celery's tasks call, in a loop in place of Celery: tick, plan, run,
             finalize. On both databases; ends on SIGTERM by ``Worker.close``.
 ``run``     the embedded mode: ``Client().run(**fields)``; prints the final status as JSON, or ends with code 3 and the
             error's class and text on stderr.
@@ -48,14 +48,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import sqlalchemy as sa
 
-from pipeline import Client, maintenance
-from pipeline.job import submit_job
-from pipeline.runtime import start
-from pipeline.settings import Settings
-from storage import failpoints, jobs, reaping, reports, tables
-from storage.database import Database, now
+from pipeline import Client
+from pipeline.config.settings import Settings
+from pipeline.jobs.submit import submit_job
+from pipeline.process.runtime import start
+from pipeline.worker import maintenance
+from storage import failpoints
 from storage.errors import EngineDead, RowmillError, TransientError
+from storage.fleet import reports
+from storage.queue import jobs, reaper
 from storage.records import Attempt, Job
+from storage.sql import tables
+from storage.sql.database import Database, now
 from storage.states import AttemptState, JobState
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -322,10 +326,10 @@ class World:
 
         wait_until(over, "the end of the leases")
 
-    def reap(self) -> reaping.Reaped:
+    def reap(self) -> reaper.Reaped:
         """One round of the reaper, in the test's process."""
         settings = self.settings
-        return reaping.reap(
+        return reaper.reap(
             self.database, lease_seconds=settings.lease_seconds, max_losses=settings.max_losses, actor="test-reaper"
         )
 
@@ -464,7 +468,7 @@ def _raise(error: BaseException) -> None:
 
 def _worker(queue: str) -> int:
     """Celery's tasks in a loop; a database that does not answer is what a failed task is to Celery: the next tick."""
-    from pipeline.worker import Worker
+    from pipeline.worker.worker import Worker
 
     over = threading.Event()
     worker = Worker(Settings(), engines=["fake"], queues=["control", "fake"], slots=1)

@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline import assembly
 from pipeline.engines.base import Cancellation, ResultBatch, RowBatch
-from pipeline.engines.fake import FakeEngine
-from pipeline.job_spec import JobSpec
-from pipeline.worker import Worker
-from storage import failpoints, local_files, new_file, parquet
+from pipeline.engines.fake.engine import FakeEngine
+from pipeline.output import assemble
+from pipeline.spec.job_spec import JobSpec
+from pipeline.worker.worker import Worker
+from storage import failpoints
+from storage.objects import local_files, new_file
+from storage.parquet import parquet
 from storage.states import TERMINAL_JOB
 from tests.faults import driver
 from tests.faults.driver import Process, World, wait_until
@@ -142,7 +144,7 @@ def die(where: str) -> None:
         case "reading":
             parquet.read = end
         case "assembling":
-            assembly.assemble = end
+            assemble.assemble = end
         case _:
             ways = (before_any_row, with_rows_inside, after_all_rows)
             FakeEngine.infer = {way.__name__: way for way in ways}[where]  # type: ignore[method-assign, assignment]

@@ -18,8 +18,9 @@ import sqlalchemy as sa
 from celery import Celery
 from hypothesis import strategies
 
-from pipeline.worker import Worker
-from storage import tables, workers
+from pipeline.worker.worker import Worker
+from storage.fleet import workers
+from storage.sql import tables
 from storage.states import AttemptState, JobState
 from tests.faults.driver import World, wait_until
 from tests.forged import FORGED, HEADERS, PROPERTIES, encoded, message

@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from pipeline.worker import Worker
-from storage import claims, jobs, reaping, shards, tables
-from storage.database import Database
+from pipeline.worker.worker import Worker
 from storage.errors import RowmillError, Unreachable
+from storage.queue import attempts as shards
+from storage.queue import claims, jobs
+from storage.queue import reaper as reaping
 from storage.records import Claim, Job
+from storage.sql import tables
+from storage.sql.database import Database
 from storage.states import AttemptState, JobState, ShardState
 from tests.faults.conftest import make_settings
 from tests.faults.driver import KILLED, World, wait_until

@@ -18,12 +18,13 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from pipeline.maintenance import reap
-from storage import claims, database, tables
-from storage.database import Database, now
+from pipeline.worker.maintenance import reap
 from storage.errors import CommitUnknown
-from storage.reaping import Reaped
+from storage.queue import claims
+from storage.queue.reaper import Reaped
 from storage.records import Claim
+from storage.sql import database, tables
+from storage.sql.database import Database, now
 from storage.states import AttemptState, JobState, ShardState
 from tests import servers
 from tests.faults.conftest import make_settings

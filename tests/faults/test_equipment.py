@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from pipeline import local
 from pipeline.engines import registry
 from pipeline.engines.base import Cancellation
-from pipeline.engines.fake import FakeEngine
-from pipeline.worker import Worker
-from storage import jobs, tables
+from pipeline.engines.fake.engine import FakeEngine
+from pipeline.worker import embedded
+from pipeline.worker.worker import Worker
 from storage.errors import EngineMissing
+from storage.queue import jobs
 from storage.records import Job
+from storage.sql import tables
 from storage.states import AttemptState, JobState, ShardState
 from tests.faults.driver import World
 
@@ -100,7 +101,7 @@ def test_the_embedded_mode_says_so_at_once(world: World) -> None:
     job_id = world.submit()
     Equipped.on_load = _missing
     runtime = world.client._runtime
-    status = local.run_job(runtime, job_of(world, job_id), interrupt=Cancellation())
+    status = embedded.run_job(runtime, job_of(world, job_id), interrupt=Cancellation())
     assert status.state is JobState.FAILED
     assert len(world.attempts(job_id)) == 1
     assert MISSING in str(job_of(world, job_id).error)
@@ -143,7 +144,7 @@ def test_a_worker_that_is_told_to_end_while_an_engine_loads(world: World, how: s
 
 
 def test_the_log_names_the_work(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "pipeline.worker")
+    caplog.set_level(logging.INFO, "pipeline.worker.worker")
     job_id = world.submit(tenant="ada")
     worker = worker_of(world)
     try:

@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.worker import Worker
-from storage import failpoints, jobs
+from pipeline.worker.worker import Worker
+from storage import failpoints
+from storage.queue import jobs
 from storage.states import JobState
 from tests.faults.driver import KILLED, World, wait_stopped, wait_until
 from tests.faults.sabotage import work

@@ -7,17 +7,18 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from storage import jobs, reaping, shards, tables
-from storage.database import Database
 from storage.errors import RowmillError
+from storage.queue import attempts, jobs, reaper
 from storage.records import Claim
-from tests.storage import test_shards
+from storage.sql import tables
+from storage.sql.database import Database
 from tests.storage.conftest import database as database
 from tests.storage.jobs_in_sql import expire_lease, output, part, planned_job, stored, take
+from tests.storage.queue import test_attempts
 
 
 def no_fence(database: Database, connection: sa.Connection, claim: Claim) -> sa.Row[Any]:
-    """In place of ``storage.shards.held_row``: the shard's row, whoever holds it, at whatever attempt, in any state."""
+    """In place of ``storage.queue.attempts.held_row``: the shard's row, whoever holds it, at whatever attempt, in any state."""
     query = sa.select(tables.shard).where(tables.shard.c.id == claim.shard.id)
     return connection.execute(database.locked(query)).one()
 
@@ -27,19 +28,19 @@ def zombie_scenario(database: Database) -> dict[str, Any]:
     job = planned_job(database, shards=2)
     zombie = take(database, job)
     expire_lease(database, zombie)
-    assert reaping.reap(database, lease_seconds=0.0, max_losses=8, actor="reaper").ready == 1
+    assert reaper.reap(database, lease_seconds=0.0, max_losses=8, actor="reaper").ready == 1
     fresh = take(database, job)
     assert (fresh.shard.id, fresh.attempt_no) == (zombie.shard.id, 2)
     accepted = []
     for name, claim in (("fresh", fresh), ("zombie", zombie)):
         try:
-            shards.flush(database, claim, part(claim, list(range(10))), tokens={"prompt_tokens": 5})
+            attempts.flush(database, claim, part(claim, list(range(10))), tokens={"prompt_tokens": 5})
             accepted.append(f"flush of {name}")
         except RowmillError:
             pass
     for name, claim in (("zombie", zombie), ("fresh", fresh)):
         try:
-            shards.commit(database, claim, output(claim), stats={})
+            attempts.commit(database, claim, output(claim), stats={})
             accepted.append(f"commit of {name}")
         except RowmillError:
             pass
@@ -67,7 +68,7 @@ def test_with_the_fence_a_zombie_does_nothing(database: Database) -> None:
 
 def test_without_the_fence_a_zombie_does_damage(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same, the fence taken out: the reaped attempt wins, its tokens count twice, its successor is shut out."""
-    monkeypatch.setattr(shards, "held_row", no_fence)
+    monkeypatch.setattr(attempts, "held_row", no_fence)
     after = zombie_scenario(database)
     assert after["accepted"] == ["flush of fresh", "flush of zombie", "commit of zombie"]
     assert after["committed"] == 1
@@ -76,12 +77,12 @@ def test_without_the_fence_a_zombie_does_damage(database: Database, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    "guarded", [test_shards.test_a_zombie_is_fenced_after_the_reaper], ids=lambda test: test.__name__
+    "guarded", [test_attempts.test_a_zombie_is_fenced_after_the_reaper], ids=lambda test: test.__name__
 )
 def test_without_the_fence_the_fault_tests_fail(
     database: Database, monkeypatch: pytest.MonkeyPatch, guarded: Any
 ) -> None:
     """A test of fault 6, run without the fence, is red."""
-    monkeypatch.setattr(shards, "held_row", no_fence)
+    monkeypatch.setattr(attempts, "held_row", no_fence)
     with pytest.raises((AssertionError, pytest.fail.Exception, RowmillError)):
         guarded(database)

@@ -14,7 +14,7 @@ import pytest
 import s3fs
 
 from pipeline import Client
-from pipeline.settings import Settings
+from pipeline.config.settings import Settings
 from storage import failpoints
 from storage.states import JobState
 from tests.conftest import S3

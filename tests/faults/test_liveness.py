@@ -10,12 +10,14 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import maintenance
-from pipeline.job import submit_job
-from pipeline.runtime import start
-from pipeline.worker import Worker
-from storage import failpoints, locations, tables, workers
+from pipeline.jobs.submit import submit_job
+from pipeline.process.runtime import start
+from pipeline.worker import maintenance
+from pipeline.worker.worker import Worker
+from storage import failpoints, locations
 from storage.errors import Conflict, InvalidInput, RowmillError
+from storage.fleet import workers
+from storage.sql import tables
 from storage.states import AttemptState, JobState
 from tests.faults.driver import KILLED, World, wait_until
 from tests.faults.sabotage import work

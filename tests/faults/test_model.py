@@ -32,10 +32,13 @@ from hypothesis.stateful import (
 )
 from pyroaring import BitMap
 
-from storage import claims, clock_steps, finalizing, garbage, jobs, planners, reaping, retries, shards, tables, workers
-from storage.claims import Lease
-from storage.database import Database, now, unpack
 from storage.errors import Conflict, IllegalTransition, LeaseLost
+from storage.fleet import clock_steps, garbage, workers
+from storage.fleet.workers import Worker
+from storage.queue import attempts as shards
+from storage.queue import claims, jobs, plan_leases, publish_leases, reaper
+from storage.queue import reopen as retries
+from storage.queue.claims import Lease
 from storage.records import (
     LONGEST_BACKOFF_SECONDS,
     LONGEST_POSTPONEMENT_SECONDS,
@@ -48,8 +51,9 @@ from storage.records import (
     Slice,
     Source,
 )
+from storage.sql import tables
+from storage.sql.database import Database, now, unpack
 from storage.states import OPEN_SHARD, TERMINAL_JOB, AttemptState, JobState, ShardState
-from storage.workers import Worker
 
 _ALWAYS: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
 _ALWAYS |= {"report_multiple_bugs": False}
@@ -426,13 +430,13 @@ class StorageMachine(RuleBasedStateMachine):
         self.agreed = False
         self.register(owner)
         waiting = self.by_turn(job for job in self.in_state(JobState.VALIDATING) if not job.finalizer_lives)
-        found = planners.claim(self.database, owner=f"{owner}#1", lease_seconds=-1.0 if lapsed else LEASE)
+        found = plan_leases.claim(self.database, owner=f"{owner}#1", lease_seconds=-1.0 if lapsed else LEASE)
         assert (found and found.id) == (waiting[0].id if waiting else None)
         if waiting:
             job = waiting[0]
             job.finalizer, job.finalizer_lives = f"{owner}#1", not lapsed
             if gives_up:
-                planners.postpone(self.database, job.id, owner=f"{owner}#1", error="no answer", delay=POSTPONED)
+                plan_leases.postpone(self.database, job.id, owner=f"{owner}#1", error="no answer", delay=POSTPONED)
                 job.finalizer, job.finalizer_lives = None, True
 
     def by_turn(self, found: Iterable[JobModel]) -> list[JobModel]:
@@ -798,14 +802,14 @@ class StorageMachine(RuleBasedStateMachine):
     @rule(batch=st.sampled_from([1, 200]))
     def reap(self, batch: int) -> None:
         self.agreed = False
-        found = reaping.reap(self.database, lease_seconds=0.0, max_losses=MAX_LOSSES, actor="reaper", batch=batch)
+        found = reaper.reap(self.database, lease_seconds=0.0, max_losses=MAX_LOSSES, actor="reaper", batch=batch)
         assert found == self.all_lost(lambda shard: shard.lapsed)
 
     @precondition(lambda self: self.held() or any(job.finalizer for job in self.jobs.values()))
     @rule(owner=st.sampled_from(OWNERS))
     def a_worker_is_found_dead(self, owner: str) -> None:
         self.agreed = False
-        found = reaping.reap_owners(self.database, [owner], max_losses=MAX_LOSSES, actor="reaper")
+        found = reaper.reap_owners(self.database, [owner], max_losses=MAX_LOSSES, actor="reaper")
         for job in sorted(self.jobs.values(), key=lambda job: job.id):
             if job.finalizer in (owner, f"{owner}#1"):
                 self.lose_finalizer(job)
@@ -897,13 +901,13 @@ class StorageMachine(RuleBasedStateMachine):
             ends = {"cancelled": JobState.CANCELLED, "expired": JobState.EXPIRED}
             self.move_job(job, ends.get(stopped or "", JobState.FAILED))
 
-    def all_lost(self, which: Callable[[ShardModel], bool]) -> reaping.Reaped:
+    def all_lost(self, which: Callable[[ShardModel], bool]) -> reaper.Reaped:
         gone = [(job, shard) for job, shard in self.shards() if shard.state is ShardState.RUNNING and which(shard)]
         for job, shard in sorted(gone, key=lambda item: item[1].id):
             self.lose(job, shard)
         self.read_clock()
         dead = sum(shard.state is ShardState.FAILED for _, shard in gone)
-        return reaping.Reaped(len(gone) - dead, dead)
+        return reaper.Reaped(len(gone) - dead, dead)
 
     # Publishing.
 
@@ -932,7 +936,7 @@ class StorageMachine(RuleBasedStateMachine):
 
     def take_finalize(self, owner: str, lease: float, job: JobModel | None, job_id: str | None = None) -> Job | None:
         self.register(owner)
-        found = finalizing.claim_finalize(self.database, owner=owner, lease_seconds=lease, job_id=job_id)
+        found = publish_leases.claim_finalize(self.database, owner=owner, lease_seconds=lease, job_id=job_id)
         assert (found and found.id) == (job and job.id)
         if job is not None and found is not None:
             job.epoch, job.finalizer, job.finalizer_lives = job.epoch + 1, owner, lease > 0
@@ -955,12 +959,12 @@ class StorageMachine(RuleBasedStateMachine):
 
     def complete_one(self, claimed: Job) -> None:
         job = self.jobs[claimed.id]
-        target = finalizing.end_state(claimed)
+        target = publish_leases.end_state(claimed)
         if not self.is_finalizer(claimed):
             with pytest.raises(LeaseLost):
-                finalizing.complete(self.database, claimed, target, actor="finalizer")
+                publish_leases.complete(self.database, claimed, target, actor="finalizer")
             return
-        finalizing.complete(self.database, claimed, target, actor="finalizer")
+        publish_leases.complete(self.database, claimed, target, actor="finalizer")
         if job.state is JobState.CANCELLING and job.stop_reason in ("cancelled", "expired") and job.whole:
             assert target is JobState.COMPLETED
             job.stop_reason = None
@@ -985,11 +989,11 @@ class StorageMachine(RuleBasedStateMachine):
 
         def call() -> None:
             if what == "fail":
-                finalizing.give_back(self.database, claimed, delay=POSTPONED, error="no space", actor="finalizer")
+                publish_leases.give_back(self.database, claimed, delay=POSTPONED, error="no space", actor="finalizer")
             elif what == "publish":
-                finalizing.begin_publishing(self.database, claimed, actor="finalizer")
+                publish_leases.begin_publishing(self.database, claimed, actor="finalizer")
             else:
-                finalizing.renew(self.database, claimed, lease_seconds=LEASE)
+                publish_leases.renew(self.database, claimed, lease_seconds=LEASE)
 
         if not self.is_finalizer(claimed):
             with pytest.raises(LeaseLost):
@@ -1105,7 +1109,7 @@ class StorageMachine(RuleBasedStateMachine):
     def tick(self, owner: str) -> None:
         """What happens within one tick: the calls of the round, and of the workers that it wakes."""
         self.bring_back()
-        found = reaping.reap(self.database, lease_seconds=0.0, max_losses=MAX_LOSSES, actor="reaper")
+        found = reaper.reap(self.database, lease_seconds=0.0, max_losses=MAX_LOSSES, actor="reaper")
         assert found == self.all_lost(lambda shard: shard.lapsed)
         for job in self.in_state(JobState.VALIDATING):
             self.plan_one(job, [2])

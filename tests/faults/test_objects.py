@@ -15,17 +15,20 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
-from pipeline import Client, maintenance
-from pipeline.settings import Settings
-from pipeline.worker import Worker
-from storage import failpoints, finalizing, jobs, local_files, locations
-from storage.new_file import NewLocalFile, Written
-from storage.objects import ObjectStore
+from pipeline import Client
+from pipeline.config.settings import Settings
+from pipeline.worker import maintenance
+from pipeline.worker.worker import Worker
+from storage import failpoints, locations
+from storage.objects import local_files
+from storage.objects.new_file import NewLocalFile, Written
+from storage.objects.store import ObjectStore
+from storage.queue import jobs, publish_leases
 from storage.states import AttemptState, JobState
 from tests.conftest import S3
 from tests.faults.driver import KILLED, World, wait_until
 from tests.faults.sabotage import sabotaged, work
-from tests.storage.faulty_s3 import CUT, CUT_AFTER, Faults, proxy
+from tests.storage.objects.faulty_s3 import CUT, CUT_AFTER, Faults, proxy
 
 
 @pytest.fixture(autouse=True)
@@ -386,7 +389,7 @@ def test_22_a_lost_file_and_a_late_finalizer(world: World) -> None:
     work(world, job)
     [first, _] = sorted((world.output / "data").iterdir())
     first.unlink()
-    finalizing.report_touched(world.database, str(world.output), actor="test")
+    publish_leases.report_touched(world.database, str(world.output), actor="test")
     other = Worker(world.settings)
     try:
         other.finalize()

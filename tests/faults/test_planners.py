@@ -14,16 +14,18 @@ import pytest
 import redis
 
 from pipeline.engines.base import Cancellation
-from pipeline.finalize import finalize_job
-from pipeline.job import plan_job, submit_job
-from pipeline.leases import LeaseKeeper
-from pipeline.runtime import Runtime, start
-from pipeline.shard import execute
-from pipeline.worker import Worker
-from storage import claims, failpoints, jobs, tables
-from storage.database import now
+from pipeline.execution.run_shard import execute
+from pipeline.jobs.submit import plan_job, submit_job
+from pipeline.output.finalize import finalize_job
+from pipeline.process.heartbeat import LeaseKeeper
+from pipeline.process.runtime import Runtime, start
+from pipeline.worker.worker import Worker
+from storage import failpoints
 from storage.errors import IllegalTransition, InvalidSettings, RowmillError, Unreachable
+from storage.queue import claims, jobs
 from storage.records import Job
+from storage.sql import tables
+from storage.sql.database import now
 from storage.states import JobState
 from tests.faults.driver import KILLED, World, wait_until
 

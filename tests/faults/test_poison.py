@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from pipeline.engines.base import ResultBatch
-from pipeline.engines.fake import FakeEngine
-from pipeline.worker import Worker
-from storage import failpoints, tables
+from pipeline.engines.fake.engine import FakeEngine
+from pipeline.worker.worker import Worker
+from storage import failpoints
+from storage.sql import tables
 from storage.states import TERMINAL_JOB, AttemptState, JobState
 from tests.faults.conftest import make_settings
 from tests.faults.driver import DEADLINE, KILLED, World, arm_all, wait_until

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.job import plan_job
-from storage import failpoints, planners
+from pipeline.jobs.submit import plan_job
+from storage import failpoints
 from storage.errors import IllegalTransition, InvalidInput, LeaseLost
+from storage.queue import plan_leases
 from storage.states import JobState
 from tests.faults.driver import KILLED, World, wait_stopped, wait_until
 
@@ -38,7 +39,7 @@ def test_a_worker_dies_and_another_one_plans(world: World) -> None:
     first = world.worker(arm={"plan.chunk": "stop@2"})
     wait_stopped(first)
     with pytest.raises(LeaseLost, match="another worker plans"):
-        planners.hold(world.database, job, owner="somebody else", lease_seconds=60)
+        plan_leases.hold(world.database, job, owner="somebody else", lease_seconds=60)
     first.kill()
     with world.worker():
         world.wait(job, JobState.COMPLETED)
@@ -56,7 +57,7 @@ def test_a_planner_that_is_late_changes_nothing(world: World) -> None:
     assert first.end() == 0
     world.check(job)
     with pytest.raises(IllegalTransition):
-        planners.hold(world.database, job, owner="somebody else", lease_seconds=60)
+        plan_leases.hold(world.database, job, owner="somebody else", lease_seconds=60)
 
 
 def test_cancelled_while_it_is_planned(world: World) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from pipeline import maintenance
-from pipeline.runtime import start
-from pipeline.worker import Worker
-from storage import schedules, tables
+from pipeline.process.runtime import start
+from pipeline.worker import maintenance
+from pipeline.worker.worker import Worker
+from storage.queue import schedules
 from storage.records import Fire
+from storage.sql import tables
 from storage.states import FireState, JobState
 from tests.faults.driver import KILLED, Process, World, wait_until
 

@@ -13,10 +13,11 @@ import pytest
 import redis
 import sqlalchemy as sa
 
-from pipeline import maintenance
-from pipeline.worker import Worker
-from storage import garbage, tables, ticks
-from storage.database import Database, now
+from pipeline.worker import maintenance
+from pipeline.worker.worker import Worker
+from storage.fleet import garbage, maintenance_lock
+from storage.sql import tables
+from storage.sql.database import Database, now
 from storage.states import JobState
 from tests.faults.driver import World, wait_until
 from tests.faults.test_schedules import NEW_YEARS, add, come_due, fires
@@ -157,7 +158,7 @@ def test_of_many_who_ask_one_may_tick(world: World) -> None:
 
     def take(database: Database) -> bool:
         barrier.wait(60)
-        return ticks.take(database, every=30.0)
+        return maintenance_lock.take(database, every=30.0)
 
     try:
         for seconds in (None, 31.0, -3600.0):  # at first, when it is due, and after the clock was set back
@@ -165,7 +166,7 @@ def test_of_many_who_ask_one_may_tick(world: World) -> None:
                 began_earlier(world.database, seconds)
             with ThreadPoolExecutor(len(databases)) as pool:
                 assert sum(pool.map(take, databases)) == 1
-            assert not ticks.take(databases[0], every=30.0)
+            assert not maintenance_lock.take(databases[0], every=30.0)
     finally:
         for database in databases:
             database.close()

@@ -1,4 +1,4 @@
-"""Fault 34: two databases and one output. What each step does in between is in ``tests/local/test_output_owner.py``."""
+"""Fault 34: two databases and one output. What each step does in between is in ``tests/output/test_owner.py``."""
 
 from __future__ import annotations
 

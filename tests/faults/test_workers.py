@@ -1,8 +1,8 @@
 """Faults 1 to 7: processes that die, stop, are told to end, or come back from the dead.
 
 Fault 3 (kill -9 of the process that an engine's processes belong to: they die, their memory is freed) needs an engine
-that has processes: ``tests/engines/test_vllm.py::test_kill_9_leaves_no_process`` does it to a real vLLM, and
-``tests/engines/test_guardian.py`` to what ends them. What the killed process was working on is fault 1.
+that has processes: ``tests/engines/vllm/test_engine.py::test_kill_9_leaves_no_process`` does it to a real vLLM, and
+``tests/host/test_child_reaper.py`` to what ends them. What the killed process was working on is fault 1.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from storage import database, tables
 from storage.deaths import Step
 from storage.errors import Unreachable
-from storage.reaping import Reaped
+from storage.queue.reaper import Reaped
+from storage.sql import database, tables
 from storage.states import AttemptState, JobState, ShardState
 from tests.faults.conftest import make_settings
 from tests.faults.driver import KILLED, Process, World, wait_stopped, wait_until
@@ -73,7 +73,7 @@ def test_01_an_embedded_process_dies(world: World, point: str) -> None:
 def test_02_the_engine_dies(world: World) -> None:
     """Fault 2: the engine dies under a living worker. The attempt failed, a new engine is built, the shard is retried.
 
-    ``tests/engines/test_vllm.py::test_a_dead_engine_process`` kills the process of a real vLLM.
+    ``tests/engines/vllm/test_engine.py::test_a_dead_engine_process`` kills the process of a real vLLM.
     """
     job = world.submit(engine_options={"die_on": "number 00050"})
     world.worker()

@@ -17,7 +17,7 @@ import pytest
 import redis
 
 from pipeline import Client
-from pipeline.settings import Settings
+from pipeline.config.settings import Settings
 from storage.states import JobState
 
 pytestmark = pytest.mark.postgres

@@ -23,10 +23,10 @@ import redis
 import yaml
 
 from pipeline import Client
-from pipeline.settings import Settings
-from storage import workers
+from pipeline.config.settings import Settings
+from storage.fleet import workers
+from storage.fleet.workers import Seen
 from storage.states import AttemptState, JobState, ShardState
-from storage.workers import Seen
 from tests.conftest import S3
 from tests.faults.driver import REPOSITORY, Process, environment, wait_until
 from tests.servers import Server
@@ -279,7 +279,7 @@ def test_a_fleet_loses_nothing(fleet: Fleet, s3: S3, redis_server: Server, tmp_p
 def _shards(fleet: Fleet, job_id: str) -> list[Any]:
     import sqlalchemy as sa
 
-    from storage import tables
+    from storage.sql import tables
 
     with fleet.database.read() as connection:
         return list(connection.execute(sa.select(tables.shard).where(tables.shard.c.job_id == job_id)))

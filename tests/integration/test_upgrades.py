@@ -13,12 +13,12 @@ import pytest
 import sqlalchemy as sa
 
 from pipeline import Client
+from pipeline.config.settings import Settings
 from pipeline.engines.base import Cancellation
-from pipeline.settings import Settings
-from pipeline.status import JobStatus
-from storage import database
-from storage.database import Database
+from pipeline.spec.status import JobStatus
 from storage.errors import Interrupted, InvalidJob, RowmillError, WaitTimeout
+from storage.sql import database
+from storage.sql.database import Database
 from tests.cli.conftest import Rowmill, rowmill  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.postgres

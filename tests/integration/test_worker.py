@@ -13,12 +13,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.runtime import start as start_runtime
-from pipeline.settings import Settings
-from storage import tables, workers
-from storage.database import now
+from pipeline.config.settings import Settings
+from pipeline.process.runtime import start as start_runtime
+from storage.fleet import workers
+from storage.fleet.workers import Seen
+from storage.sql import tables
+from storage.sql.database import now
 from storage.states import AttemptState, JobState
-from storage.workers import Seen
 from tests.cli.conftest import Rowmill, rowmill  # noqa: F401 - a fixture
 from tests.faults.conftest import broker_world  # noqa: F401 - a fixture
 from tests.faults.driver import Process, World, wait_until
@@ -140,7 +141,7 @@ def test_what_it_refuses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Refused before this process turns into another.
-    monkeypatch.setattr("pipeline.cli.worker.become", lambda *_: pytest.fail("it would have started"))
+    monkeypatch.setattr("pipeline.cli.admin.worker.become", lambda *_: pytest.fail("it would have started"))
 
     def refused(*arguments: str, **environment: str) -> tuple[int, str]:
         done = Rowmill(rowmill.home, rowmill.environment | environment).inside("worker", "start", *arguments)
@@ -168,7 +169,7 @@ def test_it_does_not_wait_for_the_broker(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     started: list[Any] = []
-    monkeypatch.setattr("pipeline.cli.worker.become", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr("pipeline.cli.admin.worker.become", lambda *arguments: started.append(arguments))
     there = {"ROWMILL_BROKER_URL": "redis://:secret@127.0.0.1:9/0", "ROWMILL_DATABASE_URL": postgres_database}
     done = Rowmill(rowmill.home, rowmill.environment | there).inside("worker", "start", "--engines", "fake")
     assert len(started) == 1

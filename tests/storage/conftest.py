@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from storage.database import Database
+from storage.sql.database import Database
 
 
 @pytest.fixture

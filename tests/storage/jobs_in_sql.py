@@ -8,9 +8,10 @@ import sqlalchemy as sa
 import uuid_utils
 from pyroaring import BitMap
 
-from storage import claims, jobs, tables
-from storage.database import Database
+from storage.queue import claims, jobs
 from storage.records import OUTPUT_SEQ, Claim, Job, PartFile, ShardPlan, Slice, Source
+from storage.sql import tables
+from storage.sql.database import Database
 
 OWNER = "worker-1"
 LEASE = 60.0

@@ -10,10 +10,11 @@ import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage import column_types, jobs, shards, tables
-from storage.database import Database
 from storage.errors import NotFound
+from storage.queue import attempts, jobs
 from storage.records import RowException
+from storage.sql import column_types, tables
+from storage.sql.database import Database
 from storage.states import JobState, ShardState
 from storage.storable import storable, storable_json
 from tests.storage.jobs_in_sql import part, planned_job, stored, take
@@ -76,15 +77,15 @@ def test_a_job_takes_any_text(database: Database) -> None:
 def test_an_attempt_takes_any_text(database: Database) -> None:
     job = planned_job(database, shards=2)
     claim = take(database, job)
-    shards.flush(
+    attempts.flush(
         database, claim, part(claim, [0], failed=(0,)), tokens={}, exceptions=[RowException(0, "bad_value", BAD)]
     )
-    assert shards.fail(database, claim, BAD, delay=0.0, max_failures=4, stats={BAD: float("nan")}) is ShardState.READY
+    assert attempts.fail(database, claim, BAD, delay=0.0, max_failures=4, stats={BAD: float("nan")}) is ShardState.READY
     [attempt] = stored(database, "attempt")
     assert (attempt.error, attempt.stats) == (GOOD, {GOOD: "nan"})
     assert [row.message for row in stored(database, "row_exception")] == [GOOD]
     assert stored(database, "shard", id=claim.shard.id)[0].error == GOOD
-    shards.fail_job(database, take(database, job), BAD)
+    attempts.fail_job(database, take(database, job), BAD)
     assert jobs.get(database, job.id).error == GOOD
     assert {"reason": "failed", "error": GOOD} in [event.data for event in jobs.events(database, job.id)]
 

@@ -1,0 +1,67 @@
+"""``rowmill db``: the database's schema."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pipeline.cli import output
+from pipeline.cli.command import Invocation, command
+from storage.errors import InvalidJob
+from storage.redaction import redact_url
+
+app = typer.Typer(help="The database.", no_args_is_help=True)
+
+
+@app.command()
+@command
+def upgrade(invocation: Invocation) -> None:
+    """Bring the database to this version's schema. Safe to repeat, and to run from several places at once."""
+    from storage.sql import database
+
+    url = invocation.loaded.settings.effective_database_url
+    revision = database.upgrade(url)
+    if invocation.as_json:
+        output.emit_json({"database": redact_url(url), "revision": revision})
+    else:
+        output.emit(f"{redact_url(url)} is at revision {revision}")
+
+
+@app.command()
+@command
+def wait(
+    invocation: Invocation,
+    timeout: Annotated[
+        float | None, typer.Option(min=0, metavar="SECONDS", help="Give up waiting then, with exit code 124.")
+    ] = None,
+) -> None:
+    """Wait until the database answers and has this version's schema: for a container that starts before it."""
+    from storage.sql import database
+
+    url = invocation.loaded.settings.effective_database_url
+    database.await_schema(url, timeout=timeout, notice=invocation.notice)
+    if invocation.as_json:
+        output.emit_json({"database": redact_url(url), "ready": True})
+
+
+@app.command()
+@command
+def downgrade(
+    invocation: Invocation,
+    revision: Annotated[str, typer.Argument(metavar="REVISION", help="An earlier revision, such as 0008.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Really: what the later revisions keep is lost.")] = False,
+) -> None:
+    """Take the schema back to an earlier version's, with the later version's Rowmill. Drain all workers first."""
+    from storage.sql import database
+
+    url = invocation.loaded.settings.effective_database_url
+    if not yes:
+        raise InvalidJob(
+            f"going back to {revision} drops what later revisions keep; make a backup first", field="--yes"
+        )
+    at = database.downgrade(url, revision)
+    if invocation.as_json:
+        output.emit_json({"database": redact_url(url), "revision": at})
+    else:
+        output.emit(f"{redact_url(url)} is at revision {at}")

@@ -1,0 +1,89 @@
+"""``rowmill admin``: what an operator looks at and sets going. Nothing here goes around the state machines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+
+from pipeline.cli import output
+from pipeline.cli.command import Invocation, command
+
+if TYPE_CHECKING:
+    from pipeline.process.runtime import Runtime
+
+app = typer.Typer(help="For operators: queues, lost shards, garbage.", no_args_is_help=True)
+
+
+@app.command()
+@command
+def queues(invocation: Invocation) -> None:
+    """Shards by queue and state."""
+    from storage.fleet import reports
+
+    with _runtime(invocation) as runtime:
+        counts = reports.shards_by_queue(runtime.database)
+    if invocation.as_json:
+        output.emit_json({"queues": counts})
+        return
+    if not counts:
+        invocation.notice("no shards")
+        return
+    states = ("ready", "running", "committed", "failed", "cancelled")
+    lines = [[queue, *(f"{found.get(state, 0):,}" for state in states)] for queue, found in sorted(counts.items())]
+    output.emit(output.table(("queue", *states), lines, right=states))
+
+
+@app.command()
+@command
+def reap(invocation: Invocation) -> None:
+    """Take back the shards whose worker died or whose lease ran out, and wind down jobs whose window has passed.
+
+    Workers and beat do so by themselves; this is for impatience, and for a database without them.
+    """
+    from pipeline.worker import maintenance
+
+    with _runtime(invocation) as runtime:
+        found = [maintenance.recover_local(runtime), maintenance.reap(runtime)]
+        expired = maintenance.expire(runtime)
+    ready, dead = sum(item.ready for item in found), sum(item.dead for item in found)
+    if invocation.as_json:
+        output.emit_json({"ready": ready, "given_up": dead, "expired_jobs": expired})
+    else:
+        output.emit(f"{ready} shards are ready again, {dead} were given up, {len(expired)} jobs have expired")
+
+
+@app.command()
+@command
+def gc(invocation: Invocation) -> None:
+    """Delete the files of ended attempts whose retention is over, and kept answers that are old or too many.
+
+    Jobs that ended longer ago than job_retention_days are deleted, too. The other limits are settings as well:
+    attempt_retention_hours, result_cache_days and result_cache_bytes.
+    """
+    from pipeline.worker import maintenance
+
+    with _runtime(invocation) as runtime:
+        deleted = maintenance.collect_garbage(runtime, budget=math.inf)
+        jobs = maintenance.delete_jobs(runtime, budget=math.inf)
+        files, n_bytes = maintenance.collect_results(runtime)
+    if invocation.as_json:
+        output.emit_json({"deleted": deleted, "deleted_jobs": jobs, "result_cache": {"files": files, "bytes": n_bytes}})
+    else:
+        output.emit(f"{deleted} locations were deleted")
+        output.emit(f"{output.plural(jobs, 'ended job')} past the retention deleted")
+        output.emit(f"{files} files of kept answers were deleted ({output.size(n_bytes)})")
+
+
+@contextmanager
+def _runtime(invocation: Invocation) -> Iterator[Runtime]:
+    from pipeline.process.runtime import start
+
+    runtime = start(invocation.loaded.settings)
+    try:
+        yield runtime
+    finally:
+        runtime.close()

@@ -1,0 +1,235 @@
+"""``rowmill schedule``: jobs that are submitted again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+from zoneinfo import ZoneInfo
+
+import typer
+
+from pipeline.cli import output, values
+from pipeline.cli.command import Invocation, command
+
+if TYPE_CHECKING:
+    from pipeline.schedules.api import Upcoming
+    from storage.records import Fire, Schedule
+
+app = typer.Typer(help="Schedules: jobs that are submitted again and again.", no_args_is_help=True)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The schedule's name.")]
+Tenant = Annotated[str, typer.Option(metavar="TENANT", help="Whose schedule it is.")]
+
+
+@app.command()
+@command
+def add(
+    invocation: Invocation,
+    name: Name,
+    spec: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SPEC", help="The job as TOML or JSON; {fire_date:%Y-%m-%d} and {schedule} in input and output."
+        ),
+    ],
+    cron: Annotated[
+        str, typer.Option(metavar="CRON", help="Minute, hour, day of month, month, day of week: '0 2 * * *'.")
+    ],
+    tz: Annotated[str, typer.Option(metavar="ZONE", help="Time zone, such as Europe/Berlin.")] = "UTC",
+    overlap: Annotated[
+        Literal["skip", "queue", "cancel-previous"],
+        typer.Option(metavar="HOW", help="While an earlier fire's job has not ended: skip, queue, or cancel-previous."),
+    ] = "skip",
+    misfire: Annotated[
+        Literal["latest", "all"],
+        typer.Option(metavar="HOW", help="Times that passed while nobody looked: latest (one fire), or all."),
+    ] = "latest",
+    misfire_grace: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Skip a fire noticed later than this: 30m, 24h, 7d.")
+    ] = None,
+    incremental: Annotated[
+        bool, typer.Option("--incremental", help="Only the files that no completed fire has taken as they are now.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and show the next fires; store nothing.")
+    ] = False,
+) -> None:
+    """Submit a job at certain times: checked and stored now, fired by 'rowmill beat' (with a broker, and workers)."""
+    options: dict[str, Any] = {
+        "cron": cron,
+        "tz": tz,
+        "job": values.spec_file(spec, "SPEC"),
+        "overlap": overlap,
+        "misfire": misfire,
+        "misfire_grace": misfire_grace,
+        "incremental": incremental,
+    }
+    with invocation.client() as client:
+        if dry_run:
+            _tell_upcoming(invocation, name, client.schedules.preview(name, **options))
+            return
+        _tell(invocation, client.schedules.add(name, **options))
+
+
+@app.command(name="list")
+@command
+def list_schedules(
+    invocation: Invocation,
+    tenant: Annotated[str | None, typer.Option(metavar="TENANT", help="Only this tenant's.")] = None,
+) -> None:
+    """Schedules by name."""
+    with invocation.client() as client:
+        found = client.schedules.list(tenant)
+    if invocation.as_json:
+        output.emit_json({"schedules": [_schedule(item) for item in found]})
+        return
+    if not found:
+        invocation.notice("no schedules")
+        return
+    lines = [
+        (s.name, s.cron, s.tz, "paused" if s.paused else _moment(s.next_at, s.tz), s.overlap, s.spec["output"])
+        for s in found
+    ]
+    output.emit(output.table(("name", "cron", "zone", "next", "overlap", "output"), lines))
+
+
+@app.command()
+@command
+def show(
+    invocation: Invocation,
+    name: Name,
+    tenant: Tenant = "default",
+    limit: Annotated[int, typer.Option("-n", "--limit", min=0, max=1000, metavar="N", help="So many fires.")] = 20,
+) -> None:
+    """One schedule, and what came of its last fires, the newest first."""
+    with invocation.client() as client:
+        schedule = client.schedules.get(name, tenant)
+        fires = client.schedules.fires(name, tenant, limit)
+    if invocation.as_json:
+        output.emit_json({"schedule": _schedule(schedule), "fires": [_fire(item, schedule.tz) for item in fires]})
+        return
+    output.emit(_described(schedule))
+    if fires:
+        columns = ("fire", "state", "job", "job state", "missed", "reason")
+        lines = [
+            (_moment(f.fire_at, schedule.tz), f.state, f.job_id, f.job_state, f.missed or None, f.reason) for f in fires
+        ]
+        output.emit("\n" + output.table(columns, lines, right=("missed",)))
+
+
+@app.command(name="next")
+@command
+def next_fires(
+    invocation: Invocation,
+    name: Name,
+    tenant: Tenant = "default",
+    count: Annotated[int, typer.Option("-n", "--count", min=1, max=1000, metavar="N", help="So many.")] = 5,
+) -> None:
+    """The next fires, with their zone, and where their jobs will read from and write to."""
+    with invocation.client() as client:
+        _tell_upcoming(invocation, name, client.schedules.upcoming(name, tenant, count))
+
+
+@app.command()
+@command
+def pause(invocation: Invocation, name: Name, tenant: Tenant = "default") -> None:
+    """Let nothing come due until it is resumed. Jobs that were submitted go on."""
+    with invocation.client() as client:
+        _tell(invocation, client.schedules.pause(name, tenant))
+
+
+@app.command()
+@command
+def resume(invocation: Invocation, name: Name, tenant: Tenant = "default") -> None:
+    """Go on from now. What would have come due meanwhile is not made up for."""
+    with invocation.client() as client:
+        _tell(invocation, client.schedules.resume(name, tenant))
+
+
+@app.command()
+@command
+def remove(invocation: Invocation, name: Name, tenant: Tenant = "default") -> None:
+    """Delete a schedule and what is known of its fires. Their jobs stay as they are."""
+    with invocation.client() as client:
+        client.schedules.remove(name, tenant)
+    if invocation.as_json:
+        output.emit_json({"removed": name})
+    else:
+        output.emit(f"{name}  removed")
+
+
+def _tell(invocation: Invocation, schedule: Schedule) -> None:
+    if invocation.as_json:
+        output.emit_json({"schedule": _schedule(schedule)})
+    else:
+        output.emit(
+            f"{schedule.name}  " + ("paused" if schedule.paused else f"next {_moment(schedule.next_at, schedule.tz)}")
+        )
+
+
+def _tell_upcoming(invocation: Invocation, name: str, found: Iterable[Upcoming]) -> None:
+    if invocation.as_json:
+        items = [{"fire_at": f.at, "local": f.local, "input": list(f.input), "output": f.output} for f in found]
+        output.emit_json({"name": name, "next": items})
+        return
+    lines = [(f.local, ", ".join(f.input), f.output) for f in found]
+    output.emit(output.table(("fire", "input", "output"), lines))
+
+
+def _described(s: Schedule) -> str:
+    return output.pairs(
+        [
+            ("name", s.name),
+            ("cron", f"{s.cron} ({s.tz})"),
+            ("next", "paused" if s.paused else _moment(s.next_at, s.tz)),
+            ("overlap", s.overlap),
+            ("misfire", s.misfire),
+            ("misfire grace", None if s.misfire_grace is None else output.duration(s.misfire_grace)),
+            ("incremental", "yes" if s.incremental else None),
+            ("task", s.spec["task"]),
+            ("model", s.spec["model"]),
+            ("input", ", ".join(s.spec["input"])),
+            ("output", s.spec["output"]),
+            ("tenant", s.tenant if s.tenant != "default" else None),
+            ("created", output.moment(s.created_at)),
+        ]
+    )
+
+
+def _schedule(s: Schedule) -> dict[str, Any]:
+    return {
+        "id": s.id,
+        "tenant": s.tenant,
+        "name": s.name,
+        "cron": s.cron,
+        "tz": s.tz,
+        "job": dict(s.spec),
+        "overlap": s.overlap,
+        "misfire": s.misfire,
+        "misfire_grace": s.misfire_grace,
+        "incremental": s.incremental,
+        "paused": s.paused,
+        "next_at": None if s.paused else s.next_at,
+        "created_at": s.created_at,
+    }
+
+
+def _fire(f: Fire, tz: str) -> dict[str, Any]:
+    return {
+        "fire_at": f.fire_at,
+        "local": datetime.fromtimestamp(f.fire_at, ZoneInfo(tz)).isoformat(),
+        "state": str(f.state),
+        "reason": f.reason,
+        "missed": f.missed,
+        "job": f.job_id,
+        "job_state": None if f.job_state is None else str(f.job_state),
+        "decided_at": f.decided_at,
+        "settled_at": f.settled_at,
+    }
+
+
+def _moment(at: float, tz: str) -> str:
+    """A time in the schedule's own zone, with the offset that tells apart what the clock shows twice."""
+    return datetime.fromtimestamp(at, ZoneInfo(tz)).isoformat(sep=" ")

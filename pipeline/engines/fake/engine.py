@@ -1,0 +1,327 @@
+"""The ``fake`` engine: every task, deterministic by the row's content, no model; with scripted faults, for tests.
+
+It answers as the real ones do, with the same columns and the same row errors. ``generate`` and ``chat`` give
+``"fake:<8 hex digits> <beginning of the prompt>"``, ``embed`` a unit vector, ``classify`` and ``score`` numbers from
+the text's SHA-256, ``tensor`` one column ``output``: the sum of the row's numbers. A token is a word.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.engines import rendering
+from pipeline.engines.base import Cancellation, EngineContext, ResultBatch, RowBatch, RowFailure
+from pipeline.engines.fake import faults as fake_faults
+from pipeline.engines.fake import rows as fake_rows
+from pipeline.engines.generation import chat_messages, sampling_columns
+from pipeline.engines.generation.sampling import check_sampling
+from pipeline.engines.model_config import sentence_prompts
+from pipeline.models.model import Model
+from pipeline.spec.answer_fields import fields_of
+from pipeline.spec.error_codes import RowErrorCode, request_timed_out
+from pipeline.spec.job_spec import JobSpec, Task
+from pipeline.spec.prompt_template import Template
+from storage.errors import Blame, EngineDead, InvalidInput, InvalidJob
+
+SHUFFLE_WINDOW = 4
+"""Batches that may overtake each other under ``shuffle``."""
+
+
+class FakeEngine:
+    """See the module, and :class:`pipeline.engines.fake.faults.FakeOptions` for what can be made to go wrong."""
+
+    name: ClassVar[str] = "fake"
+    times_out_requests: ClassVar[bool] = True
+    tasks: ClassVar[frozenset[Task]] = frozenset(Task)
+
+    def __init__(self, model: Model, task: Task, options: Mapping[str, Any], context: EngineContext) -> None:
+        self._options = fake_faults.parse(options)
+        self._faults = fake_faults.Faults(self._options)
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._died: EngineDead | None = None
+
+    @classmethod
+    def check(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:
+        """See :meth:`pipeline.engines.base.Engine.check`."""
+        cls.check_request(spec, model)
+        columns = _read_by(spec, schema)
+        for field, name in columns:
+            if (n := schema.names.count(name)) != 1:
+                problem = "no column" if n == 0 else f"{n} columns named"
+                raise InvalidInput(f"the input has {problem} {name!r}; it has {', '.join(schema.names)}", field=field)
+            kind = schema.field(name).type
+            wanted = _wanted(spec, field, kind)
+            if wanted is not None:
+                raise InvalidInput(f"column {name!r} is {kind}; task '{spec.task}' needs {wanted}", field=field)
+        columns += [("sampling_columns", name) for name in sampling_columns.check_columns(spec, schema)]
+        return tuple(dict.fromkeys(name for _, name in columns))
+
+    @classmethod
+    def check_request(cls, spec: JobSpec, model: Model) -> None:
+        """See :class:`pipeline.engines.base.ChecksRequests`."""
+        fake_faults.parse(spec.engine_options)
+        check_sampling(spec.sampling)
+        sentence_prompts.NONE.of(spec)
+        for name in ("dimensions", "embedding_type", "top_k"):
+            if getattr(spec, name) is not None:
+                raise InvalidJob("engine 'fake' does not do that; leave it away", field=name)
+        if spec.overlong == "split":
+            raise InvalidJob("engine 'fake' does not split texts", field="overlong")
+        for name in ("logprobs", "prompt_logprobs", "logprob_token_ids"):
+            if spec.sampling.get(name) is not None:
+                raise InvalidJob("engine 'fake' has no probabilities", field=f"sampling.{name}")
+
+    @classmethod
+    def result_names(cls, spec: JobSpec, model: Model) -> tuple[str, ...] | None:
+        """See :class:`pipeline.engines.base.NamesResults`."""
+        return ("output",) if spec.task is Task.TENSOR else None
+
+    def load(self) -> None:
+        self._faults.on_load()
+
+    def result_schema(self, spec: JobSpec) -> pa.Schema:
+        """See :meth:`pipeline.engines.base.Engine.result_schema`."""
+        fields: list[Any]
+        match spec.task:
+            case Task.EMBED:
+                vector = pa.list_(pa.float32(), fake_rows.WIDTH)
+                fields = [pa.field("embedding", vector), pa.field("prompt_tokens", pa.int32())]
+            case Task.TENSOR:
+                fields = [pa.field("output", pa.float64())]
+            case _:
+                fields = fields_of(spec)
+        return pa.schema(fields)
+
+    def infer(self, spec: JobSpec, batches: Iterable[RowBatch], cancel: Cancellation) -> Iterator[ResultBatch]:
+        """See :meth:`pipeline.engines.base.Engine.infer`. Draws one batch ahead, or four under ``shuffle``."""
+        results = self._computed(spec, batches, cancel)
+        for result in _shuffled(results) if self._options.shuffle else results:
+            if cancel.cancelled:
+                return
+            n = len(result.rows) + len(result.failures)
+            yield result
+            # Only now: whoever asks for the next result has taken this one.
+            self._faults.after_rows(n)
+
+    def _computed(self, spec: JobSpec, batches: Iterable[RowBatch], cancel: Cancellation) -> Iterator[ResultBatch]:
+        compute = (
+            _Tensor(spec, cancel)
+            if spec.task is Task.TENSOR
+            else _Text(spec, self._options, self.result_schema(spec), cancel)
+        )
+        for batch in batches:
+            self._check_alive(Blame.OTHERS)
+            if not self._faults.before_batch(cancel):
+                return
+            # It was inside while it waited.
+            self._check_alive(Blame.OWN)
+            try:
+                texts, result = compute(batch, self._faults)
+            except EngineDead as error:
+                self._died = error
+                raise
+            self._faults.computed(len(batch.rows))
+            with self._lock:
+                self._counts["rows"] += len(batch.rows)
+                self._counts["failed_rows"] += len(result.failures)
+                for name in ("prompt_tokens", "completion_tokens"):
+                    if result.values is not None and name in result.values.schema.names:
+                        self._counts[name] += int(result.values.column(name).to_numpy().sum())
+            yield from self._broken(batch, texts, result)
+
+    def _broken(self, batch: RowBatch, texts: list[str | None], result: ResultBatch) -> Iterator[ResultBatch]:
+        """The result, less or more what the script says."""
+        dropped = _matching(batch, texts, self._options.drop_row)
+        yield _without(result, dropped) if dropped else result
+        doubled = _matching(batch, texts, self._options.double_row)
+        if doubled:
+            yield _without(result, set(batch.rows.tolist()) - doubled)
+
+    def _check_alive(self, blame: Blame) -> None:
+        if self._died is not None:
+            raise EngineDead(f"died under another call too: {self._died}", blame=blame)
+
+    def stats(self) -> dict[str, Any]:
+        """Rows and tokens since load."""
+        with self._lock:
+            return dict(self._counts)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+class _Text:
+    """One call's rows to results, for every task but ``tensor``."""
+
+    def __init__(
+        self, spec: JobSpec, options: fake_faults.FakeOptions, schema: pa.Schema, cancel: Cancellation
+    ) -> None:
+        self._spec, self._cancel = spec, cancel
+        self._options = options
+        self._schema = schema
+        self._read = fake_rows.reader(spec)
+
+    def __call__(self, batch: RowBatch, faults: fake_faults.Faults) -> tuple[list[str | None], ResultBatch]:
+        texts, failures = self._read(batch.columns, len(batch.rows))
+        if self._spec.prefix:
+            texts = [None if text is None else self._spec.prefix + text for text in texts]
+        if self._spec.task in (Task.GENERATE, Task.CHAT) and "" in texts:
+            for at, text in enumerate(texts):
+                if text == "":
+                    failures[at] = (RowErrorCode.INVALID_VALUE, "the prompt is empty")
+        faults.on_texts(texts)
+        self._limit(texts, failures)
+        _time_out(self._spec, texts, faults, failures, self._cancel)
+        refused = self._options.fail_rows_matching
+        if refused is not None:
+            for at, text in enumerate(texts):
+                if text is not None and refused in text:
+                    failures[at] = (RowErrorCode.ENGINE_REFUSED, f"scripted: the row contains {refused!r}")
+        good = [text for at, text in enumerate(texts) if text is not None and at not in failures]
+        values = pa.RecordBatch.from_arrays(list(self._columns(good).values()), schema=self._schema)
+        return texts, _result(batch, values, failures)
+
+    def _limit(self, texts: list[str | None], failures: dict[int, fake_rows.Failure]) -> None:
+        most = self._options.max_prompt_tokens
+        if most is None:
+            return
+        error = self._spec.overlong == "error" or (
+            self._spec.overlong == "auto" and self._spec.task in (Task.GENERATE, Task.CHAT)
+        )
+        for at, text in enumerate(texts):
+            words = [] if text is None else text.split()
+            if len(words) > most and error:
+                message = f"the prompt has {len(words)} tokens; the model takes {most}"
+                failures[at] = (RowErrorCode.PROMPT_TOO_LONG, message)
+            elif len(words) > most:
+                texts[at] = " ".join(words[:most])
+
+    def _columns(self, texts: list[str]) -> dict[str, pa.Array[Any]]:
+        match self._spec.task:
+            case Task.EMBED:
+                return fake_rows.embeddings(texts)
+            case Task.CLASSIFY:
+                return fake_rows.classes(texts)
+            case Task.SCORE:
+                return fake_rows.scores(texts)
+            case _:
+                return fake_rows.answers(self._spec, texts)
+
+
+class _Tensor:
+    """One call's rows to results, for ``tensor``."""
+
+    def __init__(self, spec: JobSpec, cancel: Cancellation) -> None:
+        self._spec, self._cancel = spec, cancel
+        self._names = tuple(spec.inputs.values()) if spec.inputs else None
+
+    def __call__(self, batch: RowBatch, faults: fake_faults.Faults) -> tuple[list[str | None], ResultBatch]:
+        total = np.zeros(len(batch.rows))
+        failures: dict[int, fake_rows.Failure] = {}
+        for name in self._names or batch.columns.schema.names:
+            sums, nulls = fake_rows.row_sums(batch.columns.column(name))
+            total += sums
+            for at in np.flatnonzero(nulls).tolist():
+                failures.setdefault(at, (RowErrorCode.MISSING_VALUE, f"column {name!r} is null, or holds a null"))
+        texts: list[str | None] = [str(number) for number in total.tolist()]
+        faults.on_texts(texts)
+        _time_out(self._spec, texts, faults, failures, self._cancel)
+        good = np.ones(len(total), dtype=bool)
+        good[list(failures)] = False
+        return texts, _result(batch, pa.RecordBatch.from_arrays([pa.array(total[good])], ["output"]), failures)
+
+
+def _time_out(
+    spec: JobSpec,
+    texts: list[str | None],
+    faults: fake_faults.Faults,
+    failures: dict[int, fake_rows.Failure],
+    cancel: Cancellation,
+) -> None:
+    for at in faults.aborted(texts, spec.request_timeout, cancel):
+        failures.setdefault(at, (RowErrorCode.REQUEST_TIMEOUT, request_timed_out(spec.request_timeout)))
+
+
+_MEDIA = ("image_column", "audio_column", "video_column")
+
+
+def _read_by(spec: JobSpec, schema: pa.Schema) -> list[tuple[str, str]]:
+    """Field of the spec and column, for every column that the task reads."""
+    if spec.task is Task.TENSOR:
+        if spec.inputs:
+            return [(f"inputs.{key}", name) for key, name in spec.inputs.items()]
+        numeric = [("inputs", field.name) for field in schema if fake_rows.is_numeric(field.type)]
+        if not numeric:
+            raise InvalidInput("the input has no column of numbers, and task 'tensor' needs one", field="input")
+        return numeric
+    read = [("prompt", name) for name in (Template(spec.prompt).fields if spec.prompt is not None else ())]
+    for i, message in enumerate(spec.messages or ()):
+        read += [(f"messages.{i}.content", name) for name in Template(message.content).fields]
+    own = ("column", "pair_column", "prompt_token_column", "adapter_column", *_MEDIA)
+    read += [(field, name) for field in own if (name := getattr(spec, field)) is not None]
+    return read
+
+
+def _wanted(spec: JobSpec, field: str, kind: pa.DataType) -> str | None:
+    """What the column should have been, or ``None`` when it is that."""
+    if spec.task is Task.TENSOR:
+        return None if fake_rows.is_numeric(kind) else "numbers, or lists or tensors of them"
+    if field in _MEDIA:
+        return None
+    if field == "prompt_token_column":
+        return None if fake_rows.is_numeric(kind) and pa.types.is_nested(kind) else "lists of token ids"
+    if field not in ("column", "pair_column", "adapter_column"):
+        refused = rendering.refusal(kind)
+        return None if refused is None else f"what a template can write ({refused})"
+    if spec.task is Task.CHAT and field == "column":
+        return (
+            None
+            if chat_messages.is_conversation(kind)
+            else "a list of structs with role and content, or JSON text of that"
+        )
+    return None if fake_rows.is_text(kind) else "text"
+
+
+def _result(batch: RowBatch, values: pa.RecordBatch, failures: Mapping[int, fake_rows.Failure]) -> ResultBatch:
+    rows = batch.rows
+    if failures:
+        good = np.ones(len(rows), dtype=bool)
+        good[list(failures)] = False
+        rows = rows[good]
+    failed = tuple(RowFailure(int(batch.rows[at]), code, text) for at, (code, text) in sorted(failures.items()))
+    return ResultBatch(rows, values, failed)
+
+
+def _matching(batch: RowBatch, texts: list[str | None], needle: str | None) -> set[int]:
+    if needle is None:
+        return set()
+    return {int(row) for row, text in zip(batch.rows, texts, strict=True) if text is not None and needle in text}
+
+
+def _without(result: ResultBatch, rows: set[int]) -> ResultBatch:
+    keep = np.array([int(row) not in rows for row in result.rows], dtype=bool)
+    values = None if result.values is None else result.values.filter(pa.array(keep))
+    return ResultBatch(result.rows[keep], values, tuple(f for f in result.failures if f.row not in rows))
+
+
+def _shuffled(results: Iterator[ResultBatch]) -> Iterator[ResultBatch]:
+    """Out of order within a window, by a generator whose seed is always the same."""
+    chance = random.Random(0)  # noqa: S311 - an order, not a secret
+    held: list[ResultBatch] = []
+    for result in results:
+        order = list(range(len(result.rows)))
+        chance.shuffle(order)
+        values = None if result.values is None else result.values.take(pa.array(order, pa.int64()))
+        held.append(ResultBatch(result.rows[order], values, result.failures))
+        if len(held) == SHUFFLE_WINDOW:
+            yield held.pop(chance.randrange(len(held)))
+    chance.shuffle(held)
+    yield from held

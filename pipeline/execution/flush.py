@@ -1,0 +1,165 @@
+"""Gathers an attempt's results and makes them durable: each flush is a verified part file and a fenced resume point.
+
+Writing happens in a thread of its own, so that the engine goes on meanwhile; at most one flush is under way, which
+bounds the memory to two buffers, and what a crash costs to ``flush_rows``, twice what one file holds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyroaring import BitMap
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
+
+from pipeline.engines.base import ResultBatch
+from pipeline.output import assemble, owner
+from pipeline.process.runtime import Runtime
+from pipeline.spec.error_codes import RowErrorCode
+from storage import failpoints
+from storage.errors import CommitUnknown, TransientError
+from storage.parquet import parquet
+from storage.queue import attempts
+from storage.records import Claim, PartFile, RowException
+from storage.sql.tables import TOKENS
+
+T = TypeVar("T")
+
+PATIENCE_SECONDS = 600.0
+"""How long an attempt waits for a database that does not answer, before it gives up what it has not flushed."""
+
+
+def patiently(call: Callable[[], T], *, seconds: float = PATIENCE_SECONDS) -> T:
+    """Repeat ``call`` while the database does not answer: for fenced writes, which are safe to repeat.
+
+    One that took effect although its COMMIT went unanswered finds itself fenced: :class:`LeaseLost`.
+    """
+    retrying = Retrying(
+        retry=retry_if_exception_type((TransientError, CommitUnknown)),
+        wait=wait_exponential_jitter(multiplier=0.2, max=10.0),
+        stop=stop_after_delay(seconds),
+        reraise=True,
+    )
+    return retrying(call)
+
+
+class Flusher:
+    """One attempt's part files. Use as a context manager; ``add`` results, then ``drain``.
+
+    ``parts`` are the files flushed so far, oldest first. Errors of the writing thread surface at the next call.
+    """
+
+    def __init__(self, runtime: Runtime, claim: Claim, directory: str, schema: pa.Schema) -> None:
+        self._runtime, self._claim, self._directory, self._schema = runtime, claim, directory, schema
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="rowmill-flush")
+        self._pool.submit(int)  # starts its thread: an interpreter that is ending starts none, and has yet to flush
+        self._pending: Future[PartFile] | None = None
+        self._seq = 0
+        self._clear()
+        self.parts: list[PartFile] = []
+        self.rows_flushed = 0
+        self.seconds = 0.0
+
+    def __enter__(self) -> Flusher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True)
+        self._runtime.unflushed.pop(self._claim.shard.id, None)
+
+    def add(self, results: ResultBatch, rows: BitMap, failed: BitMap) -> None:
+        """Take results whose rows are settled; flushes when rows, bytes or seconds say so."""
+        self._buffer.append(results)
+        self._rows |= rows
+        self._failed |= failed
+        self._bytes += 0 if results.values is None else results.values.nbytes
+        self._runtime.unflushed[self._claim.shard.id] = len(self._rows)
+        settings = self._runtime.settings
+        if (
+            2 * len(self._rows) >= settings.flush_rows
+            or self._bytes >= settings.flush_bytes
+            or time.monotonic() - self._since >= settings.flush_seconds
+        ):
+            self._begin()
+
+    def drain(self) -> None:
+        """Flush what is left and wait until all of it is durable."""
+        if self._buffer:
+            self._begin()
+        self._settle()
+
+    def _clear(self) -> None:
+        self._buffer: list[ResultBatch] = []
+        self._rows, self._failed, self._bytes = BitMap(), BitMap(), 0
+        self._since = time.monotonic()
+
+    def _begin(self) -> None:
+        self._settle()
+        self._pending = self._pool.submit(self._flush, self._seq, self._buffer, self._rows, self._failed)
+        self._seq += 1
+        self._clear()
+
+    def _settle(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            try:
+                part = pending.result()
+            finally:
+                del pending  # its error holds this frame: a ring that would keep the caller's engine call open
+            self.parts.append(part)
+
+    def _flush(self, seq: int, buffer: list[ResultBatch], rows: BitMap, failed: BitMap) -> PartFile:
+        began = time.monotonic()
+        runtime, claim = self._runtime, self._claim
+        owner.check(runtime, claim.job)
+        table = assemble.result_table(self._schema, buffer)
+        with parquet.writer(runtime.store, f"{self._directory}/part-{seq:05d}.parquet", table.schema) as file:
+            file.write(table)
+        written = file.written
+        runtime.store.verify(written)
+        failpoints.hit("flush.stored")
+        part = PartFile(
+            attempt_no=claim.attempt_no,
+            seq=seq,
+            uri=written.uri,
+            n_bytes=written.n_bytes,
+            sha256=written.sha256,
+            etag=written.etag,
+            rows=rows,
+            failed=failed,
+        )
+        exceptions = [
+            RowException(failure.row, str(failure.code), failure.message)
+            for batch in buffer
+            for failure in batch.failures
+        ]
+        tokens = _count_tokens(buffer)
+        poison = sum(exception.code == RowErrorCode.POISON_ROW for exception in exceptions)
+        patiently(
+            lambda: attempts.flush(runtime.database, claim, part, tokens=tokens, exceptions=exceptions, n_poison=poison)
+        )
+        self.rows_flushed += len(rows)
+        failpoints.hit("flush.recorded")
+        if failed and claim.job.spec.get("max_failed_rows") is not None:
+            patiently(lambda: attempts.stop_if_too_many_failed(runtime.database, claim.job.id, runtime.actor))
+        self.seconds += time.monotonic() - began
+        return part
+
+
+def _count_tokens(buffer: list[ResultBatch]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for batch in buffer:
+        if batch.values is None:
+            continue
+        for name in TOKENS:
+            index = batch.values.schema.get_field_index(name)
+            if index >= 0:
+                counts[name] = counts.get(name, 0) + int(pc.sum(batch.values.column(index)).as_py() or 0)
+    return counts

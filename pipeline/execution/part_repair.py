@@ -1,0 +1,54 @@
+"""When part files no longer hold what was flushed: find them, so that their rows are computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow.compute as pc
+
+from pipeline.execution.flush import patiently
+from pipeline.process.runtime import Runtime
+from storage.errors import CorruptFile
+from storage.objects.store import ObjectStore
+from storage.parquet import parquet
+from storage.queue import part_repair
+from storage.records import Claim, PartFile
+from storage.sql.tables import TOKENS
+
+
+def forget_damaged(runtime: Runtime, claim: Claim, parts: Sequence[PartFile]) -> int:
+    """Check every part file, and take back the resume points of those that are gone or damaged; returns their rows.
+
+    Raises :class:`LeaseLost` when the attempt no longer holds its shard.
+    """
+    broken = [part for part in parts if not _is_intact(runtime.store, part)]
+    if not broken:
+        return 0
+    kept = [part for part in parts if part not in broken]
+    tokens = _count_tokens(runtime, kept)
+    patiently(lambda: part_repair.forget_parts(runtime.database, claim, broken, kept, tokens=tokens))
+    return sum(len(part.rows) for part in broken)
+
+
+def _is_intact(store: ObjectStore, part: PartFile) -> bool:
+    try:
+        store.verify_content(part.uri, part.n_bytes, part.sha256)
+    except CorruptFile:
+        return False
+    return True
+
+
+def _count_tokens(runtime: Runtime, parts: Sequence[PartFile]) -> dict[str, int]:
+    counts = dict.fromkeys(TOKENS, 0)
+    settings = runtime.settings
+    for part in parts:
+        with runtime.store.open(part.uri) as file:
+            _, _, batches = parquet.scan(
+                file, part.uri, batch_rows=settings.read_batch_rows, batch_bytes=settings.read_batch_bytes
+            )
+            for batch in batches:
+                for name in TOKENS:
+                    at = batch.schema.get_field_index(name)
+                    if at >= 0:
+                        counts[name] += int(pc.sum(batch.column(at)).as_py() or 0)
+    return counts

@@ -1,0 +1,326 @@
+"""The layout of part files, and how a shard's parts become one ordered output file."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyroaring import BitMap
+
+from pipeline.inputs.parquet_metadata import carried
+from pipeline.output import merge
+from pipeline.output.merge import Run
+from pipeline.output.text_check import without_broken
+from pipeline.spec.error_codes import RowErrorCode
+from storage.errors import CorruptFile, RowmillError
+from storage.objects.store import ObjectStore, Written
+from storage.parquet import parquet
+from storage.records import PartFile, Slice, Source
+
+ROW_COLUMN = "__row"
+ERROR_TYPE = pa.struct([pa.field("code", pa.string()), pa.field("message", pa.string())])
+ERROR_FIELD: pa.Field[Any] = pa.field("error", ERROR_TYPE)
+"""Null where the row is fine. The type is fixed, never inferred from what happened to fail."""
+
+_WHOLE_BYTES = 128 * 2**20
+"""Bytes of compressed part files that are held in memory: a file within its share is fetched and hashed in one go, a
+larger one is hashed first and then streamed."""
+_SMALLEST_BATCH_BYTES = 256 * 2**10
+
+
+class Failure(Protocol):
+    """One failed row, as engines report it."""
+
+    @property
+    def row(self) -> int: ...
+    @property
+    def code(self) -> str: ...
+    @property
+    def message(self) -> str: ...
+
+
+class Results(Protocol):
+    """What engines yield: ``rows`` int64 [n], ``values`` n rows or ``None``, and failures."""
+
+    @property
+    def rows(self) -> npt.NDArray[np.int64]: ...
+    @property
+    def values(self) -> pa.RecordBatch | None: ...
+    @property
+    def failures(self) -> Sequence[Failure]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """``failed``: indices within the shard; ``missing``: half-open ranges of indices that the file leaves out."""
+
+    written: Written
+    n_rows: int
+    n_failed: int
+    failed: BitMap
+    missing: tuple[tuple[int, int], ...]
+
+
+def part_schema(schema: pa.Schema) -> pa.Schema:
+    """Layout of a part file: the row's index in the shard, the result columns, the error. Columns go by position."""
+    return pa.schema([pa.field(ROW_COLUMN, pa.int64(), nullable=False), *_stored(schema)])
+
+
+def _stored(schema: pa.Schema) -> pa.Schema:
+    """Results and error as they are stored: a failed row is null, whatever the engine promises of its columns."""
+    return pa.schema([*(field.with_nullable(True) for field in schema), ERROR_FIELD])
+
+
+def result_table(schema: pa.Schema, results: Sequence[Results]) -> pa.Table:
+    """Results in any order as one table in :func:`part_schema`'s layout, sorted by row; failed rows are null.
+
+    Raises :class:`RowmillError` when an engine's values do not have the types of ``schema``.
+    """
+    values = [_values(batch, schema) for batch in results if batch.values is not None]
+    done = [np.asarray(batch.rows, dtype=np.int64) for batch in results if batch.values is not None]
+    failures = [failure for batch in results for failure in batch.failures]
+    n_done = sum(map(len, done))
+    rows = np.concatenate([*done, np.array([failure.row for failure in failures], dtype=np.int64)])
+    errors = pa.StructArray.from_arrays(
+        [
+            pa.array([None] * n_done + [str(failure.code) for failure in failures], pa.string()),
+            pa.array([None] * n_done + [failure.message for failure in failures], pa.string()),
+        ],
+        fields=list(ERROR_TYPE),
+        mask=pa.array(np.arange(len(rows)) < n_done),
+    )
+    columns: list[Any] = []
+    for at, field in enumerate(schema):
+        chunks = [batch.column(at) for batch in values] + [pa.nulls(len(failures), field.type)]
+        columns.append(pa.chunked_array(chunks, type=field.type))
+    table = pa.Table.from_arrays([pa.array(rows), *columns, errors], schema=part_schema(schema))
+    order = np.argsort(rows, kind="stable")
+    return table if np.array_equal(order, np.arange(len(rows))) else table.take(order)
+
+
+def _values(batch: Results, schema: pa.Schema) -> pa.RecordBatch:
+    values = batch.values
+    assert values is not None
+    if values.schema.names != schema.names or values.schema.types != schema.types:
+        raise RowmillError(f"an engine returned columns {_types(values.schema)}, and had announced {_types(schema)}")
+    return values
+
+
+def _types(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name}: {field.type}" for field in schema)
+
+
+def output_schema(job_schema: pa.Schema, keep: Sequence[str], result_schema: pa.Schema, prefix: str) -> pa.Schema:
+    """Layout of an output file: kept input columns, prefixed result columns, the error."""
+    stored = [field.with_name(prefix + field.name) for field in list(_stored(result_schema))[:-1]]
+    fields = [*(job_schema.field(name) for name in keep), *stored, ERROR_FIELD]
+    return pa.schema(fields, metadata=carried(job_schema.metadata, keep))
+
+
+def stored_result_schema(
+    store: ObjectStore, parts: Sequence[PartFile], base: PartFile | None, keep: Sequence[str], prefix: str
+) -> pa.Schema:
+    """The engine's result schema (no prefix, no error), read back from a part file or from an assembled output.
+
+    Raises :class:`CorruptFile` when there is neither.
+    """
+    if parts:
+        return _between(parquet.stats(store, parts[0].uri).schema, 1, "")
+    if base is not None:
+        return _between(parquet.stats(store, base.uri).schema, len(keep), prefix)
+    raise CorruptFile("a shard without any part file has no result columns to read back")
+
+
+def _between(schema: pa.Schema, first: int, prefix: str) -> pa.Schema:
+    fields = list(schema)[first:-1]
+    return pa.schema([field.with_name(field.name.removeprefix(prefix)) for field in fields])
+
+
+def assemble(
+    store: ObjectStore,
+    target_uri: str,
+    *,
+    job_schema: pa.Schema,
+    keep: Sequence[str],
+    result_schema: pa.Schema,
+    prefix: str,
+    sources: Mapping[int, Source],
+    slices: Sequence[Slice],
+    row_n: int,
+    parts: Sequence[PartFile],
+    base: PartFile | None,
+    partial: bool,
+    batch_rows: int,
+    batch_bytes: int,
+) -> Assembled:
+    """Merge part files into one file of the shard's rows in order: one output row for each input row.
+
+    ``parts`` are oldest first: of a row that two of them hold, the later one counts. ``base`` is the output of an
+    earlier generation and counts where no part holds a row. Kept columns are read from the input again. Memory: one
+    batch of each part that covers the row being written, and a row group of the output.
+
+    Raises :class:`CorruptFile` when a file is not what was flushed or, unless ``partial``, when a row is in none of
+    them; the target is not written then.
+    """
+    files = ([base] if base is not None else []) + list(parts)
+    held = BitMap().union(*(file.rows for file in files)) if files else BitMap()
+    if held and held.max() >= row_n:
+        raise CorruptFile(f"a part file of a shard of {row_n} rows claims to hold row {held.max()}")
+    missing = ranges(BitMap(range(row_n)) - held)
+    if missing and not partial:
+        low, high = missing[0]
+        raise CorruptFile(f"no part file holds rows {low} to {high - 1} of a shard of {row_n} rows")
+
+    stored = _stored(result_schema)
+    share = max(_SMALLEST_BATCH_BYTES, batch_bytes // max(1, len(files)))
+    whole = _WHOLE_BYTES // max(1, len(files))
+    runs = []
+    later = BitMap()
+    for file in reversed(files):
+        owned = file.rows - later
+        later |= file.rows
+        layout = (len(keep), False) if file is base else (1, True)
+        if owned:
+            runs.append(Run(file.uri, owned, _reader(store, file, *layout, stored, batch_rows, share, whole)))
+    kept = None
+    if keep:
+        only = held if missing else None
+        kept = parquet.read(
+            store,
+            sources,
+            slices,
+            schema=job_schema,
+            columns=keep,
+            only=only,
+            batch_rows=batch_rows,
+            batch_bytes=batch_bytes,
+        )
+
+    schema = output_schema(job_schema, keep, result_schema, prefix)
+    failed = BitMap()
+    n_rows = 0
+    inputs = _Kept(kept)
+    with parquet.writer(store, target_uri, schema) as file_out:
+        for rows, computed in merge.merge(runs, stored):
+            columns, results = _readable(inputs.take(rows), keep, computed)
+            bad = pc.is_valid(results.column(results.num_columns - 1)).to_numpy()
+            failed |= BitMap(rows[bad].astype(np.uint32))
+            file_out.write(pa.Table.from_arrays([*columns, *results.columns], schema=schema))
+            n_rows += len(rows)
+        if n_rows != len(held):
+            raise CorruptFile(f"{len(held)} rows were flushed for {target_uri}, and {n_rows} were found")
+    return Assembled(file_out.written, n_rows, len(failed), failed, missing)
+
+
+def _readable(
+    kept: Sequence[pa.ChunkedArray[Any]], names: Sequence[str], results: pa.Table
+) -> tuple[list[pa.ChunkedArray[Any]], pa.Table]:
+    """Kept columns without text that is not UTF-8, and results that are an error where there was such text."""
+    columns = []
+    broken: dict[int, str] = {}
+    for name, column in zip(names, kept, strict=True):
+        cleaned, mask = without_broken(column)
+        columns.append(cleaned)
+        if mask is not None:
+            for at in np.flatnonzero(mask).tolist():
+                broken.setdefault(at, name)
+    if broken:
+        known = results.column(results.num_columns - 1)
+        failures = [at for at in sorted(broken) if not known[at].is_valid]
+        index = np.arange(len(results))
+        index[failures] = len(results) + np.arange(len(failures))
+        messages = [f"column {broken[at]!r} holds bytes that are not UTF-8" for at in failures]
+        errors = pa.array([{"code": str(RowErrorCode.INVALID_UTF8), "message": text} for text in messages], ERROR_TYPE)
+        nulls = [pa.nulls(len(failures), item.type) for item in list(results.schema)[:-1]]
+        failed = pa.Table.from_arrays([*nulls, errors], schema=results.schema)
+        results = pa.concat_tables([results, failed]).take(pa.array(index))
+    return columns, results
+
+
+def ranges(rows: BitMap) -> tuple[tuple[int, int], ...]:
+    """The numbers as half-open ranges, in order."""
+    numbers = np.array(rows.to_array(), dtype=np.int64)
+    if not len(numbers):
+        return ()
+    breaks = np.flatnonzero(np.diff(numbers) != 1)
+    lows = numbers[np.concatenate([[0], breaks + 1])]
+    highs = numbers[np.concatenate([breaks, [len(numbers) - 1]])] + 1
+    return tuple(zip(lows.tolist(), highs.tolist(), strict=True))
+
+
+def _reader(
+    store: ObjectStore,
+    file: PartFile,
+    skip: int,
+    numbered: bool,
+    stored: pa.Schema,
+    batch_rows: int,
+    batch_bytes: int,
+    whole_bytes: int,
+) -> Iterator[tuple[npt.NDArray[np.int64], pa.RecordBatch]]:
+    """Rows and columns of a part file, from when it is first asked; checked against what the database says of it.
+
+    ``skip`` columns come before the results. Where no column numbers the rows, they are the file's in order.
+    """
+    expected = np.array(file.rows.to_array(), dtype=np.int64)
+    with _opened(store, file, whole_bytes) as reader:
+        schema, n_rows, batches = parquet.scan(reader, file.uri, batch_rows=batch_rows, batch_bytes=batch_bytes)
+        if n_rows != len(expected):
+            raise CorruptFile(f"{file.uri} has {n_rows} rows; {len(expected)} were flushed")
+        if schema.types[skip:] != stored.types:
+            raise CorruptFile(f"{file.uri} has result columns {_types(schema)}, not {_types(stored)}")
+        at = 0
+        for batch in batches:
+            rows = expected[at : at + batch.num_rows]
+            if numbered and not np.array_equal(batch.column(0).to_numpy(), rows):
+                raise CorruptFile(f"{file.uri} does not hold the rows that were flushed to it")
+            yield rows, pa.RecordBatch.from_arrays(batch.columns[skip:], schema=stored)
+            at += batch.num_rows
+
+
+def _opened(store: ObjectStore, file: PartFile, whole_bytes: int) -> Any:
+    """A reader over a file's verified content."""
+    if file.n_bytes > whole_bytes:
+        store.verify_content(file.uri, file.n_bytes, file.sha256)
+        return store.open(file.uri)
+    if not store.exists(file.uri):
+        raise CorruptFile(f"{file.uri} is gone")
+    data = store.read_bytes(file.uri)
+    if len(data) != file.n_bytes or hashlib.sha256(data).hexdigest() != file.sha256:
+        raise CorruptFile(f"{file.uri} is not what was flushed: its size or SHA-256 differs")
+    return io.BytesIO(data)
+
+
+class _Kept:
+    """The kept input columns, handed out in step with the results."""
+
+    def __init__(self, batches: Iterator[tuple[npt.NDArray[np.int64], pa.RecordBatch]] | None) -> None:
+        self._batches = batches
+        self._rows = np.empty(0, dtype=np.int64)
+        self._batch: pa.RecordBatch | None = None
+
+    def take(self, rows: npt.NDArray[np.int64]) -> list[pa.ChunkedArray[Any]]:
+        """The columns for exactly these rows, which must be the next ones."""
+        if self._batches is None:
+            return []
+        taken: list[pa.RecordBatch] = []
+        at = 0
+        while at < len(rows):
+            if self._batch is None or not len(self._rows):
+                self._rows, self._batch = next(self._batches, (self._rows, None))
+                if self._batch is None:
+                    raise CorruptFile(f"the input ends before row {rows[at]} of the shard")
+            count = min(len(self._rows), len(rows) - at)
+            if not np.array_equal(self._rows[:count], rows[at : at + count]):
+                raise CorruptFile(f"the input does not have row {rows[at]} of the shard where it should be")
+            taken.append(self._batch.slice(0, count))
+            self._rows, self._batch = self._rows[count:], self._batch.slice(count)
+            at += count
+        return list(pa.Table.from_batches(taken).columns)

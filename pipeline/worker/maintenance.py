@@ -1,0 +1,186 @@
+"""What has to happen now and then, whoever does it: mend times after a clock was set back, take back lost shards, wind
+down expired jobs, fire schedules, and delete garbage.
+
+The steps of a round stand apart: one that fails is logged and holds up no other.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from pipeline.jobs import deletion
+from pipeline.process.runtime import Runtime, is_alive
+from pipeline.result_cache import cache
+from pipeline.schedules.fire import fire_schedules
+from storage import failpoints
+from storage.errors import IllegalTransition, Interrupted, RowmillError
+from storage.fleet import clock_steps, garbage, job_lookup, workers
+from storage.fleet.garbage import Garbage
+from storage.queue import jobs, reaper
+from storage.queue.reaper import Reaped
+from storage.states import JobState
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+GARBAGE_SECONDS = 10.0
+"""How long one round deletes at most, to within one call of the object store; the rest waits for the next."""
+_FILES_AT_ONCE = 200
+
+
+def apart(step: Callable[..., T], *arguments: object) -> T | None:
+    """The result of one step of a round; ``None``, and a line in the log, when it fails.
+
+    What ends a process (``KeyboardInterrupt`` and its kin, :class:`Interrupted`) goes through.
+    """
+    try:
+        return step(*arguments)
+    except Interrupted:
+        raise
+    except RowmillError as error:
+        log.warning("a step of the tick failed, the next round tries again: %s", error)
+    except Exception:
+        log.exception("a step of the tick failed, the next round tries again")
+    return None
+
+
+def reap(runtime: Runtime) -> Reaped:
+    """Take back the shards whose lease has run out."""
+    settings = runtime.settings
+    return reaper.reap(
+        runtime.database,
+        lease_seconds=settings.lease_seconds,
+        max_losses=settings.max_losses,
+        actor=runtime.actor,
+    )
+
+
+def bring_back_times(runtime: Runtime) -> None:
+    """Bring back times that lie too far ahead, because the database's clock was set back since they were stored."""
+    settings = runtime.settings
+    moved = clock_steps.bring_back(
+        runtime.database,
+        lease_seconds=settings.lease_seconds,
+        retention_seconds=settings.attempt_retention_hours * 3600,
+    )
+    if moved:
+        log.warning("the database's clock was set back: %d stored times lay too far ahead of it", moved)
+
+
+def recover_local(runtime: Runtime) -> Reaped:
+    """Take back at once what processes held that are known to have ended: nobody needs to wait for their leases.
+
+    Those are the dead ones of this host, and owners that are not registered any more.
+    """
+    bring_back_times(runtime)
+    dead = [w.id for w in workers.on_host(runtime.database, runtime.worker.host) if not is_alive(w)]
+    gone = [*dead, *workers.unknown_owners(runtime.database)]
+    found = reaper.reap_owners(runtime.database, gone, max_losses=runtime.settings.max_losses, actor=runtime.actor)
+    for worker_id in dead:
+        workers.unregister(runtime.database, worker_id)
+    return found
+
+
+def expire(runtime: Runtime) -> list[str]:
+    """Begin to wind down the jobs whose completion window has passed; returns their ids."""
+    due = jobs.expired(runtime.database)
+    for job_id in due:
+        try:
+            jobs.request_stop(runtime.database, job_id, "expired", actor=runtime.actor)
+        except IllegalTransition:
+            continue  # it ended, or began to, in between
+    return due
+
+
+def wind_down(runtime: Runtime) -> None:
+    """Cancel the shards that came back to jobs which are being wound down: reaped, or handed back by a worker."""
+    for job in job_lookup.listed(runtime.database, state=JobState.CANCELLING, limit=100):
+        while job.n_open and jobs.cancel_ready(runtime.database, job.id, actor=runtime.actor):
+            pass
+
+
+def collect_garbage(runtime: Runtime, *, budget: float = GARBAGE_SECONDS) -> int:
+    """Delete what is due in the garbage queue, for ``budget`` seconds at most; returns how many locations.
+
+    A location that cannot be deleted is logged and left for later, longer each time: it may never come back, and must
+    not stand before the others.
+    """
+    end = time.monotonic() + budget
+    deleted = 0
+    for item in garbage.due(runtime.database):
+        if time.monotonic() >= end:
+            break
+        try:
+            deleted += _collect(runtime, item, end)
+        except Exception as error:
+            delay = garbage.postpone(runtime.database, item)
+            log.warning("%s could not be deleted, trying again in %.0f s: %s", item.uri, delay, error)
+    return deleted
+
+
+def _collect(runtime: Runtime, item: Garbage, end: float) -> bool:
+    """Whether all of it is gone. What is left when the time is over is found again by the next round."""
+    # Listed before it is given up: from then on a retry may begin, whose attempts write below the same place.
+    files = runtime.store.list_tree(item.uri)
+    if not garbage.give_up(runtime.database, item):
+        return False
+    failpoints.hit("garbage.given_up")
+    for at in range(0, max(len(files), 1), _FILES_AT_ONCE):
+        if at and time.monotonic() >= end:
+            return False
+        runtime.store.delete_tree(item.uri, files[at : at + _FILES_AT_ONCE])
+    garbage.forget(runtime.database, item)
+    return True
+
+
+def delete_jobs(runtime: Runtime, *, budget: float = GARBAGE_SECONDS) -> int:
+    """Delete the jobs whose ``job_retention_days`` are over, for ``budget`` seconds at most; returns how many."""
+    return deletion.delete_old(runtime, budget=budget)
+
+
+def collect_results(runtime: Runtime) -> tuple[int, int]:
+    """Delete kept answers that are past their limits; returns how many files, and their bytes. All of them are listed:
+    this is for now and then, and not for every tick."""
+    settings = runtime.settings
+    return cache.collect(
+        runtime.store,
+        settings.effective_result_cache,
+        older_than=time.time() - 86_400 * settings.result_cache_days,
+        most_bytes=settings.result_cache_bytes,
+    )
+
+
+def tend(runtime: Runtime) -> None:
+    """One round, but for the schedules."""
+    _look_after_shards(runtime)
+    clean(runtime)
+
+
+def urgent(runtime: Runtime) -> list[str]:
+    """One round, schedules included and garbage not; returns the submitted jobs."""
+    _look_after_shards(runtime)
+    return apart(fire_schedules, runtime) or []
+
+
+def tick(runtime: Runtime) -> list[str]:
+    """One round, for whoever sees to it that their jobs are run; returns the submitted jobs."""
+    submitted = urgent(runtime)
+    clean(runtime)
+    return submitted
+
+
+def clean(runtime: Runtime) -> None:
+    """The steps of a round that can wait: garbage, and jobs past their retention."""
+    apart(collect_garbage, runtime)
+    apart(delete_jobs, runtime)
+
+
+def _look_after_shards(runtime: Runtime) -> None:
+    apart(bring_back_times, runtime)
+    apart(reap, runtime)
+    apart(expire, runtime)
+    apart(wind_down, runtime)

@@ -1,0 +1,61 @@
+"""Failed rows as the shards tell them: which there are, and where the reasons lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import sqlalchemy as sa
+
+from storage.records import PartFile, Shard
+from storage.sql import row_mapping, tables
+from storage.sql.database import Database
+
+_PAGE = 200
+
+
+def failing(database: Database, job_id: str) -> Iterator[list[Shard]]:
+    """For each position with failed rows all generations of its shard, oldest first; in the order of positions.
+
+    The newest one says what is true now: a row that is being computed once more has not failed. One page of positions
+    is in memory at a time.
+    """
+    table = tables.shard
+    after = -1
+    while True:
+        query = (
+            sa.select(table.c.idx)
+            .where(table.c.job_id == job_id, table.c.idx > after, table.c.n_failed > 0)
+            .distinct()
+            .order_by(table.c.idx)
+            .limit(_PAGE)
+        )
+        with database.read() as connection:
+            positions = list(connection.execute(query).scalars())
+            found = connection.execute(
+                sa.select(table)
+                .where(table.c.job_id == job_id, table.c.idx.in_(positions))
+                .order_by(table.c.idx, table.c.gen)
+            ).all()
+        groups: dict[int, list[Shard]] = {}
+        for row in found:
+            groups.setdefault(row.idx, []).append(row_mapping.shard(row))
+        yield from (group for group in groups.values() if group[-1].failed)
+        if len(positions) < _PAGE:
+            return
+        after = positions[-1]
+
+
+def kept(database: Database, shard_id: str) -> dict[int, tuple[str, str]]:
+    """Row index in the shard → code and message: of the first failures only (``shards.ROW_EXCEPTIONS_KEPT``)."""
+    table = tables.row_exception
+    query = sa.select(table.c.row_idx, table.c.code, table.c.message).where(table.c.shard_id == shard_id)
+    with database.read() as connection:
+        return {row.row_idx: (row.code, row.message) for row in connection.execute(query)}
+
+
+def files(database: Database, shard_id: str) -> list[PartFile]:
+    """The files that attempts at the shard have flushed or committed, the newest first."""
+    part = tables.part_file
+    query = sa.select(part).where(part.c.shard_id == shard_id).order_by(part.c.attempt_no.desc(), part.c.seq.desc())
+    with database.read() as connection:
+        return [row_mapping.part_file(row) for row in connection.execute(query)]

@@ -1,0 +1,30 @@
+"""When there was last a round of maintenance, by the database's clock."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from storage.sql import tables
+from storage.sql.database import Database, now
+
+_MAINTENANCE = "maintenance"
+
+
+def take(database: Database, *, every: float) -> bool:
+    """Whether it is time for a round: none has begun in the last ``every`` seconds. True for one of those who ask.
+
+    One statement, whatever the answer, so that wake-ups which have piled up cost little.
+    """
+    table = tables.tick
+    insert = sqlite.insert if database.sqlite else postgresql.insert
+    # A round in the future is one of before the clock was set back.
+    due = sa.or_(table.c.at <= now() - every, table.c.at > now())
+    statement = (
+        insert(table)
+        .values(name=_MAINTENANCE, at=now())
+        .on_conflict_do_update(index_elements=[table.c.name], set_={"at": now()}, where=due)
+        .returning(table.c.name)
+    )
+    with database.write() as connection:
+        return connection.execute(statement).first() is not None

@@ -1,0 +1,461 @@
+"""How an attempt ends, and its resume points: flush, commit, fail, release, cancel. One transaction each, all fenced.
+
+Lock order everywhere: the job's row first, then the shard's (the other way round was measured to deadlock).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from pyroaring import BitMap
+
+from storage.deaths import CAREFUL_AFTER, Step, after_crash
+from storage.errors import CommitUnknown, LeaseLost, Unreachable
+from storage.records import Claim, PartFile, RowException
+from storage.sql import tables
+from storage.sql.database import Database, now, pack, unpack
+from storage.sql.transitions import move_attempt, move_job, move_shard, record
+from storage.states import AttemptState, JobState, ShardState
+from storage.tenants import quotas
+
+ROW_EXCEPTIONS_KEPT = 100
+"""Failed rows of a shard whose detail is kept in SQL; all of them are in the output's ``error`` column."""
+
+
+def flush(
+    database: Database,
+    claim: Claim,
+    part: PartFile,
+    *,
+    tokens: Mapping[str, int],
+    exceptions: Sequence[RowException] = (),
+    n_poison: int = 0,
+) -> None:
+    """Make a part file, already stored and verified, a resume point. Raises :class:`LeaseLost` when fenced.
+
+    ``n_poison`` of its rows were not computed: they are given up because they kill the engine. Safe to repeat: a flush
+    that an earlier, unanswered COMMIT made is left as it is.
+    """
+    try:
+        _flush(database, claim, part, tokens, exceptions, n_poison)
+    except CommitUnknown as error:
+        with database.read() as connection:
+            if _is_flushed(connection, claim, part):
+                return
+        raise Unreachable(f"flush of shard {claim.shard.id} did not take effect") from error
+
+
+def _is_flushed(connection: sa.Connection, claim: Claim, part: PartFile) -> bool:
+    table = tables.part_file
+    query = sa.select(table.c.seq).where(
+        table.c.shard_id == claim.shard.id, table.c.attempt_no == part.attempt_no, table.c.seq == part.seq
+    )
+    return connection.execute(query).first() is not None
+
+
+def _flush(
+    database: Database,
+    claim: Claim,
+    part: PartFile,
+    tokens: Mapping[str, int],
+    exceptions: Sequence[RowException],
+    n_poison: int,
+) -> None:
+    with database.write() as connection:
+        held = held_row(database, connection, claim)
+        if _is_flushed(connection, claim, part):
+            return  # an earlier COMMIT, whose answer was lost, landed after all
+        done, failed = unpack(held.done_bm) | part.rows, unpack(held.failed_bm) | part.failed
+        connection.execute(tables.part_file.insert().values(shard_id=claim.shard.id, **_columns(part)))
+        room = ROW_EXCEPTIONS_KEPT - held.n_failed
+        if exceptions and room > 0:
+            connection.execute(
+                tables.row_exception.insert(),
+                [
+                    {"shard_id": claim.shard.id, "row_idx": item.row, "code": item.code, "message": item.message}
+                    for item in exceptions[:room]
+                ],
+            )
+        shard = tables.shard
+        connection.execute(
+            shard.update()
+            .where(shard.c.id == claim.shard.id)
+            .values(
+                done_bm=pack(done),
+                failed_bm=pack(failed),
+                n_done=len(done),
+                n_failed=len(failed),
+                # Progress forgives crashes, but not those of a search, nor what ``end_search`` noted.
+                n_crash=held.n_crash if held.n_crash >= CAREFUL_AFTER - 1 else 0,
+                **{name: shard.c[name] + count for name, count in tokens.items()},
+            )
+        )
+        attempt = tables.attempt
+        connection.execute(
+            attempt.update()
+            .where(attempt.c.shard_id == claim.shard.id, attempt.c.attempt_no == claim.attempt_no)
+            .values(rows_computed=attempt.c.rows_computed + len(part.rows), n_poison=attempt.c.n_poison + n_poison)
+        )
+        record(
+            connection,
+            claim.job.id,
+            "shard.flush",
+            claim.owner,
+            shard_id=claim.shard.id,
+            attempt_no=claim.attempt_no,
+            data={"seq": part.seq, "rows": len(part.rows), "failed": len(part.failed), "bytes": part.n_bytes},
+        )
+
+
+def note(database: Database, claim: Claim, step: Step, alone: BitMap | None = None) -> None:
+    """Note what the attempt is at from now on; ``alone``: the only rows that are inside an engine of its process.
+
+    Raises :class:`LeaseLost` when the attempt is over.
+    """
+    attempt = tables.attempt
+    with database.write() as connection:
+        noted = connection.execute(
+            attempt.update()
+            .where(
+                attempt.c.shard_id == claim.shard.id,
+                attempt.c.attempt_no == claim.attempt_no,
+                attempt.c.state == AttemptState.RUNNING,
+            )
+            .values(step=step, alone_bm=None if alone is None else pack(alone))
+        )
+    if noted.rowcount != 1:
+        raise LeaseLost(f"attempt {claim.attempt_no} no longer holds shard {claim.shard.id}")
+
+
+def end_search(database: Database, claim: Claim) -> None:
+    """Note that no row is suspected any more. The next crash searches at once: there may be other poison rows."""
+    shard = tables.shard
+    with database.write() as connection:
+        held_row(database, connection, claim)
+        values = {"suspect_bm": None, "n_crash": CAREFUL_AFTER - 1}
+        connection.execute(shard.update().where(shard.c.id == claim.shard.id).values(**values))
+
+
+def commit(database: Database, claim: Claim, output: PartFile, *, stats: Mapping[str, Any]) -> JobState:
+    """Make ``output`` the shard's final file; the last shard in moves its job to ``finalizing``.
+
+    Returns the job's state afterwards. Raises :class:`LeaseLost` when fenced (the attempt is then superseded), and
+    :class:`Unreachable` when the outcome of the COMMIT was lost and reading again shows that it did not take effect:
+    committing again is safe, and deletes nothing.
+    """
+    try:
+        with database.write() as connection:
+            job = locked_job(database, connection, claim.job.id)
+            held = held_row(database, connection, claim)
+            connection.execute(tables.part_file.insert().values(shard_id=claim.shard.id, **_columns(output)))
+            if len(output.failed) > held.n_failed:
+                # Rows that were computed, and whose kept columns hold what no output may.
+                values = {"failed_bm": pack(output.failed), "n_failed": len(output.failed)}
+                connection.execute(tables.shard.update().where(tables.shard.c.id == claim.shard.id).values(**values))
+                held = held_row(database, connection, claim)
+            move_shard(
+                connection,
+                held,
+                ShardState.COMMITTED,
+                claim.owner,
+                committed_attempt=claim.attempt_no,
+                data={"rows": held.n_done, "failed": held.n_failed},
+            )
+            _end_attempt(connection, claim, AttemptState.SUCCEEDED, stats=dict(stats))
+            return close_shard(connection, job, claim.owner, committed=held)
+    except LeaseLost:
+        # An earlier COMMIT of ours, whose answer was lost, may have landed after all.
+        state = _committed(database, claim)
+        if state is None:
+            supersede(database, claim)
+            raise
+        return state
+    except CommitUnknown as error:
+        state = _committed(database, claim)
+        if state is None:
+            raise Unreachable(f"the commit of shard {claim.shard.id} did not take effect") from error
+        return state
+
+
+def _committed(database: Database, claim: Claim) -> JobState | None:
+    """The job's state if this very attempt is the one that was committed, else ``None``."""
+    shard, job = tables.shard, tables.job
+    with database.read() as connection:
+        row = connection.execute(
+            sa.select(shard.c.committed_attempt, job.c.state)
+            .join(job, job.c.id == shard.c.job_id)
+            .where(shard.c.id == claim.shard.id)
+        ).first()
+    return JobState(row.state) if row is not None and row.committed_attempt == claim.attempt_no else None
+
+
+def fail(
+    database: Database,
+    claim: Claim,
+    error: str,
+    *,
+    delay: float,
+    max_failures: int,
+    max_losses: int = 8,
+    crash: bool = False,
+    stats: Mapping[str, Any] | None = None,
+) -> ShardState:
+    """End the attempt as failed: ready again after ``delay`` seconds, or given up once ``max_failures`` are spent.
+
+    ``crash`` says that the engine died under its rows. That costs nothing while a poison row is searched for, nor when
+    the attempt had flushed some: the shard comes to an end, however often its engine dies. ``max_losses`` searches that
+    end without a computed row are too many: then every row kills the engine.
+    """
+    with database.write() as connection:
+        job = locked_job(database, connection, claim.job.id)
+        held = held_row(database, connection, claim)
+        attempt = read_attempt(connection, claim.shard.id, claim.attempt_no)
+        values: dict[str, Any] = {"n_fail": held.n_fail, "n_crash": held.n_crash, "n_lost": held.n_lost}
+        if crash:
+            progress, alone = has_progress(attempt), attempt.alone_bm is not None
+            toll = after_crash(held.n_crash, held.n_lost, progress=progress, alone=alone)
+            searching = toll.crashes >= CAREFUL_AFTER
+            values["n_fail"] += not searching and not progress
+            values["n_crash"] = toll.crashes
+            if searching:
+                values["n_lost"] = toll.losses
+            values |= suspects(attempt, opens=toll.opens)
+            given_up = toll.is_spent(max_losses) if searching else values["n_fail"] >= max_failures
+        else:
+            values["n_fail"] += 1
+            given_up = values["n_fail"] >= max_failures
+        target = ShardState.FAILED if given_up else ShardState.READY
+        move_shard(
+            connection,
+            held,
+            target,
+            claim.owner,
+            error=error,
+            run_after=now() + delay,
+            data={"error": error, "failures": values["n_fail"], "crashes": values["n_crash"]},
+            **values,
+        )
+        _end_attempt(connection, claim, AttemptState.FAILED, error=error, stats=dict(stats or {}))
+        if target is ShardState.FAILED:
+            close_shard(connection, job, claim.owner, dead=True)
+    return target
+
+
+def read_attempt(connection: sa.Connection, shard_id: str, attempt_no: int) -> sa.Row[Any]:
+    """The row of an attempt."""
+    attempt = tables.attempt
+    query = sa.select(attempt).where(attempt.c.shard_id == shard_id, attempt.c.attempt_no == attempt_no)
+    return connection.execute(query).one()
+
+
+def has_progress(attempt: sa.Row[Any]) -> bool:
+    """Whether an attempt has flushed a row that was computed."""
+    return bool(attempt.rows_computed > attempt.n_poison)
+
+
+def suspects(attempt: sa.Row[Any], *, opens: bool) -> dict[str, Any]:
+    """The suspects after a crash of the attempt: what ran alone; all rows, where a search begins."""
+    if attempt.alone_bm is not None:
+        return {"suspect_bm": attempt.alone_bm}
+    return {"suspect_bm": None} if opens else {}
+
+
+def fail_job(database: Database, claim: Claim, error: str, *, stats: Mapping[str, Any] | None = None) -> None:
+    """End the attempt, and its whole job, because no retry can help: its input changed, its model is broken."""
+    with database.write() as connection:
+        job = locked_job(database, connection, claim.job.id)
+        held = held_row(database, connection, claim)
+        move_shard(connection, held, ShardState.FAILED, claim.owner, error=error, data={"error": error})
+        _end_attempt(connection, claim, AttemptState.FAILED, error=error, stats=dict(stats or {}))
+        fail_whole(connection, job, error, claim.owner)
+        close_shard(connection, locked_job(database, connection, claim.job.id), claim.owner, dead=True)
+
+
+def fail_whole(connection: sa.Connection, job: sa.Row[Any], error: str, actor: str) -> None:
+    """Wind the locked ``job`` down as failed, unless it is being wound down already."""
+    state = JobState(job.state)
+    if state in (JobState.QUEUED, JobState.IN_PROGRESS):
+        data = {"reason": "failed", "error": error}
+        move_job(connection, job.id, state, JobState.CANCELLING, actor, stop_reason="failed", error=error, data=data)
+
+
+def release(
+    database: Database, claim: Claim, *, stats: Mapping[str, Any] | None = None, error: str | None = None
+) -> None:
+    """Hand the shard back, flushed, at no cost to its budgets: the worker drains, was interrupted, or lost its engine
+    to the rows of another shard (``error``)."""
+    with database.write() as connection:
+        held = held_row(database, connection, claim)
+        move_shard(connection, held, ShardState.READY, claim.owner, data={"released": True})
+        _end_attempt(connection, claim, AttemptState.RELEASED, stats=dict(stats or {}), error=error)
+
+
+def cancel(database: Database, claim: Claim, *, stats: Mapping[str, Any] | None = None) -> None:
+    """End the attempt because its job is being wound down. What was flushed stays, for the partial output."""
+    with database.write() as connection:
+        job = locked_job(database, connection, claim.job.id)
+        held = held_row(database, connection, claim)
+        move_shard(connection, held, ShardState.CANCELLED, claim.owner)
+        _end_attempt(connection, claim, AttemptState.CANCELLED, stats=dict(stats or {}))
+        close_shard(connection, job, claim.owner)
+
+
+def supersede(database: Database, claim: Claim) -> None:
+    """Note that an attempt came back too late. It wrote nothing, and nothing else changes."""
+    with database.write() as connection:
+        for source in (AttemptState.LOST, AttemptState.RUNNING):
+            shard = tables.shard
+            newer = connection.execute(
+                sa.select(shard.c.id).where(
+                    shard.c.id == claim.shard.id,
+                    sa.or_(shard.c.attempt_no > claim.attempt_no, shard.c.state != ShardState.RUNNING),
+                )
+            ).first()
+            if newer and move_attempt(connection, claim.shard.id, claim.attempt_no, source, AttemptState.SUPERSEDED):
+                record(
+                    connection,
+                    claim.job.id,
+                    "attempt.superseded",
+                    claim.owner,
+                    shard_id=claim.shard.id,
+                    attempt_no=claim.attempt_no,
+                )
+                return
+
+
+def close_shard(
+    connection: sa.Connection, job: sa.Row[Any], actor: str, *, committed: sa.Row[Any] | None = None, dead: bool = False
+) -> JobState:
+    """Count one shard of the locked ``job`` as ended; the last one moves the job on. Returns the job's state."""
+    table = tables.job
+    values: dict[str, Any] = {"n_open": table.c.n_open - 1}
+    if dead:
+        values["n_dead"] = table.c.n_dead + 1
+    rows_failed = job.rows_failed
+    if committed is not None:
+        values |= {
+            "rows_done": table.c.rows_done + committed.n_done,
+            "rows_failed": table.c.rows_failed + committed.n_failed,
+            "prompt_tokens": table.c.prompt_tokens + committed.prompt_tokens,
+            "cached_tokens": table.c.cached_tokens + committed.cached_tokens,
+            "completion_tokens": table.c.completion_tokens + committed.completion_tokens,
+        }
+        rows_failed += committed.n_failed
+        # A row that the commits of all jobs of the tenant change: locked last, and for no longer than their own.
+        quotas.count(connection, job.tenant, tokens=committed.prompt_tokens + committed.completion_tokens)
+    connection.execute(table.update().where(table.c.id == job.id).values(**values))
+    state = JobState(job.state)
+    if state is JobState.QUEUED:
+        # The claim found the job locked and left it; it has certainly started by now.
+        move_job(connection, job.id, state, JobState.IN_PROGRESS, actor, started_at=now())
+        state = JobState.IN_PROGRESS
+    if state is JobState.IN_PROGRESS and job.max_failed_rows is not None and rows_failed > job.max_failed_rows:
+        stop_for_failed_rows(connection, job.id, state, actor, rows_failed, job.max_failed_rows)
+        return JobState.CANCELLING
+    if state is JobState.IN_PROGRESS and job.n_open == 1:
+        move_job(connection, job.id, state, JobState.FINALIZING, actor)
+        return JobState.FINALIZING
+    return state
+
+
+def stop_for_failed_rows(
+    connection: sa.Connection, job_id: str, state: JobState, actor: str, failed: int, allowed: int
+) -> None:
+    """Wind the job down because more rows failed than its ``max_failed_rows`` allows."""
+    move_job(
+        connection,
+        job_id,
+        state,
+        JobState.CANCELLING,
+        actor,
+        stop_reason="max_failed_rows",
+        error=f"{failed} rows failed, max_failed_rows allows {allowed}",
+        data={"reason": "max_failed_rows", "failed": failed},
+    )
+
+
+def stop_if_too_many_failed(database: Database, job_id: str, actor: str) -> bool:
+    """Wind the job down if the rows failed so far, flushed ones included, exceed ``max_failed_rows``.
+
+    Only then is the job locked. Safe to repeat.
+    """
+    with database.read() as connection:
+        if not _too_many(failed_so_far(connection, job_id)):
+            return False
+    with database.write() as connection:
+        locked_job(database, connection, job_id)
+        found = failed_so_far(connection, job_id)
+        if not _too_many(found):
+            return False
+        stop_for_failed_rows(connection, job_id, JobState.IN_PROGRESS, actor, found.failed, found.max_failed_rows)
+        return True
+
+
+def _too_many(found: sa.Row[Any]) -> bool:
+    allowed = found.max_failed_rows
+    return allowed is not None and found.state == JobState.IN_PROGRESS and found.failed > allowed
+
+
+def failed_so_far(connection: sa.Connection, job_id: str) -> sa.Row[Any]:
+    """The job's ``state`` and ``max_failed_rows``, and how many rows have ``failed`` in its shards up to now.
+
+    One statement, so that a shard that commits meanwhile counts once. It reads the shards that have failed rows and are
+    not committed (``ix_shard_failing``), however many there are besides.
+    """
+    job, shard = tables.job, tables.shard
+    flushed = (
+        sa.select(sa.func.coalesce(sa.func.sum(shard.c.n_failed), 0))
+        .where(shard.c.job_id == job_id, tables.FAILING)
+        .scalar_subquery()
+    )
+    failed = sa.cast(job.c.rows_failed + flushed, sa.BigInteger()).label("failed")  # PostgreSQL sums to a decimal
+    query = sa.select(job.c.state, job.c.max_failed_rows, failed)
+    return connection.execute(query.where(job.c.id == job_id)).one()
+
+
+def locked_job(database: Database, connection: sa.Connection, job_id: str) -> sa.Row[Any]:
+    """The job's row, locked until the transaction ends: always before any of its shards.
+
+    Raises :class:`LeaseLost` when it was deleted: it had ended, so that whoever still works on it is too late.
+    """
+    row = connection.execute(database.locked(sa.select(tables.job).where(tables.job.c.id == job_id))).first()
+    if row is None:
+        raise LeaseLost(f"job {job_id} was deleted")
+    return row
+
+
+def held_row(database: Database, connection: sa.Connection, claim: Claim) -> sa.Row[Any]:
+    """The shard's row, locked, if this attempt still holds it; else :class:`LeaseLost`."""
+    shard = tables.shard
+    row = connection.execute(
+        database.locked(
+            sa.select(shard).where(
+                shard.c.id == claim.shard.id,
+                shard.c.attempt_no == claim.attempt_no,
+                shard.c.lease_owner == claim.owner,
+                shard.c.state == ShardState.RUNNING,
+            )
+        )
+    ).first()
+    if row is None:
+        raise LeaseLost(f"attempt {claim.attempt_no} no longer holds shard {claim.shard.id}")
+    return row
+
+
+def _end_attempt(connection: sa.Connection, claim: Claim, target: AttemptState, **values: Any) -> None:
+    move_attempt(connection, claim.shard.id, claim.attempt_no, AttemptState.RUNNING, target, **values)
+
+
+def _columns(part: PartFile) -> dict[str, Any]:
+    return {
+        "attempt_no": part.attempt_no,
+        "seq": part.seq,
+        "uri": part.uri,
+        "n_bytes": part.n_bytes,
+        "sha256": part.sha256,
+        "etag": part.etag,
+        "rows_bm": pack(part.rows),
+        "failed_bm": pack(part.failed),
+    }

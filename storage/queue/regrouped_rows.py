@@ -1,0 +1,78 @@
+"""Which rows of its input a job's shards hold, where they do not follow each other as the input's rows do.
+
+Such a job was regrouped: its shards lie over chunks, whose sources say which rows each holds, in rising order. Shards
+count through the chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import sqlalchemy as sa
+from pyroaring import BitMap
+
+from storage.records import Shard, Source
+from storage.sql import row_mapping, tables
+from storage.sql.database import Database, unpack
+
+_PAGE = 100
+_source = tables.source
+
+
+def chunks(database: Database, job_id: str) -> list[str]:
+    """The URIs of the job's chunks; none for a job that was not regrouped."""
+    query = sa.select(_source.c.uri).where(_source.c.job_id == job_id, _source.c.rows_bm.is_not(None))
+    with database.read() as connection:
+        return list(connection.execute(query).scalars())
+
+
+def sources(database: Database, job_id: str) -> list[Source]:
+    """The files that the job's shards may read: its input, or chunks made of it, in row order; then regrouped ones."""
+    query = sa.select(_source).where(_source.c.job_id == job_id).order_by(_source.c.idx)
+    with database.read() as connection:
+        return [row_mapping.source(row) for row in connection.execute(query)]
+
+
+def regrouped(database: Database, job_id: str) -> bool:
+    query = sa.select(_source.c.idx).where(_source.c.job_id == job_id, _source.c.rows_bm.is_not(None)).limit(1)
+    with database.read() as connection:
+        return connection.execute(query).first() is not None
+
+
+def of_shard(database: Database, shard: Shard) -> BitMap | None:
+    """The rows of the input that a shard holds, in its order; ``None``: the ``row_n`` rows from ``row_start`` on."""
+    if len(shard.slices) != 1:
+        return None
+    piece = shard.slices[0]
+    query = sa.select(_source.c.rows_bm).where(_source.c.job_id == shard.job_id, _source.c.idx == piece.source)
+    with database.read() as connection:
+        data = connection.execute(query).scalar()
+    return None if data is None else unpack(data)[piece.row_lo : piece.row_lo + piece.row_n]
+
+
+def place(database: Database, job_id: str, row: int) -> int:
+    """Where row ``row`` of the input comes in the count of the job's shards. Looks through the job's chunks."""
+    before = 0
+    for n_rows, held in _chunks(database, job_id):
+        if row in held:
+            return before + held.rank(row) - 1
+        before += n_rows
+    return row
+
+
+def _chunks(database: Database, job_id: str) -> Iterator[tuple[int, BitMap]]:
+    after = -1
+    while True:
+        query = (
+            sa.select(_source.c.idx, _source.c.n_rows, _source.c.rows_bm)
+            .where(_source.c.job_id == job_id, _source.c.rows_bm.is_not(None), _source.c.idx > after)
+            .order_by(_source.c.idx)
+            .limit(_PAGE)
+        )
+        with database.read() as connection:
+            found = connection.execute(query).all()
+        for row in found:
+            yield row.n_rows, unpack(row.rows_bm)
+        if len(found) < _PAGE:
+            return
+        after = found[-1].idx

@@ -1,0 +1,390 @@
+"""Connections, transactions and the differences between SQLite and PostgreSQL, all in this one place."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from pyroaring import BitMap
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+from storage import urls
+from storage.errors import (
+    CommitUnknown,
+    CorruptDatabase,
+    InvalidJob,
+    InvalidSettings,
+    RowmillError,
+    TransientError,
+    Unreachable,
+    WaitTimeout,
+)
+from storage.objects.local_files import make_room
+
+_MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
+_BUSY_SECONDS = 60
+_CONNECT_SECONDS = 10
+"""How long PostgreSQL may take to accept a connection, where the URL does not say (``connect_timeout``)."""
+_IDLE_SECONDS = 30.0
+"""How long PostgreSQL lets a process that has stopped answering keep a transaction, and the locks in it, open."""
+
+
+class now(FunctionElement[float]):  # noqa: N801 - reads as the SQL function it is
+    """The database's clock, in Unix seconds: the only clock that leases, backoff and expiry know.
+
+    PostgreSQL's ``now()`` stands still inside a transaction, so ``clock_timestamp()``; SQLite 3.40's
+    ``unixepoch('now', 'subsec')`` is silently NULL, so the Julian day.
+    """
+
+    type = sa.Double()
+    inherit_cache = True
+    name = "now"
+
+
+@compiles(now, "postgresql")
+def _now_postgresql(element: now, compiler: Any, **kw: Any) -> str:
+    return "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
+
+
+@compiles(now, "sqlite")
+def _now_sqlite(element: now, compiler: Any, **kw: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+class today(FunctionElement[int]):  # noqa: N801 - reads as the SQL function it is
+    """The UTC day by the database's clock, counted from 1970-01-01: what daily quotas go by."""
+
+    type = sa.Integer()
+    inherit_cache = True
+    name = "today"
+
+
+@compiles(today, "postgresql")
+def _today_postgresql(element: today, compiler: Any, **kw: Any) -> str:
+    return "CAST(floor(extract(epoch FROM clock_timestamp()) / 86400) AS integer)"
+
+
+@compiles(today, "sqlite")
+def _today_sqlite(element: today, compiler: Any, **kw: Any) -> str:
+    return "CAST(julianday('now') - 2440587.5 AS INTEGER)"
+
+
+def pack(rows: BitMap) -> bytes:
+    """A bitmap as bytes for a column."""
+    rows.run_optimize()
+    return rows.serialize()
+
+
+def unpack(data: bytes | None) -> BitMap:
+    """A column's bytes as a bitmap; NULL is empty."""
+    return BitMap.deserialize(data) if data is not None else BitMap()
+
+
+class Database:
+    """One database. ``write()`` and ``read()`` are the only ways in; both yield a connection inside a transaction.
+
+    Raises :class:`InvalidSettings` for a URL that cannot be used, :class:`Unreachable` when the server does not answer,
+    :class:`TransientError` when SQLite stays locked or PostgreSQL reports a serialisation failure or deadlock,
+    :class:`CommitUnknown` when the connection breaks during COMMIT, :class:`CorruptDatabase` when a SQLite file does
+    not hold what was written to it.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = _parse(url)
+        self.sqlite = self.url.get_backend_name() == "sqlite"
+        if self.sqlite:
+            make_room(Path(str(self.url.database)))
+            self._writer = self._sqlite_engine("BEGIN IMMEDIATE")
+            self._reader = self._sqlite_engine("BEGIN")
+        else:
+            self._writer = self._reader = sa.create_engine(
+                self.url,
+                pool_pre_ping=True,
+                pool_size=5,
+                max_overflow=20,
+                json_serializer=_dump,
+                connect_args={} if "connect_timeout" in self.url.query else {"connect_timeout": _CONNECT_SECONDS},
+            )
+            sa.event.listen(self._writer, "connect", _limit_idle)
+
+    @property
+    def place(self) -> str:
+        """What to call this database to a person: the file, or the URL without its password."""
+        return str(self.url.database) if self.sqlite else self.url.render_as_string()
+
+    def _sqlite_engine(self, begin: str) -> sa.Engine:
+        engine = sa.create_engine(self.url, connect_args={"timeout": _BUSY_SECONDS}, json_serializer=_dump)
+
+        @sa.event.listens_for(engine, "connect")
+        def _connect(connection: Any, record: Any) -> None:
+            connection.isolation_level = None  # the driver must not begin transactions of its own
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "temp_store=MEMORY"):
+                connection.execute(f"PRAGMA {pragma}")
+
+        @sa.event.listens_for(engine, "begin")
+        def _begin(connection: sa.Connection) -> None:
+            connection.exec_driver_sql(begin)
+
+        return engine
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        """A transaction that may write. On SQLite it holds the write lock from its first statement."""
+        with self._translated(), self._writer.connect() as connection:
+            transaction = connection.begin()
+            try:
+                yield connection
+            except BaseException:
+                if not connection.invalidated:
+                    transaction.rollback()
+                raise
+            try:
+                transaction.commit()
+            except DBAPIError as error:
+                raise CommitUnknown(f"the outcome of a COMMIT is not known: {_reason(error)}") from error
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """A transaction that only reads; on SQLite it never waits for a writer."""
+        with self._translated(), self._reader.connect() as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except RowmillError:
+            raise
+        except (DBAPIError, sqlite3.Error) as error:
+            if (ours := self._explained(error)) is not None:
+                raise ours from error
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            # What was read makes no sense. Either the file is damaged, or this is a mistake of ours.
+            if (damage := self._damage()) is not None:
+                raise CorruptDatabase(self.place, damage) from error
+            raise
+
+    def _explained(self, error: DBAPIError | sqlite3.Error) -> RowmillError | None:
+        """Our error for one of the driver's; ``None`` for one that tells of a wrong statement."""
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        if self.sqlite:
+            return self._explained_sqlite(error, getattr(cause, "sqlite_errorname", None) or "")
+        sqlstate = getattr(cause, "sqlstate", None)
+        if sqlstate in _RETRYABLE_SQLSTATES:
+            return TransientError(f"the database is busy: {_reason(error)}")
+        gone = isinstance(error, sa.exc.OperationalError) and (sqlstate is None or sqlstate[:2] in _PG_GONE)
+        if gone or getattr(error, "connection_invalidated", False):
+            return Unreachable(f"the database at {self.place} does not answer: {_reason(error)}")
+        if sqlstate is not None and sqlstate.startswith(_PG_REFUSED):
+            return Unreachable(f"the database at {self.place} refuses the connection: {_reason(error)}")
+        if sqlstate is None and isinstance(error, (sa.exc.NotSupportedError, sa.exc.ProgrammingError)):
+            # The driver's own words, before anything was asked of the server: an encoding that it does not know.
+            return InvalidSettings(f"PostgreSQL's client cannot use it: {_reason(error)}", field="database_url")
+        return None
+
+    def _explained_sqlite(self, error: DBAPIError | sqlite3.Error, code: str) -> RowmillError | None:
+        if code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+            return TransientError(
+                f"the database is busy: {self.place} was locked by another process for {_BUSY_SECONDS} s"
+            )
+        if code.startswith(("SQLITE_READONLY", "SQLITE_PERM", "SQLITE_AUTH")):
+            return Unreachable(
+                f"the database file {self.place} cannot be written ({_reason(error)}); correct its permissions, or set "
+                "data_dir to a folder that can be written"
+            )
+        if code.startswith(_SQLITE_GONE):
+            return Unreachable(f"the database file {self.place} cannot be used: {_reason(error)}")
+        if code.startswith(_SQLITE_DAMAGED):
+            return CorruptDatabase(self.place, _reason(error))
+        if isinstance(error, (sa.exc.IntegrityError, sqlite3.IntegrityError)):
+            return None
+        damage = self._damage()
+        return None if damage is None else CorruptDatabase(self.place, damage)
+
+    def _damage(self) -> str | None:
+        """What SQLite's own check finds wrong with the file; ``None`` when nothing is, or on PostgreSQL."""
+        if not self.sqlite:
+            return None
+        uri = f"{Path(str(self.url.database)).absolute().as_uri()}?mode=ro"
+        try:
+            with closing(sqlite3.connect(uri, uri=True)) as connection:
+                found = connection.execute("PRAGMA integrity_check(1)").fetchone()
+        except (sqlite3.Error, UnicodeError) as error:
+            return _first_line(error)
+        return None if found is None or found[0] == "ok" else str(found[0]).splitlines()[-1]
+
+    def locked(self, query: sa.Select[Any], *, skip: bool = False) -> sa.Select[Any]:
+        """The query with its rows locked until the transaction ends. SQLite's write lock already covers them.
+
+        The lock leaves foreign keys to these rows alone (``FOR NO KEY UPDATE``). Otherwise a flush, whose event refers
+        to the job, would wait for whoever has locked the job while it holds its shard: measured to deadlock.
+        """
+        return query if self.sqlite else query.with_for_update(skip_locked=skip, key_share=True)
+
+    def clock(self) -> float:
+        """The database's time, in Unix seconds."""
+        with self.read() as connection:
+            return float(connection.execute(sa.select(now())).scalar_one())
+
+    def revision(self) -> str | None:
+        """The schema revision that the database is at; ``None`` when it has no tables yet."""
+        with self.read() as connection:
+            return MigrationContext.configure(connection).get_current_revision()
+
+    def ensure_schema(self) -> None:
+        """Bring an embedded database up to date; on a server only check, since upgrades are the operator's step."""
+        if (missing := self.schema_gap()) is None:
+            return
+        if not self.sqlite:
+            raise RowmillError(missing)
+        self.upgrade()
+
+    def schema_gap(self) -> str | None:
+        """What this version needs of the database's schema and does not find there; ``None`` when all of it is there.
+
+        Raises :class:`RowmillError` when the schema is a newer version's: no migration of this one helps.
+        """
+        scripts = ScriptDirectory(str(_MIGRATIONS))
+        head = scripts.get_current_head()
+        current = self.revision()
+        if current == head:
+            return None
+        where = self.place
+        if current is not None and current not in {script.revision for script in scripts.walk_revisions()}:
+            raise RowmillError(
+                f"the database at {where} is at revision {current}, which this version does not "
+                f"know (its newest is {head}): upgrade Rowmill, or use another data_dir or database_url"
+            )
+        at = f"at revision {current}" if current else "empty"
+        return f"the database at {where} is {at}, this version needs {head}: run 'rowmill db upgrade'"
+
+    def upgrade(self, target: str = "head") -> None:
+        """Run the migrations up to ``target``; processes that do so at the same time take turns."""
+        with self.write() as connection:
+            if not self.sqlite:
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(0x726F776D)))
+            try:
+                command.upgrade(_alembic(connection), target)
+            except DBAPIError as error:
+                if "already exists" not in _reason(error):
+                    raise
+                raise RowmillError(
+                    f"the database at {self.place} is another program's, or a part of Rowmill's: {_reason(error)}; use "
+                    "another data_dir or database_url"
+                ) from error
+
+    def downgrade(self, target: str) -> None:
+        """Run the migrations back to ``target``."""
+        with self.write() as connection:
+            command.downgrade(_alembic(connection), target)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._writer.dispose()
+        self._reader.dispose()
+
+
+def _limit_idle(connection: Any, record: Any) -> None:
+    # A worker that is frozen inside a transaction would else hold its job's row, and with it everybody, for ever.
+    connection.execute(f"SET idle_in_transaction_session_timeout = {int(_IDLE_SECONDS * 1000)}")
+    connection.commit()
+
+
+def upgrade(url: str) -> str:
+    """Bring the database at ``url`` to the newest schema; returns the revision it is at now."""
+    with closing(Database(url)) as database:
+        database.upgrade()
+        return str(database.revision())
+
+
+def downgrade(url: str, revision: str) -> str:
+    """Take the database at ``url`` back to an earlier ``revision``; returns the revision it is at now.
+
+    Raises :class:`InvalidJob` when this version has no such revision, or the database is not beyond it.
+    """
+    with closing(Database(url)) as database:
+        at = database.revision()
+        earlier = revisions_before(at)
+        if revision not in earlier:
+            known = f"it is at {at}; earlier ones are {', '.join(earlier)}" if earlier else f"it is at {at}, the first"
+            raise InvalidJob(f"the database cannot go back to {revision!r}: {known}", field="REVISION")
+        database.downgrade(revision)
+        return str(database.revision())
+
+
+def revisions_before(revision: str | None) -> list[str]:
+    """The revisions that this version knows before ``revision``, the newest of them first."""
+    known = [script.revision for script in ScriptDirectory(str(_MIGRATIONS)).walk_revisions()]
+    return known[known.index(revision) + 1 :] if revision in known else []
+
+
+def await_schema(url: str, *, timeout: float | None, notice: Callable[[str], None], poll_seconds: float = 2.0) -> None:
+    """Wait until the database at ``url`` answers and has this version's schema.
+
+    ``notice`` is told what is waited for, once for each reason. Raises :class:`WaitTimeout` after ``timeout`` seconds,
+    and :class:`RowmillError` at once when the schema is a newer version's.
+    """
+    end = None if timeout is None else time.monotonic() + timeout
+    said = None
+    with closing(Database(url)) as database:
+        while True:
+            try:
+                missing = database.schema_gap()
+            except TransientError as error:
+                missing = str(error)
+            if missing is None:
+                return
+            if end is not None and time.monotonic() >= end:
+                raise WaitTimeout(f"gave up after {timeout:g} seconds: {missing}")
+            if missing != said:
+                notice(f"waiting: {missing}")
+                said = missing
+            time.sleep(poll_seconds if end is None else max(0.0, min(poll_seconds, end - time.monotonic())))
+
+
+def _alembic(connection: sa.Connection) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS))
+    config.attributes["connection"] = connection
+    return config
+
+
+def _parse(url: str) -> sa.URL:
+    try:
+        return urls.database_url(url)
+    except ValueError as error:
+        raise InvalidSettings(str(error), field="database_url") from None
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+_RETRYABLE_SQLSTATES: Sequence[str] = ("40001", "40P01", "55P03")
+_PG_GONE = ("08", "53", "57")
+"""Classes of SQLSTATE: connection failure, out of resources, shut down by an operator."""
+_PG_REFUSED = ("28", "3D", "42501")
+"""SQLSTATEs of a wrong password, a database that is not there, and a missing right."""
+_SQLITE_GONE = ("SQLITE_CANTOPEN", "SQLITE_IOERR", "SQLITE_FULL", "SQLITE_PROTOCOL", "SQLITE_NOLFS")
+_SQLITE_DAMAGED = ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_FORMAT")
+
+
+def _reason(error: DBAPIError | sqlite3.Error) -> str:
+    return _first_line((error.orig if isinstance(error, DBAPIError) else None) or error)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

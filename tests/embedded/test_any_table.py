@@ -1,0 +1,161 @@
+"""Any table in, the same table out: what is written, every reader reads, and it equals what went in.
+
+Or the job is refused at submit, naming file and column. Tables are made by pyarrow, Polars, DuckDB and pandas.
+``TABLES=500`` takes that many examples, other ones every time.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import Client
+from pipeline.config.settings import Settings
+from storage.errors import InvalidInput
+from storage.states import JobState
+from tests.embedded.arrow_tables import READERS, WRITERS, array, plain, relatives, types, values
+
+EXAMPLES = int(os.environ.get("TABLES", "15"))
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    home = tmp_path_factory.mktemp("home")
+    with Client(settings=Settings(data_dir=home / "data", cache_dir=home / "cache", flush_rows=6)) as client:
+        yield client
+
+
+@st.composite
+def files(draw: Any) -> list[pa.Table]:
+    """One to three files. Columns may have another type in some of them, be missing, or stand elsewhere."""
+    kinds = {f"c{at}": draw(types()) for at in range(draw(st.integers(1, 3)))}
+    evolving = draw(st.booleans())
+    tables = []
+    for number in range(draw(st.integers(1, 3))):
+        n_rows = draw(st.integers(0 if number else 1, 12))
+        columns = {"text": pa.array([f"{number} {row}" for row in range(n_rows)])}
+        for name, kind in kinds.items():
+            if evolving and draw(st.integers(0, 9)) == 0:
+                continue
+            here = draw(relatives(kind)) if evolving and number else kind
+            columns[name] = array(draw(st.lists(values(here), min_size=n_rows, max_size=n_rows)), here)
+        order = draw(st.permutations(list(columns))) if evolving else list(columns)
+        tables.append(pa.table({name: columns[name] for name in order}))
+    return tables
+
+
+def written(tables: list[pa.Table], folder: Path, draw: Any) -> list[pa.Table]:
+    """Write a file for each table; what the files hold, which other writers than pyarrow may have changed."""
+    found = []
+    for number, table in enumerate(tables):
+        file = folder / f"{number}.parquet"
+        writer = WRITERS[draw(st.sampled_from(sorted(WRITERS)))]
+        try:
+            writer(table, file, draw)
+            found.append(pq.read_table(file))
+            found[-1].validate(full=True)
+        except Exception:  # the writer does not know the type, or writes what pyarrow does not read
+            pq.write_table(table, file)
+            found.append(pq.read_table(file))
+    return found
+
+
+def streamed(tables: list[pa.Table], folder: Path, draw: Any) -> list[pa.Table]:
+    for number, table in enumerate(tables):
+        with pa.ipc.new_stream(str(folder / f"{number}.arrow"), table.schema) as stream:
+            stream.write_table(table, max_chunksize=draw(st.integers(1, 12)))
+    return tables
+
+
+@hypothesis.settings(
+    max_examples=EXAMPLES,
+    derandomize="TABLES" not in os.environ,
+    database=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+@hypothesis.given(data=st.data())
+def test_any_table_comes_back(client: Client, data: Any) -> None:
+    with tempfile.TemporaryDirectory(prefix="rowmill-tables-") as home:
+        folder, out = Path(home, "in"), Path(home, "out")
+        folder.mkdir()
+        write = data.draw(st.sampled_from([written, written, written, streamed]))
+        given = write(data.draw(files()), folder, data.draw)
+        shard_rows = data.draw(st.sampled_from([4, 100]))
+        order = data.draw(st.sampled_from(["input", "input", "prefix"]))
+        fields = {"output": str(out), "model": "fake", "task": "generate", "prompt": "{text}", "order": order}
+        names = list(dict.fromkeys(name for table in given for name in table.schema.names))
+        try:
+            status = client.run(input=str(folder), shard_rows=shard_rows, **fields)
+        except InvalidInput as error:
+            clashing = [
+                name for name in names if len(_kinds(given, name)) > 1 or "list_view" in str(_kinds(given, name))
+            ]
+            assert any(repr(name) in error.message for name in clashing), error.message
+            assert "0." in error.message or "1." in error.message, error.message
+            assert not (out / "data").exists()
+            return
+        assert (status.state, status.rows_failed) == (JobState.COMPLETED, 0)
+        parts = sorted((out / "data").glob("*.parquet"))
+        result = pa.concat_tables([pq.read_table(part) for part in parts], promote_options="none")
+        result.validate(full=True)
+        for name in names:
+            assert plain(result[name]) == _values(given, name), name
+            kinds = _kinds(given, name)
+            if len(kinds) == 1 and write is written:
+                assert _kind(result[name].type) == _kind(kinds.pop()), name
+        if write is written:
+            _check_readers(names, given, sorted(folder.iterdir()), parts)
+
+
+def _values(given: list[pa.Table], name: str) -> list[Any]:
+    nothing: list[Any] = []
+    for table in given:
+        nothing += plain(table[name]) if name in table.schema.names else [None] * table.num_rows
+    return nothing
+
+
+def _kinds(given: list[pa.Table], name: str) -> set[Any]:
+    return {table.schema.field(name).type for table in given if name in table.schema.names}
+
+
+def _kind(kind: Any) -> str:
+    """Without what widens where several files or batches have categories of their own."""
+    text = str(kind)
+    for index in ("int8", "int16", "int64", "uint8", "uint16", "uint32", "uint64"):
+        text = text.replace(f"indices={index},", "indices=int32,")
+    return text.replace("ordered=1", "ordered=0").replace("element: ", "item: ")
+
+
+def _check_readers(names: list[str], given: list[pa.Table], files: list[Path], parts: list[Path]) -> None:
+    """Each reader finds in the output what it finds in the files, in columns of which they have one type."""
+    same = [
+        name for name in names if len(_kinds(given, name)) == 1 and all(name in table.schema.names for table in given)
+    ]
+    for reader, read in READERS.items():
+        try:
+            before = [read(file).select(same) for file in files]
+            wanted = {name: [value for table in before for value in plain(table[name])] for name in same}
+        except Exception:  # this reader does not know one of the types
+            continue
+        after = [read(part).select(same) for part in parts]
+        for name in same:
+            found = [value for table in after for value in plain(table[name])]
+            assert _raw(found) == _raw(wanted[name]), (reader, name, _kinds(given, name))
+
+
+def _raw(value: Any) -> Any:
+    """Text as bytes: a file without Arrow's schema does not tell every reader which bytes are text."""
+    if isinstance(value, (list, tuple)):
+        return [_raw(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _raw(item) for name, item in value.items()}
+    return value.encode() if isinstance(value, str) else value

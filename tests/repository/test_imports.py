@@ -1,0 +1,97 @@
+"""What importing loads: pure modules load nothing heavy, and engine modules import without their extras."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import pipeline
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = {"sqlalchemy", "alembic", "celery", "kombu", "redis", "vllm", "torch", "transformers", "tokenizers"}
+HEAVY |= {"onnxruntime", "onnx", "fsspec", "s3fs", "typer", "rich"}
+
+
+def modules_of(room: str) -> list[str]:
+    """The modules in a folder of ``pipeline`` and below, by their dotted names."""
+    paths = (path.relative_to(ROOT) for path in (ROOT / "pipeline" / room).rglob("*.py") if path.stem != "__init__")
+    return [".".join(path.with_suffix("").parts) for path in paths]
+
+
+CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+PURE = next(contract["source_modules"] for contract in CONTRACTS if contract["name"].startswith("pure modules"))
+# Arrow's types are what these two are about.
+SPEC = sorted(set(modules_of("spec")) - {"pipeline.spec.result_columns", "pipeline.spec.answer_fields"})
+# Run as a program by the engine that starts it.
+ENGINES = sorted(set(modules_of("engines")) - {"pipeline.engines.vllm.process.child"})
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level names in ``sys.modules`` of a fresh process after the statement."""
+    code = (
+        f"import sys, json\n{statement}\nprint(json.dumps(sorted({{name.partition('.')[0] for name in sys.modules}})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_pure_modules_load_nothing_heavy() -> None:
+    assert {"pipeline.spec", "pipeline.planning.engine_choice", "storage.states", "storage.errors"} <= set(PURE)
+    assert not loaded_by("import " + ", ".join([*PURE, *SPEC])) & (HEAVY | {"pyarrow"})
+
+
+def test_the_package_itself_loads_nothing() -> None:
+    assert not loaded_by("import pipeline; dir(pipeline)") & (HEAVY | {"pyarrow", "numpy", "pydantic", "storage"})
+
+
+def test_the_spec_loads_no_engine_and_no_database() -> None:
+    assert not loaded_by("from pipeline import JobSpec, RowmillError") & HEAVY
+
+
+def test_engine_modules_load_no_engine() -> None:
+    """Each of them, without anything that an extra brings."""
+    assert not loaded_by("import " + ", ".join(ENGINES)) & HEAVY
+
+
+@pytest.mark.parametrize("hidden", ["vllm", "onnxruntime", "torch", "transformers", "tokenizers", "onnx"])
+def test_engine_modules_import_without_the_extras(hidden: str) -> None:
+    loaded_by(f"sys.modules[{hidden!r}] = None\nimport " + ", ".join(ENGINES))
+
+
+def test_the_client_loads_no_engine() -> None:
+    assert not loaded_by("from pipeline import Client") & {"vllm", "torch", "transformers", "onnxruntime", "tokenizers"}
+
+
+def test_public_names_are_there() -> None:
+    assert sorted(pipeline.__all__) == sorted(pipeline._HOMES)
+    assert dir(pipeline) == pipeline.__all__
+    for name in pipeline.__all__:
+        home = importlib.import_module(pipeline._HOMES[name])
+        assert getattr(pipeline, name) is getattr(home, name)
+        assert getattr(pipeline, name).__module__ == pipeline._HOMES[name]
+    with pytest.raises(AttributeError, match="has no attribute 'nope'"):
+        pipeline.nope  # noqa: B018
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    tree = ast.parse((ROOT / "pipeline/__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.asname: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert seen == pipeline._HOMES
+
+
+@pytest.mark.parametrize("package", ["pipeline", "storage", "tasks", "migrations"])
+def test_package_files_are_empty(package: str) -> None:
+    for path in (ROOT / package).rglob("__init__.py"):
+        if path != ROOT / "pipeline/__init__.py":
+            assert path.read_text() == "", f"{path.relative_to(ROOT)} is not empty"
