@@ -7,45 +7,23 @@ bounds the memory to two buffers, and what a crash costs to ``flush_rows``, twic
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyroaring import BitMap
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 
 from pipeline.engines.base import ResultBatch
 from pipeline.output import assemble, owner
 from pipeline.process.runtime import Runtime
 from pipeline.spec.error_codes import RowErrorCode
 from storage import failpoints
-from storage.errors import CommitUnknown, TransientError
 from storage.parquet import parquet
 from storage.queue import attempts
 from storage.records import Claim, PartFile, RowException
+from storage.sql.retry import retry_write
 from storage.sql.tables import TOKENS
-
-T = TypeVar("T")
-
-PATIENCE_SECONDS = 600.0
-"""How long an attempt waits for a database that does not answer, before it gives up what it has not flushed."""
-
-
-def patiently(call: Callable[[], T], *, seconds: float = PATIENCE_SECONDS) -> T:
-    """Repeat ``call`` while the database does not answer: for fenced writes, which are safe to repeat.
-
-    One that took effect although its COMMIT went unanswered finds itself fenced: :class:`LeaseLost`.
-    """
-    retrying = Retrying(
-        retry=retry_if_exception_type((TransientError, CommitUnknown)),
-        wait=wait_exponential_jitter(multiplier=0.2, max=10.0),
-        stop=stop_after_delay(seconds),
-        reraise=True,
-    )
-    return retrying(call)
 
 
 class Flusher:
@@ -142,13 +120,13 @@ class Flusher:
         ]
         tokens = _count_tokens(buffer)
         poison = sum(exception.code == RowErrorCode.POISON_ROW for exception in exceptions)
-        patiently(
+        retry_write(
             lambda: attempts.flush(runtime.database, claim, part, tokens=tokens, exceptions=exceptions, n_poison=poison)
         )
         self.rows_flushed += len(rows)
         failpoints.hit("flush.recorded")
         if failed and claim.job.spec.get("max_failed_rows") is not None:
-            patiently(lambda: attempts.stop_if_too_many_failed(runtime.database, claim.job.id, runtime.actor))
+            retry_write(lambda: attempts.stop_if_too_many_failed(runtime.database, claim.job.id, runtime.actor))
         self.seconds += time.monotonic() - began
         return part
 

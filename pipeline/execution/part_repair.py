@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import pyarrow.compute as pc
 
-from pipeline.execution.flush import patiently
 from pipeline.process.runtime import Runtime
 from storage.errors import CorruptFile
 from storage.objects.store import ObjectStore
 from storage.parquet import parquet
 from storage.queue import part_repair
 from storage.records import Claim, PartFile
+from storage.sql.retry import retry_write
 from storage.sql.tables import TOKENS
 
 
@@ -26,7 +26,7 @@ def forget_damaged(runtime: Runtime, claim: Claim, parts: Sequence[PartFile]) ->
         return 0
     kept = [part for part in parts if part not in broken]
     tokens = _count_tokens(runtime, kept)
-    patiently(lambda: part_repair.forget_parts(runtime.database, claim, broken, kept, tokens=tokens))
+    retry_write(lambda: part_repair.forget_parts(runtime.database, claim, broken, kept, tokens=tokens))
     return sum(len(part.rows) for part in broken)
 
 

@@ -22,7 +22,7 @@ from pipeline.execution import profiling
 from pipeline.execution.attempt_steps import AttemptSteps
 from pipeline.execution.backoff import backoff
 from pipeline.execution.completeness import Ledger
-from pipeline.execution.flush import Flusher, patiently
+from pipeline.execution.flush import Flusher
 from pipeline.execution.part_repair import forget_damaged
 from pipeline.execution.poison_search import Kind, rounds
 from pipeline.execution.prefetch import ReadAhead
@@ -55,6 +55,7 @@ from storage.parquet import parquet
 from storage.queue import attempts
 from storage.records import OUTPUT_SEQ, Claim, PartFile
 from storage.redaction import redact_text
+from storage.sql.retry import retry_write
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ def _fail(runtime: Runtime, claim: Claim, text: str, stats: Mapping[str, Any], *
 def _report(write: Any) -> None:
     """Record how an attempt ended. If that cannot be done, the lease runs out and the reaper records it as lost."""
     try:
-        patiently(write)
+        retry_write(write)
     except (LeaseLost, CommitUnknown, TransientError) as error:
         log.warning("the end of an attempt could not be recorded: %s", error)
 
@@ -176,7 +177,7 @@ def _stopped(runtime: Runtime, claim: Claim, cancel: Cancellation, stats: Mappin
     if cancel.reason == LEASE_LOST:
         raise LeaseLost(f"attempt {claim.attempt_no} no longer holds shard {claim.shard.id}")
     end = attempts.cancel if cancel.reason == JOB_STOPPING else attempts.release
-    patiently(lambda: end(runtime.database, claim, stats=stats))
+    retry_write(lambda: end(runtime.database, claim, stats=stats))
 
 
 def run_shard(
@@ -200,7 +201,7 @@ def run_shard(
     directory = locations.attempt_dir(
         job.output_uri, job.id, shard.idx, shard.gen, claim.attempt_no, secrets.token_hex(4)
     )
-    steps = AttemptSteps(lambda step, alone: patiently(lambda: attempts.note(runtime.database, claim, step, alone)))
+    steps = AttemptSteps(lambda step, alone: retry_write(lambda: attempts.note(runtime.database, claim, step, alone)))
     steps.begin(Step.IDLE)
     schema = engine.result_schema(spec)
     check_names(plan.keep, schema.names, spec.output_prefix)
@@ -242,7 +243,7 @@ def run_shard(
                 infer(turn.rows, cancel, alone=True)
             else:
                 if searching:
-                    patiently(lambda: attempts.end_search(runtime.database, claim))
+                    retry_write(lambda: attempts.end_search(runtime.database, claim))
                 place.close()
                 while (left := turn.rows & ledger.pending) and not cancel.cancelled:
                     with place.together() as stop:
@@ -274,7 +275,7 @@ def run_shard(
             raise CorruptFile(f"{error}; {lost} flushed rows have to be computed again") from error
         failpoints.hit("commit.assembled")
         stats = {**_stats(profile.engine, measures, flusher), **profiled}
-        patiently(lambda: attempts.commit(runtime.database, claim, output, stats=stats))
+        retry_write(lambda: attempts.commit(runtime.database, claim, output, stats=stats))
         failpoints.hit("commit.done")
 
 

@@ -14,13 +14,12 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
-from pipeline.inputs import table_formats
+from pipeline.inputs import row_groups, table_formats
 from pipeline.inputs.convert import KEY_CHARS, Converter, key_of
 from pipeline.inputs.disk_list import Spool
 from pipeline.inputs.formats import Format, Kind, format_of, is_beside_the_point
+from pipeline.inputs.row_groups import InputFile
 from pipeline.inputs.schema import UnifiedSchema
-from pipeline.planning import shard_plan
-from pipeline.planning.shard_plan import InputFile
 from pipeline.spec.text_options import TextOptions, TextSpec
 from storage import locations
 from storage.errors import InvalidInput
@@ -82,8 +81,8 @@ class Inputs:
         """The first ``limit`` rows, or ``sample`` rows spread evenly over all; the sources stay what they are."""
         if limit is None and sample is None:
             return self
-        ranges = [(0, limit)] if limit is not None else shard_plan.sample_ranges(self.rows, sample or 0)
-        return replace(self, files=Spool(shard_plan.select(self.files, ranges)))
+        ranges = [(0, limit)] if limit is not None else row_groups.sample_ranges(self.rows, sample or 0)
+        return replace(self, files=Spool(row_groups.select(self.files, ranges)))
 
 
 Processed = Callable[[Sequence[str]], set[tuple[str, str]]]

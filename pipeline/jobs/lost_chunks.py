@@ -12,14 +12,13 @@ from dataclasses import replace
 import pyarrow as pa
 
 from pipeline.engines.base import Cancellation
-from pipeline.execution.flush import patiently
 from pipeline.inputs import discovery
 from pipeline.inputs.discovery import Inputs
 from pipeline.inputs.disk_list import Spool
+from pipeline.inputs.row_groups import InputFile
 from pipeline.output.destination import outputs_gone
 from pipeline.planning import lease, repartition
 from pipeline.planning.plan import PlanRecord
-from pipeline.planning.shard_plan import InputFile
 from pipeline.process.runtime import Runtime
 from pipeline.spec.job_spec import JobSpec
 from storage import locations
@@ -28,6 +27,7 @@ from storage.objects.store import ObjectStore
 from storage.parquet import parquet
 from storage.queue import publish_leases, regrouped_rows, reopen
 from storage.records import Job, Source
+from storage.sql.retry import retry_write
 
 
 def plan_again(
@@ -57,7 +57,7 @@ def plan_again(
         if maker.gone(wanted):
             raise InvalidInput("the input does not give the rows that the job was planned over; submit a new job")
         changed = [new for old, new in zip(wanted, maker.now(wanted), strict=True) if new != old]
-    return patiently(lambda: reopen.planned_again(runtime.database, job.id, changed, lost, actor=runtime.actor))
+    return retry_write(lambda: reopen.planned_again(runtime.database, job.id, changed, lost, actor=runtime.actor))
 
 
 class _Maker:

@@ -16,7 +16,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.execution.flush import patiently
 from pipeline.output import assemble, manifest, merge_regrouped, owner
 from pipeline.output.destination import chunks_are_gone, earlier_parts, is_free
 from pipeline.output.publish_shard import assemble_partial, publish_shard
@@ -33,6 +32,7 @@ from storage.parquet import parquet
 from storage.queue import job_deaths, publish_leases, regrouped_rows
 from storage.queue.publish_leases import Lost
 from storage.records import Job
+from storage.sql.retry import retry_write
 from storage.states import TERMINAL_JOB, JobState
 
 log = logging.getLogger(__name__)
@@ -62,13 +62,13 @@ def finalize_job(runtime: Runtime, job_id: str | None = None) -> Job | None:
         reason = str(error) or type(error).__name__
         # Too late? Then something that it did since it last looked may have reached the output.
         try:
-            patiently(
+            retry_write(
                 lambda: publish_leases.give_back(
                     runtime.database, job, delay=settings.again_seconds, error=reason, actor=runtime.actor
                 )
             )
         except LeaseLost:
-            patiently(lambda: publish_leases.report_touched(runtime.database, job.output_uri, actor=runtime.actor))
+            retry_write(lambda: publish_leases.report_touched(runtime.database, job.output_uri, actor=runtime.actor))
         raise
 
 
@@ -100,7 +100,7 @@ def _published(runtime: Runtime, job: Job) -> tuple[Job, JobState, str | None]:
 
 
 def _complete(runtime: Runtime, job: Job, target: JobState, error: str | None) -> Job | None:
-    return patiently(lambda: publish_leases.complete(runtime.database, job, target, actor=runtime.actor, error=error))
+    return retry_write(lambda: publish_leases.complete(runtime.database, job, target, actor=runtime.actor, error=error))
 
 
 def _why(runtime: Runtime, job: Job, target: JobState) -> str | None:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from pipeline.engines.base import Cancellation
-from pipeline.execution.flush import patiently
 from pipeline.process.runtime import Runtime
 from storage.errors import CommitUnknown, Interrupted, TransientError
 from storage.queue import plan_leases
 from storage.records import Job
+from storage.sql.retry import retry_write
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def held(
         if interrupt is not None and interrupt.cancelled:
             raise Interrupted(f"job {job.id} was interrupted while {doing}; nothing was run yet")
         if time.monotonic() >= renew_at:
-            patiently(lambda: plan_leases.hold(runtime.database, job.id, owner=owner, lease_seconds=lease))
+            retry_write(lambda: plan_leases.hold(runtime.database, job.id, owner=owner, lease_seconds=lease))
             renew_at = time.monotonic() + lease / 3
 
     going_on()

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyroaring import BitMap
 
+from pipeline.inputs import row_groups
 from pipeline.inputs.discovery import Inputs
 from pipeline.inputs.disk_list import Spool
 from pipeline.planning import shard_plan
@@ -244,5 +245,5 @@ def _shards(
     """Shards over one chunk, about equal; usually one. Each is a stretch of it, so that its rows keep their order."""
     groups = parquet.stats(store, source.uri).row_groups
     share = -(-source.n_rows // -(-source.n_rows // most))
-    for plan in shard_plan.plan([shard_plan.InputFile(source.idx, groups)], shard_rows=share, shard_bytes=shard_bytes):
+    for plan in shard_plan.plan([row_groups.InputFile(source.idx, groups)], shard_rows=share, shard_bytes=shard_bytes):
         yield ShardPlan(idx + plan.idx, row_start + plan.row_start, plan.row_n, plan.n_bytes, plan.slices)

@@ -1,96 +1,14 @@
-"""From row groups to shards, perhaps over some of the rows. Pure: the same files give the same shards."""
+"""From row groups to shards. Pure: the same files give the same shards."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import accumulate
 
+from pipeline.inputs.row_groups import MAX_SLICES, InputFile, begins, bytes_of
 from storage.records import ShardPlan, Slice
 
-MAX_SLICES = 1000
-"""Most slices in a shard: tiny files are read together, but not so many that one shard must open tens of thousands."""
 FULL_ENOUGH = 0.5
 """A shard this full ends at a row-group boundary rather than take a part of a group that does not fit whole."""
-
-
-@dataclass(frozen=True, slots=True)
-class InputFile:
-    """``row_groups``: (rows, uncompressed bytes) of each row group of source number ``source``, in file order.
-
-    ``starts``: the row of the file at which each of them begins, where only pieces of row groups are to be read; empty
-    when they follow one another from row 0 on.
-    """
-
-    source: int
-    row_groups: tuple[tuple[int, int], ...]
-    starts: tuple[int, ...] = ()
-
-    @property
-    def rows(self) -> int:
-        """Rows in all of its row groups."""
-        return sum(rows for rows, _ in self.row_groups)
-
-    def slices(self) -> tuple[Slice, ...]:
-        """All of its rows, as runs that do not touch."""
-        found: list[Slice] = []
-        for (rows, _), first in zip(self.row_groups, self.starts or _begins(self.row_groups), strict=True):
-            if not rows:
-                continue
-            if found and found[-1].row_lo + found[-1].row_n == first:
-                found[-1] = Slice(self.source, found[-1].row_lo, found[-1].row_n + rows)
-            else:
-                found.append(Slice(self.source, first, rows))
-        return tuple(found)
-
-
-def _begins(row_groups: Iterable[tuple[int, int]]) -> tuple[int, ...]:
-    return tuple(accumulate((rows for rows, _ in row_groups), initial=0))[:-1]
-
-
-def sample_ranges(total: int, rows: int) -> Iterator[tuple[int, int]]:
-    """``rows`` of ``total`` rows, spread evenly: half-open ranges in rising order, at most ``MAX_SLICES`` of them.
-
-    Up to ``MAX_SLICES`` rows stand alone; of more, some follow one another, so that a shard does not have to be read
-    from tens of thousands of places. The same numbers give the same rows.
-    """
-    rows = min(rows, total)
-    length = max(1, -(-rows // MAX_SLICES))
-    blocks, wanted = -(-total // length), -(-rows // length)
-    left = rows
-    for n in range(wanted):
-        lo = n * blocks // wanted * length
-        size = min(length, left, total - lo)
-        left -= size
-        yield lo, lo + size
-
-
-def select(files: Iterable[InputFile], ranges: Iterable[tuple[int, int]]) -> Iterator[InputFile]:
-    """The pieces of the files' row groups that lie in ``ranges``: half-open, rising, by rows counted over all files.
-
-    Files without any such row are left out.
-    """
-    rest = iter(ranges)
-    wanted = next(rest, None)
-    first = 0
-    for file in files:
-        pieces: list[tuple[int, int]] = []
-        starts: list[int] = []
-        in_file = 0
-        for rows, n_bytes in file.row_groups:
-            while rows and wanted is not None and wanted[0] < first + rows:
-                lo, hi = max(wanted[0] - first, 0), min(wanted[1] - first, rows)
-                pieces.append((hi - lo, _bytes_of(rows, n_bytes, lo, hi)))
-                starts.append(in_file + lo)
-                if wanted[1] > first + rows:
-                    break
-                wanted = next(rest, None)
-            first += rows
-            in_file += rows
-        if pieces:
-            yield InputFile(file.source, tuple(pieces), tuple(starts))
-        if wanted is None:
-            return
 
 
 class _Open:
@@ -126,7 +44,7 @@ def plan(files: Iterable[InputFile], *, shard_rows: int, shard_bytes: int) -> It
     """
     shard = _Open(0, 0)
     for file in files:
-        starts = file.starts or _begins(file.row_groups)
+        starts = file.starts or begins(file.row_groups)
         for (group_rows, group_bytes), first in zip(file.row_groups, starts, strict=True):
             at = 0
             while at < group_rows:
@@ -144,19 +62,14 @@ def plan(files: Iterable[InputFile], *, shard_rows: int, shard_bytes: int) -> It
                     shard = shard.successor()
                     continue
                 take = max(1, fits)
-                shard.add(file.source, first + at, take, _bytes_of(group_rows, group_bytes, at, at + take))
+                shard.add(file.source, first + at, take, bytes_of(group_rows, group_bytes, at, at + take))
                 at += take
     if shard.rows:
         yield shard.closed()
 
 
-def _bytes_of(rows: int, n_bytes: int, lo: int, hi: int) -> int:
-    """Bytes of rows ``[lo, hi)`` of a group: floors of the running total, so that the parts add up to the whole."""
-    return n_bytes * hi // rows - n_bytes * lo // rows
-
-
 def _rows_within(room: int, rows: int, n_bytes: int, lo: int) -> int:
-    """The most rows from ``lo`` on whose :func:`_bytes_of` stays within ``room``."""
+    """The most rows from ``lo`` on whose :func:`bytes_of` stays within ``room``."""
     if n_bytes <= 0:
         return rows - lo if room >= 0 else 0
     return max(0, ((room + n_bytes * lo // rows + 1) * rows - 1) // n_bytes - lo)

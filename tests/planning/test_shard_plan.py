@@ -9,8 +9,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from pipeline.inputs import row_groups
+from pipeline.inputs.row_groups import MAX_SLICES, InputFile
 from pipeline.planning import shard_plan
-from pipeline.planning.shard_plan import MAX_SLICES, InputFile, plan
+from pipeline.planning.shard_plan import plan
 from storage.records import ShardPlan, Slice
 
 groups = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 5000)), max_size=6)
@@ -102,10 +104,10 @@ def test_selected_rows_are_those_of_the_ranges(files: list[InputFile], ranges: l
         rising.append((at + gap % 200, at + gap % 200 + length + 1))
         at = rising[-1][1]
     everything = _numbered(files)
-    chosen = list(shard_plan.select(iter(files), rising))
+    chosen = list(row_groups.select(iter(files), rising))
     assert _numbered(chosen) == [everything[n] for lo, hi in rising for n in range(lo, min(hi, len(everything)))]
     assert rows_of(list(plan(chosen, shard_rows=50, shard_bytes=1000))) == _numbered(chosen)
-    whole = list(shard_plan.select(files, [(0, max(1, len(everything)))]))
+    whole = list(row_groups.select(files, [(0, max(1, len(everything)))]))
     assert _numbered(whole) == everything
     assert sum(b for f in whole for _, b in f.row_groups) == sum(b for f in files for n, b in f.row_groups if n)
 
@@ -113,12 +115,12 @@ def test_selected_rows_are_those_of_the_ranges(files: list[InputFile], ranges: l
 @given(total=st.integers(0, 10**7), rows=st.integers(1, 20_000))
 @example(total=3000, rows=2999)
 def test_a_sample_has_its_rows_spread_evenly_and_in_few_places(total: int, rows: int) -> None:
-    ranges = list(shard_plan.sample_ranges(total, rows))
+    ranges = list(row_groups.sample_ranges(total, rows))
     assert sum(hi - lo for lo, hi in ranges) == min(rows, total)
-    assert len(ranges) <= shard_plan.MAX_SLICES
+    assert len(ranges) <= row_groups.MAX_SLICES
     assert all(lo < hi <= total for lo, hi in ranges)
     assert all(before[1] <= after[0] for before, after in pairwise(ranges))
     if len(ranges) > 1:
         gaps = [after[0] - before[0] for before, after in pairwise(ranges)]
         assert max(gaps) - min(gaps) <= max(hi - lo for lo, hi in ranges)
-    assert ranges == list(shard_plan.sample_ranges(total, rows))
+    assert ranges == list(row_groups.sample_ranges(total, rows))
