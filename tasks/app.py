@@ -56,7 +56,8 @@ app.conf.update(
     broker_channel_error_retry=True,
     broker_transport_options=transport_options(settings.broker_url or ""),
     timezone="UTC",
-    # Without ``expires``, which would compare beat's clock with the worker's (``storage.fleet.maintenance_lock`` drops what piles up).
+    # Without ``expires``, which would compare beat's clock with the worker's; what piles up is dropped by
+    # ``storage.fleet.maintenance_lock``.
     beat_schedule={"tick": {"task": TICK, "schedule": settings.tick_seconds}},
 )
 

@@ -1,6 +1,7 @@
 """Celery's consumer as a mere listener: whatever goes wrong with the broker or with a message, the worker lives.
 
-The work itself does not pass through here: the worker's own threads look for it in the database (``pipeline.worker.worker``).
+The work itself does not pass through here: the worker's own threads look for it in the database
+(``pipeline.worker.worker``).
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ class JobHandle:
         return reports.attempts(self._runtime.database, self.id)
 
     def measured(self) -> dict[str, float]:
-        """What the attempts measured, added up; :func:`pipeline.process.metrics.derived` makes rates and shares of it."""
+        """What the attempts measured, added up. :func:`pipeline.process.metrics.derived` makes rates of it."""
         return metrics.of_job(reports.measured(self._runtime.database, self.id))
 
     @property

@@ -135,7 +135,7 @@ def media() -> Check:
 
 
 def probe(arguments: list[str], seconds: float) -> dict[str, Any]:
-    """The result of one probe of ``pipeline.diagnostics.probes``; a crash or a time-out is a result with ``ok: false``."""
+    """The result of one probe of ``pipeline.diagnostics.probes``; a crash or a time-out gives ``ok: false``."""
     command = [sys.executable, "-m", "pipeline.diagnostics.probes", *arguments]
     environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "1", "PYTHONWARNINGS": "ignore"}
     process = subprocess.Popen(  # noqa: S603 - our own module

@@ -1,7 +1,7 @@
 """Engines tried for real, each in a process of its own.
 
-Run as ``python -m pipeline.diagnostics.probes`` with ``onnx-providers``, ``onnx PROVIDER``, ``vllm`` or ``vllm-deep``. A
-crash, a hang or a thread left behind by a native library stays in that process. The result is one JSON object on
+Run as ``python -m pipeline.diagnostics.probes`` with ``onnx-providers``, ``onnx PROVIDER``, ``vllm`` or ``vllm-deep``.
+A crash, a hang or a thread left behind by a native library stays in that process. The result is one JSON object on
 stdout; everything that the libraries print goes to stderr.
 """
 

@@ -5,8 +5,8 @@ ahead was stored while the clock was wrong, and nobody may wait for it. What wai
 from now on: a live owner renews it, a dead one loses it one lease later. The queries that read these times need not
 know of this, and keep their indexes.
 
-Not here: a round of maintenance in the future (``storage.fleet.maintenance_lock``), and the next time of a schedule, which follows from
-its cron expression (``pipeline.schedules.fire``).
+Not here: a round of maintenance in the future (``storage.fleet.maintenance_lock``), and the next time of a schedule,
+which follows from its cron expression (``pipeline.schedules.fire``).
 """
 
 from __future__ import annotations

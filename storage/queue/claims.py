@@ -43,7 +43,7 @@ def claim(
     """Lease the next ready shard to ``owner``; ``None`` when there is none, or none may run now.
 
     Which one: highest priority, then the tenant whose turn it is and that has fewer than its ``max_running`` at work,
-    then the engines in ``warm`` (engine keys loaded in this process), then the longest due (``storage.queue.fair_queue``).
+    then the engines in ``warm`` (engine keys loaded in this process), then the longest due (see ``fair_queue``).
     Engines in ``keep`` (loaded so lately that it has not paid off) even go before another tenant's turn.
     ``queues`` and ``job_id`` narrow the choice; within one job there is no question of turns. One transaction raises
     the fence, sets the lease and opens the attempt.

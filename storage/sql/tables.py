@@ -1,7 +1,7 @@
 """The SQLAlchemy tables. Migrations are made from these; nothing else defines a column.
 
-Times are Unix seconds as doubles, written by the database's own clock (``storage.sql.database.now``), so that SQLite and
-PostgreSQL hold the same values. Bitmaps are serialised Roaring bitmaps of row indices within the shard.
+Times are Unix seconds as doubles, written by the database's own clock (``storage.sql.database.now``), so that SQLite
+and PostgreSQL hold the same values. Bitmaps are serialised Roaring bitmaps of row indices within the shard.
 """
 
 from __future__ import annotations

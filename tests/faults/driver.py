@@ -13,8 +13,8 @@ In a test (``world`` comes from ``conftest.py`` and runs the test on SQLite and 
 Three kinds of process, all started by this module as ``python -m tests.faults.driver`` (``celery``: as ``celery -A
 tasks.app``):
 
-``worker``  the ``pipeline.worker.worker.Worker`` that Celery's tasks call, in a loop in place of Celery: tick, plan, run,
-            finalize. On both databases; ends on SIGTERM by ``Worker.close``.
+``worker``  the ``pipeline.worker.worker.Worker`` that Celery's tasks call, in a loop in place of Celery: tick, plan,
+            run, finalize. On both databases; ends on SIGTERM by ``Worker.close``.
 ``run``     the embedded mode: ``Client().run(**fields)``; prints the final status as JSON, or ends with code 3 and the
             error's class and text on stderr.
 ``tick``    ``maintenance.tick`` each time a file with the next number appears: see ``_tick``.

@@ -18,7 +18,7 @@ from tests.storage.queue import test_attempts
 
 
 def no_fence(database: Database, connection: sa.Connection, claim: Claim) -> sa.Row[Any]:
-    """In place of ``storage.queue.attempts.held_row``: the shard's row, whoever holds it, at whatever attempt, in any state."""
+    """In place of ``storage.queue.attempts.held_row``: the shard's row, whoever holds it, in any state."""
     query = sa.select(tables.shard).where(tables.shard.c.id == claim.shard.id)
     return connection.execute(database.locked(query)).one()
 

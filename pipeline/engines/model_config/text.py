@@ -1,7 +1,8 @@
 """What the files beside a text model say about it: tokenizer, length limit, pooling, normalization, labels, prompt.
 
 Reads JSON only, so it is cheap enough for ``check``. Formats: a Transformers directory, a sentence-transformers
-directory (:mod:`~pipeline.engines.model_config.sentence_modules`), and a ``.onnx`` file with ``tokenizer.json`` beside it.
+directory (:mod:`~pipeline.engines.model_config.sentence_modules`), and a ``.onnx`` file with ``tokenizer.json``
+beside it.
 """
 
 from __future__ import annotations

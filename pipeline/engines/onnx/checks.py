@@ -56,7 +56,10 @@ def choose_graph(model: Model, options: OnnxOptions) -> Path | None:
 
 def signature_of(model: Model, options: OnnxOptions) -> Signature | None:
     """The signature of the graph that task ``tensor`` runs; ``None`` where it cannot be read here (see
-    :func:`pipeline.engines.onnx.runtime.signature.of_file`). Raises :class:`~storage.errors.InvalidModel` without a graph."""
+    :func:`pipeline.engines.onnx.runtime.signature.of_file`).
+
+    Raises :class:`~storage.errors.InvalidModel` without a graph.
+    """
     graph = choose_graph(model, options)
     if graph is None:
         raise InvalidModel(f"task 'tensor' runs an ONNX graph, and {model.path} holds none", field="model")

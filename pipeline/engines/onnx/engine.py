@@ -362,7 +362,7 @@ class OnnxEngine:
         return feeds(self._prepared(spec, batches), self._pool)
 
     def profiled(self, folder: Path) -> OnnxEngine:
-        """See :meth:`pipeline.execution.profiling.Profiled.profiled`. It runs in this one's layout, and measures none."""
+        """See :meth:`pipeline.execution.profiling.Profiled.profiled`. It runs in this one's layout."""
         assert self._pool is not None
         layout = self._pool.layout.to_json()
         options = self._options.model_copy(update={**layout, "autotune": False})

@@ -290,7 +290,7 @@ class VllmEngine:
         }
 
     def benchmark(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Mapping[str, Any] | None:
-        """See :class:`pipeline.diagnostics.benchmark.Benchmarked`: the speed of prefill and decode, on prompts made up here."""
+        """See :class:`pipeline.diagnostics.benchmark.Benchmarked`: the speed of prefill and decode."""
         return vllm_benchmark.benchmark(
             self.infer, self._loaded(), self._model, self.stats(), spec, self._context.notify
         )

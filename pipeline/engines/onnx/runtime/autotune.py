@@ -90,7 +90,9 @@ class Tuned:
 class Bench:
     """Measures layouts of one graph; ``pool`` is the one in use, with which the first layout is measured.
 
-    ``patient``: measure slow models too. Stopping ``call`` ends it with :class:`~pipeline.engines.onnx.runtime.run.Stopped`.
+    ``patient``: measure slow models too.
+
+    Raises, when ``call`` is stopped, :class:`~pipeline.engines.onnx.runtime.run.Stopped`.
     """
 
     def __init__(
