@@ -9,7 +9,7 @@ import importlib
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ def kind_at(store: ObjectStore, folder: str) -> Kind | None:
     """The kind of table that a folder is, or ``None``."""
     for kind, mark in _MARKS.items():
         if protocol(folder) == "file":
-            literal = Path(folder)
-            found = any(literal.glob(mark)) if listing.is_glob(mark) else (literal / mark).is_dir()
+            literal, found = Path(folder), False
+            with suppress(OSError):  # a name too long, a ring of links: told by whoever looks for the input's files
+                found = any(literal.glob(mark)) if listing.is_glob(mark) else (literal / mark).is_dir()
         else:
             found = bool(store.find(f"{folder}/{mark}"))
         if found:

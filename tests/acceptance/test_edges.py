@@ -72,7 +72,13 @@ def test_columns_of_every_kind_come_out_as_they_went_in(rowmill: Rowmill) -> Non
     before, after = pq.read_table(rowmill.home / "in.parquet"), read(rowmill)
     assert after.schema.names == [*before.schema.names, *RESULTS]
     for field in before.schema:
-        assert after.schema.field(field.name).type == field.type, field.name
+        kept = after.schema.field(field.name).type
+        if pa.types.is_dictionary(field.type):
+            # Indices wide enough for the values of any number of files.
+            assert (kept.index_type, kept.value_type) == (pa.int32(), field.type.value_type), field.name
+            assert after[field.name].to_pylist() == before[field.name].to_pylist(), field.name
+            continue
+        assert kept == field.type, field.name
         assert after[field.name].equals(before[field.name]), field.name
     assert after.schema.field("error").type == pa.struct([("code", pa.string()), ("message", pa.string())])
 
@@ -188,12 +194,13 @@ def test_a_database_of_a_newer_version_is_named_as_such(rowmill: Rowmill) -> Non
     assert "upgrade Rowmill" in done.err
 
 
-def test_an_ended_job_cannot_be_cancelled(rowmill: Rowmill) -> None:
+def test_to_cancel_an_ended_job_tells_its_state(rowmill: Rowmill) -> None:
     texts(rowmill, "in.parquet")
     assert rowmill.inside("run", "in.parquet", "-o", "out", *GENERATE).code == 0
     done = rowmill.inside("job", "cancel", last_job(rowmill))
-    assert done.code == 1
-    assert "it has ended" in done.err
+    assert done.code == 0
+    assert "completed" in done.out
+    assert "nothing to cancel" in done.err
 
 
 def test_odd_names_of_files_are_files(rowmill: Rowmill) -> None:
