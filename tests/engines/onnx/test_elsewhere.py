@@ -26,7 +26,7 @@ from pipeline.execution.run_shard import execute
 from pipeline.jobs.submit import plan_job, submit_job
 from pipeline.process.heartbeat import LeaseKeeper
 from pipeline.process.runtime import start
-from storage.errors import TransientError
+from storage.errors import EngineMissing, TransientError
 from storage.queue import claims, jobs
 from storage.states import JobState
 from tests.engines.onnx.support import FLOAT, batches, engine, graph, job, run, value
@@ -106,11 +106,13 @@ def test_a_provider_missing_on_one_worker_does_not_end_the_job_for_all(relu: Pat
     }
 
     def attempt(name: str, **worker: Any) -> tuple[JobState, str]:
-        settings = Settings(data_dir=tmp_path / name, cache_dir=tmp_path / "cache")
+        broker = "redis://127.0.0.1:9/0" if worker else None
+        settings = Settings(data_dir=tmp_path / name, cache_dir=tmp_path / "cache", broker_url=broker)
         runtime = start(settings, **worker)
         try:
-            runtime.register()
+            # Before any worker is known: its submit cannot tell that nobody has the provider.
             made = plan_job(runtime, submit_job(runtime, fields | {"output": str(tmp_path / f"{name}-out")}))
+            runtime.register()
             with LeaseKeeper(runtime.database, worker_id=runtime.worker.id, lease_seconds=60.0) as keeper:
                 claim = claims.claim(runtime.database, owner=runtime.worker.id, lease_seconds=60.0, job_id=made.id)
                 assert claim is not None
@@ -121,8 +123,8 @@ def test_a_provider_missing_on_one_worker_does_not_end_the_job_for_all(relu: Pat
             runtime.close()
 
     assert attempt("fleet", queues=("onnx",))[0] is JobState.IN_PROGRESS
-    state, error = attempt("embedded")
-    assert state is not JobState.IN_PROGRESS and "no CUDAExecutionProvider" in error
+    with pytest.raises(EngineMissing, match="CUDAExecutionProvider"):
+        attempt("embedded")
 
 
 def test_who_waits_for_anothers_measurement_can_be_cancelled(relu: Path, tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ class TestMeasured:
         made.close()
         assert stats["layout_from"] == "measured" and stats["rows"] == 300
         assert not failures
-        flat: Any = table.column("y").combine_chunks().storage.flatten()
+        flat: Any = table.column("y").combine_chunks().flatten()
         assert (np.asarray(flat) == np.maximum(np.arange(900) - 450, 0)).all()
 
 

@@ -74,14 +74,14 @@ from pathlib import Path
 import psutil
 from pipeline.engines.base import Cancellation
 from storage.errors import EngineDead
-from tests.engines import vllm_support
+from tests.engines.vllm import support
 
 print("the script runs", flush=True)
-spec = vllm_support.make_spec(sampling={"max_tokens": 100, "ignore_eos": True})
-engine = vllm_support.make_engine(vllm_support.model_at(Path(sys.argv[1])), spec)
+spec = support.make_spec(sampling={"max_tokens": 100, "ignore_eos": True})
+engine = support.make_engine(support.model_at(Path(sys.argv[1])), spec)
 engine.load()
 sys.stdin.readline()
-found = engine.infer(spec, vllm_support.endless(), Cancellation())
+found = engine.infer(spec, support.endless(), Cancellation())
 next(found)
 print(json.dumps([child.pid for child in psutil.Process().children(recursive=True)]), flush=True)
 sys.stdin.readline()

@@ -163,7 +163,6 @@ def test_engine_options_pass() -> None:
     ("spec", "field", "words"),
     [
         (make_spec(prompt="{txt}"), "prompt", "no column 'txt'; it has text, n, word"),
-        (make_spec(prompt="{vector}"), "prompt", "list<"),
         (make_spec("chat", column="talks"), "column", "no column 'talks'"),
         (make_spec(prompt=None, prompt_token_column="vector"), "prompt_token_column", "list of whole numbers"),
         (make_spec(sampling_columns={"seed": "sed"}), "sampling_columns.seed", "no column 'sed'"),
@@ -365,7 +364,7 @@ def test_without_vllm_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
 
 def test_check_loads_neither_vllm_nor_torch() -> None:
     code = (
-        "import sys; from tests.engines import test_vllm_check as t; "
+        "import sys; from tests.engines.vllm import test_check as t; "
         "t.VllmEngine.check(t.make_spec(), t.LLAMA, t.SCHEMA); "
         "print({'vllm', 'torch', 'transformers'} & set(sys.modules))"
     )

@@ -208,7 +208,8 @@ def test_processes_that_write_the_same_answers_at_the_same_time(tmp_path: Path) 
 
 KILLED = """
 import os, sys
-from storage import failpoints, local_files
+from storage import failpoints
+from storage.objects import local_files
 from tests.storage.parquet.test_keyed_segments import caches_at, keep
 if sys.argv[2] == "writing":
     local_files.publish = lambda *_: os._exit(137)
