@@ -10,13 +10,14 @@ from __future__ import annotations
 import _thread
 import atexit
 import contextlib
+import ctypes
 import logging
 import os
 import signal
 import threading
 import time
 from types import FrameType
-from typing import Final, Protocol
+from typing import Final, NoReturn, Protocol
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +46,10 @@ _killed_by: list[int] = []
 """The signal that ends the process, once there is one."""
 _asked_at = float("-inf")
 """When that came, by the monotonic clock."""
-_ended = False
-"""All work has ended, and the signal is sent once more, to end the process."""
+_set_action = ctypes.pythonapi.PyOS_setsig
+"""``signal.signal`` of C: other threads than the main one may call it. ``None`` is the default action."""
+_set_action.argtypes = (ctypes.c_int, ctypes.c_void_p)
+_set_action.restype = ctypes.c_void_p
 
 
 def add(work: Endable) -> None:
@@ -116,12 +119,10 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     # It may have come while the main thread held any lock, so no lock is taken here, and no threading.Thread is made.
     global _asked_at
     now = time.monotonic()
-    if _killed_by and not _ended and now - _asked_at < _SAME_WISH_SECONDS:
+    if _killed_by and now - _asked_at < _SAME_WISH_SECONDS:
         return
     if _killed_by or not _at_work:  # asked again, the process ends at once
-        _unwatch()
-        os.kill(os.getpid(), number)
-        return
+        _die(number)
     _asked_at = now
     _killed_by.append(number)
     ending.set()
@@ -132,15 +133,21 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 
 def _end_and_die(number: int) -> None:
-    """End as the signal's default action would have: others see by which signal the process ended."""
-    global _ended
     try:
         _end_work()
     finally:
-        _ended = True
-        os.kill(os.getpid(), number)
-        time.sleep(_SAME_WISH_SECONDS)
-        os._exit(128 + number)  # the main thread is in native code, and takes no signals: as shells tell of them
+        _die(number)
+
+
+def _die(number: int) -> NoReturn:
+    """End as the signal's default action would have: others see by which signal the process ended.
+
+    Any thread may do so: the main thread may be in native code for long, where it takes no signals.
+    """
+    _set_action(number, None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (number,))
+    signal.raise_signal(number)
+    os._exit(128 + number)  # process 1 of a container, which no default action ends
 
 
 def _unwatch() -> None:

@@ -75,7 +75,7 @@ def test_a_signal_that_is_ignored_stays_ignored(place: Place) -> None:
     ended = place.run(
         "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + WAIT + "kill(signal.SIGHUP)\n"
         "assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN\nopen(GATE, 'w').close()\nprint(job.wait().state)\n"
-        "assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL\nfrom pipeline import process_end\n"
+        "assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL\nfrom pipeline.process import process_end\n"
         "job._session.close()\nassert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL\n"
     )
     assert (ended.returncode, ended.stdout.strip()) == (0, "completed"), ended.stderr
