@@ -30,11 +30,12 @@ class Round:
     kind: Kind
 
 
-def rounds(todo: BitMap, *, searching: bool, suspect: BitMap | None) -> Iterator[Round]:
+def rounds(todo: BitMap, *, searching: bool, suspect: BitMap | None, futile: int = 0) -> Iterator[Round]:
     """How to run ``todo``. Every row is in exactly one round.
 
     While ``searching``, the suspects (the rows that ran alone when the engine died last; all rows, if none did) come
-    first, in pieces; a single one is the poison. The others follow together.
+    first, in pieces; a single one is the poison. The others follow together. Poison rows may stand side by side, so
+    each search begins with another piece: ``futile`` counts those in a row in which no row was computed.
     """
     if not searching:
         yield Round(todo, Kind.TOGETHER)
@@ -43,7 +44,9 @@ def rounds(todo: BitMap, *, searching: bool, suspect: BitMap | None) -> Iterator
     if suspect is not None and len(suspects) == 1:
         yield Round(suspects, Kind.POISON)
     else:
-        for piece in np.array_split(np.array(suspects.to_array(), dtype=np.uint32), PIECES):
+        pieces = np.array_split(np.array(suspects.to_array(), dtype=np.uint32), min(PIECES, len(suspects)) or 1)
+        first = futile % len(pieces)
+        for piece in pieces[first:] + pieces[:first]:
             if len(piece):
                 yield Round(BitMap(piece), Kind.ALONE)
     if rest := todo - suspects:

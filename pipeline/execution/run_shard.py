@@ -233,7 +233,7 @@ def run_shard(
 
             take(_infer(runtime, claim, profile.engine, spec, plan, rows, stop, handed), rows)
 
-        for turn in rounds(claim.todo, searching=searching, suspect=shard.suspect):
+        for turn in rounds(claim.todo, searching=searching, suspect=shard.suspect, futile=shard.n_lost):
             # Before anything is noted: the rows that are, were alone.
             if cancel.cancelled or (turn.kind is Kind.ALONE and not place.alone()):
                 break

@@ -33,6 +33,10 @@ ENDS = {
         WAIT + "some_rows()\nfor number in (signal.SIGTERM, signal.SIGTERM): os.kill(os.getpid(), number)\njob.wait()",
         -signal.SIGTERM,
     ),
+    "SIGTERM before a long call of native code": (
+        WAIT + "import hashlib\nkill(signal.SIGTERM)\nhashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)",
+        -signal.SIGTERM,
+    ),
     "SIGTERM while another thread runs the job": (
         (
             "mine = client()\nthreading.Thread(target=lambda: mine.submit(**FIELDS).wait(), daemon=True).start()\n"
