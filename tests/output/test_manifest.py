@@ -42,6 +42,8 @@ JOB = Job(
     ended_at=None,
     expires_at=None,
     cancel_requested_at=None,
+    max_failed_rows=None,
+    touched=False,
 )
 SOURCES = [Source(0, "s3://in/a", "e1", 5, 250, {"year": "2024"})]
 
