@@ -246,7 +246,10 @@ def _found(
     shared = _shared_folder([normalize(pattern) for pattern in spec.input])
     for pattern in map(normalize, spec.input):
         refuse_output_inside(pattern, output)
-        data, table = _listed(store, pattern, notify)
+        try:
+            data, table = _listed(store, pattern, notify)
+        except InvalidInput as error:
+            raise InvalidInput(error.message, field=error.field or "input") from error
         if not data and done is None:
             raise InvalidInput(
                 f"no file matches {pattern} (names that begin with '.' or '_' are not read){_about_brackets(pattern)}",

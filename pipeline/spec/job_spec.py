@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from pipeline.spec.json_text import TooDeep, check_depth
 from pipeline.spec.places import no_credentials, plain_place, writable_place
 from pipeline.spec.prompt_template import Template
 from pipeline.spec.text_options import TextFields
@@ -30,6 +31,7 @@ from pipeline.spec.values import (
     plain_options,
     rule,
 )
+from storage.errors import InvalidJob
 
 
 class Task(StrEnum):
@@ -337,6 +339,11 @@ _SHAPING = frozenset().union(*_READS.values())
 
 def parse(fields: dict[str, Any]) -> JobSpec:
     """A spec from keyword arguments, or :class:`InvalidJob` naming every field at fault and why."""
+    for name, value in fields.items():
+        try:
+            check_depth(value)  # pydantic's own messages repeat the value, and recurse in it
+        except TooDeep as error:
+            raise InvalidJob(str(error), field=name) from None
     try:
         return JobSpec(**fields)
     except ValidationError as error:

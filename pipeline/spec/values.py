@@ -158,7 +158,7 @@ def invalid(error: ValidationError) -> InvalidJob:
     problems = []
     found_in = {item["loc"][0] for item in error.errors(include_url=False) if len(item["loc"]) > 1}
     for item in error.errors(include_url=False):
-        if item["type"] == "too_short" and item["loc"][0] in found_in:
+        if item["type"] == "too_short" and len(item["loc"]) == 1 and item["loc"][0] in found_in:
             continue  # pydantic counts only what is right in a list, and says so twice
         where = ".".join(_printable(str(part)) for part in item["loc"] if part != "[key]")
         what = item["msg"].removeprefix("Value error, ")
