@@ -330,6 +330,7 @@ class ParquetOutput:
                 raise RowmillError(f"column {meant.name!r} is {meant.type}, and would be read back as {stored.type}")
 
     def _abandon(self) -> None:
-        # Its file is thrown away; what matters is the error that led here.
-        with suppress(OSError, pa.ArrowException, RowmillError):
+        # Its file is thrown away; what matters is the error that led here. pyarrow raises a RuntimeError for the footer
+        # that a broken writer has not got.
+        with suppress(OSError, RuntimeError, pa.ArrowException, RowmillError):
             self._writer.close()
