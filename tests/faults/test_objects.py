@@ -406,7 +406,7 @@ def test_22_a_lost_file_and_a_late_finalizer(world: World) -> None:
 
 def test_garbage_is_collected_while_a_retry_begins(world: World) -> None:
     """The collector has forgotten the part files, a retry starts and flushes: its files are not the collector's."""
-    world.replace_settings(broker_url="memory://", attempt_retention_hours=0.0)
+    world.replace_settings(broker_url="redis://127.0.0.1:9/0", attempt_retention_hours=0.0)
     job = world.submit()
     assert world.worker(arm={"flush.recorded": "exit@3"}).join() == KILLED
     jobs.request_stop(world.database, job, "cancelled", actor="test")
