@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import NotFound
+from storage.fleet import job_lookup
 from storage.queue import attempts, jobs
 from storage.records import RowException
 from storage.sql import column_types, tables
@@ -68,7 +69,7 @@ def test_a_job_takes_any_text(database: Database) -> None:
     assert jobs.get(database, job.id).spec == spec
     assert jobs.has_key(database, BAD, BAD)
     assert jobs.live_on_output(database, f"/{BAD}") == job
-    assert jobs.listed(database, tenant=BAD) == [job]
+    assert job_lookup.listed(database, tenant=BAD) == [job]
     for lookup in (jobs.find, jobs.get):
         with pytest.raises(NotFound):
             lookup(database, BAD)
