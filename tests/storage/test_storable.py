@@ -70,7 +70,7 @@ def test_a_job_takes_any_text(database: Database) -> None:
     assert jobs.has_key(database, BAD, BAD)
     assert jobs.live_on_output(database, f"/{BAD}") == job
     assert job_lookup.listed(database, tenant=BAD) == [job]
-    for lookup in (jobs.find, jobs.get):
+    for lookup in (job_lookup.find, jobs.get):
         with pytest.raises(NotFound):
             lookup(database, BAD)
 
