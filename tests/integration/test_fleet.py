@@ -34,7 +34,7 @@ from tests.servers import Server
 pytestmark = [pytest.mark.postgres, pytest.mark.vllm, pytest.mark.timeout(900)]
 
 COMPOSE = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text())
-WIDTH = 256
+WIDTH = 1024
 ROUNDS = 80
 """Matrix products for each row: a shard takes seconds, so that there is time to kill its worker."""
 TENANTS = ("atlas", "borealis", "cumulus")
@@ -177,7 +177,8 @@ def test_a_fleet_loses_nothing(fleet: Fleet, s3: S3, redis_server: Server, tmp_p
             "model": str(tmp_path / "hard.onnx"),
             "task": "tensor",
             "keep_columns": ["id"],
-            "engine_options": {"intra_op_num_threads": 1},
+            # Small batches: a shard flushes several times before it is committed.
+            "engine_options": {"intra_op_num_threads": 1, "max_batch": 20},
             "shard_rows": 200,
             "tenant": TENANTS[n % 3],
         }
