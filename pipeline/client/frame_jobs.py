@@ -80,7 +80,7 @@ def keep(runtime: Runtime, data: object) -> Frame:
 
 
 def fields_of(runtime: Runtime, frame: Frame, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The job's fields, with the place of its output: its own for these fields and the model as it is now."""
+    """The job's fields with its output folder. The folder belongs to these fields and the model's present files."""
     request = preflight.request_of(runtime, {**fields, "input": frame.uri, "output": frame.folder})
     name = f"{request.spec.work_hash()[:24]}-{request.model.digest[-8:]}"
     return {**fields, "input": frame.uri, "output": f"{frame.folder}/{name}"}

@@ -83,7 +83,7 @@ def _explained() -> Iterator[None]:
 
 
 def plain(field: pa.Field[Any]) -> pa.Field[Any]:
-    """The field as it is stored: views, a layout of memory alone, are stored as what they are views of."""
+    """The field in the file. Views are a memory layout only: a view of text is stored as text."""
     return field.with_type(_plain_type(field.type))
 
 

@@ -170,7 +170,7 @@ class JobHandle:
         return row_status(self._runtime, jobs.get(self._runtime.database, self.id), row)
 
     def errors(self, limit: Limit | None = None, *, after: Whole | None = None) -> FailedRows:
-        """All failed rows in input order, with codes and messages: a sequence that is read as it is asked for.
+        """All failed rows in input order, with codes and messages: a lazy sequence, which reads what is asked for.
 
         They come from the published output, and from what is flushed while the job runs. ``after``: only rows behind
         this one (the last row of the page before). ``len(job.errors())`` counts without reading;

@@ -221,7 +221,7 @@ class EnginePool:
         self._leave(entry)  # where room is made, too: it may be larger than its files promised
 
     def _check_unchanged(self, model: Model) -> None:
-        """What was loaded is what the digest was taken of: jobs, manifests and kept answers rest on it."""
+        """What was loaded is what the digest was taken of: jobs, manifests and cached results rest on it."""
         if model.path is not None and resolve(model.name, self._context.cache_dir).digest != model.digest:
             raise InvalidModel(f"{model.name} changed while it was loaded; submit a new job", field="model")
 

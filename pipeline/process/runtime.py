@@ -29,7 +29,7 @@ from storage.objects.store import ObjectStore
 from storage.sql.database import Database
 
 CACHE_PATIENCE_SECONDS = 10.0
-"""How long one operation on kept answers is tried again before they are done without."""
+"""How long one operation on cached results is tried again before they are done without."""
 
 
 class _Inside:
@@ -124,7 +124,7 @@ def start(
     database.ensure_schema()
     store = ObjectStore(settings.storage_options)
     fetch = RowFiles(store, settings.uri_prefixes)
-    # Kept answers are worth less than waiting for a store that does not answer.
+    # Cached results are worth less than waiting for a store that does not answer.
     keeping = ObjectStore(settings.storage_options, retry_seconds=CACHE_PATIENCE_SECONDS)
     results = ResultCaches(keeping, settings.effective_result_cache, settings.result_index_bytes, notify)
     return Runtime(

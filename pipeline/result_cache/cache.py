@@ -133,7 +133,7 @@ class ResultCaches:
             return keyed_segments.hashes_of(self._store, folder, segment)
         except CorruptFile as error:
             known.damaged.add(segment.uri)
-            log.warning("a file of kept answers is left aside: %s", error)
+            log.warning("a file of cached results is left aside: %s", error)
         except InvalidInput:
             log.info("%s has just been merged or deleted", segment.uri)
         return None
@@ -143,10 +143,10 @@ class ResultCaches:
 
     def _failed(self, what: str, error: BaseException) -> None:
         self._rests_until = self._now() + REST_SECONDS
-        log.warning("kept answers cannot be %s: %s", what, error)
+        log.warning("cached results cannot be %s: %s", what, error)
         if not self._told:
             self._told = True
-            self._notify(f"kept answers cannot be {what}, so rows are computed again ({error})")
+            self._notify(f"cached results cannot be {what}, so rows are computed again ({error})")
 
 
 class ResultCache:
@@ -211,7 +211,7 @@ class ResultCache:
             except (CorruptFile, InvalidInput) as error:
                 # It must not stand before the answers that are computed and kept in its place now.
                 self._damaged(self.segments[int(number)].uri)
-                log.warning("kept answers are left aside: %s", error)
+                log.warning("cached results are left aside: %s", error)
             except Exception as error:
                 self.fail(f"read below {self.folder}", error)
                 return

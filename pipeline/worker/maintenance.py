@@ -143,8 +143,10 @@ def delete_jobs(runtime: Runtime, *, budget: float = GARBAGE_SECONDS) -> int:
 
 
 def collect_results(runtime: Runtime) -> tuple[int, int]:
-    """Delete kept answers that are past their limits; returns how many files, and their bytes. All of them are listed:
-    this is for now and then, and not for every tick."""
+    """Delete cached results that are past their limits; returns how many files, and their bytes.
+
+    It lists all of them, so no tick calls it.
+    """
     settings = runtime.settings
     return cache.collect(
         runtime.store,

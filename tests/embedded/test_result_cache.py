@@ -123,7 +123,7 @@ def test_the_same_job_again_computes_nothing(folder: Path, client: Client) -> No
     assert "cache_hits" not in client.job(plain.id).measured()
 
     shown = dict(describe_measured(measured))
-    assert shown["kept answers"] == f"{ROWS - 1} rows were answered before (100.0%)"
+    assert shown["cached results"] == f"{ROWS - 1} rows were answered before (100.0%)"
     manifest = json.loads((folder / "two" / "_manifest.json").read_text())
     assert manifest["measured"]["cache_hits"] == ROWS - 1 and manifest["spec"]["cache"] == "on"
     assert manifest["tokens"]["completion_tokens"] == one.tokens["completion_tokens"]

@@ -1,4 +1,4 @@
-"""Keys of kept answers, and where they are kept: pure pieces, against a dictionary."""
+"""Keys of cached results, and where they are kept: pure pieces, against a dictionary."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def reap(invocation: Invocation) -> None:
 @app.command()
 @command
 def gc(invocation: Invocation) -> None:
-    """Delete the files of ended attempts whose retention is over, and kept answers that are old or too many.
+    """Delete the files of ended attempts whose retention is over, and cached results that are old or too many.
 
     Jobs that ended longer ago than job_retention_days are deleted, too. The other limits are settings as well:
     attempt_retention_hours, result_cache_days and result_cache_bytes.
@@ -75,7 +75,7 @@ def gc(invocation: Invocation) -> None:
     else:
         output.emit(f"{deleted} locations were deleted")
         output.emit(f"{output.plural(jobs, 'ended job')} past the retention deleted")
-        output.emit(f"{files} files of kept answers were deleted ({output.size(n_bytes)})")
+        output.emit(f"{files} files of cached results were deleted ({output.size(n_bytes)})")
 
 
 @contextmanager

@@ -145,7 +145,7 @@ def describe_measured(measured: Mapping[str, float]) -> list[tuple[str, object]]
         ),
         ("prefix hits", share("prefix_hit_rate")),
         ("copied rows", f"{copied:,} had the prompt of another row" if copied else None),
-        ("kept answers", ", ".join(part for part in (reused, f"{kept:,} added" if kept else None) if part)),
+        ("cached results", ", ".join(part for part in (reused, f"{kept:,} added" if kept else None) if part)),
         (
             "speed",
             f"{output.count(found['tokens_per_second'])} tokens/s" if found.get("tokens_per_second") else None,

@@ -27,7 +27,7 @@ from storage.errors import InvalidJob
 
 FIELD = "cache"
 ASIDE_ROWS, ASIDE_TOKENS = 8192, 2**22
-"""Rows with a kept answer, and their prompts' tokens, that gather before answers are read: each row group once."""
+"""Rows with a cached result, and their prompts' tokens, that gather before answers are read: each row group once."""
 
 _OUTSIDE_NAMES = """
 additional_config default_mm_loras ec_manager_config ec_transfer_config generation_config hf_config_path
@@ -170,7 +170,7 @@ class Reuse:
         self._counts["cache_seconds"] += time.monotonic() - began
 
     def measured(self) -> dict[str, float]:
-        """What has been added since this was asked last: rows that were run without a kept answer, answers that were
+        """What has been added since this was asked last: rows that were run without a cached result, answers that were
         kept, failures of the store, seconds spent with it."""
         self._counts["cache_writes"] = self._cache.written
         self._counts["cache_failures"] = self._cache.failures

@@ -85,7 +85,7 @@ class Ran:
         return tuple(int(self.measured.get(f"cache_{name}", 0)) for name in names)
 
     def answers(self) -> dict[int, dict[str, Any]]:
-        """Without what a kept answer says of its own: that no token of its prompt was computed."""
+        """Without what a cached result says of its own: that no token of its prompt was computed."""
         return {
             row: {name: value for name, value in found.items() if name != "cached_tokens"}
             for row, found in sorted(self.values.items())
@@ -284,7 +284,7 @@ def test_a_place_that_is_no_folder_is_done_without(engine: VllmEngine, root: Pat
         assert len(ran.values) == len(support.PROMPTS) and ran.counted("hits", "writes") == (0, 0)
         assert ran.counted("failures")[0] == failures
     (once,) = said
-    assert "kept answers cannot be" in once and str(root) in once
+    assert "cached results cannot be" in once and str(root) in once
 
 
 @pytest.mark.vllm

@@ -1,4 +1,4 @@
-"""Segments of kept answers, and what many writers of them make of a folder: on local files and on S3."""
+"""Segments of cached results, and what many writers of them make of a folder: on local files and on S3."""
 
 from __future__ import annotations
 
