@@ -26,7 +26,7 @@ from pipeline.process.runtime import Runtime
 from pipeline.spec.job_spec import stored
 from pipeline.spec.result_columns import known_fields
 from storage import failpoints, locations
-from storage.errors import Conflict, CorruptFile, LeaseLost
+from storage.errors import Conflict, CorruptFile, LeaseLost, TransientError
 from storage.fleet import garbage, reports
 from storage.parquet import parquet
 from storage.queue import job_deaths, publish_leases, regrouped_rows
@@ -38,6 +38,7 @@ from storage.states import TERMINAL_JOB, JobState
 log = logging.getLogger(__name__)
 
 _RENEW_EVERY = 50
+_MOST_PUTS = 20
 _LIBRARIES = ("rowmill", "pyarrow", "fsspec", "sqlalchemy")
 """Named with their versions in the manifest; the engines report their own libraries."""
 
@@ -204,9 +205,12 @@ def _publish_shards(
 
 
 def _put_manifest(runtime: Runtime, job: Job, content: bytes) -> None:
-    """Put it where none is: a late finalizer does not replace the manifest of the one that followed it."""
+    """Put it where none is: a late finalizer does not replace the manifest of the one that followed it.
+
+    Raises :class:`TransientError` when something stands there each time, whatever was deleted.
+    """
     uri = locations.manifest(job.output_uri)
-    while True:
+    for _ in range(_MOST_PUTS):
         try:
             runtime.store.put_bytes(uri, content, if_absent=True)
         except FileExistsError:
@@ -214,6 +218,7 @@ def _put_manifest(runtime: Runtime, job: Job, content: bytes) -> None:
             runtime.store.delete([uri])
         else:
             return
+    raise TransientError(f"{uri} is still there after it was deleted {_MOST_PUTS} times: see what keeps it there")
 
 
 def _publish_empty(runtime: Runtime, job: Job) -> str:

@@ -12,6 +12,8 @@ import pytest
 
 from pipeline.worker.worker import Worker
 from storage import failpoints
+from storage.errors import TransientError
+from storage.objects.store import ObjectStore
 from storage.queue import jobs
 from storage.states import JobState
 from tests.faults.driver import KILLED, World, wait_stopped, wait_until
@@ -56,6 +58,26 @@ def test_25_a_finalizer_is_killed(world: World, point: str) -> None:
     assert visible(world) == (200, True, True)
     assert world.events(done.id, "finalize.claimed") == 2
     assert world.job(done.id).finalize_epoch == 2
+    world.check(done.id)
+
+
+def test_26_a_manifest_that_cannot_be_replaced_is_said(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 26: a store that says "it is there" whatever is deleted holds nobody up; once mended, the job ends."""
+    put = ObjectStore.put_bytes
+
+    def refuse(store: ObjectStore, uri: str, *content: Any, **how: Any) -> Any:
+        if uri.endswith("_manifest.json"):
+            raise FileExistsError(uri)
+        return put(store, uri, *content, **how)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ObjectStore, "put_bytes", refuse)
+        with pytest.raises(TransientError, match=r"_manifest\.json is still there"):
+            world.client.run(**world.fields(shard_rows=111))
+    [before] = world.client.jobs()
+    assert before.state is JobState.FINALIZING and "_manifest.json" in str(before.message)
+    done = world.client.run(**world.fields(shard_rows=111))
+    assert done.id == before.id
     world.check(done.id)
 
 
