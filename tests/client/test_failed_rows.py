@@ -115,6 +115,8 @@ def test_of_a_job_at_work_and_of_a_cancelled_one(client: Client, fields: dict[st
 
 def test_of_retried_rows(client: Client, fields: dict[str, Any], tmp_path: Path) -> None:
     """While they are computed once more they have not failed; what fails again is told anew."""
+    gate = {"gate_file": str(tmp_path / "gate"), "gate_after_rows": N + len(BAD) + 450}  # closes in the second retry
+    fields["engine_options"] |= gate
     job = client.job(client.run(**fields).id)
     job.retry()
     check(job, [])

@@ -78,7 +78,11 @@ def test_a_restored_backup_goes_on(postgres_database: str, postgres_empty: str, 
         "task": "generate",
         "prompt": "{text}",
         "shard_rows": 100,
-        "engine_options": {"rows_file": str(tmp_path / "rows")},
+        "engine_options": {
+            "rows_file": str(tmp_path / "rows"),
+            "gate_file": str(tmp_path / "gate"),
+            "gate_after_rows": 380,  # at least one of the four shards is through then
+        },
     }
     interrupt = Cancellation()
 
@@ -96,6 +100,7 @@ def test_a_restored_backup_goes_on(postgres_database: str, postgres_empty: str, 
     _postgres("pg_dump", postgres_database, "--format=custom", "--file", str(backup))
     _postgres("pg_restore", postgres_empty, "--no-owner", "--exit-on-error", str(backup))
 
+    (tmp_path / "gate").touch()
     second = Client(settings=Settings(database_url=postgres_empty, **where))
     status = second.run(**spec)
     second.close()
