@@ -66,18 +66,18 @@ format: install  ## put the sources into shape
 	$(BIN)/ruff format
 
 bench: install  ## measure what benchmarks/README.md promises
-	$(BIN)/python -m benchmarks.memory
-	$(BIN)/python -m benchmarks.flush
-	$(BIN)/python -m benchmarks.kills
-	$(BIN)/python -m benchmarks.cancel
+	$(BIN)/python -m benchmarks.jobs.memory
+	$(BIN)/python -m benchmarks.jobs.flush
+	$(BIN)/python -m benchmarks.jobs.kills
+	$(BIN)/python -m benchmarks.jobs.cancel
 	$(BIN)/python -m benchmarks.onnx
-	$(BIN)/python -m benchmarks.onnx_where
-	$(BIN)/python -m benchmarks.onnx_memory
-	$(BIN)/python -m benchmarks.control_plane
-	$(BIN)/python -m benchmarks.fairness
+	$(BIN)/python -m benchmarks.onnx.where
+	$(BIN)/python -m benchmarks.onnx.memory
+	$(BIN)/python -m benchmarks.control.control_plane
+	$(BIN)/python -m benchmarks.control.fairness
 	$(BIN)/python -m benchmarks.llm
-	$(BIN)/python -m benchmarks.llm_kills
-	$(BIN)/python -m benchmarks.llm_memory
+	$(BIN)/python -m benchmarks.llm.kills
+	$(BIN)/python -m benchmarks.llm.memory
 
 docs: install  ## write the generated pages of docs/reference
 	$(BIN)/python docs/generate.py

@@ -18,6 +18,7 @@ from examples.tiny_encoder import build_encoder
 from pipeline.engines.onnx.engine import OnnxEngine
 from pipeline.engines.onnx.runtime import narrow_dtypes
 from storage.errors import InvalidInput, InvalidJob, InvalidModel
+from tests.engines.onnx.models.test_text import column
 from tests.engines.onnx.support import (
     BOOL,
     FLOAT,
@@ -32,7 +33,6 @@ from tests.engines.onnx.support import (
     value,
     vectors,
 )
-from tests.engines.onnx.test_text import column
 
 SPEC = job("tensor")
 STACK = {"row_mode": "stack"}

@@ -19,8 +19,8 @@ from pipeline.engines.onnx.engine import OnnxEngine
 from pipeline.engines.onnx.runtime import signature
 from pipeline.engines.onnx.tensor import from_arrow, stacking_check
 from storage.errors import InvalidInput, InvalidJob
+from tests.engines.onnx.models.test_text import column
 from tests.engines.onnx.support import FLOAT, INT64, embeddings, engine, graph, job, model_at, run, value
-from tests.engines.onnx.test_text import column
 
 SPEC = job("tensor")
 

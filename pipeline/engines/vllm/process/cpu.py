@@ -38,7 +38,7 @@ def arrange(parallel: Any, options: Mapping[str, Any]) -> dict[str, str]:
 
     vLLM leaves one core to its scheduler, which waits while the model runs: on few cores that is much of the machine.
     On two, a Llama of 110 million parameters ran 256 prompts 1.6 times as fast on both, and one of a few thousand
-    parameters, whose load is Python, as fast as before (``benchmarks/llm.py --cores own``).
+    parameters, whose load is Python, as fast as before (``python -m benchmarks.llm --cores own``).
 
     It also puts the model in a process of its own beside the scheduler's, to pin its threads to cores. In one process
     the engine starts some 10 s sooner (most of it imports), and gives the same tokens; its threads are kept apart
