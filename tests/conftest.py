@@ -32,6 +32,8 @@ import hypothesis
 import pytest
 import sqlalchemy as sa
 
+pytest.register_assert_rewrite("pipeline.engines.testing", "pipeline.engines.testing_calls")
+
 from pipeline.config.settings import Settings
 from storage.sql import database
 from tests import servers

@@ -1,7 +1,10 @@
-"""The one protocol that every engine speaks, and the values that cross it.
+"""The one protocol that every engine speaks, the values that cross it, and all else that an engine's author imports.
 
 Rows travel in column batches, so that tensors and embeddings never become Python objects. Each batch carries the row
 indices its rows have within the shard; results come back in any order, keyed by these indices.
+
+The names in ``__all__`` are promised to stay importable from here, wherever they are defined. Engines of other
+distributions import nothing else of Rowmill; ``pipeline.engines.testing`` is for their tests.
 """
 
 from __future__ import annotations
@@ -17,12 +20,54 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.models.model import Model
+from pipeline.spec.answer_fields import fields_of
+from pipeline.spec.error_codes import RowErrorCode
 from pipeline.spec.job_spec import JobSpec, Task
-from storage.errors import InvalidJob
+from pipeline.spec.prompt_template import Template
+from storage.errors import (
+    Blame,
+    EngineDead,
+    EngineMissing,
+    InvalidInput,
+    InvalidJob,
+    InvalidModel,
+    RowError,
+    TransientError,
+)
 from storage.storable import storable
 
 if TYPE_CHECKING:
     from pipeline.result_cache.cache import ResultCaches
+
+__all__ = [
+    "Blame",
+    "Cancellation",
+    "ChecksRequests",
+    "Engine",
+    "EngineContext",
+    "EngineDead",
+    "EngineMissing",
+    "InvalidInput",
+    "InvalidJob",
+    "InvalidModel",
+    "JobSpec",
+    "Model",
+    "NamesResults",
+    "NeedsOfHost",
+    "Permissions",
+    "RestrictsOptions",
+    "ResultBatch",
+    "RowBatch",
+    "RowError",
+    "RowErrorCode",
+    "RowFailure",
+    "RowIds",
+    "SettlesOptions",
+    "Task",
+    "Template",
+    "TransientError",
+    "fields_of",
+]
 
 RowIds = npt.NDArray[np.int64]
 

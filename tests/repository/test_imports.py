@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 import pipeline
+from pipeline.engines import base
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"sqlalchemy", "alembic", "celery", "kombu", "redis", "vllm", "torch", "transformers", "tokenizers"}
-HEAVY |= {"onnxruntime", "onnx", "fsspec", "s3fs", "typer", "rich"}
+HEAVY |= {"onnxruntime", "onnx", "fsspec", "s3fs", "typer", "rich", "pytest"}
 
 
 def modules_of(room: str) -> list[str]:
@@ -29,8 +30,9 @@ CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["import
 PURE = next(contract["source_modules"] for contract in CONTRACTS if contract["name"].startswith("pure modules"))
 # Arrow's types are what these two are about.
 SPEC = sorted(set(modules_of("spec")) - {"pipeline.spec.result_columns", "pipeline.spec.answer_fields"})
-# Run as a program by the engine that starts it.
-ENGINES = sorted(set(modules_of("engines")) - {"pipeline.engines.vllm.process.child"})
+# Run as a program by the engine that starts it; and a suite for pytest.
+NO_MODULES = {"pipeline.engines.vllm.process.child", "pipeline.engines.testing"}
+ENGINES = sorted(set(modules_of("engines")) - NO_MODULES)
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -68,6 +70,22 @@ def test_engine_modules_import_without_the_extras(hidden: str) -> None:
 
 def test_the_client_loads_no_engine() -> None:
     assert not loaded_by("from pipeline import Client") & {"vllm", "torch", "transformers", "onnxruntime", "tokenizers"}
+
+
+def test_the_contract_suite_is_for_tests_only() -> None:
+    """It imports pytest, which no process of a deployment needs."""
+    core = "import pipeline.cli.main, pipeline.worker.worker, pipeline.worker.embedded, pipeline.client, tasks.app"
+    assert "pytest" not in loaded_by(core)
+
+
+def test_everything_that_an_engine_needs_is_in_one_module() -> None:
+    """What the protocols, their values and their errors are made of: a name that is missing breaks a plug-in."""
+    assert sorted(base.__all__) == base.__all__
+    defined = {name for name, value in vars(base).items() if getattr(value, "__module__", None) == base.__name__}
+    assert {name for name in defined if not name.startswith("_")} <= set(base.__all__)
+    promised = {"JobSpec", "Task", "Model", "RowErrorCode", "RowError", "InvalidJob", "InvalidInput", "InvalidModel"}
+    promised |= {"EngineMissing", "EngineDead", "TransientError", "Blame", "Template", "fields_of"}
+    assert promised <= set(base.__all__)
 
 
 def test_public_names_are_there() -> None:

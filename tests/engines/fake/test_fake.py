@@ -15,14 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.engines.base import Cancellation, Engine, EngineContext, RowBatch, RowFailure
+from pipeline.engines.base import Cancellation, EngineContext, RowBatch, RowFailure
 from pipeline.engines.fake.engine import FakeEngine
+from pipeline.engines.testing import EngineContract, cancel_when, results, run, stream
 from pipeline.execution.completeness import BrokenEngine, Ledger
 from pipeline.models.model import Model
 from pipeline.models.resolve import resolve
 from pipeline.spec.job_spec import JobSpec, Task, parse
 from storage.errors import EngineDead, InvalidInput, InvalidJob, InvalidModel, TransientError
-from tests.engines.contract import EngineContract, MakeBatch, cancel_when, results, run, stream
 
 PERSONS = pa.list_(pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())]))
 MODEL = resolve("fake", Path("unused"))
@@ -69,29 +69,16 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("case", SPECS)
+@pytest.mark.parametrize("case", SPECS, scope="class")
 class TestFake(EngineContract):
-    @pytest.fixture
-    def spec(self, case: str) -> JobSpec:
-        return SPECS[case]
+    @pytest.fixture(scope="class")
+    @classmethod
+    def spec(cls, case: str) -> JobSpec:
+        return SPECS[case].model_copy(update={"engine": "fake"})
 
-    @pytest.fixture
-    def engine(self, spec: JobSpec) -> Engine:
-        return make_engine(spec)
-
-    @pytest.fixture
-    def unloaded(self, spec: JobSpec) -> Engine:
-        return FakeEngine(MODEL, spec.task, spec.engine_options, EngineContext(Path("x")))
-
-    @pytest.fixture
-    def make_batch(self, spec: JobSpec) -> MakeBatch:
-        names = list(FakeEngine.check(spec, MODEL, numbered(0, 1).columns.schema))
-
-        def make(first: int, n: int) -> RowBatch:
-            batch = numbered(first, n)
-            return RowBatch(batch.rows, batch.columns.select(names))
-
-        return make
+    @classmethod
+    def columns(cls, first: int, n: int) -> pa.RecordBatch:
+        return numbered(first, n).columns
 
 
 def test_every_task_is_there() -> None:
@@ -376,7 +363,7 @@ _CRASHING = """
 import json, sys
 from pathlib import Path
 from tests.engines.fake.test_fake import GENERATE, make_engine, numbered
-from tests.engines.contract import results, stream
+from pipeline.engines.testing import results, stream
 for result in results(make_engine(GENERATE, json.loads(sys.argv[1])), GENERATE, stream(numbered, 100, 10)):
     print(*result.rows, flush=True)
 """

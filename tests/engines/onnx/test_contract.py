@@ -13,8 +13,9 @@ from onnx import helper
 from examples.tiny_encoder import build_classifier, build_encoder
 from pipeline.engines.base import Engine, EngineContext, RowBatch
 from pipeline.engines.onnx.engine import OnnxEngine
+from pipeline.engines.testing import EngineContract, MakeBatch
+from pipeline.models.model import Model
 from pipeline.spec.job_spec import JobSpec
-from tests.engines.contract import EngineContract, MakeBatch
 from tests.engines.onnx.support import FLOAT, engine, graph, job, model_at, value
 
 SPECS = {
@@ -69,6 +70,10 @@ class TestOnnx(EngineContract):
     @pytest.fixture
     def engine(self, loaded: OnnxEngine) -> Engine:
         return loaded
+
+    @pytest.fixture
+    def model(self, path: Path) -> Model:
+        return model_at(path)
 
     @pytest.fixture
     def unloaded(self, task: str, path: Path, tmp_path: Path) -> Engine:

@@ -23,6 +23,7 @@ import pytest
 
 from examples.tiny_llama import build_llama
 from pipeline.engines.base import Cancellation, Engine, RowBatch, RowFailure
+from pipeline.engines.testing import EngineContract, MakeBatch, collect, results, run, stream
 from pipeline.engines.vllm.engine import VllmEngine
 from pipeline.engines.vllm.process import cpu as vllm_cpu
 from pipeline.engines.vllm.prompts.prompts import Prompts
@@ -32,7 +33,6 @@ from pipeline.models.model import Model
 from pipeline.spec.error_codes import RowErrorCode
 from pipeline.spec.job_spec import JobSpec
 from storage.errors import Blame, EngineDead, InvalidJob, InvalidModel
-from tests.engines.contract import EngineContract, MakeBatch, collect, results, run, stream
 from tests.engines.vllm import support
 
 pytestmark = pytest.mark.vllm
@@ -159,6 +159,10 @@ class TestVllm(EngineContract):
         if case == "small window":
             monkeypatch.setattr(engine, "_window", Window(3, 10**6))
         return engine
+
+    @pytest.fixture
+    def model(self, llama: Model) -> Model:
+        return llama
 
     @pytest.fixture
     def unloaded(self, llama: Model, spec: JobSpec) -> Engine:

@@ -15,13 +15,14 @@ import pytest
 
 from examples.tiny_llama import CORPUS, SIZES, build_llama
 from pipeline.engines.base import Cancellation, EngineContext, RowBatch, RowFailure
+from pipeline.engines.testing import EngineContract, MakeBatch, run
 from pipeline.engines.vllm.engine import VllmEngine
+from pipeline.models.model import Model
 from pipeline.result_cache.cache import ResultCaches
 from pipeline.spec.error_codes import RowErrorCode
 from pipeline.spec.job_spec import JobSpec, Task, parse
 from storage.errors import InvalidJob, InvalidModel
 from storage.objects.store import ObjectStore
-from tests.engines.contract import EngineContract, MakeBatch, run
 from tests.engines.vllm import support
 from tests.engines.vllm.reference import Question, Reference
 
@@ -147,6 +148,10 @@ class TestEmbed(EngineContract):
         return embedder
 
     @pytest.fixture
+    def model(self, folder: Path) -> Model:
+        return support.model_at(folder / Task.EMBED)
+
+    @pytest.fixture
     def unloaded(self, folder: Path) -> VllmEngine:  # type: ignore[override]
         return make_engine(folder, Task.EMBED)
 
@@ -167,6 +172,10 @@ class TestScoreOfPairs(EngineContract):
     @pytest.fixture
     def engine(self, embedder: VllmEngine) -> VllmEngine:  # type: ignore[override]
         return embedder
+
+    @pytest.fixture
+    def model(self, folder: Path) -> Model:
+        return support.model_at(folder / Task.EMBED)
 
     @pytest.fixture
     def unloaded(self, folder: Path) -> VllmEngine:  # type: ignore[override]

@@ -13,12 +13,12 @@ import pytest
 
 from examples.tiny_llama import build_llama
 from pipeline.engines.base import Cancellation, EngineContext, RowBatch, RowFailure
+from pipeline.engines.testing import run
 from pipeline.engines.vllm.engine import VllmEngine
 from pipeline.models.model import Model
 from pipeline.spec.error_codes import RowErrorCode
 from pipeline.spec.job_spec import JobSpec, Task
 from storage.errors import InvalidJob
-from tests.engines.contract import run
 from tests.engines.vllm import support
 from tests.engines.vllm.models.tiny_adapter import build_adapter
 from tests.engines.vllm.reference import Question, Reference

@@ -15,11 +15,11 @@ import pytest
 from examples.tiny_llama import build_llama
 from pipeline.engines.base import Cancellation, EngineContext
 from pipeline.engines.pool import EnginePool
+from pipeline.engines.testing import run
 from pipeline.engines.vllm.engine import VllmEngine
 from pipeline.engines.vllm.process.process import RunningVllm
 from pipeline.models.resolve import resolve
 from storage.errors import EngineDead
-from tests.engines.contract import run
 from tests.engines.vllm import support
 
 pytestmark = pytest.mark.vllm

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pytest
 
 from pipeline.engines.base import EngineContext, Permissions, RowBatch, RowFailure
+from pipeline.engines.testing import run
 from pipeline.engines.vllm.engine import VllmEngine
 from pipeline.process.permissions import RowFiles
 from pipeline.spec.error_codes import RowErrorCode
 from pipeline.spec.job_spec import JobSpec, Task
 from storage.objects.store import ObjectStore
-from tests.engines.contract import run
 from tests.engines.media import media_files
 from tests.engines.media.media_files import RATE, sound, tone
 from tests.engines.vllm import support

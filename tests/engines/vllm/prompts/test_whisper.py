@@ -11,11 +11,11 @@ import pyarrow as pa
 import pytest
 
 from pipeline.engines.base import EngineContext, RowBatch, RowFailure
+from pipeline.engines.testing import run
 from pipeline.engines.vllm.engine import VllmEngine
 from pipeline.spec.error_codes import RowErrorCode
 from pipeline.spec.job_spec import JobSpec, Task
 from storage.errors import InvalidJob, InvalidModel
-from tests.engines.contract import run
 from tests.engines.media.media_files import RATE, sound, tone
 from tests.engines.vllm import support
 from tests.engines.vllm.models.tiny_whisper import PROMPT, build_whisper

@@ -1,18 +1,23 @@
-"""What every engine must do, as one test suite. Subclass ``EngineContract`` once per engine and task.
+"""What every engine must do, as one pytest suite for whoever writes an engine. Needs pytest; nothing else imports it.
 
-A subclass gives four fixtures, and may loosen the three class attributes::
+Name a job, and pytest does the rest::
+
+    import pytest
+
+    pytest.register_assert_rewrite("pipeline.engines.testing", "pipeline.engines.testing_calls")
+
+    from pipeline.engines.testing import EngineContract
 
     class TestMine(EngineContract):
-        @pytest.fixture
-        def engine(self) -> Engine: ...       # loaded; may be the session's, the suite leaves it usable
-        @pytest.fixture
-        def unloaded(self) -> Engine: ...     # made but not loaded: it is closed twice
-        @pytest.fixture
-        def spec(self) -> JobSpec: ...        # short answers (``max_tokens``) keep it quick
-        @pytest.fixture
-        def make_batch(self) -> MakeBatch: ...  # (first, n) → rows first … first + n, each with content of its own
+        job = {"engine": "mine", "model": "tests/model", "task": "embed", "column": "text"}
 
-Nothing here sleeps or measures time: a test that hangs is ended by the suite's timeout.
+The engine is found by its name, as a worker finds it, so its distribution must be installed. It is loaded once for the
+class, gets rows of the columns ``text`` and ``other`` (override :meth:`EngineContract.columns` for others), and must
+answer them in any batches, order and number of threads. The three attributes below ``job`` may be loosened, and
+:meth:`EngineContract.same` says when two results of a row agree. A class that needs more, such as a model that it
+builds, overrides the fixtures ``spec``, ``model``, ``engine``, ``unloaded`` or ``make_batch``.
+
+Nothing here sleeps or measures time: a test that hangs is ended by your suite's timeout (``pytest-timeout``).
 """
 
 from __future__ import annotations
@@ -20,54 +25,54 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.engines.base import Cancellation, Engine, ResultBatch, RowBatch, RowFailure
+from pipeline.engines import registry
+from pipeline.engines.base import Cancellation, Engine, EngineContext, NamesResults, RowBatch, RowFailure
+from pipeline.engines.testing_calls import (
+    MakeBatch,
+    Source,
+    cancel_when,
+    collect,
+    count,
+    results,
+    run,
+    split,
+    stream,
+)
+from pipeline.models.model import Model
+from pipeline.models.resolve import resolve
 from pipeline.spec.error_codes import RowErrorCode
-from pipeline.spec.job_spec import JobSpec
+from pipeline.spec.job_spec import JobSpec, parse
+from storage.errors import InvalidJob
 
-MakeBatch = Callable[[int, int], RowBatch]
-"""``(first, n)`` → a batch with the rows ``first`` … ``first + n - 1``; no two rows have the same content."""
-
-
-class Source:
-    """Batches that count how often they are asked for, and by how many threads at once."""
-
-    def __init__(self, batches: Iterable[RowBatch], on_draw: Callable[[int], None] = lambda n: None) -> None:
-        self._batches = iter(batches)
-        self._on_draw = on_draw
-        self._busy = threading.Lock()
-        self.drawn_rows = 0
-        self.drawn = 0
-        self.overlapped = False
-
-    def __iter__(self) -> Iterator[RowBatch]:
-        return self
-
-    def __next__(self) -> RowBatch:
-        if not self._busy.acquire(blocking=False):
-            self.overlapped = True
-            raise AssertionError("batches was drawn by two threads at the same time")
-        try:
-            batch = next(self._batches)
-            self.drawn += 1
-            self.drawn_rows += len(batch.rows)
-            self._on_draw(self.drawn)
-            return batch
-        finally:
-            self._busy.release()
+__all__ = [
+    "EngineContract",
+    "MakeBatch",
+    "Source",
+    "cancel_when",
+    "collect",
+    "count",
+    "results",
+    "run",
+    "split",
+    "stream",
+]
 
 
 class EngineContract:
     """The suite. Results are compared by :meth:`same`."""
 
+    job: ClassVar[Mapping[str, Any]] = {}
+    """A job's fields without ``input`` and ``output``: ``engine``, ``model``, ``task`` and what the task needs."""
     batch_rows = 16
     """Rows in most batches."""
     many_rows = 100_000
@@ -75,21 +80,56 @@ class EngineContract:
     look_ahead_rows = 20_000
     """Most rows that may have been drawn when the first result comes."""
 
-    @pytest.fixture
-    def engine(self) -> Engine:
-        raise NotImplementedError
+    @pytest.fixture(scope="class")
+    @classmethod
+    def spec(cls) -> JobSpec:
+        """The job. Short answers (``max_tokens``) keep the suite quick."""
+        return parse({"input": "unused.parquet", "output": "unused", **cls.job})
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def model(cls, spec: JobSpec, tmp_path_factory: pytest.TempPathFactory) -> Model:
+        return resolve(spec.model, tmp_path_factory.mktemp("models"))
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine(cls, spec: JobSpec, model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+        """Loaded. It may be shared with other classes: the suite leaves it usable."""
+        made = cls._made(spec, model, tmp_path_factory.mktemp("cache"))
+        made.load()
+        yield made
+        made.close()
 
     @pytest.fixture
-    def unloaded(self) -> Engine:
-        raise NotImplementedError
+    def unloaded(self, spec: JobSpec, model: Model, tmp_path: Path) -> Engine:
+        """Made and not loaded: it is closed twice."""
+        return self._made(spec, model, tmp_path)
 
     @pytest.fixture
-    def spec(self) -> JobSpec:
-        raise NotImplementedError
+    def make_batch(self, spec: JobSpec, model: Model) -> MakeBatch:
+        """``(first, n)`` → rows ``first`` … ``first + n - 1`` of the columns that the engine's ``check`` asks for."""
+        schema = self.columns(0, 1).schema
+        names = list(dict.fromkeys(registry.check(spec.engine, spec, model, schema)))
+        return lambda first, n: RowBatch(
+            np.arange(first, first + n, dtype=np.int64), self.columns(first, n).select(names)
+        )
 
-    @pytest.fixture
-    def make_batch(self) -> MakeBatch:
-        raise NotImplementedError
+    @classmethod
+    def columns(cls, first: int, n: int) -> pa.RecordBatch:
+        """Rows ``first`` … ``first + n - 1`` of the input; no two rows have the same content."""
+        rows = range(first, first + n)
+        return pa.record_batch(
+            {
+                "text": pa.array([f"number {row}" for row in rows], pa.string()),
+                "other": pa.array([f"parcel {row * 7}" for row in rows], pa.string()),
+            }
+        )
+
+    @classmethod
+    def _made(cls, spec: JobSpec, model: Model, cache: Path) -> Engine:
+        settled = registry.settled(spec.engine, spec, model, cls.columns(0, 1).schema)
+        kind = registry.engine_class(spec.engine)
+        return kind(model, spec.task, settled.engine_options, EngineContext(cache))
 
     def same(self, left: Any, right: Any) -> bool:
         """Whether two results of the same row agree. Floats may differ in the last digits between batches."""
@@ -100,6 +140,44 @@ class EngineContract:
         if isinstance(left, float):
             return math.isclose(left, right, rel_tol=1e-3, abs_tol=1e-4)
         return bool(left == right)
+
+    # -- before anything is loaded ------------------------------------------------------------------------------------
+
+    def test_the_class_says_what_it_does(self, engine: Engine, spec: JobSpec) -> None:
+        assert spec.task in type(engine).tasks
+        assert registry.engine_class(type(engine).name) is type(engine), "the entry point has the engine's own name"
+
+    def test_check_names_the_columns_that_it_reads(
+        self, engine: Engine, spec: JobSpec, model: Model, make_batch: MakeBatch
+    ) -> None:
+        schema = make_batch(0, 1).columns.schema
+        read = type(engine).check(spec, model, schema)
+        assert read
+        assert set(read) <= set(schema.names)
+
+    def test_check_refuses_a_missing_column(
+        self, engine: Engine, spec: JobSpec, model: Model, make_batch: MakeBatch
+    ) -> None:
+        schema = make_batch(0, 1).columns.schema
+        for name in type(engine).check(spec, model, schema):
+            kept = pa.schema([field for field in schema if field.name != name] + [pa.field("unread", pa.date32())])
+            with pytest.raises(InvalidJob) as caught:
+                type(engine).check(spec, model, kept)
+            assert caught.value.field, f"the refusal of a missing {name!r} names no field"
+
+    def test_check_refuses_an_unknown_option(
+        self, engine: Engine, spec: JobSpec, model: Model, make_batch: MakeBatch
+    ) -> None:
+        options = {**spec.engine_options, "no_such_option": 1}
+        with pytest.raises(InvalidJob, match="no_such_option") as caught:
+            type(engine).check(
+                spec.model_copy(update={"engine_options": options}), model, make_batch(0, 1).columns.schema
+            )
+        assert (caught.value.field or "").startswith("engine_options"), caught.value.field
+
+    def test_names_of_results_are_the_promised_ones(self, engine: Engine, spec: JobSpec, model: Model) -> None:
+        if isinstance(engine, NamesResults) and (names := type(engine).result_names(spec, model)) is not None:
+            assert tuple(engine.result_schema(spec).names) == names
 
     # -- results ------------------------------------------------------------------------------------------------------
 
@@ -292,65 +370,6 @@ class EngineContract:
         run(engine, spec, [make_batch(0, 2)])
         json.dumps(engine.stats(), allow_nan=False)
 
-    def test_the_class_says_what_it_does(self, engine: Engine, spec: JobSpec) -> None:
-        assert type(engine).name
-        assert spec.task in type(engine).tasks
-
     def still_works(self, engine: Engine, spec: JobSpec, make_batch: MakeBatch) -> None:
         """The engine answers another call as if nothing had happened."""
         assert sorted(run(engine, spec, [make_batch(500, 4)])) == [500, 501, 502, 503]
-
-
-def cancel_when(signal: threading.Event, cancel: Cancellation) -> threading.Thread:
-    """A started thread that cancels once the signal is set."""
-
-    def wait_and_cancel() -> None:
-        signal.wait()
-        cancel.cancel("test")
-
-    thread = threading.Thread(target=wait_and_cancel)
-    thread.start()
-    return thread
-
-
-def stream(make_batch: MakeBatch, n: int, batch_rows: int) -> Iterator[RowBatch]:
-    """``n`` rows in batches, made as they are drawn."""
-    for first in range(0, n, batch_rows):
-        yield make_batch(first, min(batch_rows, n - first))
-
-
-def split(make_batch: MakeBatch, n: int, batch_rows: int) -> Sequence[RowBatch]:
-    return list(stream(make_batch, n, batch_rows))
-
-
-def results(engine: Engine, spec: JobSpec, batches: Iterable[RowBatch], cancel: Cancellation | None = None) -> Any:
-    """The call's iterator, which has ``close``."""
-    return engine.infer(spec, batches, Cancellation() if cancel is None else cancel)
-
-
-def run(
-    engine: Engine, spec: JobSpec, batches: Iterable[RowBatch], cancel: Cancellation | None = None
-) -> dict[int, Any]:
-    """Row → its result as a dict of Python values, or its failure."""
-    return collect(results(engine, spec, batches, cancel))
-
-
-def collect(found: Iterable[ResultBatch]) -> dict[int, Any]:
-    """Row → result or failure. Fails when a row was answered twice."""
-    answered: dict[int, Any] = {}
-    for result in found:
-        values = [] if result.values is None else result.values.to_pylist()
-        assert len(values) == len(result.rows)
-        for row, answer in zip(result.rows.tolist(), values, strict=True):
-            assert row not in answered, f"row {row} was answered twice"
-            answered[row] = answer
-        for failure in result.failures:
-            assert failure.row not in answered, f"row {failure.row} was answered twice"
-            assert failure.code in set(RowErrorCode)
-            assert failure.message
-            answered[failure.row] = failure
-    return answered
-
-
-def count(result: ResultBatch) -> int:
-    return len(result.rows) + len(result.failures)
