@@ -103,14 +103,13 @@ def setting_values(items: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def sampling(items: Iterable[str], schema: Path | None) -> dict[str, Any] | None:
-    """The sampling parameters of ``--sampling``, with the schema of ``--schema``; ``None`` when neither is given."""
-    found = key_values(items, "--sampling")
-    if schema is not None:
-        if "structured_outputs" in found:
-            raise InvalidJob("--schema and --sampling structured_outputs=… exclude each other", field="--schema")
-        found["structured_outputs"] = {"json": json_file(schema, "--schema")}
-    return found or None
+def with_schema(sampling: dict[str, Any] | None, schema: Path | None) -> dict[str, Any] | None:
+    """The sampling parameters with the JSON Schema of ``--schema``. Raises :class:`InvalidJob` where both hold one."""
+    if schema is None:
+        return sampling
+    if "structured_outputs" in (sampling or {}):
+        raise InvalidJob("--schema and --sampling structured_outputs=… exclude each other", field="--schema")
+    return {**(sampling or {}), "structured_outputs": {"json": json_file(schema, "--schema")}}
 
 
 def json_file(path: Path, option: str) -> Any:

@@ -95,111 +95,124 @@ class JobSpec(TextFields):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     input: Annotated[tuple[Annotated[Text, rule(plain_place)], ...], Field(min_length=1)]
-    """Files, globs or directories of Parquet, JSONL, CSV or Arrow IPC, on anything that fsspec reads."""
+    """Parquet, JSONL, CSV or Arrow IPC: files, globs or directories, on anything that fsspec reads."""
     output: Annotated[Text, Field(min_length=1), rule(plain_place), rule(writable_place)]
-    """Directory for ``data/``, ``_manifest.json`` and ``_SUCCESS``."""
+    """Directory for the result. It gets ``data/``, ``_manifest.json`` and ``_SUCCESS``."""
     model: Annotated[Filled, rule(no_credentials), Field(min_length=1)]
-    """A registered name, a model directory, a ``.onnx`` file, or ``fake``."""
+    """A model directory, a ``.onnx`` file, a registered name, or ``fake``."""
     task: Task
+    """generate, chat, embed, classify, score or tensor."""
     engine: Annotated[Filled, Field(min_length=1)] = "auto"
+    """auto, vllm, onnx, fake, or the name of an installed plug-in."""
     engine_options: Annotated[dict[str, Any], rule(plain_options)] = {}
-    """The engine's own options (vLLM's ``EngineArgs``; ONNX Runtime's providers and session options)."""
+    """An option of the engine. vLLM: its ``EngineArgs``; ONNX Runtime: providers and session options."""
 
     prompt: Prompt | None = None
-    """``generate``: a template over the input columns, ``"Say: {text}"``. ``chat``: the one user message."""
+    """generate, chat: a template with {column} in it, ``"Say: {text}"``. ``chat``: it is the one user message."""
     prompt_token_column: Name | None = None
-    """``generate``: a column of lists of token ids, in place of ``prompt``; nothing is added to them."""
+    """generate: a column of prompts as lists of token ids. It stands in place of ``prompt``; nothing is added to the
+    ids."""
     messages: Annotated[tuple[Message, ...], Field(min_length=1)] | None = None
-    """``chat``: templates over the input columns."""
+    """chat: the turns of the conversation, in order. Each content is a template over the input columns."""
     column: Name | None = None
-    """The text column of embed, classify and score; for ``chat`` a column that holds the messages."""
+    """embed, classify, score: the column of texts; chat: the column of messages."""
     prompt_name: Filled | None = None
-    """``embed``: which of the prompts in the model's own files stands before every text, as sentence-transformers'
-    ``encode(prompt_name=…)``; ``None`` is the model's default."""
+    """embed: a prompt of the model's own files, such as query. It stands before every text, as with
+    sentence-transformers' ``encode(prompt_name=…)``; ``None`` is the model's default."""
     prefix: Text | None = None
-    """``embed``: a text of yours before every text, in place of the model's prompts: ``"query: "`` for e5."""
+    """embed: a text before every text, such as ``"query: "`` for e5. It replaces the model's own prompts."""
     pair_column: Name | None = None
-    """``classify`` and ``score``: the second text of a pair."""
+    """classify, score: the column of the second text of a pair."""
     inputs: dict[Name, Name] | None = None
-    """``tensor``: graph input → column, where the names differ."""
+    """tensor: the column of a graph input, where the names differ."""
     tensor_columns: bool | None = None
-    """``tensor``: write outputs of one axis as ``arrow.fixed_shape_tensor``, as those of more axes are; without it they
-    are ``fixed_size_list``, which more readers know."""
+    """tensor: write outputs of one axis as Arrow tensors too. Without it they are ``fixed_size_list``, which more
+    readers know, and only outputs of more axes are ``arrow.fixed_shape_tensor``."""
     sampling: PlainJson = {}
-    """vLLM's own sampling parameters, by their own names."""
+    """A sampling parameter, by vLLM's name."""
     sampling_columns: dict[Name, Name] = {}
-    """Sampling parameter → column with a value for each row; where it is null, that of ``sampling`` stands."""
+    """A sampling parameter from a column, row by row. Where the column is null, the value in ``sampling`` holds."""
     chat_template_kwargs: PlainJson = {}
-    """``chat``: handed to the chat template, beside the messages."""
+    """chat: a value for the chat template, beside the messages."""
     tools: tuple[PlainJson, ...] = ()
-    """``chat``: functions that the model may call, as OpenAI's API describes them; the chat template writes them."""
+    """chat: functions that the model may call, as OpenAI's API describes them. The chat template writes them into the
+    prompt."""
     image_column: Name | None = None
-    """``generate`` and ``chat``, for multimodal models: a column of images, as bytes, URIs below the operator's
-    ``uri_prefixes``, ``struct<bytes, path>``, or lists of these."""
+    """generate, chat: a column of images. Each is bytes, a URI below the operator's ``uri_prefixes``, ``struct<bytes,
+    path>``, or a list of these. The model must be multimodal."""
     audio_column: Name | None = None
-    """``generate`` and ``chat``, for models that hear: a column of sounds, as bytes, URIs, ``struct<bytes, path>``,
-    lists of numbers (one channel, between -1 and 1), ``struct<array, sampling_rate>``, or lists of these."""
+    """generate, chat: a column of sounds. Each is bytes, a URI, ``struct<bytes, path>``, a list of numbers (one
+    channel, between -1 and 1), ``struct<array, sampling_rate>``, or a list of these."""
     audio_sampling_rate: Annotated[Whole, Field(ge=1_000, le=768_000)] | None = None
-    """Of an ``audio_column`` of numbers, in Hz."""
+    """Samples per second (Hz) of an ``audio_column`` of numbers."""
     video_column: Name | None = None
-    """``generate`` and ``chat``, for models that see videos: a column of one video in each row, as bytes, URIs or
-    ``struct<bytes, path>``; or of lists of images, which are its frames."""
+    """generate, chat: a column of videos, one in each row. Each is bytes, a URI, ``struct<bytes, path>``, or a list of
+    images, which are its frames."""
     video_frame_rate: Annotated[float, Field(gt=0, le=1_000, allow_inf_nan=False)] | None = None
-    """Of a ``video_column`` of frames, a second; ``None`` is 1."""
+    """Frames per second of a ``video_column`` of frames; 1 by default."""
     adapters: dict[Filled, Annotated[Filled, rule(no_credentials)]] = {}
-    """LoRA adapters: name → directory. A single one serves every row, unless ``adapter_column`` is given."""
+    """generate, chat: a LoRA adapter and its directory. A single one serves every row, unless ``adapter_column`` is
+    given."""
     adapter_column: Name | None = None
-    """A column with the adapter's name for each row; where it is null, the model alone answers."""
+    """The column with the adapter's name for each row. Where it is null, the model alone answers."""
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"
-    """``embed``; ``auto`` reads the model's own configuration."""
+    """embed: auto, mean, cls or last token. ``auto`` reads the model's own configuration."""
     normalize: bool | None = None
-    """``embed``: scale to unit length; ``None`` reads the model's own configuration."""
+    """embed: scale to unit length. ``None`` reads the model's own configuration."""
     dimensions: Annotated[Whole, Field(ge=1, le=MOST_ITEMS)] | None = None
-    """``embed``: keep so many numbers of each vector, for models trained for it (Matryoshka); ``None`` keeps all."""
+    """embed: keep only the first N numbers of each vector. The model must be trained for it (Matryoshka); ``None``
+    keeps all."""
     embedding_type: Literal["float32", "int8", "binary"] | None = None
-    """``embed``: ``int8`` is 127 times a unit vector, rounded; ``binary`` the signs, eight to a byte."""
+    """embed: float32, int8 or binary. ``int8`` is 127 times a unit vector, rounded; ``binary`` is the signs, eight in a
+    byte."""
     top_k: Annotated[Whole, Field(ge=1, le=MOST_ITEMS)] | None = None
-    """``classify``: how many labels are in ``scores``, best first; ``None``: all."""
+    """classify: return only the N highest-scoring labels, best first. ``None`` returns all."""
     overlong: Literal["auto", "error", "truncate", "split"] = "auto"
-    """Text past the model's limit: ``auto`` is an error for generate and chat, truncation (counted) elsewhere;
-    ``split`` (``embed``) averages the vectors of its pieces, each with the weight of its tokens."""
+    """What to do with text past the model's limit: auto, error, truncate or split. ``auto`` is an error for generate
+    and chat, and truncation (counted) elsewhere; ``split`` (embed) averages the vectors of the text's pieces, weighted
+    by their tokens."""
 
     order: Literal["auto", "input", "prefix"] = "auto"
-    """``generate`` and ``chat``: which rows of a shard run first. ``auto``: those whose prompts begin alike together,
-    and among them the longest expected answers first, as far as rows have been read; ``prefix``: the same, but as many
-    are read first as settings allow, and rows are dealt out to shards by what their prompts begin with (they are copied
-    for that, on disk); ``input``: as they come. The output is in input order whatever this says."""
+    """generate, chat: which rows run first: auto, input, or prefix. ``auto``: of the rows that have been read, those
+    whose prompts begin alike run together, and among them the longest expected answers first; ``prefix``: the same over
+    all rows, which are copied on disk and dealt out to shards by what their prompts begin with; ``input``: the order of
+    the input. The output is in input order with each of them."""
     cache: Literal["off", "on", "sampled"] = "off"
-    """Keep the answers, for this tenant's later jobs with the same model, parameters and prompts, and take those that
-    are there (engine ``vllm``). ``on`` (or ``true``): where the prompt settles the answer, by temperature 0 or a seed;
-    ``sampled``: answers that are drawn at random too, so that the same ones come again."""
+    """vllm: take cached results of earlier jobs, and cache these. Results are shared by jobs of one tenant with the
+    same model, parameters and prompts. ``on`` (or ``true``): where the prompt determines the answer, by temperature 0
+    or a seed; ``sampled``: also for answers that are drawn at random, so that the same ones come again."""
     limit: Annotated[Whole, Field(ge=1)] | None = None
-    """Compute only the first so many rows of the input, as a job of its own."""
+    """Compute only the first N rows of the input, as a job of its own."""
     sample: Annotated[Whole, Field(ge=1)] | None = None
-    """Compute only so many rows, spread evenly over the input: the same ones each time."""
+    """Compute only N rows, spread evenly over the input. They are the same rows each time."""
     request_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Seconds that a row may spend inside the engine (``vllm``): one that takes longer is aborted and fails."""
+    """vllm: fail a row that takes longer than this inside the engine, in seconds. It is aborted there."""
     keep_columns: Annotated[tuple[AnyText, ...], rule(all_different)] | None = None
-    """Input columns copied to the output; ``None`` keeps all."""
+    """Input column to copy to the output. ``None`` copies all."""
     output_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*$", max_length=200)] = ""
-    """Put before every result column's name."""
+    """Put before the result columns' names."""
     shard_rows: Annotated[Whole, Field(ge=1)] = 50_000
     """Most rows in a shard."""
     shard_bytes: Annotated[Whole, Field(ge=1)] = 256 * 2**20
     """Most uncompressed input bytes in a shard, estimated from the footers."""
     max_failed_rows: Annotated[Whole, Field(ge=0)] | None = None
-    """The job is stopped as failed when more rows than this have failed."""
+    """Stop the job as failed when more rows than this have failed."""
 
     priority: Annotated[Whole, Field(ge=-100, le=100)] = 0
+    """-100 to 100; higher goes first."""
     tenant: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] = "default"
+    """The tenant whose job it is."""
     idempotency_key: Annotated[Filled, Field(min_length=1, max_length=200)] | None = None
+    """The same key again is the same job, not another one."""
     metadata: dict[Text, Text] = {}
+    """Text stored with the job."""
     completion_window: Annotated[str, rule(bounded)] = "24h"
-    """Give up when the job has not ended after this time: ``"90s"``, ``"30m"``, ``"24h"``, ``"7d"``."""
+    """Give up when the job has not ended after this time: ``90s``, ``30m``, ``24h``, ``7d``."""
     overwrite: bool = False
+    """Replace a finished output."""
     profile: bool = False
-    """Write a trace of each shard's beginning to ``<output>/_profile``, and its time by operator into the attempt's
-    stats (engine ``onnx``)."""
+    """onnx: write traces below the output, in ``_profile``. Each shard's time by operator goes into its attempt's
+    stats."""
 
     @field_validator("input", mode="before")
     @classmethod

@@ -48,16 +48,16 @@ class TextFields(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     encoding: Annotated[str, rule(encoding_name)] | None = None
-    """Of CSV and JSONL files, such as ``latin-1`` or ``utf-16``. ``None``: what the file's byte order mark says, else
+    """Encoding of CSV and JSONL files, such as ``latin-1``. ``None``: what the file's byte order mark says, else
     UTF-8."""
     csv_delimiter: Annotated[str, rule(_delimiter)] | None = None
-    """What separates the columns of a CSV; ``None`` is a comma, and a first line that holds another one instead is
-    refused."""
+    """Character between the columns of a CSV, such as ``';'``. ``None`` is a comma; a first line that holds another one
+    instead is refused."""
     csv_types: Literal["auto", "text"] = "auto"
-    """``auto``: a CSV column whose every value is written again as it stands is one of whole numbers, numbers or dates,
-    any other is text. ``text``: all are."""
+    """Types of CSV columns: auto, or text for all. ``auto``: a column whose every value comes back as written is one of
+    whole numbers, numbers or dates; any other is text."""
     csv_schema: dict[Name, Annotated[str, rule(check_type)]] = {}
-    """CSV column → its type: ``string``, ``int64``, ``double``, ``bool``, ``date``, ``timestamp`` or
+    """The type of a CSV column: ``string``, ``int64``, ``double``, ``bool``, ``date``, ``timestamp`` or
     ``decimal(PRECISION,SCALE)``."""
 
     @field_validator("csv_delimiter", mode="before")

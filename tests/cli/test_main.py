@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import subprocess
 import sys
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
-from pipeline.cli.job.fields import TaskName
+from pipeline.cli.job.fields import with_job_fields
 from pipeline.cli.job.listing import StateName
-from pipeline.spec.job_spec import Task
+from pipeline.spec.job_spec import JobSpec, Task
 from storage.states import JobState
 from tests.cli.conftest import REPOSITORY, Rowmill
 
@@ -33,8 +35,24 @@ print(sorted(heavy & set(sys.modules)))
 
 
 def test_the_names_offered_are_the_names_there_are() -> None:
-    assert set(get_args(TaskName)) == set(Task)
     assert set(get_args(StateName)) == set(JobState)
+
+
+@with_job_fields
+def _command(invocation: Any, fields: dict[str, Any]) -> None: ...
+
+
+def test_every_field_of_a_job_has_an_option_with_a_help_text() -> None:
+    """Its type and its words are those of the field: nothing has to be written twice."""
+    parameters = inspect.signature(_command).parameters
+    assert set(JobSpec.model_fields) <= set(parameters)
+    for name in JobSpec.model_fields:
+        said = get_args(parameters[name].annotation)[1].help
+        assert said.endswith(".") and "``" not in said and len(said) < 125, (name, said)
+    kinds = {name: get_args(get_args(parameters[name].annotation)[0])[0] for name in JobSpec.model_fields}
+    assert set(get_args(kinds["task"])) == set(Task)
+    assert kinds["limit"] is int and kinds["video_frame_rate"] is float and kinds["normalize"] is bool
+    assert kinds["adapters"] == list[str] and kinds["tools"] is Path
 
 
 def test_version(rowmill: Rowmill) -> None:

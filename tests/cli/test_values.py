@@ -123,15 +123,15 @@ def test_a_bad_spec_file(tmp_path: Path, name: str, text: str | None, words: str
 def test_a_schema_becomes_a_sampling_parameter(tmp_path: Path) -> None:
     schema = tmp_path / "schema.json"
     schema.write_text('{"type": "object"}')
-    found = values.sampling(["max_tokens=32"], schema)
+    found = values.with_schema({"max_tokens": 32}, schema)
     assert found == {"max_tokens": 32, "structured_outputs": {"json": {"type": "object"}}}
-    assert values.sampling([], None) is None
+    assert values.with_schema(None, None) is None
     with pytest.raises(InvalidJob, match="exclude each other"):
-        values.sampling(['structured_outputs={"regex": "a"}'], schema)
+        values.with_schema({"structured_outputs": {"regex": "a"}}, schema)
     for content, words in ((b"{", "not valid JSON"), (b"NaN", "not valid JSON")):
         schema.write_bytes(content)
         with pytest.raises(InvalidJob, match=words) as caught:
-            values.sampling([], schema)
+            values.with_schema(None, schema)
         assert caught.value.field == "--schema"
     with pytest.raises(InvalidJob, match="no such file"):
         values.json_file(tmp_path / "missing.json", "--tools")

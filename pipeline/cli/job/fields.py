@@ -1,357 +1,230 @@
-"""The options that describe a job: the same for every command that makes one."""
+"""The options that describe a job: one for each field of :class:`JobSpec`, made from its type and its description.
+
+A new field gets its option without a line here: ``--its-name``, with the first sentence of its description as the help.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import re
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
 from pipeline.cli import values
+from pipeline.spec.job_spec import JobSpec, Message
 from storage.errors import InvalidJob
 
-_WORK, _ROWS, _OUT, _QUEUE = "What to compute", "Rows and shards", "Output", "Whose turn it is"
-TaskName = Literal["generate", "chat", "embed", "classify", "score", "tensor"]
+_WORK, _ROWS, _OUT, _QUEUE = "What to compute", "Rows and shards", "Output", "Scheduling"
+_IN_ORDER = (_WORK, _OUT, _ROWS, _QUEUE)
+_PANELS = {
+    **dict.fromkeys(("output", "keep_columns", "output_prefix", "tensor_columns", "profile", "overwrite"), _OUT),
+    "metadata": _OUT,
+    **dict.fromkeys(
+        ("encoding", "csv_delimiter", "csv_types", "csv_schema", "limit", "sample", "order", "cache"), _ROWS
+    ),
+    **dict.fromkeys(("request_timeout", "shard_rows", "shard_bytes", "max_failed_rows", "completion_window"), _ROWS),
+    **dict.fromkeys(("priority", "tenant", "idempotency_key"), _QUEUE),
+}
+"""Where an option stands in ``--help``; the others say what to compute."""
+_FLAGS = {
+    "model": ("-m", "--model"),
+    "task": ("-t", "--task"),
+    "prompt": ("-p", "--prompt"),
+    "engine": ("-e", "--engine"),
+    "output": ("-o", "--output"),
+    "messages": ("--message",),
+    "inputs": ("--input",),
+    "engine_options": ("--set",),
+    "sampling_columns": ("--sampling-column",),
+    "adapters": ("--adapter",),
+    "chat_template_kwargs": ("--chat-template-kwarg",),
+    "keep_columns": ("--keep",),
+    "csv_schema": ("--csv-type",),
+    "cache": ("--cache/--no-cache",),
+}
+"""Options that are not called as their fields."""
+_METAVARS = {
+    "model": "MODEL",
+    "engine": "ENGINE",
+    "output": "DIR",
+    "prompt": "TEMPLATE",
+    "prefix": "TEXT",
+    "prompt_name": "NAME",
+    "output_prefix": "PREFIX",
+    "encoding": "NAME",
+    "csv_delimiter": "CHAR",
+    "completion_window": "TIME",
+    "tenant": "NAME",
+    "idempotency_key": "KEY",
+    "task": "TASK",
+    "embedding_type": "TYPE",
+    "audio_sampling_rate": "HZ",
+    "video_frame_rate": "FPS",
+    "request_timeout": "SECONDS",
+    "keep_columns": "COLUMN",
+    "inputs": "NAME=COLUMN",
+    "sampling_columns": "KEY=COLUMN",
+    "adapters": "NAME=DIR",
+    "csv_schema": "COLUMN=TYPE",
+}
+"""What stands for the value in ``--help``, where its type does not say it."""
 
 
-def _fields(
-    inputs: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="INPUT...", help="Parquet, JSONL, CSV or Arrow files, globs or directories.", show_default=False
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """How values of one type are given: the type of the option, its metavar, and what makes the field's value of it."""
+
+    given_as: Any
+    metavar: str | None
+    convert: Callable[[Any, str], Any]
+
+
+def _as_given(value: Any, flag: str) -> Any:
+    return value
+
+
+def _kind_of(annotation: Any) -> _Kind:
+    """Raises ``TypeError`` for a type that no option takes."""
+    annotation = _bare(annotation)
+    origin, inner = get_origin(annotation), [_bare(each) for each in get_args(annotation)]
+    if origin is Literal:
+        return _Kind(annotation, "HOW", _as_given)
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return _Kind(Literal[tuple(member.value for member in annotation)], None, _as_given)
+    if annotation is bool:
+        return _Kind(bool, None, _as_given)
+    if annotation in (int, float):
+        return _Kind(annotation, "N", _as_given)
+    if annotation is str:
+        return _Kind(str, "TEXT", _as_given)
+    if origin is dict:
+        literal = inner[1] is str
+        return _Kind(list[str], "KEY=VALUE", lambda given, flag: values.key_values(given, flag, literal=literal))
+    if origin is tuple and inner[0] is str:
+        return _Kind(list[str], "TEXT", _as_given)
+    if origin is tuple and inner[0] is Message:
+        return _Kind(list[str], "ROLE=TEMPLATE", lambda given, flag: values.messages(given))
+    if origin is tuple and get_origin(inner[0]) is dict:
+        return _Kind(Path, "FILE", values.json_file)
+    raise TypeError(f"no option takes a {annotation}")
+
+
+def _bare(annotation: Any) -> Any:
+    """A type without its rules, and without ``None`` beside it."""
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) in (Union, types.UnionType):
+        return _bare(next(each for each in get_args(annotation) if each is not type(None)))
+    return annotation
+
+
+def first_sentence(description: str) -> str:
+    """The beginning of a field's description, up to the end of its first sentence, without markup."""
+    plain = " ".join(description.replace("``", "").split())
+    return re.split(r"(?<=[^.]\.)\s", plain + " ", maxsplit=1)[0].strip().rstrip(".") + "."
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """The option of one field."""
+
+    name: str
+    kind: _Kind
+    flags: tuple[str, ...]
+
+    def parameter(self) -> inspect.Parameter:
+        help_text = first_sentence(JobSpec.model_fields[self.name].description or "")
+        shown: dict[str, Any] = {
+            "help": help_text + (" May be repeated." if get_origin(self.kind.given_as) is list else ""),
+            "metavar": _METAVARS.get(self.name, "COLUMN" if self.name.endswith("column") else self.kind.metavar),
+            "rich_help_panel": _PANELS.get(self.name, _WORK),
+        }
+        return _parameter(self.name, self.kind.given_as, typer.Option(*self.flags, **shown))
+
+    def value(self, given: Any) -> Any:
+        """The field's value; ``None`` says that the option was not given."""
+        return None if given is None or given == [] else self.kind.convert(given, self.flags[-1])
+
+
+def _parameter(name: str, given_as: Any, option: Any) -> inspect.Parameter:
+    annotation = Annotated[given_as | None, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _option(name: str, annotation: Any) -> _Option:
+    kind = _kind_of(bool if name == "cache" else annotation)
+    flag = "--" + name.replace("_", "-")
+    one_way = (flag,)  # "off" is what a job without the option has
+    default = JobSpec.model_fields[name].default
+    both = (f"{flag}/--no-{name.replace('_', '-')}",)
+    return _Option(name, kind, _FLAGS.get(name, both if kind.given_as is bool and default is None else one_way))
+
+
+_OPTIONS = {name: _option(name, field.annotation) for name, field in JobSpec.model_fields.items() if name != "input"}
+_OPTIONS = dict(sorted(_OPTIONS.items(), key=lambda item: _IN_ORDER.index(_PANELS.get(item[0], _WORK))))
+_INPUT = typer.Argument(
+    metavar="INPUT...", help="Parquet, JSONL, CSV or Arrow files, globs or directories.", show_default=False
+)
+_PARAMETERS = {
+    "input": _parameter("input", list[str], _INPUT),
+    **{name: option.parameter() for name, option in _OPTIONS.items()},
+    "schema": _parameter(
+        "schema",
+        Path,
         typer.Option(
-            "-m", "--model", metavar="MODEL", help="A model directory, a .onnx file, or 'fake'.", rich_help_panel=_WORK
+            metavar="FILE", help="generate, chat: a JSON Schema that every answer follows.", rich_help_panel=_WORK
         ),
-    ] = None,
-    task: Annotated[
-        TaskName | None,
-        typer.Option(
-            "-t",
-            "--task",
-            metavar="TASK",
-            help="generate, chat, embed, classify, score or tensor.",
-            rich_help_panel=_WORK,
-        ),
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            "-p",
-            "--prompt",
-            metavar="TEMPLATE",
-            help="generate, chat: text with {column} in it.",
-            rich_help_panel=_WORK,
-        ),
-    ] = None,
-    message: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ROLE=TEMPLATE", help="chat: one turn; may be repeated, in order.", rich_help_panel=_WORK),
-    ] = None,
-    column: Annotated[
-        str | None,
-        typer.Option(
-            metavar="COLUMN", help="embed, classify, score: the text; chat: the messages.", rich_help_panel=_WORK
-        ),
-    ] = None,
-    pair_column: Annotated[
-        str | None,
-        typer.Option(metavar="COLUMN", help="classify, score: the second text of a pair.", rich_help_panel=_WORK),
-    ] = None,
-    graph_input: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--input", metavar="NAME=COLUMN", help="tensor: the column of a graph input.", rich_help_panel=_WORK
-        ),
-    ] = None,
-    sampling: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="A sampling parameter by vLLM's name.", rich_help_panel=_WORK),
-    ] = None,
-    schema: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="generate, chat: a JSON Schema that every answer keeps to.", rich_help_panel=_WORK
-        ),
-    ] = None,
-    sampling_column: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=COLUMN", help="A sampling parameter from a column, row by row.", rich_help_panel=_WORK
-        ),
-    ] = None,
-    prompt_token_column: Annotated[
-        str | None,
-        typer.Option(metavar="COLUMN", help="generate: prompts as lists of token ids.", rich_help_panel=_WORK),
-    ] = None,
-    image_column: Annotated[
-        str | None,
-        typer.Option(metavar="COLUMN", help="generate, chat: images, as bytes or URIs.", rich_help_panel=_WORK),
-    ] = None,
-    audio_column: Annotated[
-        str | None,
-        typer.Option(metavar="COLUMN", help="generate, chat: sounds: bytes, URIs, numbers.", rich_help_panel=_WORK),
-    ] = None,
-    audio_sampling_rate: Annotated[
-        int | None,
-        typer.Option(metavar="HZ", help="Of sounds that are numbers.", rich_help_panel=_WORK),
-    ] = None,
-    video_column: Annotated[
-        str | None,
-        typer.Option(metavar="COLUMN", help="generate, chat: videos: bytes, URIs, frames.", rich_help_panel=_WORK),
-    ] = None,
-    video_frame_rate: Annotated[
-        float | None,
-        typer.Option(metavar="FPS", help="Of videos that are lists of images; 1 by default.", rich_help_panel=_WORK),
-    ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=DIR", help="generate, chat: a LoRA adapter.", rich_help_panel=_WORK),
-    ] = None,
-    adapter_column: Annotated[
-        str | None,
-        typer.Option(metavar="COLUMN", help="The adapter's name for each row.", rich_help_panel=_WORK),
-    ] = None,
-    tools: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="chat: a JSON list of functions that the model may call.", rich_help_panel=_WORK
-        ),
-    ] = None,
-    chat_template: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--chat-template-kwarg",
-            metavar="KEY=VALUE",
-            help="chat: handed to the chat template.",
-            rich_help_panel=_WORK,
-        ),
-    ] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option("-e", "--engine", metavar="ENGINE", help="auto, vllm, onnx, fake, …", rich_help_panel=_WORK),
-    ] = None,
-    engine_option: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="An option of the engine's own.", rich_help_panel=_WORK),
-    ] = None,
-    overlong: Annotated[
-        Literal["auto", "error", "truncate", "split"] | None,
-        typer.Option(
-            metavar="HOW", help="Text past the model's limit: auto, error, truncate or split.", rich_help_panel=_WORK
-        ),
-    ] = None,
-    pooling: Annotated[
-        Literal["auto", "mean", "cls", "last"] | None,
-        typer.Option(metavar="HOW", help="embed: auto, mean, cls or last token.", rich_help_panel=_WORK),
-    ] = None,
-    normalize: Annotated[
-        bool | None,
-        typer.Option("--normalize/--no-normalize", help="embed: scale to unit length.", rich_help_panel=_WORK),
-    ] = None,
-    prompt_name: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="embed: a prompt of the model's own, such as query.", rich_help_panel=_WORK),
-    ] = None,
-    prefix: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="embed: put before every text, such as 'query: '.", rich_help_panel=_WORK),
-    ] = None,
-    dimensions: Annotated[
-        int | None, typer.Option(metavar="N", help="embed: keep N numbers of a vector.", rich_help_panel=_WORK)
-    ] = None,
-    embedding_type: Annotated[
-        Literal["float32", "int8", "binary"] | None,
-        typer.Option(metavar="TYPE", help="embed: float32, int8 or binary.", rich_help_panel=_WORK),
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(metavar="N", help="classify: the N best labels only.", rich_help_panel=_WORK)
-    ] = None,
-    tensor_columns: Annotated[
-        bool | None,
-        typer.Option(
-            "--tensor-columns",
-            help="tensor: outputs of one axis as Arrow tensors, too, not as lists of a fixed size.",
-            rich_help_panel=_OUT,
-        ),
-    ] = None,
-    out: Annotated[
-        str | None,
-        typer.Option("-o", "--output", metavar="DIR", help="Directory for the result.", rich_help_panel=_OUT),
-    ] = None,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(metavar="COLUMN", help="Input column to copy; all, if never given.", rich_help_panel=_OUT),
-    ] = None,
-    keep_none: Annotated[bool, typer.Option("--keep-none", help="Copy no input column.", rich_help_panel=_OUT)] = False,
-    output_prefix: Annotated[
-        str | None, typer.Option(metavar="PREFIX", help="Put before the result columns' names.", rich_help_panel=_OUT)
-    ] = None,
-    profile: Annotated[
-        bool, typer.Option("--profile", help="onnx: write traces to DIR/_profile.", rich_help_panel=_OUT)
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a finished output.", rich_help_panel=_OUT)
-    ] = False,
-    encoding: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Of CSV and JSONL; UTF-8 if not given.", rich_help_panel=_ROWS),
-    ] = None,
-    csv_delimiter: Annotated[
-        str | None,
-        typer.Option(metavar="CHAR", help="Separates a CSV's columns: ';', '\\t'.", rich_help_panel=_ROWS),
-    ] = None,
-    csv_types: Annotated[
-        Literal["auto", "text"] | None,
-        typer.Option(metavar="HOW", help="Of CSV columns: auto, or text for all.", rich_help_panel=_ROWS),
-    ] = None,
-    csv_type: Annotated[
-        list[str] | None,
-        typer.Option(metavar="COLUMN=TYPE", help="The type of a CSV column.", rich_help_panel=_ROWS),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", help="Only the first N rows, as a job of its own.", rich_help_panel=_ROWS)
-    ] = None,
-    sample: Annotated[
-        int | None, typer.Option(metavar="N", help="Only N rows, spread evenly.", rich_help_panel=_ROWS)
-    ] = None,
-    request_timeout: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SECONDS", help="vllm: fail a row that takes longer inside the engine.", rich_help_panel=_ROWS
-        ),
-    ] = None,
-    shard_rows: Annotated[
-        int | None, typer.Option(metavar="N", help="Most rows in a shard.", rich_help_panel=_ROWS)
-    ] = None,
-    order: Annotated[
-        Literal["auto", "input", "prefix"] | None,
-        typer.Option(
-            metavar="HOW",
-            help="generate, chat: which rows run first: auto, input, or prefix (alike together, across shards).",
-            rich_help_panel=_ROWS,
-        ),
-    ] = None,
-    cache: Annotated[
-        bool | None,
-        typer.Option(
-            "--cache/--no-cache",
-            help="vllm: take answers kept by earlier jobs, and keep these.",
-            rich_help_panel=_ROWS,
-        ),
-    ] = None,
-    cache_sampled: Annotated[
+    ),
+    "keep_none": _parameter(
+        "keep_none", bool, typer.Option("--keep-none", help="Copy no input column.", rich_help_panel=_OUT)
+    ),
+    "cache_sampled": _parameter(
+        "cache_sampled",
         bool,
-        typer.Option("--cache-sampled", help="The same, for answers drawn at random too.", rich_help_panel=_ROWS),
-    ] = False,
-    max_failed_rows: Annotated[
-        int | None, typer.Option(metavar="N", help="Stop when more rows than this have failed.", rich_help_panel=_ROWS)
-    ] = None,
-    window: Annotated[
-        str | None,
-        typer.Option(
-            "--completion-window", metavar="TIME", help="Give up after 90s, 30m, 24h, 7d.", rich_help_panel=_ROWS
-        ),
-    ] = None,
-    metadata: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Text kept with the job.", rich_help_panel=_OUT),
-    ] = None,
-    spec: Annotated[
-        Path | None,
+        typer.Option("--cache-sampled", help="As --cache, also for answers drawn at random.", rich_help_panel=_ROWS),
+    ),
+    "spec": _parameter(
+        "spec",
+        Path,
         typer.Option(metavar="FILE", help="Job fields as TOML or JSON; options win over it.", rich_help_panel=_WORK),
-    ] = None,
-    priority: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="-100 to 100; higher goes first.", rich_help_panel=_QUEUE),
-    ] = None,
-    tenant: Annotated[
-        str | None, typer.Option(metavar="NAME", help="On whose account.", rich_help_panel=_QUEUE)
-    ] = None,
-    idempotency_key: Annotated[
-        str | None,
-        typer.Option(metavar="KEY", help="The same key again is the same job, not another.", rich_help_panel=_QUEUE),
-    ] = None,
-) -> dict[str, Any]:
-    """The job's fields, as the options give them."""
-    if keep and keep_none:
-        raise InvalidJob("--keep and --keep-none exclude each other")
-    flags: dict[str, Any] = {
-        "input": inputs,
-        "output": out,
-        "model": model,
-        "task": task,
-        "prompt": prompt,
-        "messages": values.messages(message) if message else None,
-        "column": column,
-        "pair_column": pair_column,
-        "inputs": values.key_values(graph_input, "--input", literal=True) if graph_input else None,
-        "prompt_token_column": prompt_token_column,
-        "sampling": values.sampling(sampling or (), schema),
-        "sampling_columns": values.key_values(sampling_column, "--sampling-column", literal=True)
-        if sampling_column
-        else None,
-        "image_column": image_column,
-        "audio_column": audio_column,
-        "audio_sampling_rate": audio_sampling_rate,
-        "video_column": video_column,
-        "video_frame_rate": video_frame_rate,
-        "adapters": values.key_values(adapter, "--adapter", literal=True) if adapter else None,
-        "adapter_column": adapter_column,
-        "tools": values.json_file(tools, "--tools") if tools else None,
-        "chat_template_kwargs": values.key_values(chat_template, "--chat-template-kwarg") if chat_template else None,
-        "engine": engine,
-        "engine_options": values.key_values(engine_option, "--set") if engine_option else None,
-        "overlong": overlong,
-        "pooling": pooling,
-        "normalize": normalize,
-        "tensor_columns": tensor_columns,
-        "prompt_name": prompt_name,
-        "prefix": prefix,
-        "dimensions": dimensions,
-        "embedding_type": embedding_type,
-        "top_k": top_k,
-        "keep_columns": [] if keep_none else keep,
-        "output_prefix": output_prefix,
-        "overwrite": overwrite or None,
-        "profile": profile or None,
-        "encoding": encoding,
-        "csv_delimiter": csv_delimiter,
-        "csv_types": csv_types,
-        "csv_schema": values.key_values(csv_type, "--csv-type", literal=True) if csv_type else None,
-        "limit": limit,
-        "sample": sample,
-        "request_timeout": request_timeout,
-        "shard_rows": shard_rows,
-        "order": order,
-        "cache": "sampled" if cache_sampled else cache,
-        "max_failed_rows": max_failed_rows,
-        "completion_window": window,
-        "metadata": values.key_values(metadata, "--metadata", literal=True) if metadata else None,
-        "priority": priority,
-        "tenant": tenant,
-        "idempotency_key": idempotency_key,
-    }
-    return values.job_fields(values.spec_file(spec) if spec else {}, flags)
+    ),
+}
+"""By name: an option for each field, and four that shape a field in a way of their own."""
+
+
+def _fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The job's fields, as the options give them. Raises :class:`InvalidJob`."""
+    flags = {name: option.value(options[name]) for name, option in _OPTIONS.items()}
+    flags["input"] = options["input"]
+    flags["sampling"] = values.with_schema(flags["sampling"], options["schema"])
+    if options["cache"] is not None:
+        flags["cache"] = "on" if options["cache"] else "off"
+    if options["cache_sampled"]:
+        flags["cache"] = "sampled"
+    if options["keep_none"]:
+        if flags["keep_columns"]:
+            raise InvalidJob("--keep and --keep-none exclude each other")
+        flags["keep_columns"] = []
+    return values.job_fields(values.spec_file(options["spec"]) if options["spec"] else {}, flags)
 
 
 def with_job_fields(function: Callable[..., int | None]) -> Callable[..., int | None]:
     """Give a command the options of a job: it takes the invocation and the fields, then options of its own."""
     own = inspect.signature(function, eval_str=True)
-    added = inspect.signature(_fields, eval_str=True).parameters
     invocation, _, *rest = own.parameters.values()
 
     @functools.wraps(function)
     def wrapper(given: Any, **options: Any) -> int | None:
-        fields = _fields(**{name: options.pop(name) for name in added})
+        fields = _fields({name: options.pop(name) for name in _PARAMETERS})
         return function(given, fields, **options)
 
-    keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*added.values(), *rest)]
+    keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*_PARAMETERS.values(), *rest)]
     wrapper.__signature__ = own.replace(parameters=[invocation, *keyword])  # type: ignore[attr-defined]
     return wrapper
