@@ -20,7 +20,7 @@ from pipeline.process.runtime import Runtime
 from pipeline.spec.error_codes import RowErrorCode
 from storage import failpoints
 from storage.parquet import parquet
-from storage.queue import attempts
+from storage.queue import attempts, job_progress
 from storage.records import Claim, PartFile, RowException
 from storage.sql.retry import retry_write
 from storage.sql.tables import TOKENS
@@ -126,7 +126,7 @@ class Flusher:
         self.rows_flushed += len(rows)
         failpoints.hit("flush.recorded")
         if failed and claim.job.spec.get("max_failed_rows") is not None:
-            retry_write(lambda: attempts.stop_if_too_many_failed(runtime.database, claim.job.id, runtime.actor))
+            retry_write(lambda: job_progress.stop_if_too_many_failed(runtime.database, claim.job.id, runtime.actor))
         self.seconds += time.monotonic() - began
         return part
 

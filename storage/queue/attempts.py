@@ -13,12 +13,12 @@ from pyroaring import BitMap
 
 from storage.deaths import CAREFUL_AFTER, Step, after_crash
 from storage.errors import CommitUnknown, LeaseLost, Unreachable
+from storage.queue.job_progress import close_shard, fail_whole, locked_job
 from storage.records import Claim, PartFile, RowException
 from storage.sql import tables
 from storage.sql.database import Database, now, pack, unpack
-from storage.sql.transitions import move_attempt, move_job, move_shard, record
+from storage.sql.transitions import move_attempt, move_shard, record
 from storage.states import AttemptState, JobState, ShardState
-from storage.tenants import quotas
 
 ROW_EXCEPTIONS_KEPT = 100
 """Failed rows of a shard whose detail is kept in SQL; all of them are in the output's ``error`` column."""
@@ -273,14 +273,6 @@ def fail_job(database: Database, claim: Claim, error: str, *, stats: Mapping[str
         close_shard(connection, locked_job(database, connection, claim.job.id), claim.owner, dead=True)
 
 
-def fail_whole(connection: sa.Connection, job: sa.Row[Any], error: str, actor: str) -> None:
-    """Wind the locked ``job`` down as failed, unless it is being wound down already."""
-    state = JobState(job.state)
-    if state in (JobState.QUEUED, JobState.IN_PROGRESS):
-        data = {"reason": "failed", "error": error}
-        move_job(connection, job.id, state, JobState.CANCELLING, actor, stop_reason="failed", error=error, data=data)
-
-
 def release(
     database: Database, claim: Claim, *, stats: Mapping[str, Any] | None = None, error: str | None = None
 ) -> None:
@@ -323,107 +315,6 @@ def supersede(database: Database, claim: Claim) -> None:
                     attempt_no=claim.attempt_no,
                 )
                 return
-
-
-def close_shard(
-    connection: sa.Connection, job: sa.Row[Any], actor: str, *, committed: sa.Row[Any] | None = None, dead: bool = False
-) -> JobState:
-    """Count one shard of the locked ``job`` as ended; the last one moves the job on. Returns the job's state."""
-    table = tables.job
-    values: dict[str, Any] = {"n_open": table.c.n_open - 1}
-    if dead:
-        values["n_dead"] = table.c.n_dead + 1
-    rows_failed = job.rows_failed
-    if committed is not None:
-        values |= {
-            "rows_done": table.c.rows_done + committed.n_done,
-            "rows_failed": table.c.rows_failed + committed.n_failed,
-            "prompt_tokens": table.c.prompt_tokens + committed.prompt_tokens,
-            "cached_tokens": table.c.cached_tokens + committed.cached_tokens,
-            "completion_tokens": table.c.completion_tokens + committed.completion_tokens,
-        }
-        rows_failed += committed.n_failed
-        # A row that the commits of all jobs of the tenant change: locked last, and for no longer than their own.
-        quotas.count(connection, job.tenant, tokens=committed.prompt_tokens + committed.completion_tokens)
-    connection.execute(table.update().where(table.c.id == job.id).values(**values))
-    state = JobState(job.state)
-    if state is JobState.QUEUED:
-        # The claim found the job locked and left it; it has certainly started by now.
-        move_job(connection, job.id, state, JobState.IN_PROGRESS, actor, started_at=now())
-        state = JobState.IN_PROGRESS
-    if state is JobState.IN_PROGRESS and job.max_failed_rows is not None and rows_failed > job.max_failed_rows:
-        stop_for_failed_rows(connection, job.id, state, actor, rows_failed, job.max_failed_rows)
-        return JobState.CANCELLING
-    if state is JobState.IN_PROGRESS and job.n_open == 1:
-        move_job(connection, job.id, state, JobState.FINALIZING, actor)
-        return JobState.FINALIZING
-    return state
-
-
-def stop_for_failed_rows(
-    connection: sa.Connection, job_id: str, state: JobState, actor: str, failed: int, allowed: int
-) -> None:
-    """Wind the job down because more rows failed than its ``max_failed_rows`` allows."""
-    move_job(
-        connection,
-        job_id,
-        state,
-        JobState.CANCELLING,
-        actor,
-        stop_reason="max_failed_rows",
-        error=f"{failed} rows failed, max_failed_rows allows {allowed}",
-        data={"reason": "max_failed_rows", "failed": failed},
-    )
-
-
-def stop_if_too_many_failed(database: Database, job_id: str, actor: str) -> bool:
-    """Wind the job down if the rows failed so far, flushed ones included, exceed ``max_failed_rows``.
-
-    Only then is the job locked. Safe to repeat.
-    """
-    with database.read() as connection:
-        if not _too_many(failed_so_far(connection, job_id)):
-            return False
-    with database.write() as connection:
-        locked_job(database, connection, job_id)
-        found = failed_so_far(connection, job_id)
-        if not _too_many(found):
-            return False
-        stop_for_failed_rows(connection, job_id, JobState.IN_PROGRESS, actor, found.failed, found.max_failed_rows)
-        return True
-
-
-def _too_many(found: sa.Row[Any]) -> bool:
-    allowed = found.max_failed_rows
-    return allowed is not None and found.state == JobState.IN_PROGRESS and found.failed > allowed
-
-
-def failed_so_far(connection: sa.Connection, job_id: str) -> sa.Row[Any]:
-    """The job's ``state`` and ``max_failed_rows``, and how many rows have ``failed`` in its shards up to now.
-
-    One statement, so that a shard that commits meanwhile counts once. It reads the shards that have failed rows and are
-    not committed (``ix_shard_failing``), however many there are besides.
-    """
-    job, shard = tables.job, tables.shard
-    flushed = (
-        sa.select(sa.func.coalesce(sa.func.sum(shard.c.n_failed), 0))
-        .where(shard.c.job_id == job_id, tables.FAILING)
-        .scalar_subquery()
-    )
-    failed = sa.cast(job.c.rows_failed + flushed, sa.BigInteger()).label("failed")  # PostgreSQL sums to a decimal
-    query = sa.select(job.c.state, job.c.max_failed_rows, failed)
-    return connection.execute(query.where(job.c.id == job_id)).one()
-
-
-def locked_job(database: Database, connection: sa.Connection, job_id: str) -> sa.Row[Any]:
-    """The job's row, locked until the transaction ends: always before any of its shards.
-
-    Raises :class:`LeaseLost` when it was deleted: it had ended, so that whoever still works on it is too late.
-    """
-    row = connection.execute(database.locked(sa.select(tables.job).where(tables.job.c.id == job_id))).first()
-    if row is None:
-        raise LeaseLost(f"job {job_id} was deleted")
-    return row
 
 
 def held_row(database: Database, connection: sa.Connection, claim: Claim) -> sa.Row[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from storage.deaths import Step, after_loss
-from storage.queue import attempts, job_deaths
+from storage.queue import attempts, job_deaths, job_progress
 from storage.sql import tables
 from storage.sql.database import Database, now
 from storage.sql.transitions import move_attempt, move_shard
@@ -101,9 +101,11 @@ def _lose(database: Database, row: sa.Row[Any], why: str, *, max_losses: int, ac
         if given_up:
             if step is not Step.COMPUTING and not _has_computed(connection, row.job_id):
                 # What no row is to blame for would end each of the job's shards in turn.
-                attempts.fail_whole(connection, locked, f"its worker died {step.phrase}, {count} times in a row", actor)
+                job_progress.fail_whole(
+                    connection, locked, f"its worker died {step.phrase}, {count} times in a row", actor
+                )
                 locked = connection.execute(sa.select(job).where(job.c.id == row.job_id)).one()
-            attempts.close_shard(connection, locked, actor, dead=True)
+            job_progress.close_shard(connection, locked, actor, dead=True)
         return target
 
 

@@ -12,7 +12,7 @@ from pyroaring import BitMap
 from pipeline.process.heartbeat import JOB_STOPPING, LeaseKeeper
 from storage.errors import LeaseLost
 from storage.queue import attempts as shards
-from storage.queue import claims, jobs, reaper
+from storage.queue import claims, job_progress, jobs, reaper
 from storage.queue.claims import Lease
 from storage.records import RowException
 from storage.sql.database import Database
@@ -85,7 +85,7 @@ def test_counting_failed_rows_reads_the_shards_that_have_some(database: Database
         raw: Any = connection.connection.driver_connection
         if database.sqlite:
             raw.set_progress_handler(lambda: steps.append(1), 1)
-        found = shards.failed_so_far(connection, job.id)
+        found = job_progress.failed_so_far(connection, job.id)
         if database.sqlite:
             raw.set_progress_handler(None, 0)
             read = len(steps) // 10
@@ -94,8 +94,8 @@ def test_counting_failed_rows_reads_the_shards_that_have_some(database: Database
             read = connection.execute(sa.text(query)).scalar_one()
     assert (found.failed, found.state) == (2, JobState.IN_PROGRESS)
     assert read < 50
-    assert shards.stop_if_too_many_failed(database, job.id, "test")
-    assert not shards.stop_if_too_many_failed(database, job.id, "test")
+    assert job_progress.stop_if_too_many_failed(database, job.id, "test")
+    assert not job_progress.stop_if_too_many_failed(database, job.id, "test")
     assert jobs.get(database, job.id).state is JobState.CANCELLING
 
 
@@ -323,8 +323,8 @@ def test_too_many_failed_rows_stop_the_job(database: Database) -> None:
     job = planned_job(database, shards=2, max_failed_rows=1)
     claim = take(database, job)
     shards.flush(database, claim, part(claim, [0], failed=(0,)), tokens={})
-    assert not shards.stop_if_too_many_failed(database, job.id, "test")
+    assert not job_progress.stop_if_too_many_failed(database, job.id, "test")
     shards.flush(database, claim, part(claim, [1], seq=1, failed=(1,)), tokens={})
-    assert shards.stop_if_too_many_failed(database, job.id, "test")
+    assert job_progress.stop_if_too_many_failed(database, job.id, "test")
     stopped = jobs.get(database, job.id)
     assert (stopped.state, stopped.stop_reason) == (JobState.CANCELLING, "max_failed_rows")
