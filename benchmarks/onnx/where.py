@@ -48,7 +48,7 @@ class Clock:
 def clocked() -> Clock:
     from pipeline.engines.onnx.models import text_model, tokenizer
     from pipeline.engines.onnx.runtime import run
-    from pipeline.execution import flush, run_shard
+    from pipeline.execution import assemble_shard, flush
     from pipeline.worker import embedded
 
     clock = Clock()
@@ -59,7 +59,7 @@ def clocked() -> Clock:
     clock.around(text_model, "distinct", "duplicates")
     clock.around(tokenizer.TextTokenizer, "encode", "tokenization, the Python side")
     clock.around(flush.Flusher, "_flush", "part files (Parquet, hash, database)")
-    clock.around(run_shard, "_assemble", "assembling the output (Parquet)")
+    clock.around(assemble_shard, "_assemble", "assembling the output (Parquet)")
     clock.around(embedded, "finalize_job", "publishing")
     clock.around(embedded, "job_status", "progress")
     return clock

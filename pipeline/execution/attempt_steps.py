@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -11,13 +11,17 @@ from pyroaring import BitMap
 
 from pipeline.engines.base import RowBatch
 from storage.deaths import Step
+from storage.queue import attempts
+from storage.records import Claim
+from storage.sql.database import Database
+from storage.sql.retry import retry_write
 
 
 class AttemptSteps:
-    """One attempt's. ``note`` writes a step, and the rows that are inside the engine alone (``None``: not known)."""
+    """One attempt's, from ``LOADING`` on, which the claim has noted."""
 
-    def __init__(self, note: Callable[[Step, BitMap | None], object]) -> None:
-        self._note = note
+    def __init__(self, database: Database, claim: Claim) -> None:
+        self._database, self._claim = database, claim
         self._lock = threading.Lock()
         self._step = Step.LOADING
         self._alone = False
@@ -59,3 +63,7 @@ class AttemptSteps:
         if step is not self._step:
             self._step = step
             self._note(step, None)
+
+    def _note(self, step: Step, alone: BitMap | None) -> None:
+        """Write a step, and the rows that are inside the engine alone (``None``: not known)."""
+        retry_write(lambda: attempts.note(self._database, self._claim, step, alone))

@@ -15,13 +15,13 @@ import pyarrow.compute as pc
 from pyroaring import BitMap
 
 from pipeline.engines.base import ResultBatch
+from pipeline.execution.attempt_context import AttemptContext
 from pipeline.output import assemble, owner
-from pipeline.process.runtime import Runtime
 from pipeline.spec.error_codes import RowErrorCode
 from storage import failpoints
 from storage.parquet import parquet
 from storage.queue import attempts, job_progress
-from storage.records import Claim, PartFile, RowException
+from storage.records import PartFile, RowException
 from storage.sql.retry import retry_write
 from storage.sql.tables import TOKENS
 
@@ -32,16 +32,15 @@ class Flusher:
     ``parts`` are the files flushed so far, oldest first. Errors of the writing thread surface at the next call.
     """
 
-    def __init__(self, runtime: Runtime, claim: Claim, directory: str, schema: pa.Schema) -> None:
-        self._runtime, self._claim, self._directory, self._schema = runtime, claim, directory, schema
+    def __init__(self, attempt: AttemptContext, schema: pa.Schema) -> None:
+        self._attempt, self._schema = attempt, schema
+        self._unflushed, self._shard_id = attempt.runtime.unflushed, attempt.claim.shard.id
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="rowmill-flush")
         self._pool.submit(int)  # starts its thread: an interpreter that is ending starts none, and has yet to flush
         self._pending: Future[PartFile] | None = None
         self._seq = 0
         self._clear()
         self.parts: list[PartFile] = []
-        self.rows_flushed = 0
-        self.seconds = 0.0
 
     def __enter__(self) -> Flusher:
         return self
@@ -50,7 +49,7 @@ class Flusher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.shutdown(wait=True)
-        self._runtime.unflushed.pop(self._claim.shard.id, None)
+        self._unflushed.pop(self._shard_id, None)
 
     def add(self, results: ResultBatch, rows: BitMap, failed: BitMap) -> None:
         """Take results whose rows are settled; flushes when rows, bytes or seconds say so."""
@@ -58,8 +57,8 @@ class Flusher:
         self._rows |= rows
         self._failed |= failed
         self._bytes += 0 if results.values is None else results.values.nbytes
-        self._runtime.unflushed[self._claim.shard.id] = len(self._rows)
-        settings = self._runtime.settings
+        self._unflushed[self._shard_id] = len(self._rows)
+        settings = self._attempt.runtime.settings
         if (
             2 * len(self._rows) >= settings.flush_rows
             or self._bytes >= settings.flush_bytes
@@ -95,10 +94,10 @@ class Flusher:
 
     def _flush(self, seq: int, buffer: list[ResultBatch], rows: BitMap, failed: BitMap) -> PartFile:
         began = time.monotonic()
-        runtime, claim = self._runtime, self._claim
+        runtime, claim = self._attempt.runtime, self._attempt.claim
         owner.check(runtime, claim.job)
         table = assemble.result_table(self._schema, buffer)
-        with parquet.writer(runtime.store, f"{self._directory}/part-{seq:05d}.parquet", table.schema) as file:
+        with parquet.writer(runtime.store, f"{self._attempt.directory}/part-{seq:05d}.parquet", table.schema) as file:
             file.write(table)
         written = file.written
         runtime.store.verify(written)
@@ -120,14 +119,11 @@ class Flusher:
         ]
         tokens = _count_tokens(buffer)
         poison = sum(exception.code == RowErrorCode.POISON_ROW for exception in exceptions)
-        retry_write(
-            lambda: attempts.flush(runtime.database, claim, part, tokens=tokens, exceptions=exceptions, n_poison=poison)
-        )
-        self.rows_flushed += len(rows)
+        self._attempt.record(attempts.flush, part, tokens=tokens, exceptions=exceptions, n_poison=poison)
+        self._attempt.measures.flushed(len(rows), time.monotonic() - began)
         failpoints.hit("flush.recorded")
         if failed and claim.job.spec.get("max_failed_rows") is not None:
             retry_write(lambda: job_progress.stop_if_too_many_failed(runtime.database, claim.job.id, runtime.actor))
-        self.seconds += time.monotonic() - began
         return part
 
 

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -19,15 +19,22 @@ T = TypeVar("T")
 class Measures:
     """One attempt's. Each name is counted by one thread at a time."""
 
-    def __init__(self, load_seconds: float) -> None:
-        self._began = time.monotonic()
+    def __init__(self) -> None:
+        self._began: float | None = None
         self._sums: Counter[str] = Counter()
-        self._seconds: dict[str, float] = {"load_seconds": load_seconds}
+        self._seconds: dict[str, float] = {}
+        self._rows = 0
+        self._flush_seconds = 0.0
 
-    @property
-    def seconds(self) -> float:
-        """Since the attempt began."""
-        return time.monotonic() - self._began
+    def begin(self, load_seconds: float) -> None:
+        """The engine is ready, after ``load_seconds``: the clock of the attempt starts."""
+        self._began = time.monotonic()
+        self._seconds["load_seconds"] = load_seconds
+
+    def flushed(self, rows: int, seconds: float) -> None:
+        """``rows`` more rows are durable; writing them took ``seconds``."""
+        self._rows += rows
+        self._flush_seconds += seconds
 
     @contextmanager
     def spent(self, name: str) -> Iterator[None]:
@@ -61,11 +68,33 @@ class Measures:
         for name, number in measured.items():
             self._sums[name] += number  # type: ignore[assignment]
 
-    def total(self, rows: int, flush_seconds: float) -> dict[str, float]:
-        """All of it, rounded, for an attempt that flushed ``rows`` rows in ``flush_seconds``."""
-        found: dict[str, float] = {**self._sums, **self._seconds, "rows": rows, "attempt_seconds": self.seconds}
-        found["write_seconds"] = found.get("write_seconds", 0.0) + flush_seconds
+    def so_far(self) -> dict[str, Any]:
+        """The statistics of an attempt that broke off; none if its engine was never ready."""
+        return {} if self._began is None else {"measured": self.total()}
+
+    def summary(self) -> dict[str, Any]:
+        """The statistics of an attempt that came to an end of its own: seconds, rows per second, and the sums."""
+        seconds = self._elapsed()
+        return {
+            "seconds": round(seconds, 3),
+            "flush_seconds": round(self._flush_seconds, 3),
+            "rows_per_second": round(self._rows / seconds, 2) if seconds > 0 else 0.0,
+            "measured": self.total(),
+        }
+
+    def total(self) -> dict[str, float]:
+        """All sums and seconds, rounded, without those that are zero."""
+        found: dict[str, float] = {
+            **self._sums,
+            **self._seconds,
+            "rows": self._rows,
+            "attempt_seconds": self._elapsed(),
+        }
+        found["write_seconds"] = found.get("write_seconds", 0.0) + self._flush_seconds
         return {name: round(number, 4) for name, number in found.items() if number}
+
+    def _elapsed(self) -> float:
+        return 0.0 if self._began is None else time.monotonic() - self._began
 
 
 def of_job(attempts: Iterable[tuple[Mapping[str, float], float]]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pipeline.engines.base import Cancellation
-from pipeline.execution.run_shard import execute
+from pipeline.execution.attempt import execute
 from pipeline.jobs.status_query import job_status
 from pipeline.jobs.submit import plan_job
 from pipeline.output.finalize import finalize_job

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from pipeline.config.settings import Settings
 from pipeline.engines.base import Cancellation
-from pipeline.execution.run_shard import execute
+from pipeline.execution.attempt import execute
 from pipeline.jobs import plan_queue
 from pipeline.output.finalize import finalize_job
 from pipeline.process.heartbeat import WATCH_SECONDS, LeaseKeeper

@@ -8,12 +8,15 @@ from pipeline.process.metrics import Measures, derived, of_job, summed
 
 
 def test_an_attempt_adds_up_what_it_is_told_and_times_its_parts() -> None:
-    measures = Measures(load_seconds=2.0)
+    measures = Measures()
+    assert measures.so_far() == {}
+    measures.begin(load_seconds=2.0)
     assert list(measures.reading([1, 2])) == [1, 2]
     assert list(measures.waiting(iter("ab"))) == ["a", "b"]
     measures.add({"prompt_tokens": 3, "render_seconds": 0.5})
     measures.add({"prompt_tokens": 4})
-    total = measures.total(rows=7, flush_seconds=1.5)
+    measures.flushed(rows=7, seconds=1.5)
+    total = measures.total()
     assert total["prompt_tokens"] == 7
     assert total["render_seconds"] == 0.5
     assert total["rows"] == 7
@@ -28,7 +31,7 @@ def test_errors_of_what_is_timed_come_through() -> None:
         raise KeyError
 
     with pytest.raises(KeyError):
-        list(Measures(0.0).reading(broken()))  # type: ignore[arg-type, var-annotated]
+        list(Measures().reading(broken()))  # type: ignore[arg-type, var-annotated]
 
 
 def test_sums_over_attempts_and_what_they_say() -> None:

@@ -22,7 +22,7 @@ from pipeline.engines.onnx.runtime import run as onnx_lane
 from pipeline.engines.onnx.runtime.layout import Layout
 from pipeline.engines.onnx.runtime.ort import GraphFile
 from pipeline.engines.onnx.runtime.run import Call, Lane, RunTimedOut
-from pipeline.execution.run_shard import execute
+from pipeline.execution.attempt import execute
 from pipeline.jobs.submit import plan_job, submit_job
 from pipeline.process.heartbeat import LeaseKeeper
 from pipeline.process.runtime import start

@@ -14,7 +14,7 @@ import pytest
 import redis
 
 from pipeline.engines.base import Cancellation
-from pipeline.execution.run_shard import execute
+from pipeline.execution.attempt import execute
 from pipeline.jobs.submit import plan_job, submit_job
 from pipeline.output.finalize import finalize_job
 from pipeline.process.heartbeat import LeaseKeeper

@@ -36,7 +36,7 @@ from storage.errors import Conflict, IllegalTransition, LeaseLost
 from storage.fleet import clock_steps, garbage, workers
 from storage.fleet.workers import Worker
 from storage.queue import attempts as shards
-from storage.queue import claims, jobs, plan_leases, publish_leases, reaper
+from storage.queue import claims, job_progress, jobs, plan_leases, publish_leases, reaper
 from storage.queue import reopen as retries
 from storage.queue.claims import Lease
 from storage.records import (
@@ -724,7 +724,7 @@ class StorageMachine(RuleBasedStateMachine):
             and job.max_failed is not None
             and job.rows_failed + flushed > job.max_failed
         )
-        assert shards.stop_if_too_many_failed(self.database, job.id, "worker") is stop
+        assert job_progress.stop_if_too_many_failed(self.database, job.id, "worker") is stop
         if stop:
             job.stop_reason = "max_failed_rows"
             self.move_job(job, JobState.CANCELLING)

@@ -15,7 +15,7 @@ from examples.tiny_llama import build_llama
 from pipeline.config.settings import Settings
 from pipeline.engines.base import Cancellation
 from pipeline.engines.vllm.prompts.lora import LoadedAdapters, check
-from pipeline.execution.run_shard import execute
+from pipeline.execution.attempt import execute
 from pipeline.jobs.preflight import absolute
 from pipeline.jobs.submit import plan_job, submit_job
 from pipeline.models.adapters import digests

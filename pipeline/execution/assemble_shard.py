@@ -1,0 +1,62 @@
+"""The shard's output file: its input columns and everything that its attempts have flushed, in the order of rows."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+from pyroaring import BitMap
+
+from pipeline.execution.attempt_context import AttemptContext
+from pipeline.execution.part_repair import forget_damaged
+from pipeline.output import assemble
+from pipeline.output.destination import published
+from storage.errors import CorruptFile
+from storage.records import OUTPUT_SEQ, PartFile
+
+
+def assemble_shard(attempt: AttemptContext, schema: pa.Schema, flushed: list[PartFile]) -> PartFile:
+    """Write and verify the shard's file from the parts of earlier attempts and those ``flushed`` by this one.
+
+    ``schema`` is the engine's, of the results. Raises :class:`CorruptFile` when a part no longer holds what was
+    flushed: its rows are then computed again by the next attempt.
+    """
+    parts = (*attempt.claim.parts, *flushed)
+    try:
+        with attempt.measures.spent("write_seconds"):
+            return _assemble(attempt, schema, parts)
+    except CorruptFile as error:
+        lost = forget_damaged(attempt.runtime, attempt.claim, parts)
+        if not lost:
+            raise
+        raise CorruptFile(f"{error}; {lost} flushed rows have to be computed again") from error
+
+
+def _assemble(attempt: AttemptContext, schema: pa.Schema, parts: tuple[PartFile, ...]) -> PartFile:
+    claim, plan, store, settings = attempt.claim, attempt.plan, attempt.runtime.store, attempt.runtime.settings
+    shard = claim.shard
+    assembled = assemble.assemble(
+        store,
+        f"{attempt.directory}/output.parquet",
+        job_schema=plan.schema,
+        keep=plan.keep,
+        result_schema=schema,
+        prefix=attempt.spec.output_prefix,
+        sources=claim.sources,
+        slices=shard.slices,
+        row_n=shard.row_n,
+        parts=parts,
+        base=claim.base if plan.part_rows else published(store, claim.job.output_uri, shard.idx, claim.base),
+        partial=False,
+        batch_rows=settings.read_batch_rows,
+        batch_bytes=settings.read_batch_bytes,
+    )
+    store.verify(assembled.written)
+    return PartFile(
+        attempt_no=claim.attempt_no,
+        seq=OUTPUT_SEQ,
+        uri=assembled.written.uri,
+        n_bytes=assembled.written.n_bytes,
+        sha256=assembled.written.sha256,
+        etag=assembled.written.etag,
+        rows=BitMap(range(shard.row_n)),
+        failed=assembled.failed,
+    )

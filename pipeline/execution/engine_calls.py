@@ -1,0 +1,81 @@
+"""The calls that an attempt makes of its engine: rows are read and handed in, results are checked and flushed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+
+import numpy as np
+from pyroaring import BitMap
+
+from pipeline.engines.base import Cancellation, Engine, ResultBatch, RowBatch, RowFailure
+from pipeline.execution.attempt_context import AttemptContext
+from pipeline.execution.completeness import Ledger
+from pipeline.execution.flush import Flusher
+from pipeline.execution.prefetch import ReadAhead
+from pipeline.spec.error_codes import RowErrorCode
+from storage.parquet import parquet
+
+
+class EngineCalls:
+    """One attempt's. Not for several threads."""
+
+    def __init__(self, attempt: AttemptContext, engine: Engine, flusher: Flusher) -> None:
+        self._attempt, self._engine, self._flusher = attempt, engine, flusher
+        self._ledger = Ledger(attempt.claim.todo)
+
+    @property
+    def pending(self) -> BitMap:
+        """The rows of the claim that have no result yet."""
+        return self._ledger.pending
+
+    def infer(self, rows: BitMap, cancel: Cancellation, *, alone: bool = False) -> None:
+        """Run ``rows`` on the engine, until ``cancel`` fires. With ``alone``, the database knows which are inside."""
+        if not rows:
+            return
+        attempt = self._attempt
+        with closing(self._read(rows)) as batches:
+            handed = attempt.steps.handing(attempt.measures.reading(batches), alone=alone)
+            self._accept(self._engine.infer(attempt.spec, handed, cancel), rows)
+
+    def give_up(self, rows: BitMap) -> None:
+        """Give ``rows`` an error instead of a result: they kill the engine, and are not run again."""
+        self._accept(_poisoned(rows), rows)
+
+    def check_complete(self) -> None:
+        """Raise :class:`BrokenEngine` if a row of the claim has no result."""
+        self._ledger.close()
+
+    def _accept(self, results: Iterator[ResultBatch], asked: BitMap) -> None:
+        attempt = self._attempt
+        # Closed here and now when a flush fails: what it has inside the engine must not go on.
+        with closing(results):  # type: ignore[type-var]
+            for batch in attempt.measures.waiting(results):
+                attempt.measures.add(batch.measured)
+                if not len(batch.rows) and not batch.failures:
+                    continue
+                rows, failed = self._ledger.settle(batch)
+                self._flusher.add(batch, rows, failed)
+                if not asked & self._ledger.pending:
+                    self._flusher.drain()  # before the engine goes on: if it dies now, no row was inside
+                attempt.steps.answered(rows)
+
+    def _read(self, only: BitMap) -> ReadAhead:
+        claim, plan, settings = self._attempt.claim, self._attempt.plan, self._attempt.runtime.settings
+        batches = parquet.read(
+            self._attempt.runtime.store,
+            claim.sources,
+            claim.shard.slices,
+            schema=plan.schema,
+            columns=plan.columns,
+            only=only,
+            batch_rows=settings.read_batch_rows,
+            batch_bytes=settings.read_batch_bytes,
+        )
+        return ReadAhead((RowBatch(rows, columns) for rows, columns in batches), settings.read_ahead_bytes)
+
+
+def _poisoned(rows: BitMap) -> Iterator[ResultBatch]:
+    message = "each time this row was run, the engine or its worker process died"
+    failures = tuple(RowFailure(row, RowErrorCode.POISON_ROW, message) for row in rows)
+    yield ResultBatch(np.array([], dtype=np.int64), None, failures)
