@@ -139,6 +139,8 @@ def check_request(name: str, spec: JobSpec, model: Model) -> None:
     kind = engine_class(name)
     if spec.cache != "off" and spec.task not in getattr(kind, "cached_tasks", frozenset()):
         raise InvalidJob(f"engine {name!r} keeps no answers of task '{spec.task}'; leave it off", field="cache")
+    if spec.sequence is not None and not getattr(kind, "carries_state", False):
+        raise InvalidJob(f"engine {name!r} carries no state from row to row; leave it out", field="sequence")
     if issubclass(kind, ChecksRequests) and _goes_with(kind, "check_request", "check"):
         kind.check_request(spec, model)
 

@@ -39,13 +39,14 @@ class AttemptSteps:
         yield
         self.begin(Step.IDLE)
 
-    def handing(self, batches: Iterator[RowBatch], *, alone: bool) -> Iterator[RowBatch]:
-        """Hand ``batches`` to an engine. With ``alone`` every batch is noted, so that only rows inside are blamed."""
+    def handing(self, batches: Iterator[RowBatch], asked: BitMap, *, alone: bool) -> Iterator[RowBatch]:
+        """Hand ``batches`` to an engine. With ``alone`` every batch is noted, so that only rows inside are blamed:
+        those of ``asked``, since others are there for their sake."""
         self._alone, self._inside = alone, BitMap()
         for batch in batches:
             with self._lock:
                 if alone:
-                    self._inside |= BitMap(np.asarray(batch.rows, dtype=np.uint32))
+                    self._inside |= BitMap(np.asarray(batch.rows, dtype=np.uint32)) & asked
                     self._step = Step.COMPUTING
                     self._note(Step.COMPUTING, self._inside)
                 else:

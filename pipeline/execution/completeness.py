@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 from pyroaring import BitMap
 
 from pipeline.engines.base import ResultBatch
@@ -13,6 +16,16 @@ from storage.errors import RowmillError
 
 class BrokenEngine(RowmillError):
     """An engine answered a row twice, answered one it was not asked, left one out, or returned ragged columns."""
+
+
+def only(results: Iterator[ResultBatch], rows: BitMap) -> Iterator[ResultBatch]:
+    """The results without those of other rows, which ran because ``rows`` needed them. Closes ``results``, too."""
+    with closing(results):  # type: ignore[type-var]
+        for batch in results:
+            wanted = np.fromiter((int(row) in rows for row in batch.rows), np.bool_, len(batch.rows))
+            values = None if batch.values is None else batch.values.filter(pa.array(wanted))
+            failures = tuple(failure for failure in batch.failures if failure.row in rows)
+            yield replace(batch, rows=batch.rows[wanted], values=values, failures=failures)
 
 
 class Ledger:

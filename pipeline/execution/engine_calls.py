@@ -10,9 +10,10 @@ from pyroaring import BitMap
 
 from pipeline.engines.base import Cancellation, Engine, ResultBatch, RowBatch, RowFailure
 from pipeline.execution.attempt_context import AttemptContext
-from pipeline.execution.completeness import Ledger
+from pipeline.execution.completeness import Ledger, only
 from pipeline.execution.flush import Flusher
 from pipeline.execution.prefetch import ReadAhead
+from pipeline.planning.sequences import SequenceRows
 from pipeline.spec.error_codes import RowErrorCode
 from storage.parquet import parquet
 
@@ -23,6 +24,7 @@ class EngineCalls:
     def __init__(self, attempt: AttemptContext, engine: Engine, flusher: Flusher) -> None:
         self._attempt, self._engine, self._flusher = attempt, engine, flusher
         self._ledger = Ledger(attempt.claim.todo)
+        self._sequences = None if attempt.spec.sequence is None else self._sequence_rows(attempt.spec.sequence)
 
     @property
     def pending(self) -> BitMap:
@@ -34,9 +36,11 @@ class EngineCalls:
         if not rows:
             return
         attempt = self._attempt
-        with closing(self._read(rows)) as batches:
-            handed = attempt.steps.handing(attempt.measures.reading(batches), alone=alone)
-            self._accept(self._engine.infer(attempt.spec, handed, cancel), rows)
+        needed = rows if self._sequences is None else self._sequences.with_earlier(rows)
+        with closing(self._read(needed)) as batches:
+            handed = attempt.steps.handing(attempt.measures.reading(batches), rows, alone=alone)
+            results = self._engine.infer(attempt.spec, handed, cancel)
+            self._accept(results if needed == rows else only(results, rows), rows)
 
     def give_up(self, rows: BitMap) -> None:
         """Give ``rows`` an error instead of a result: they kill the engine, and are not run again."""
@@ -59,6 +63,18 @@ class EngineCalls:
                 if not asked & self._ledger.pending:
                     self._flusher.drain()  # before the engine goes on: if it dies now, no row was inside
                 attempt.steps.answered(rows)
+
+    def _sequence_rows(self, column: str) -> SequenceRows:
+        claim, settings = self._attempt.claim, self._attempt.runtime.settings
+        return SequenceRows(
+            self._attempt.runtime.store,
+            claim.sources,
+            claim.shard.slices,
+            schema=self._attempt.plan.schema,
+            column=column,
+            batch_rows=settings.read_batch_rows,
+            batch_bytes=settings.read_batch_bytes,
+        )
 
     def _read(self, only: BitMap) -> ReadAhead:
         claim, plan, settings = self._attempt.claim, self._attempt.plan, self._attempt.runtime.settings

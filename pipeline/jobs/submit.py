@@ -22,7 +22,7 @@ from pipeline.models.model import Model
 from pipeline.models.resolve import resolve
 from pipeline.output import owner as output_owner
 from pipeline.output.destination import chunks_are_gone
-from pipeline.planning import lease, repartition, shard_plan
+from pipeline.planning import lease, repartition, sequences, shard_plan
 from pipeline.planning.plan import PlanRecord
 from pipeline.process.runtime import Runtime
 from pipeline.spec.job_spec import NOT_PART_OF_THE_WORK, JobSpec, stored
@@ -292,11 +292,7 @@ def _regrouped(
 
 def _store_plan(runtime: Runtime, job: Job, spec: JobSpec, prepared: _Prepared, taken: Taken | None = None) -> Job:
     made = prepared.regrouped
-    shards: Iterable[ShardPlan] = (
-        shard_plan.plan(prepared.found.files, shard_rows=spec.shard_rows, shard_bytes=spec.shard_bytes)
-        if made is None
-        else made.shards
-    )
+    shards: Iterable[ShardPlan] = _shards(runtime, spec, prepared) if made is None else made.shards
     try:
         return jobs.set_planned(
             runtime.database,
@@ -310,6 +306,23 @@ def _store_plan(runtime: Runtime, job: Job, spec: JobSpec, prepared: _Prepared, 
     except QuotaExceeded as error:
         refuse_job(runtime, job, error)
         raise
+
+
+def _shards(runtime: Runtime, spec: JobSpec, prepared: _Prepared) -> Iterable[ShardPlan]:
+    found, settings = prepared.found, runtime.settings
+    shards = shard_plan.plan(found.files, shard_rows=spec.shard_rows, shard_bytes=spec.shard_bytes)
+    if spec.sequence is None:
+        return shards
+    column = sequences.SequenceRows(
+        runtime.store,
+        {source.idx: source for source in found.sources},
+        [item for file in found.files for item in file.slices()],
+        schema=prepared.record.schema,
+        column=spec.sequence,
+        batch_rows=settings.read_batch_rows,
+        batch_bytes=settings.read_batch_bytes,
+    )
+    return sequences.kept_whole(shards, column.spans())
 
 
 def refuse_job(runtime: Runtime, job: Job, error: RowmillError) -> None:

@@ -28,6 +28,8 @@ class RowErrorCode(StrEnum):
     """A tensor's element type cannot be converted to the graph's without loss."""
     WRONG_SHAPE = "wrong_shape"
     """A tensor's shape does not fit the graph's input."""
+    BROKEN_SEQUENCE = "broken_sequence"
+    """An earlier row of the row's sequence failed, so that the state in which the row begins is not known."""
     NOT_FINITE = "not_finite"
     """A NaN or an infinity where the job refuses them, or in the embedding, score or probabilities of the row."""
     INVALID_OUTPUT = "invalid_output"

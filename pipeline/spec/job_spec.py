@@ -81,7 +81,7 @@ NOT_PART_OF_THE_WORK = frozenset(
 
 _LATER: dict[str, Any] = {
     **dict.fromkeys(("limit", "sample", "request_timeout", "tensor_columns", "encoding", "csv_delimiter")),
-    **dict.fromkeys(("prompt_name", "prefix")),
+    **dict.fromkeys(("prompt_name", "prefix", "sequence")),
     "csv_types": "auto",
     "csv_schema": {},
 }
@@ -128,6 +128,9 @@ class JobSpec(TextFields):
     tensor_columns: bool | None = None
     """tensor: write outputs of one axis as Arrow tensors too. Without it they are ``fixed_size_list``, which more
     readers know, and only outputs of more axes are ``arrow.fixed_shape_tensor``."""
+    sequence: Name | None = None
+    """``tensor``: a column that says which rows are steps of one sequence, in input order. What a row leaves in the
+    graph's state (``engine_options.state``) is where the next row of its sequence begins."""
     sampling: PlainJson = {}
     """A sampling parameter, by vLLM's name."""
     sampling_columns: dict[Name, Name] = {}
@@ -271,6 +274,8 @@ class JobSpec(TextFields):
             raise ValueError("task 'chat' needs exactly one of messages, prompt and column")
         if self.limit is not None and self.sample is not None:
             raise ValueError("limit and sample exclude each other: the first rows, or some from everywhere")
+        if self.sample is not None and self.sequence is not None:
+            raise ValueError("sample leaves out rows of a sequence, and those after them would change; use limit")
         if self.prompt_name is not None and self.prefix is not None:
             raise ValueError("prompt_name and prefix exclude each other: the model's own prompt, or a text of yours")
         if self.overlong == "split" and task is not Task.EMBED:
@@ -328,7 +333,7 @@ class JobSpec(TextFields):
 
 
 _COLUMNS = (
-    *("column", "pair_column", "prompt_token_column", "adapter_column"),
+    *("column", "pair_column", "prompt_token_column", "adapter_column", "sequence"),
     *("image_column", "audio_column", "video_column"),
 )
 _MEDIA = {"image_column": "images", "audio_column": "sounds", "video_column": "videos"}
@@ -344,7 +349,7 @@ _READS: dict[Task, frozenset[str]] = {
     Task.EMBED: frozenset({"column", "prompt_name", "prefix", "dimensions", "embedding_type"}),
     Task.CLASSIFY: frozenset({"column", "pair_column", "top_k"}),
     Task.SCORE: frozenset({"column", "pair_column"}),
-    Task.TENSOR: frozenset({"inputs", "tensor_columns"}),
+    Task.TENSOR: frozenset({"inputs", "tensor_columns", "sequence"}),
 }
 _SHAPING = frozenset().union(*_READS.values())
 """Fields that only some tasks read."""

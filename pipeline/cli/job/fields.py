@@ -65,6 +65,7 @@ _METAVARS = {
     "idempotency_key": "KEY",
     "task": "TASK",
     "embedding_type": "TYPE",
+    "sequence": "COLUMN",
     "audio_sampling_rate": "HZ",
     "video_frame_rate": "FPS",
     "request_timeout": "SECONDS",

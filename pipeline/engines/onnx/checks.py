@@ -20,8 +20,10 @@ from pipeline.engines.onnx.runtime import signature as onnx_graph
 from pipeline.engines.onnx.runtime.options import OnnxOptions
 from pipeline.engines.onnx.runtime.signature import Dim, GraphValue, RowMode, Signature
 from pipeline.engines.onnx.tensor.arrow_types import lossless, tensor_kind, turned_around
+from pipeline.engines.onnx.tensor.carried_state import CarriedState
 from pipeline.engines.onnx.tensor.masks import Masks
 from pipeline.engines.onnx.tensor.tensor_model import column_of, made_here, row_dims
+from pipeline.engines.sequence_keys import check_type
 from pipeline.models.export import check_exportable
 from pipeline.models.model import Model
 from pipeline.spec.job_spec import JobSpec, Task
@@ -208,14 +210,35 @@ def check_text_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def check_inputs(spec: JobSpec, options: OnnxOptions, signature: Signature, mode: RowMode) -> None:
-    """Raise :class:`~storage.errors.InvalidJob` for inputs and masks that the graph does not have."""
+def check_tensor(spec: JobSpec, model: Model, options: OnnxOptions) -> None:
+    """Raise :class:`~storage.errors.InvalidJob` for inputs, masks and states that the graph does not have."""
+    _check_sequence(spec, options)
+    signature = signature_of(model, options)
+    if signature is None:
+        return
+    mode = onnx_graph.row_mode(signature, options.row_mode)
     names = [value.name for value in signature.inputs]
     if unknown := sorted(set(spec.inputs or {}) - set(names)):
         raise InvalidJob(
             f"the graph has no input {', '.join(unknown)}; it has {', '.join(names) or 'none'}", field="inputs"
         )
     Masks(signature, options.masks).check(mode)
+    CarriedState(signature, options.state).check(mode)
+    if both := sorted(set(spec.inputs or {}) & set(options.state)):
+        raise InvalidJob(f"{', '.join(both)} gets the state of the row before, and reads no column", field="inputs")
+
+
+def _check_sequence(spec: JobSpec, options: OnnxOptions) -> None:
+    if spec.sequence is not None and not options.state:
+        raise InvalidJob(
+            "only a graph with a state knows sequences; say what is carried on: "
+            '--set state=\'{"INPUT": "OUTPUT"}\' (engine_options.state)',
+            field="sequence",
+        )
+    if options.state and spec.sequence is None:
+        raise InvalidJob(
+            "say which rows are steps of one sequence: sequence (--sequence COLUMN)", field="engine_options.state"
+        )
 
 
 def check_tensor_columns(
@@ -229,18 +252,27 @@ def check_tensor_columns(
     unmasked = made_here(spec, options, schema)
     columns = []
     for value in signature.inputs:
-        if value.name in unmasked:
+        if value.name in unmasked or value.name in options.state:
             continue
         name = column_of(spec, value.name)
         kind = _column_type(schema, name, f"inputs.{value.name}")
         _fitting_type(value, mode, name, kind, _advice(signature, mode, value, kind))
         columns.append(name)
+    columns += _sequence_column(spec, schema)
     return tuple(dict.fromkeys(columns))
+
+
+def _sequence_column(spec: JobSpec, schema: pa.Schema) -> list[str]:
+    if spec.sequence is None:
+        return []
+    check_type(spec.sequence, _column_type(schema, spec.sequence, "sequence"))
+    return [spec.sequence]
 
 
 def check_any_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
     """All columns, where only loading tells which the graph reads. Raises :class:`~storage.errors.InvalidInput` when
     one that the job names is missing."""
+    _sequence_column(spec, schema)
     for name, column in (spec.inputs or {}).items():
         _column_type(schema, column, f"inputs.{name}")
     return tuple(dict.fromkeys(schema.names))
@@ -257,7 +289,7 @@ def settled_mode(spec: JobSpec, options: OnnxOptions, signature: Signature, sche
         return mode
     made = made_here(spec, options, schema)
     for value in signature.inputs:
-        if value.name in made:
+        if value.name in made or value.name in options.state:
             continue
         at = schema.get_all_field_indices(column_of(spec, value.name))
         found = tensor_kind(schema.field(at[0]).type) if len(at) == 1 else None

@@ -32,7 +32,7 @@ from pipeline.engines.onnx.runtime.ort import import_runtime, installed
 from pipeline.engines.onnx.runtime.run import Call, Stopped
 from pipeline.engines.onnx.runtime.session_pool import SessionPool, memory_for_copies
 from pipeline.engines.onnx.runtime.stream import Window, sample, stream
-from pipeline.engines.onnx.tensor.tensor_model import TensorModel
+from pipeline.engines.onnx.tensor.tensor_model import TensorModel, tensor_results
 from pipeline.models.export import Exported, exported
 from pipeline.models.model import Model
 from pipeline.spec.job_spec import JobSpec, Task
@@ -54,6 +54,8 @@ class OnnxEngine:
 
     name: ClassVar[str] = "onnx"
     tasks: ClassVar[frozenset[Task]] = frozenset({Task.EMBED, Task.CLASSIFY, Task.SCORE, Task.TENSOR})
+
+    carries_state: ClassVar[bool] = True
 
     def __init__(self, model: Model, task: Task, options: Mapping[str, Any], context: EngineContext) -> None:
         self._model = model
@@ -107,10 +109,7 @@ class OnnxEngine:
             raise InvalidModel(f"engine 'onnx' does {able}, not {spec.task}", field="task")
         options = onnx_options.parse(spec.engine_options)
         if spec.task is Task.TENSOR:
-            signature = checks.signature_of(model, options)
-            if signature is not None:
-                mode = onnx_graph.row_mode(signature, options.row_mode)
-                checks.check_inputs(spec, options, signature, mode)
+            checks.check_tensor(spec, model, options)
         elif checks.takes_images(model, options):
             checks.check_image(spec.task, model, options, spec.pooling)
             checks.check_embedding(spec, unit_length=spec.normalize is True)
@@ -126,8 +125,9 @@ class OnnxEngine:
         """See :class:`~pipeline.engines.base.NamesResults`."""
         if spec.task is not Task.TENSOR:
             return None
-        signature = checks.signature_of(model, onnx_options.parse(spec.engine_options))
-        return None if signature is None else tuple(value.name for value in signature.outputs)
+        options = onnx_options.parse(spec.engine_options)
+        signature = checks.signature_of(model, options)
+        return None if signature is None else tensor_results(signature, options)
 
     @classmethod
     def host_needs(cls, options: Mapping[str, Any]) -> Mapping[str, str]:

@@ -8,7 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from storage.errors import InvalidJob
 
@@ -23,6 +32,15 @@ PROVIDERS = frozenset(
 )
 """Every execution provider that a build of ONNX Runtime may have. Static, because the machine that submits a job may
 not have ONNX Runtime; a test holds it against the installed release."""
+
+
+class StateInput(BaseModel):
+    """Where an input's state comes from, and the shape of the zeros that each sequence begins with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    output: str
+    shape: tuple[Annotated[StrictInt, Field(ge=0, le=2**31)], ...] | None = None
 
 
 class OnnxOptions(BaseModel):
@@ -67,6 +85,10 @@ class OnnxOptions(BaseModel):
     """``tensor``: the name that the graph gives an axis → its input, [rows, axis], that is 1 where the axis is real:
     rows of different size run together, padded with their last element, and outputs with that axis are cut. The mask
     is made here where the rows have no column for it. Without it, rows of one shape run together."""
+    state: dict[str, str | StateInput] = {}
+    """``tensor``: graph input → the output that it gets from the row before, in the sequence that the job's field
+    ``sequence`` names. A sequence begins with zeros; ``{"output": NAME, "shape": [2, 1, 128]}`` says of which shape
+    where the graph leaves it open. Such inputs read no column, such outputs make none, and rows run one by one."""
     labels: tuple[str, ...] | None = None
     """``classify``: the names of the classes, in the graph's order, in place of those in ``config.json``."""
     row_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -107,6 +129,14 @@ class OnnxOptions(BaseModel):
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(PROVIDERS))}"
             raise ValueError(f"no build of ONNX Runtime has {', '.join(map(repr, unknown))}; {hint}")
         return tuple(pairs)
+
+    @model_validator(mode="after")
+    def _state_in_one_lane(self) -> OnnxOptions:
+        if self.state and (self.sessions or 1) * (self.lanes or 1) > 1:
+            raise ValueError("with 'state' rows run one after the other; leave out 'sessions' and 'lanes'")
+        if self.state and self.masks:
+            raise ValueError("with 'state' rows run one by one, and none is padded; leave out 'masks'")
+        return self
 
     @field_validator("session_config", mode="before")
     @classmethod
@@ -172,7 +202,10 @@ def parse(options: Mapping[str, Any]) -> OnnxOptions:
             raise InvalidJob(f"the same option as {name}; give one of them", field=f"engine_options.{key}")
         fields[name] = value
     try:
-        return OnnxOptions(**fields)
+        parsed = OnnxOptions(**fields)
+        # A row waits for the one before it, so that more lanes would not help.
+        one = {"sessions": 1, "lanes": 1, "autotune": False}
+        return parsed.model_copy(update=one) if parsed.state else parsed
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])

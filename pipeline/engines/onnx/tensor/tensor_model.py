@@ -19,10 +19,12 @@ from pipeline.engines.onnx.runtime.stream import Indices, Pack, Window, bisect, 
 from pipeline.engines.onnx.tensor.arrow_types import lossless, tensor_kind
 from pipeline.engines.onnx.tensor.batch_check import Proof
 from pipeline.engines.onnx.tensor.batching import Batching
+from pipeline.engines.onnx.tensor.carried_state import CarriedState, Sequences
 from pipeline.engines.onnx.tensor.from_arrow import read
 from pipeline.engines.onnx.tensor.masks import Masks
 from pipeline.engines.onnx.tensor.row_tensors import UNKNOWN, Failure, RowTensors
 from pipeline.engines.onnx.tensor.to_arrow import column_type, retyped, to_arrow
+from pipeline.engines.sequence_keys import keys_of
 from pipeline.spec.error_codes import RowErrorCode
 from pipeline.spec.job_spec import JobSpec
 from storage.errors import InvalidInput, InvalidJob
@@ -45,6 +47,12 @@ def made_here(spec: JobSpec, options: OnnxOptions, schema: pa.Schema) -> dict[st
 def column_of(spec: JobSpec, name: str) -> str:
     """The input column that feeds the graph input ``name``."""
     return (spec.inputs or {}).get(name, name)
+
+
+def tensor_results(signature: Signature, options: OnnxOptions) -> tuple[str, ...]:
+    """The graph outputs that become columns: all but those that the next row gets."""
+    carried = set(CarriedState(signature, options.state).output_of.values())
+    return tuple(value.name for value in signature.outputs if value.name not in carried)
 
 
 class TensorModel:
@@ -73,14 +81,19 @@ class TensorModel:
         self._mode = mode
         self._masks = Masks(signature, options.masks)
         self._masks.check(mode)
+        self._carried = CarriedState(signature, options.state)
+        self._carried.check(mode)
         self._batching = Batching(self._masks)
         self._proof = Proof(mode, self._masks, self._fixed, notify, self.counts)
-        fields = [pa.field(v.name, column_type(v.dtype, row_dims(v, mode))) for v in signature.outputs]
+        names = tensor_results(signature, options)
+        self._inputs = tuple(value for value in signature.inputs if value.name not in options.state)
+        self._outputs = tuple(value for value in signature.outputs if value.name in names)
+        fields = [pa.field(v.name, column_type(v.dtype, row_dims(v, mode))) for v in self._outputs]
         self._schema = pa.schema(fields)
 
     def result_schema(self, spec: JobSpec) -> pa.Schema:
         """One column per graph output, under its own name."""
-        tensors, outputs = bool(spec.tensor_columns), self._signature.outputs
+        tensors, outputs = bool(spec.tensor_columns), self._outputs
         kinds = [column_type(v.dtype, row_dims(v, self._mode), tensors=tensors) for v in outputs]
         return pa.schema([pa.field(value.name, kind) for value, kind in zip(outputs, kinds, strict=True)])
 
@@ -93,15 +106,16 @@ class TensorModel:
 
     def prepare(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[Window]:
         """A window per row batch: rows that fit the graph, grouped by their exact shapes but for axes with a mask."""
+        sequences = Sequences()
         for batch in batches:
-            yield self._window(spec, batch)
+            yield self._window(spec, batch, sequences)
 
-    def _window(self, spec: JobSpec, batch: RowBatch) -> Window:
+    def _window(self, spec: JobSpec, batch: RowBatch, sequences: Sequences) -> Window:
         n = len(batch.rows)
         failures: dict[int, Failure] = {}
         tensors: dict[str, RowTensors] = {}
         made = made_here(spec, self._options, batch.columns.schema)
-        for value in self._signature.inputs:
+        for value in self._inputs:
             if value.name in made:
                 continue
             tensors[value.name] = rows = self._read(value, column_of(spec, value.name), batch)
@@ -113,6 +127,8 @@ class TensorModel:
             failures = tensors[mask].failures | failures
         self._proof.padding.announce(made)
         self._count(rows=n)
+        if self._carried:
+            return Window(self._steps(spec, batch, tensors, failures, sequences))
         good = np.setdiff1d(np.arange(n), np.fromiter(failures, np.int64, len(failures)))
         packs = [self._pack(spec, batch.rows, tensors, part) for part in self._parts(tensors, good, made)]
         return Window(packs, tuple(RowFailure(int(batch.rows[at]), *failure) for at, failure in failures.items()))
@@ -219,6 +235,67 @@ class TensorModel:
 
         return compute
 
+    def _steps(
+        self,
+        spec: JobSpec,
+        batch: RowBatch,
+        tensors: Mapping[str, RowTensors],
+        failures: Mapping[int, Failure],
+        sequences: Sequences,
+    ) -> list[Pack]:
+        """The rows in order, each beginning where the row before it in its sequence ended. There is one lane, so that
+        packs run in the order in which they are handed over."""
+        assert spec.sequence is not None
+        keys = keys_of(batch.columns.column(spec.sequence))
+        schema = self.result_schema(spec)
+
+        def step(run: Run, at: int) -> pa.RecordBatch | Failure:
+            key = keys[at]
+            if key is None:
+                return RowErrorCode.MISSING_VALUE, f"column {spec.sequence!r}, which names the row's sequence, is null"
+            if sequences.states.get(key, {}) is None:
+                return RowErrorCode.BROKEN_SEQUENCE, f"an earlier row of sequence {key!r} failed"
+            if at in failures:
+                sequences.states[key] = None
+                return failures[at]
+            done, refused = bisect(
+                lambda item: self._step(run, tensors, item, sequences, key),
+                np.array([at]),
+                lambda: self._still_works(run),
+            )
+            if refused:
+                sequences.states[key] = None
+                return refused[0][1:]
+            return done[0][1]
+
+        def pack(items: Indices) -> Pack:
+            def compute(run: Run) -> ResultBatch:
+                found = [(int(batch.rows[at]), step(run, int(at))) for at in items]
+                failed = tuple(RowFailure(row, *what) for row, what in found if isinstance(what, tuple))
+                done = [(row, what) for row, what in found if not isinstance(what, tuple)]
+                if not done:
+                    return ResultBatch(np.empty(0, np.int64), None, failed)
+                values = retyped(_joined([what for _, what in done]), schema)
+                return ResultBatch(np.array([row for row, _ in done], np.int64), values, failed)
+
+            return compute
+
+        n = len(batch.rows)
+        return [pack(np.arange(lo, min(lo + self._max_batch, n))) for lo in range(0, n, self._max_batch)]
+
+    def _step(
+        self, run: Run, tensors: Mapping[str, RowTensors], item: Indices, sequences: Sequences, key: object
+    ) -> pa.RecordBatch:
+        feed = self._feed({value.name: tensors[value.name].gather(item) for value in self._inputs})
+        state = sequences.states.get(key) or self._carried.begin(self._mode, feed)
+        if self._sample is None:
+            self._sample = {name: array.copy() for name, array in (feed | state).items()}
+        found = dict(zip((value.name for value in self._signature.outputs), run(feed | state), strict=True))
+        self._count(runs=1)
+        columns = self._columns(self._of_one_row([found[value.name] for value in self._outputs]))
+        sequences.states[key] = {to: found[source].copy() for to, source in self._carried.output_of.items()}
+        return columns
+
     def _compute(self, run: Run, tensors: Mapping[str, RowTensors], items: Indices) -> pa.RecordBatch:
         def alone(item: Indices) -> list[Array]:
             return self._alone(run, tensors, item)
@@ -240,7 +317,7 @@ class TensorModel:
     def _feed(self, rows: Mapping[str, Array]) -> dict[str, Array]:
         """What the graph is given for rows that are stacked, [n, ...]."""
         feed = {}
-        for value in self._signature.inputs:
+        for value in self._inputs:
             stacked = rows[value.name].astype(value.dtype, copy=False)
             if self._mode == "whole" or (self._mode == "unit" and stacked.ndim == len(value.dims or ()) + 1):
                 stacked = stacked.reshape(stacked.shape[1:])  # of the one row
@@ -263,9 +340,12 @@ class TensorModel:
         outputs = self._fed(run, rows)
         if self._sample is None:
             self._sample = {name: array.copy() for name, array in self._feed(rows).items()}
+        return self._of_one_row(outputs)
+
+    def _of_one_row(self, outputs: list[Array]) -> list[Array]:
         if self._mode == "whole":
             return [output[None] for output in outputs]
-        for value, output in zip(self._signature.outputs, outputs, strict=True):
+        for value, output in zip(self._outputs, outputs, strict=True):
             if not output.ndim or len(output) != 1:
                 raise InvalidJob(
                     f"the graph gives output {value.name!r} of shape {list(output.shape)} for one row, so its first "
@@ -276,7 +356,7 @@ class TensorModel:
 
     def _columns(self, outputs: list[Array]) -> pa.RecordBatch:
         columns = {}
-        for value, output in zip(self._signature.outputs, outputs, strict=True):
+        for value, output in zip(self._outputs, outputs, strict=True):
             try:
                 columns[value.name] = to_arrow(output, self._schema.field(value.name).type)
             except ValueError as error:
