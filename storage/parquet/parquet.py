@@ -70,7 +70,7 @@ def stats(store: ObjectStore, uri: str, *, check: bool = False) -> FileStats:
         schema = parquet.schema_arrow
         if check:
             schema, unfit = values.int96_units(parquet, file, unreadable)
-            unreadable |= unfit
+            unreadable |= unfit | values.intervals(parquet)
         orders = values.category_orders(parquet, unreadable)
         return FileStats(footer.num_rows, arrow_schemas.with_wide_indices(schema), sizes, unreadable, orders)
 

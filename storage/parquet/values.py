@@ -93,6 +93,16 @@ def _at(column: Any, path: Path) -> Any:
     return column.storage if isinstance(column, pa.ExtensionArray) else column
 
 
+def intervals(parquet: pq.ParquetFile) -> dict[str, str]:
+    """Why a column cannot be read, for those with Parquet's INTERVAL: Arrow reads it as twelve bytes, so that it would
+    be written as bytes."""
+    why = "Parquet's INTERVAL, which Arrow does not have; write it as text, or as a number of days or seconds"
+    kinds = (parquet.metadata.schema.column(index).converted_type for index in range(len(parquet.metadata.schema)))
+    return {
+        path[0]: why for (path, _), kind in zip(leaves(parquet.schema_arrow), kinds, strict=True) if kind == "INTERVAL"
+    }
+
+
 def int96_units(parquet: pq.ParquetFile, file: Any, skip: Collection[str]) -> tuple[pa.Schema, dict[str, str]]:
     """The schema with each column of INT96 times in a unit that holds all of them, and why there is none, by column.
 

@@ -9,6 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -180,6 +181,15 @@ def test_int96_that_no_unit_holds_is_refused_by_name(client: Client, tmp_path: P
     with pytest.raises(InvalidInput, match=r"column 'c' .*INT96"):
         run(client, tmp_path)
     assert run(client, tmp_path, keep_columns=["text"])["text"].to_pylist() == ["0 0"]
+
+
+@pytest.mark.parametrize("value", ["INTERVAL 1 DAY", "[INTERVAL 1 DAY]", "{'a.b': INTERVAL 1 DAY}"])
+def test_parquets_intervals_are_refused_by_name(client: Client, tmp_path: Path, value: str) -> None:
+    with duckdb.connect() as connection:
+        connection.execute(f"COPY (SELECT 't' AS text, {value} AS c) TO '{tmp_path / 'a.parquet'}' (FORMAT parquet)")
+    with pytest.raises(InvalidInput, match=r"column 'c' .*a.parquet .*INTERVAL"):
+        run(client, tmp_path, tmp_path / "a.parquet")
+    assert run(client, tmp_path, tmp_path / "a.parquet", keep_columns=["text"])["text"].to_pylist() == ["t"]
 
 
 TWO_FILES: dict[str, tuple[Any, Any, Any]] = {
