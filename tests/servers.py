@@ -141,6 +141,23 @@ class Server:
         self._probe()
 
 
+def start_beside(
+    module: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """``python -m module`` in this repository, with its output appended to ``log``; killed if this process ends."""
+    wrapper = [sys.executable, "-S", "-c", _WRAPPER, str(os.getpid()), "-1", str(int(signal.SIGKILL))]
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            [*wrapper, sys.executable, "-m", module, *arguments],
+            env=dict(environment or os.environ),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            cwd=Path(__file__).resolve().parents[1],
+            start_new_session=True,
+        )
+
+
 def postgres(home: Path) -> tuple[Server, str]:
     """PostgreSQL with its data in ``home``, and the SQLAlchemy URL of its ``postgres`` database.
 

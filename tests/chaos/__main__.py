@@ -1,10 +1,12 @@
 """``make chaos SECONDS=300 SEED=1``: workers, broker and database under random faults, and then every row counted.
 
 Real processes all: Celery workers and a beat on PostgreSQL and Redis, with the ``fake`` engine, short leases and small
-part files. For ``--seconds`` jobs are submitted, cancelled and retried, while workers are killed, stopped for longer
-than their lease and told to end, the broker is flushed, restarted, taken away and filled with nonsense, and the
-database is killed. Then the faults end, every job has to come to its end, and each published output is compared, row by
-row, with that of a calm run. Ends with 1 when anything is off; what was left behind is then kept.
+part files; beside them scripts with an embedded client. For ``--seconds`` jobs are submitted, cancelled, retried, and
+fired by schedules, while workers are killed, stopped for longer than their lease and told to end, the broker is
+flushed, restarted, taken away and filled with nonsense, the database is killed, its clock is set hours ahead and back,
+disks are full, and the scripts end in every way that a script can. Then the faults end, every job has to come to its
+end, and each published output is compared, row by row, with that of a calm run. Ends with 1 when anything is off; what
+was left behind is then kept.
 
 What happens when is drawn from ``--seed`` alone (where it meets the work is up to the machine).
 """
@@ -21,10 +23,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from storage.sql.database import Database
 from tests.chaos.client import Users
 from tests.chaos.cluster import Cluster
-from tests.chaos.schedule import FAULTS, Schedule, draw
+from tests.chaos.schedule import ENDS, FAULTS, Schedule, draw
+from tests.chaos.scripts import TO_THE_END
 from tests.chaos.verdict import Verdict
 
 STEP_SECONDS = 0.05
@@ -62,9 +64,9 @@ def main() -> int:
 def _run(
     home: Path, schedule: Schedule, seconds: float, workers: int, patience: float
 ) -> tuple[list[str], Counter[str]]:
-    with Cluster(home, workers) as cluster:
+    with Cluster(home, workers, schedule.scripts) as cluster:
         began = time.monotonic()
-        users = Users(home, cluster.settings, schedule.jobs, began)
+        users = Users(home, cluster.settings, schedule, began)
         users.start()
         to_come = list(schedule.faults)
         while time.monotonic() < began + seconds and users.error is None:
@@ -73,21 +75,21 @@ def _run(
             cluster.step()
             time.sleep(STEP_SECONDS)
         cluster.calm()
+        users.calm()
         calm = time.monotonic()
-        while not all(job.over for job in users.asked) and time.monotonic() < calm + patience and users.error is None:
+        while time.monotonic() < calm + patience and users.error is None:
+            if users.over and all(script.over for script in cluster.scripts):
+                break
             cluster.step()
             time.sleep(STEP_SECONDS)
         settled = time.monotonic() - calm
         users.stop()
         if users.error is not None:
             raise users.error
-        database = Database(str(cluster.settings.database_url))
-        try:
-            verdict = Verdict(database, home)
-            verdict.judge(users.asked)
-        finally:
-            database.close()
+        verdict = _judge(home, cluster, users)
         waiting = [str(job.id) for job in users.asked if not job.over]
+        waiting += [timetable.name for timetable in users.timetables if not timetable.over]
+        waiting += [script.asked[-1].like for script in cluster.scripts if not script.over]
         if waiting:
             verdict.problems.insert(0, f"not over {patience:.0f} s after the last fault: {', '.join(waiting)}")
         counts = cluster.counts + users.counts + verdict.counts
@@ -99,9 +101,20 @@ def _run(
         return [*verdict.problems, *cluster.problems], counts
 
 
+def _judge(home: Path, cluster: Cluster, users: Users) -> Verdict:
+    """The fleet's database, and then that of each script."""
+    asked = users.asked + [job for timetable in users.timetables for job in timetable.asked.values()]
+    verdict = Verdict(home)
+    verdict.judge(str(cluster.settings.database_url), asked)
+    for script in cluster.scripts:
+        verdict.judge(script.settings.effective_database_url, script.asked)
+        verdict.judge_script(script)
+    return verdict
+
+
 def _report(seed: int, seconds: float, problems: list[str], counts: Counter[str]) -> None:
     faults = (*FAULTS, "left out", "started again", "ended by itself", "hung at SIGTERM")
-    asked = [name for name in counts if name.startswith(("jobs", "cancels", "retries", "calls"))]
+    asked = [name for name in counts if name.startswith(("jobs", "cancels", "retries", "calls", "fires"))]
     work = (
         "shards",
         "attempts",
@@ -111,7 +124,12 @@ def _report(seed: int, seconds: float, problems: list[str], counts: Counter[str]
     )
     rows = ("asked for", "published", "flushed", "computed by engines", "lost", "doubled", "wrong")
     print(f"seed {seed}, {seconds:.0f} s of faults, {counts['seconds until all jobs had ended']} s until all had ended")
-    for title, names in (("faults", faults), ("users", sorted(asked)), ("work", work)):
+    for title, names in (
+        ("faults", faults),
+        ("users", sorted(asked)),
+        ("scripts", (*ENDS, TO_THE_END.how)),
+        ("work", work),
+    ):
         print(f"  {title:7} " + ", ".join(f"{name} {counts[name]:,}" for name in names))
     print("  rows    " + ", ".join(f"{name} {counts[f'rows {name}']:,}" for name in rows))
     waits = [f"{name} {counts[name]} s" for name in counts if name.startswith(("median", "longest"))]

@@ -6,23 +6,32 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import psycopg
 import redis
 
 from pipeline.config.settings import Settings
 from storage.sql import database
 from tests import servers
-from tests.chaos.schedule import LEASE_SECONDS, Fault
+from tests.chaos.schedule import END_SECONDS, LEASE_SECONDS, Fault, PlannedScript
+from tests.chaos.scripts import Script
 from tests.forged import FORGED
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-END_SECONDS = 30.0
-"""How long a worker may take to end after SIGTERM before it counts as hung."""
+WALL_CLOCKS = (0.0, 3600.0, -3600.0, 40 * 86400.0)
+"""How far the wall clocks of a worker's incarnations are off, one after the other."""
+_CLOCK = """
+CREATE TABLE public.clock_step (hours int NOT NULL);
+INSERT INTO public.clock_step VALUES (0);
+CREATE FUNCTION public.clock_timestamp() RETURNS timestamptz LANGUAGE sql VOLATILE AS
+  'SELECT pg_catalog.clock_timestamp() + make_interval(hours => (SELECT hours FROM public.clock_step))';
+ALTER DATABASE postgres SET search_path = public, pg_catalog;
+"""
+"""Puts a clock that can be set in the place of the server's own, for every connection from then on."""
 
 
 class Cluster:
@@ -31,8 +40,9 @@ class Cluster:
     ``counts`` says what was done, ``problems`` what must not have happened. Use as a context manager.
     """
 
-    def __init__(self, home: Path, workers: int) -> None:
+    def __init__(self, home: Path, workers: int, scripts: list[PlannedScript]) -> None:
         self.home = home
+        self.full = home / "full"
         self.counts: Counter[str] = Counter()
         self.problems: list[str] = []
         for name in ("postgres", "redis", "logs"):
@@ -50,7 +60,9 @@ class Cluster:
             read_batch_rows=10,
             # The schedule may hit the same shard again and again; that it then is given up is tested elsewhere.
             max_losses=1000,
+            max_failures=1000,
         )
+        self.scripts = [Script(home, number, planned, self.full) for number, planned in enumerate(scripts)]
         self._later: list[tuple[float, Callable[[], None]]] = []
         self._down: list[servers.Server] = []
         self._workers = [_Celery(self, f"worker-{number}", _WORKER) for number in range(workers)]
@@ -60,12 +72,15 @@ class Cluster:
     def __enter__(self) -> Cluster:
         self._postgres.start()
         database.upgrade(str(self.settings.database_url))
+        self._sql(_CLOCK)
         self._redis.start()
         for process in (*self._workers, self._beat):
             process.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        for script in self.scripts:
+            script.stop()
         for process in (*self._workers, self._beat):
             process.end()
         self._redis.stop()
@@ -100,6 +115,11 @@ class Cluster:
                 self._back_in(fault.seconds, self._postgres)
             case "kill the beat" if self._beat.alive:
                 self._beat.signal(signal.SIGKILL)
+            case "fill the disk" if not self.full.exists():
+                self.full.touch()
+                self._in(fault.seconds, self.full.unlink)
+            case "step the clock" if self._postgres not in self._down:
+                self._sql(f"UPDATE public.clock_step SET hours = {fault.hours}")
             case _:
                 self.counts["left out"] += 1
                 return
@@ -114,11 +134,20 @@ class Cluster:
             action()
         for process in (*self._workers, self._beat):
             process.look_after()
+        for script in self.scripts:
+            script.step()
 
     def calm(self) -> None:
-        """No more faults: everything that is stopped or down comes back at once."""
+        """No more faults: everything that is stopped or down comes back at once. The clock stays where it was set."""
         self._later = [(0.0, action) for _, action in self._later]
+        for script in self.scripts:
+            script.calm()
         self.step()
+
+    def _sql(self, text: str) -> None:
+        url = str(self.settings.database_url).replace("+psycopg", "")
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute(text.encode())
 
     def _in(self, seconds: float, action: Callable[[], None]) -> None:
         self._later.append((time.monotonic() + seconds, action))
@@ -163,6 +192,7 @@ class _Celery:
         self._log = cluster.home / "logs" / f"{name}.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._killed = False
+        self._incarnation = 0
 
     @property
     def alive(self) -> bool:
@@ -174,13 +204,10 @@ class _Celery:
         for name, value in values.items():
             environment[f"ROWMILL_{name.upper()}"] = value if isinstance(value, str) else json.dumps(value)
         # Gone at once should this process be killed: nothing may outlive a chaos run.
-        wrapper = [sys.executable, "-S", "-c", servers._WRAPPER, str(os.getpid()), "-1", str(int(signal.SIGKILL))]
-        celery = [sys.executable, "-m", "celery", "-A", "tasks.app", *self._arguments, "--loglevel", "warning"]
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*wrapper, *celery], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=REPOSITORY,
-                start_new_session=True,
-            )  # fmt: skip
+        off = WALL_CLOCKS[self._incarnation % len(WALL_CLOCKS)]
+        self._incarnation += 1
+        celery = [str(self._cluster.full), str(off), *self._arguments, "--loglevel", "warning"]
+        self._process = servers.start_beside("tests.chaos.process", celery, self._log, environment)
         self.stopped, self.told_to_end, self._killed = False, None, False
 
     def signal(self, number: signal.Signals) -> None:

@@ -33,11 +33,11 @@ def _judge(home: Path, spoil: Spoil) -> Verdict:
     try:
         with database.write() as connection:
             spoil(connection, asked.output / "data" / "part-00001.parquet")
-        verdict = Verdict(database, home)
-        verdict.judge([asked])
-        return verdict
     finally:
         database.close()
+    verdict = Verdict(home)
+    verdict.judge(settings.effective_database_url, [asked])
+    return verdict
 
 
 def _rewrite(change: Callable[[pa.Table], pa.Table]) -> Spoil:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,9 +21,19 @@ from storage import states
 from storage.records import OUTPUT_SEQ
 from storage.sql import tables
 from storage.sql.database import Database, unpack
-from storage.states import JobState, ShardState
+from storage.states import AttemptState, FireState, JobState, ShardState
 from tests.chaos.client import Asked
+from tests.chaos.scripts import NO_SPACE, Script
 
+_TABLES = (
+    tables.job,
+    tables.shard,
+    tables.attempt,
+    tables.part_file,
+    tables.event,
+    tables.schedule,
+    tables.schedule_fire,
+)
 _WAITS = {"validating": "until planned", "queued": "until claimed", "finalizing": "until published"}
 TOKENS = ("prompt_tokens", "cached_tokens", "completion_tokens")
 
@@ -30,18 +41,24 @@ TOKENS = ("prompt_tokens", "cached_tokens", "completion_tokens")
 class Verdict:
     """``problems`` is empty when all is well. ``counts`` and ``waits`` (seconds) are the numbers of the summary."""
 
-    def __init__(self, database: Database, home: Path) -> None:
+    def __init__(self, home: Path) -> None:
         self.problems: list[str] = []
         self.counts: Counter[str] = Counter()
         self.waits: dict[str, list[float]] = {name: [] for name in _WAITS.values()}
-        self._database, self._home = database, home
+        self._home = home
         self._stored: dict[str, list[sa.Row[Any]]] = {}
-        with database.read() as connection:
-            for table in (tables.job, tables.shard, tables.attempt, tables.part_file, tables.event):
-                self._stored[table.name] = list(connection.execute(sa.select(table).order_by(*table.primary_key)))
+        self._counted: set[Path] = set()
 
-    def judge(self, asked: list[Asked]) -> None:
+    def judge(self, url: str, asked: list[Asked]) -> None:
         """Every job that was asked for, and every row of the database."""
+        database = Database(url)
+        try:
+            with database.read() as connection:
+                for table in _TABLES:
+                    rows = connection.execute(sa.select(table).order_by(*table.primary_key))
+                    self._stored[table.name] = list(rows)
+        finally:
+            database.close()
         known = {job.id: job for job in asked if job.id is not None}
         strange = {row.id for row in self._stored["job"]} - set(known)
         if strange:
@@ -52,11 +69,12 @@ class Verdict:
                 if row.id in known:
                     for problem in self._job(client, row, known[row.id]):
                         self.problems.append(f"job {row.id} ({row.state}): {problem}")
+        self.problems.extend(self._fires())
         states_ = Counter(f"attempts {row.state}" for row in self._stored["attempt"])
         self.counts.update(dict(sorted(states_.items())))
-        self.counts["attempts"] = len(self._stored["attempt"])
-        self.counts["fenced writes"] = sum(row.type == "attempt.superseded" for row in self._stored["event"])
-        self.counts["events"] = len(self._stored["event"])
+        self.counts["attempts"] += len(self._stored["attempt"])
+        self.counts["fenced writes"] += sum(row.type == "attempt.superseded" for row in self._stored["event"])
+        self.counts["events"] += len(self._stored["event"])
 
     def _job(self, client: Client, job: sa.Row[Any], asked: Asked) -> Iterator[str]:
         self.counts[f"jobs {job.state}"] += 1
@@ -133,7 +151,8 @@ class Verdict:
             entity, _, state = event.type.partition(".")
             if entity == "job":
                 if last in _WAITS:
-                    self.waits[_WAITS[last]].append(event.at - at)
+                    # The clock is set by whole hours, and nobody waits for half of one.
+                    self.waits[_WAITS[last]].append(abs(math.remainder(event.at - at, 3600.0)))
                 at = event.at
                 if last is not None and state not in states.JOB[JobState(last)]:
                     yield f"its events go from {last} to {state}"
@@ -175,7 +194,9 @@ class Verdict:
         expected = self._expected(client, asked)
         self.counts["rows asked for"] += expected.num_rows
         computed = Path(asked.fields["engine_options"]["rows_file"])
-        self.counts["rows computed by engines"] += computed.stat().st_size if computed.exists() else 0
+        if computed not in self._counted:
+            self.counts["rows computed by engines"] += computed.stat().st_size if computed.exists() else 0
+            self._counted.add(computed)
         complete = job.state == JobState.COMPLETED
         if complete and len(rows) != expected.num_rows:
             yield f"it is completed with {len(rows)} of {expected.num_rows} rows"
@@ -229,9 +250,35 @@ class Verdict:
 
     def _expected(self, client: Client, asked: Asked) -> pa.Table:
         """The output of the same job, run in this process with nothing in its way."""
-        output = self._home / "calm-out" / asked.output.name
-        options = asked.fields["engine_options"] | {"delay_ms_per_batch": 0, "shuffle": False}
-        del options["rows_file"]
-        fields = asked.fields | {"engine_options": options, "output": str(output)}
-        client.run(**fields)
+        output = self._home / "calm-out" / asked.like
+        if not output.exists():
+            options = asked.fields["engine_options"] | {"delay_ms_per_batch": 0, "shuffle": False}
+            del options["rows_file"]
+            client.run(**asked.fields | {"engine_options": options, "output": str(output)})
         return pq.read_table(output / "data")
+
+    def _fires(self) -> Iterator[str]:
+        """Each time of a schedule came to its end once, with one job at most."""
+        fires = self._stored["schedule_fire"]
+        self.counts.update(f"fires {fire.state}" for fire in fires)
+        names = {row.id: row.name for row in self._stored["schedule"]}
+        jobs = Counter(fire.job_id for fire in fires if fire.job_id is not None)
+        for fire in fires:
+            name = f"fire of {names[fire.schedule_id]} at {fire.fire_at:.0f}"
+            if fire.state not in (FireState.SUBMITTED, FireState.SKIPPED):
+                yield f"{name}: it is {fire.state} ({fire.reason})"
+            if (fire.job_id is not None) != (fire.state == FireState.SUBMITTED) or jobs[fire.job_id] > 1:
+                yield f"{name}: it is {fire.state}, with job {fire.job_id}, which {jobs[fire.job_id]} fires have"
+
+    def judge_script(self, script: Script) -> None:
+        """Of the database judged last, which is its own: only SIGKILL loses an attempt, only a full disk fails one."""
+        attempts = self._stored["attempt"]
+        lost = sum(row.state == AttemptState.LOST for row in attempts)
+        if lost > script.kills:
+            self.problems.append(f"{script.name}: {lost} attempts are lost after {script.kills} kills")
+        for row in attempts:
+            if row.state == AttemptState.FAILED and NO_SPACE not in (row.error or ""):
+                self.problems.append(f"{script.name}: attempt {row.attempt_no} of {row.shard_id} failed: {row.error}")
+        for name, count in script.counts.items():
+            self.counts[name] += count
+        self.problems.extend(script.problems)
