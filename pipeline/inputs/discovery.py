@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -62,7 +63,8 @@ class Inputs:
     """``sources`` in row order; ``files`` are their row groups, for planning; ``schema`` covers all of them.
 
     ``originals`` are URI and etag of every file that was read, before any was converted. ``unreadable`` says, by the
-    name of a column that nobody can read, where and why. ``files`` may leave out rows, and whole sources.
+    name of a column that nobody can read, where and why; ``clashes``, why its types do not go together. ``files`` may
+    leave out rows, and whole sources.
     Sources and row groups lie on disk, so that planning takes no more memory than the names of the files do.
     """
 
@@ -71,6 +73,7 @@ class Inputs:
     schema: pa.Schema
     originals: list[tuple[str, str]]
     unreadable: Mapping[str, str] = field(default_factory=dict)
+    clashes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -171,7 +174,8 @@ def _read(store: ObjectStore, spec: InputSpec, found: Sequence[tuple[_File, Form
         if any(source.n_rows for source in sources):
             raise InvalidInput("the input has rows and no columns", field="input")
         raise InvalidInput(f"{found[0][0].origin} is empty: without rows it has no columns either", field="input")
-    return Inputs(sources, groups, schema, [(file.info.uri, file.info.etag) for file, _ in found], unreadable)
+    originals = [(file.info.uri, file.info.etag) for file, _ in found]
+    return Inputs(sources, groups, schema, originals, unreadable, unified.clashes)
 
 
 def _range_of(store: ObjectStore, files: Sequence[_File], path: Path) -> tuple[int, int] | None:
@@ -281,10 +285,18 @@ def _found(
     return found
 
 
-def unchanged(store: ObjectStore, spec: InputSpec, sources: Sequence[Source]) -> bool:
-    """Whether the input is, file by file, what ``sources`` were when a job was planned over it."""
-    now = [(info.uri, info.etag) for pattern in map(normalize, spec.input) for info in store.find(pattern)]
-    return sorted(now) == sorted((source.uri, source.etag) for source in sources)
+def fingerprint(files: Iterable[tuple[str, str]]) -> str:
+    """A hex digest of the URI and etag of every file, whatever their order."""
+    digest = hashlib.sha256()
+    for uri, etag in sorted(files):
+        digest.update(f"{uri}\0{etag}\0".encode())
+    return digest.hexdigest()
+
+
+def fingerprint_now(store: ObjectStore, spec: InputSpec) -> str:
+    """:func:`fingerprint` of the input's files as they are now. Raises :class:`InvalidInput` where there are none."""
+    listed = (_listed(store, pattern, lambda _: None)[0] for pattern in map(normalize, spec.input))
+    return fingerprint((info.uri, info.etag) for infos in listed for info in infos)
 
 
 def _listed(

@@ -1,4 +1,4 @@
-"""One schema for many files: types are widened where every value is held, and clashes name both files."""
+"""One schema for many files: types are widened where every value is held, and clashes name the files."""
 
 from __future__ import annotations
 
@@ -30,11 +30,13 @@ class UnifiedSchema:
         self._metadata: dict[Any, Any] | None = None
         self.twice: dict[str, str] = {}
         """Which file has several columns of a name, by that name: such a column cannot be read."""
+        self.clashes: dict[str, str] = {}
+        """What :meth:`resolved` has found: by column, why no type holds its values in all files."""
 
     def resolved(self, range_of: RangeOf) -> pa.Schema:
         """One schema for all files. ``range_of`` is asked where types alone do not tell whether one holds all values.
 
-        Raises :class:`InvalidInput`, with column, types and files, when there is none.
+        A column without a common type is in ``clashes`` then, and has its first type here: it cannot be read.
         """
         return pa.schema([field.with_type(self._resolved(field.name, range_of)) for field in self._fields.values()])
 
@@ -44,13 +46,13 @@ class UnifiedSchema:
             return next(iter(kinds))
         try:
             kind = common_type(kinds, range_of, (name,))
-        except NoCommonType as reason:
+        except (NoCommonType, InvalidInput) as reason:
             *others, (last, where) = [(kind, origin) for kind, origin in kinds.items() if not pa.types.is_null(kind)]
-            raise InvalidInput(
+            self.clashes[name] = (
                 f"column {name!r} is {', '.join(f'{kind} in {origin}' for kind, origin in others[:_NAMED])} and {last} "
-                f"in {where}; the files of one job need types that go together: {reason}",
-                field="input",
-            ) from None
+                f"in {where}; the files of one job need types that go together: {reason}"
+            )
+            return next(iter(kinds))
         # Where the files disagree, no order of the categories holds for all.
         return unordered(kind) if len(self._orders.get(name, ())) > 1 else kind
 
@@ -65,7 +67,7 @@ class UnifiedSchema:
     def add(self, schema: pa.Schema, origin: str, orders: Mapping[str, Sequence[Any]] = MappingProxyType({})) -> None:
         """Take in the schema of file ``origin``, and the orders of its ordered categories by column.
 
-        Raises :class:`InvalidInput` for a name that two columns have.
+        A name that two columns have is in ``twice`` then.
         """
         for name, found in orders.items():
             known = self._orders.setdefault(name, [])

@@ -121,7 +121,7 @@ def _refuse_look_alikes(wanted: Iterable[str], names: Sequence[str]) -> None:
 
 
 def _refuse_unreadable(found: discovery.Inputs, columns: Iterable[str], keep: Iterable[str]) -> None:
-    """Raise :class:`InvalidInput` for a column that is read or kept and that nobody can read."""
+    """Raise :class:`InvalidInput` for a column that is read or kept, and cannot be read, or not as one type."""
     for name, where in found.unreadable.items():
         if name in columns:
             raise InvalidInput(f"column {name!r} cannot be read in {where}; decrypt or mend the file", field="input")
@@ -129,6 +129,12 @@ def _refuse_unreadable(found: discovery.Inputs, columns: Iterable[str], keep: It
             what = f"column {name!r} cannot be read in {where}"
             advice = "leave it out: name the columns to copy in keep_columns (--keep), or decrypt or mend the file"
             raise InvalidInput(f"{what}; {advice}", field="keep_columns")
+    for name, what in found.clashes.items():
+        if name in columns:
+            raise InvalidInput(what, field="input")
+        if name in keep:
+            advice = "make them alike, or name the columns to copy in keep_columns (--keep), without this one"
+            raise InvalidInput(f"{what}; {advice}", field="input")
 
 
 def check_in_fleet(runtime: Runtime, request: Request) -> None:

@@ -184,10 +184,14 @@ def _done_before(runtime: Runtime, spec: JobSpec, model: Model) -> Job | None:
     found = adapters.digests(spec.adapters, runtime.settings.cache_dir)
     if not all(plan.has_adapter(name, digest) for name, digest in found.items()):
         return None
-    sources = publish_leases.all_sources(runtime.database, job.id)
-    if plan.converted or not discovery.unchanged(store, spec, sources):
-        return None
-    return job
+    return job if _files_of(runtime, job, plan) == discovery.fingerprint_now(store, spec) else None
+
+
+def _files_of(runtime: Runtime, job: Job, plan: PlanRecord) -> str | None:
+    """The fingerprint of the files that the job was planned over; ``None`` where nobody has written it down."""
+    if plan.files is not None or plan.converted:
+        return plan.files
+    return discovery.fingerprint((s.uri, s.etag) for s in publish_leases.all_sources(runtime.database, job.id))
 
 
 def _differences(live: Job, spec: JobSpec) -> str:
@@ -244,6 +248,7 @@ def _prepare(
         converted,
         adapters=with_adapters,
         input_rows=found.rows,
+        files=discovery.fingerprint(found.originals),
     )
     return _Prepared(record, found.narrowed(limit=spec.limit, sample=spec.sample))
 

@@ -17,7 +17,8 @@ class PlanRecord:
     ``converted``: the sources are Parquet chunks in the job's work folder, made from other formats. ``part_rows``: the
     shards hold rows that begin alike, and the output has so many rows in a file; ``None``: each shard becomes one file.
     ``adapters``: the digest of each LoRA adapter, by name. ``input_rows``: rows of the whole input, of which the job
-    has some (``limit``, ``sample``); plans of older versions do not say.
+    has some (``limit``, ``sample``). ``files``: a digest of the files that were read, before any was converted. Plans
+    of older versions say neither.
     """
 
     schema: pa.Schema
@@ -29,6 +30,7 @@ class PlanRecord:
     part_rows: int | None = None
     adapters: Mapping[str, str] = field(default_factory=dict)
     input_rows: int | None = None
+    files: str | None = None
 
     def has_adapter(self, name: str, digest: str) -> bool:
         """Whether an adapter is the one that was planned with; plans of older versions do not say."""
@@ -45,6 +47,7 @@ class PlanRecord:
             "part_rows": self.part_rows,
             "adapters": dict(self.adapters),
             "input_rows": self.input_rows,
+            "files": self.files,
         }
 
     @classmethod
@@ -59,4 +62,5 @@ class PlanRecord:
             part_rows=data.get("part_rows"),
             adapters=data.get("adapters") or {},
             input_rows=data.get("input_rows"),
+            files=data.get("files"),
         )

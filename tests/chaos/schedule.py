@@ -126,7 +126,7 @@ def _timetables(dice: random.Random) -> list[PlannedTimetable]:
     overlap = dice.choice(["skip", "queue", "cancel-previous"])
     return [
         PlannedTimetable("* * * * *", _fields(dice, 600), {"overlap": overlap}),
-        PlannedTimetable("*/10 * * * *", _fields(dice, 310), {"overlap": "queue", "misfire": "all"}),
+        PlannedTimetable("*/30 * * * *", _fields(dice, 310), {"overlap": "queue", "misfire": "all"}),
     ]
 
 

@@ -5,7 +5,9 @@ It submits its job, writes the job's id to the file ``waits``, waits, and create
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -18,6 +20,8 @@ from tests.chaos.process import fill_disk_while
 
 def main(request: str) -> None:
     asked = json.loads(request)
+    faulthandler.register(signal.SIGUSR1)  # asked for before one that hangs is killed
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets background jobs ignore it
     fill_disk_while(Path(asked["full"]))
     # Left open on purpose, in every way that users do.
     client = Client(settings=Settings(**asked["settings"]))

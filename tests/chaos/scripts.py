@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,14 @@ class Script:
             if self._end.how.startswith("SIG"):
                 self._process.send_signal(signal.Signals[self._end.how])
         elif time.monotonic() > self._told_at + END_SECONDS:
-            self.problems.append(f"{self.name} hung for {END_SECONDS:.0f} s when it ended ({self._end.how})")
+            self._process.send_signal(signal.SIGUSR1)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(1.0)
             self._process.kill()
+            self._process.wait()
+            self.problems.append(
+                f"{self.name} hung for {END_SECONDS:.0f} s when it ended ({self._end.how}); see its log"
+            )
 
     def stop(self) -> None:
         if self._process is not None:
@@ -132,6 +139,8 @@ class Script:
         if self._marker("done").exists():
             self.asked[-1].state = JobState.COMPLETED
         expected = {_CODES[how]} | ({0} if how.startswith("SIG") else set())
+        if "KeyboardInterrupt" in said:
+            expected.add(1)  # Python ends with either: it depends on where the exception came from
         if code not in expected and NO_SPACE not in said:
             self.problems.append(f"{self.name} ended with {code} ({how}): {said[-300:]!r}")
         if "defect" in said:

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline import Client
 from pipeline.config.settings import Settings
-from storage.errors import InvalidInput
+from storage.errors import InvalidInput, JobFailed
 
 RAW = pa.array([b"fine", b"caf\xe9", b"good"]).view(pa.string())
 COLUMNS: Mapping[str, Any] = {
@@ -51,6 +51,20 @@ def test_the_cell_is_null_and_the_row_has_its_error(
     assert table["v"].is_valid().to_pylist() == [True, False, True]
     assert [error and error["code"] for error in table["error"].to_pylist()] == [None, "invalid_utf8", None]
     assert table["output"].is_valid().to_pylist() == [True, False, True]
+
+
+@pytest.mark.parametrize("order", ["input", "prefix"])
+@pytest.mark.parametrize("read", [True, False])
+def test_such_rows_count_against_the_failed_rows_that_a_job_may_have(
+    client: Client, tmp_path: Path, order: str, *, read: bool
+) -> None:
+    """Also where nobody reads the column, and it shows only when the output is written."""
+    pq.write_table(pa.table({"id": [1, 2, 3], "v": RAW}), tmp_path / "in.parquet")
+    more = {"prompt": "{id} {v}" if read else "{id}", "order": order}
+    with pytest.raises(JobFailed, match="1 rows failed, max_failed_rows allows 0"):
+        run(client, tmp_path / "in.parquet", max_failed_rows=0, **more)
+    table = run(client, tmp_path / "in.parquet", max_failed_rows=1, output=str(tmp_path / "enough"), **more)
+    assert table.num_rows == 3
 
 
 def test_a_column_that_nobody_reads_or_keeps_does_not_matter(client: Client, tmp_path: Path) -> None:

@@ -470,6 +470,32 @@ def test_the_same_request_after_it_is_done_does_nothing(client: Client, texts: P
     assert client.run(**fields(texts, out, overwrite=True)).rows_done == 999
 
 
+@pytest.mark.parametrize("name", ["in.jsonl", "in.csv", "in.json"])
+def test_what_was_converted_and_is_done_is_not_done_again(client: Client, tmp_path: Path, name: str) -> None:
+    source, out = tmp_path / name, tmp_path / "out"
+    content = {"in.csv": "text\na\nb\n", "in.json": '[{"text":"a"},{"text":"b"}]'}
+    source.write_text(content.get(name, '{"text":"a"}\n{"text":"b"}\n'))
+    done = client.run(**fields(source, out))
+    again = client.run(**fields(source, out))
+    assert (again.id, again.state, again.attempts) == (done.id, JobState.COMPLETED, done.attempts)
+    source.write_text(content.get(name, '{"text":"a"}\n{"text":"b"}\n').replace("b", "c"))
+    with pytest.raises(Conflict, match="already holds published rows"):
+        client.run(**fields(source, out))  # the input has changed
+
+
+def test_types_that_clash_matter_where_the_column_is_used(client: Client, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    pq.write_table(pa.table({"id": [1], "x": [1], "s": [{"a": 1}]}), folder / "1.parquet")
+    pq.write_table(pa.table({"id": [2], "x": ["two"], "s": [[1]]}), folder / "2.parquet")
+    with pytest.raises(InvalidInput, match=r"'x' is int64 in .*1\.parquet and string in .*2\.parquet.*keep_columns"):
+        client.submit(**fields(folder, tmp_path / "out", prompt="{id}"))
+    with pytest.raises(InvalidInput, match=r"'x' is int64 in .*1\.parquet and string in .*2\.parquet"):
+        client.submit(**fields(folder, tmp_path / "out", prompt="{x}", keep_columns=["id"]))
+    client.run(**fields(folder, tmp_path / "out", prompt="{id}", keep_columns=["id"]))
+    assert published(tmp_path / "out").column("id").to_pylist() == [1, 2]
+
+
 class _Panic(BaseException):
     """As a library in Rust raises."""
 

@@ -28,7 +28,7 @@ JSON = st.recursive(
 )
 
 PLUG_IN = """
-from pipeline.engines.fake.engine import FakeEngine
+from pipeline.engines.fake import FakeEngine
 
 class Mine(FakeEngine):
     name = "mine"
