@@ -120,7 +120,7 @@ ONNX = """\
 VLLM_ARGUMENTS = "https://docs.vllm.ai/en/latest/configuration/engine_args.html"
 VLLM = f"""\
 `engine="vllm"`: every [engine argument of vLLM]({VLLM_ARGUMENTS}) under its own name, with vLLM's defaults for \
-offline use, but for a few that Rowmill decides itself, and those that [the operator has to \
+offline use, except for a few that Rowmill decides itself, and those that [the operator has to \
 allow](../how-to/engine-options.md). On a CPU the default of `enforce_eager` is true, and the cache takes 4 GiB, or a \
 quarter of the memory. And Rowmill's own:"""
 

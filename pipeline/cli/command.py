@@ -114,7 +114,7 @@ class Invocation:
 
 
 def say(message: str, *, error: bool = False) -> None:
-    """A message on stderr, as it is: no markup, no wrapping; ``error:`` before it is red on a terminal."""
+    """A message on stderr, unchanged: no markup, no wrapping; ``error:`` before it is red on a terminal."""
     from rich.console import Console
 
     text = "\n".join(output.printable(line) for line in redact_text(message).splitlines())

@@ -92,7 +92,7 @@ class Lines(Silent):
                 self._write(describe(status, self._rates, now))
 
     def notice(self, message: str) -> None:
-        """Write the message as it is."""
+        """Write the message unchanged."""
         with self._lock:
             self._write(message)
 

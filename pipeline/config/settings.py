@@ -122,7 +122,7 @@ class Settings(BaseSettings):
     result_cache_days: Annotated[float, Field(gt=0)] = 30.0
     """``rowmill admin gc`` deletes answers that are older."""
     result_cache_bytes: Annotated[int, Field(ge=0)] | None = None
-    """``rowmill admin gc`` deletes the oldest answers beyond so many bytes. ``None``: however many there are."""
+    """``rowmill admin gc`` deletes the oldest cached results beyond this many bytes. ``None``: no limit."""
     result_index_bytes: Annotated[int, Field(ge=16)] = 256 * 2**20
     """Most memory to know by heart which answers there are, at 16 bytes an answer: the newest are known."""
     attempt_retention_hours: Annotated[float, Field(ge=0)] = 24.0

@@ -26,7 +26,7 @@ _LOOK_SECONDS = 0.1
 """How often a lease that waits looks whether it was cancelled."""
 
 PAID_OFF = 10.0
-"""An engine's loading has paid off after so many times as long: then a tenth of the time at most goes into loading."""
+"""Loading an engine has paid off once it worked this many times as long: at most a tenth of the time is loading."""
 
 
 class LeaseCancelled(Exception):

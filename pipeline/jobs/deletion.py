@@ -28,7 +28,7 @@ def delete_job(runtime: Runtime, job_id: str) -> None:
 
 def _finish(runtime: Runtime, job: Job) -> None:
     failpoints.hit("delete.marked")
-    # It was released before the job ended, but for a process that died in between.
+    # It was released before the job ended, unless a process died in between.
     owner.release(runtime, job)
     # The files first: once the rows are gone, nobody knows of them.
     runtime.store.delete_tree(locations.work_dir(job.output_uri, job.id))

@@ -89,7 +89,7 @@ def _finalize(runtime: Runtime, job: Job) -> Job:
 
 
 def _published(runtime: Runtime, job: Job) -> tuple[Job, JobState, str | None]:
-    """Publish what there is. Returns the job as it is afterwards, what it ends as, and why it does not complete."""
+    """Publish what there is. Returns the job afterwards, its final state, and why it does not complete."""
     try:
         job = _publish(runtime, job)
     except Conflict as error:
@@ -113,7 +113,7 @@ def _why(runtime: Runtime, job: Job, target: JobState) -> str | None:
 
 
 def _publish(runtime: Runtime, job: Job) -> Job:
-    """Returns the job as it is afterwards: a shard whose committed file is found to be lost counts as given up."""
+    """Returns the job afterwards: a shard whose committed file is found to be lost counts as given up."""
     store, output, target = runtime.store, job.output_uri, publish_leases.end_state(job)
     if target is not JobState.COMPLETED and not job.publishing and not is_free(store, output):
         runtime.notify(f"{output} keeps what an earlier job published; this one did not complete")

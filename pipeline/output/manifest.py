@@ -34,7 +34,7 @@ def part(
     failed: int,
     missing: Iterable[tuple[int, int]],
 ) -> dict[str, Any]:
-    """One published file: ``rows`` rows, those of the job from ``row_start`` on, but for the ranges in ``missing``.
+    """One published file: ``rows`` rows, those of the job from ``row_start`` on, without the ranges in ``missing``.
 
     ``missing`` are half-open ranges of the job's rows, in order. Of more than ``MOST_RANGES`` the entry has ``None``,
     and in ``missing_rows`` the rows, counted from ``row_start``: a Roaring bitmap in its portable format, in base64.
@@ -78,7 +78,7 @@ def build(
     versions: Mapping[str, str] | None = None,
     measured: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """The manifest of a job as it is published. ``parts`` are made by :func:`part`, in row order.
+    """The manifest of a published job. ``parts`` are made by :func:`part`, in row order.
 
     ``attempts`` are the engines' statements about themselves, ``published_at`` Unix seconds, ``versions`` those of the
     libraries that published, ``measured`` the sums of what all attempts measured. Row ranges are half-open and count

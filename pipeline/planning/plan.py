@@ -15,7 +15,7 @@ class PlanRecord:
     """``schema`` is the unified schema of the input, ``columns`` what the engine reads, ``keep`` what is copied out.
 
     ``converted``: the sources are Parquet chunks in the job's work folder, made from other formats. ``part_rows``: the
-    shards hold rows that begin alike, and the output has so many rows in a file; ``None``: each shard becomes one file.
+    shards hold rows that begin alike, and each output file has this many rows; ``None``: each shard becomes one file.
     ``adapters``: the digest of each LoRA adapter, by name. ``input_rows``: rows of the whole input, of which the job
     has some (``limit``, ``sample``). ``files``: a digest of the files that were read, before any was converted. Plans
     of older versions say neither.

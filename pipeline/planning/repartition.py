@@ -41,7 +41,7 @@ _VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """``cluster_rows``: most rows in a shard, so many as an engine puts in order at a time. ``n_bytes``: of rows in
+    """``cluster_rows``: most rows in a shard, as many as an engine puts in order at a time. ``n_bytes``: of rows in
     memory (about three times that at the most). The rest as in the settings."""
 
     cluster_rows: int

@@ -111,7 +111,7 @@ def parse_schedule(fields: Mapping[str, Any]) -> ScheduleSpec:
     except ValueError as error:
         raise InvalidJob(str(error), field="cron") from None
     if spec.job.get("idempotency_key") is not None:
-        raise InvalidJob("a fire is submitted once as it is; leave the key out", field="idempotency_key")
+        raise InvalidJob("a fire is submitted only once anyway; leave the key out", field="idempotency_key")
     return spec
 
 

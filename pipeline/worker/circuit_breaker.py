@@ -1,6 +1,6 @@
 """A worker that lacks what a queue's shards need leaves them to the others for a while.
 
-It would else be the first to ask each time, because it fails at once, and spend the budgets of one shard after the
+It would otherwise ask first each time, because it fails at once, and use up the budgets of one shard after the
 other. It looks again by itself when the time is over.
 """
 

@@ -1,4 +1,4 @@
-"""Only so many threads of a process at the same kind of work, and none waiting for it."""
+"""Limits concurrent callers; extra callers return at once and their request is coalesced."""
 
 from __future__ import annotations
 

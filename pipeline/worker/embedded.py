@@ -112,7 +112,7 @@ class _Once:
 
 
 def _planned(runtime: Runtime, job: Job, interrupt: Cancellation, told: _Once) -> Job:
-    """The job as it is once somebody has tried to plan it; perhaps still not planned, when that is another process."""
+    """The job after somebody has tried to plan it; it may still be unplanned when another process plans it."""
     try:
         return plan_job(runtime, job, interrupt)
     except LeaseLost:

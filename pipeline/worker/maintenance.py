@@ -157,7 +157,7 @@ def collect_results(runtime: Runtime) -> tuple[int, int]:
 
 
 def tend(runtime: Runtime) -> None:
-    """One round, but for the schedules."""
+    """One round, without the schedules."""
     _look_after_shards(runtime)
     clean(runtime)
 

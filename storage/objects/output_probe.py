@@ -122,7 +122,7 @@ def require(store: ObjectStore, output: str, folder: str) -> None:
 
 @contextmanager
 def refused(output: str, step: str) -> Iterator[None]:
-    """Say of an error in ``step`` which right it needs, and what to do. What may pass is raised as it is."""
+    """Say of an error in ``step`` which right it needs, and what to do. An error that may pass is raised unchanged."""
     try:
         yield
     except TransientError:

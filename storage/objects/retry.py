@@ -102,7 +102,7 @@ def retrying(call: Callable[[], T], *, what: str, seconds: float) -> T:
     """The result of ``call``, repeated after transient errors for up to ``seconds`` seconds, and three times at least.
 
     Waits a random time below a bound that doubles from 0.2 s to 10 s. Raises :class:`Unreachable`, naming ``what``,
-    when the time is up; any other error at once, as it is.
+    when the time is up; any other error is raised at once, unchanged.
     """
     attempts = Retrying(
         retry=retry_if_exception(is_transient),

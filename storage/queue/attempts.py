@@ -36,7 +36,7 @@ def flush(
     """Make a part file, already stored and verified, a resume point. Raises :class:`LeaseLost` when fenced.
 
     ``n_poison`` of its rows were not computed: they are given up because they kill the engine. Safe to repeat: a flush
-    that an earlier, unanswered COMMIT made is left as it is.
+    that an earlier, unanswered COMMIT made is left unchanged.
     """
     try:
         _flush(database, claim, part, tokens, exceptions, n_poison)

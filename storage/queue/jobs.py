@@ -248,7 +248,7 @@ def request_stop(database: Database, job_id: str, reason: str, *, actor: str) ->
     """Begin to wind a job down: ``reason`` is ``"cancelled"`` or ``"expired"``. Works with no worker alive.
 
     Its ready shards are cancelled at once, in batches; running ones see it at their next heartbeat. Asking twice is
-    harmless. A job whose shards have all ended is left as it is: there is nothing to stop, and it is published. Raises
+    harmless. A job whose shards have all ended is left unchanged: there is nothing to stop, and it is published. Raises
     :class:`IllegalTransition` when the job has ended.
     """
     with database.write() as connection:

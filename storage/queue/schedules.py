@@ -149,7 +149,7 @@ def advance(database: Database, schedule: Schedule, fires: Sequence[Decided], ne
     """Record what came due and move on to ``next_at``, in one transaction.
 
     ``False``, and nothing has changed, when the schedule is not as it was read: another tick was faster, or it was
-    paused or removed. A fire that is there already stays as it is.
+    paused or removed. A fire that exists already stays unchanged.
     """
     with database.write() as connection:
         moved = connection.execute(

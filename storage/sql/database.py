@@ -298,7 +298,7 @@ class Database:
 
 
 def _limit_idle(connection: Any, record: Any) -> None:
-    # A worker that is frozen inside a transaction would else hold its job's row, and with it everybody, for ever.
+    # A worker frozen inside a transaction would otherwise hold its job's row, and so block everybody, for ever.
     connection.execute(f"SET idle_in_transaction_session_timeout = {int(_IDLE_SECONDS * 1000)}")
     connection.commit()
 

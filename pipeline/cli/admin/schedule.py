@@ -101,7 +101,7 @@ def show(
     invocation: Invocation,
     name: Name,
     tenant: Tenant = "default",
-    limit: Annotated[int, typer.Option("-n", "--limit", min=0, max=1000, metavar="N", help="So many fires.")] = 20,
+    limit: Annotated[int, typer.Option("-n", "--limit", min=0, max=1000, metavar="N", help="Most fires to show.")] = 20,
 ) -> None:
     """One schedule, and what came of its last fires, the newest first."""
     with invocation.client() as client:
@@ -125,7 +125,9 @@ def next_fires(
     invocation: Invocation,
     name: Name,
     tenant: Tenant = "default",
-    count: Annotated[int, typer.Option("-n", "--count", min=1, max=1000, metavar="N", help="So many.")] = 5,
+    count: Annotated[
+        int, typer.Option("-n", "--count", min=1, max=1000, metavar="N", help="How many times to show.")
+    ] = 5,
 ) -> None:
     """The next fires, with their zone, and where their jobs will read from and write to."""
     with invocation.client() as client:

@@ -154,7 +154,7 @@ def png(image: Any) -> bytes:
 
 
 def eight_bits(image: Any) -> Any:
-    """An image that :func:`is_deep` as one of 8 bits; any other as it is.
+    """An image that :func:`is_deep` as one of 8 bits per channel; any other unchanged.
 
     Pillow's own conversion cuts off what is above 255. White is 65535, and 1.0. Raises ``ValueError`` for values whose
     white is not known: floats outside 0 to 1, and integers of 32 bits.

@@ -244,7 +244,7 @@ def _check_sequence(spec: JobSpec, options: OnnxOptions) -> None:
 def check_tensor_columns(
     spec: JobSpec, options: OnnxOptions, signature: Signature, mode: RowMode, schema: pa.Schema
 ) -> tuple[str, ...]:
-    """The columns that feed the graph, but for masks that are made.
+    """The columns that feed the graph, without masks that Rowmill makes.
 
     Raises :class:`~storage.errors.InvalidInput` when one is missing, holds no tensors, needs a lossy cast, or has a
     rank or fixed size that the graph does not take.

@@ -76,7 +76,7 @@ class Machine:
         return self.flops / (2 * weights.parameters)
 
     def decode(self, weights: Weights, requests: int, context: float) -> float:
-        """Most tokens a second of so many requests together, with so many tokens in their cache each."""
+        """Most tokens per second of ``requests`` requests together, each with ``context`` tokens in its KV cache."""
         read = (weights.n_bytes + requests * context * weights.kv_bytes) / self.bandwidth
         return requests / max(read, requests / self.prefill(weights))
 

@@ -74,7 +74,7 @@ def check(spec: JobSpec) -> None:
 
 
 def facts(running: RunningVllm, model: Model, versions: Mapping[str, str], spec: JobSpec) -> dict[str, Any]:
-    """All that the answers to a job's rows depend on, but for the rows and the tenant. Plain JSON.
+    """All that the answers to a job's rows depend on, except for the rows and the tenant. Plain JSON.
 
     Templates, tools and the cutting of long prompts are in the rows' tokens.
     """

@@ -145,7 +145,7 @@ class Pooling:
 
 
 class PooledRows:
-    """The rows of one job. Not to be shared between threads, but for :meth:`read` and the others."""
+    """The rows of one job. Not to be shared between threads, except for :meth:`read`."""
 
     def __init__(self, running: RunningVllm, pooling: Pooling, spec: JobSpec, prompt: str = "") -> None:
         from vllm.pooling_params import PoolingParams

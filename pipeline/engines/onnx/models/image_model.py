@@ -35,7 +35,7 @@ WINDOW_BYTES = 32 * 2**20
 """Encoded bytes decoded together, besides at most ``BATCHES_AHEAD`` batches."""
 BATCHES_AHEAD = 4
 DECODED_BYTES = 256 * 2**20
-"""A window, and a batch, ends when the model's inputs take this much, but for what is decoded at a time."""
+"""A window, and a batch, ends when the model's inputs take this many bytes, plus what is decoded at a time."""
 
 POOLED = "the graph pools by itself; leave it at 'auto'"
 _EMBEDDINGS = ("image_embeds", "image_embedding", "pooler_output", "last_hidden_state")

@@ -192,7 +192,7 @@ class TextModel:
                 f"graph output {used.name!r} has shape {list(output.shape)} for {len(items)} texts; "
                 f"expected {used.rank} axes, the first of them over the texts"
             )
-        # A vector for each text is kept as it is: it must not lie in a buffer that the next run overwrites.
+        # A vector for each text is copied: it must not lie in a buffer that the next run overwrites.
         return output.astype(np.float32, copy=used.rank == 2)
 
     def _shape_of_output(self, used: Head, feed: dict[str, Array]) -> tuple[int, ...] | None:
@@ -225,7 +225,7 @@ class TextModel:
         return feed
 
     def vectors(self, spec: JobSpec, out: Floats, lengths: Indices) -> Floats:
-        """Sentence embeddings as the model gives them but for a last change of length, float32 [k, width]."""
+        """Sentence embeddings of the model, before they are scaled to unit length, float32 [k, width]."""
         if self._head(spec).rank == 2:  # the graph has applied the layers, see check_layers
             return out
         start = 0 if self._folder.include_prompt else self.tokenizer.prompt_length(self._prompt(spec))

@@ -38,7 +38,7 @@ MARGIN = 1.05
 SAMPLE_SECONDS = 0.5
 """About how long one turn of the first layout takes."""
 SLOW_SECONDS = 4.0
-"""A model whose single batch takes longer is left as it is, unless a measurement was asked for by name."""
+"""A model whose single batch takes longer is not tuned, unless a measurement was asked for by name."""
 LIMIT_SECONDS = 15.0
 """After this long no further turn is taken, unless a measurement was asked for by name."""
 LEAST_ROWS = 1024

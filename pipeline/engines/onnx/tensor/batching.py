@@ -1,4 +1,4 @@
-"""Pure: which rows of tensors run together, and how they are stacked: those of one shape, but for axes with a mask."""
+"""Pure: which rows of tensors run together, and how they are stacked: rows of one shape, masked axes aside."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Batching:
         self._masks, self._inputs = masks, masks.signature.inputs
 
     def groups(self, tensors: Tensors, good: Indices, brought: Collection[str] = ()) -> list[Indices]:
-        """Rows that may share a batch, the largest first: alike but for the axes with a mask.
+        """Rows that may share a batch, the largest first: of one shape, except for axes with a mask.
 
         Not padded, so that they are what they are alone: a row without elements, and one whose own mask hides all.
         ``brought``: the masks that the rows bring.
@@ -60,7 +60,7 @@ class Batching:
     def parts(
         self, tensors: Tensors, good: Indices, most_rows: int, most_bytes: int, brought: Collection[str] = ()
     ) -> list[Indices]:
-        """The rows in batches of at most so many rows and bytes of input; one row may be larger."""
+        """The rows in batches of at most ``rows`` rows and ``n_bytes`` bytes of input; one row may be larger."""
         found = []
         for group in self.groups(tensors, good, brought):
             begin = 0

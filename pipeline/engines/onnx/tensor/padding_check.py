@@ -16,7 +16,7 @@ from pipeline.engines.onnx.tensor.stacking_check import has_numbers, same
 from storage.errors import InvalidJob
 
 TRIALS = 16
-"""After so many trials without a verdict, padding is off."""
+"""After this many trials without a verdict, padding is off."""
 _LOOKED_AT = 4
 """Most rows of a batch that are looked at for one to try."""
 _SAMPLED = 65_536

@@ -65,7 +65,7 @@ def has_numbers(output: Array) -> bool:
 
 
 def same(stacked: Array, alone: Array) -> bool:
-    """Whether two results are equal but for the order in which kernels sum."""
+    """Whether two results are equal, except for the order in which kernels sum."""
     if stacked.shape != alone.shape:
         return False
     if not narrow_dtypes.is_float(stacked.dtype):

@@ -105,7 +105,7 @@ class TensorModel:
             return said | dict(self.counts)
 
     def prepare(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[Window]:
-        """A window per row batch: rows that fit the graph, grouped by their exact shapes but for axes with a mask."""
+        """A window per row batch: rows that fit the graph, grouped by their exact shapes, masked axes aside."""
         sequences = Sequences()
         for batch in batches:
             yield self._window(spec, batch, sequences)

@@ -15,12 +15,12 @@ from pipeline.host.cpu import available_cores, one_of_each
 log = logging.getLogger(__name__)
 
 FEW_CORES = 4
-"""Up to so many cores, none is kept free of a model's arithmetic."""
+"""Up to this many cores, none is kept free of a model's arithmetic."""
 PINNED_CORES = 2
-"""On so many, its threads are pinned."""
+"""From this many cores on, its threads are pinned."""
 ALL_CORES = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
 SHORT_WAITS = {"KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0"}
-"""As vLLM sets for Intel's OpenMP, whose threads would else spin for 200 ms after each of their tasks."""
+"""As vLLM sets for Intel's OpenMP, whose threads would otherwise spin for 200 ms after each of their tasks."""
 BOUND = "VLLM_CPU_OMP_THREADS_BIND"
 _engines = itertools.count(os.getpid())
 

@@ -29,7 +29,7 @@ def settled(sampling: Mapping[str, Any]) -> bool:
 
 def identity(prompt: Prompt, tokens: bytes, *, sampled: bool = False) -> bytes | None:
     """What settles a row's answer beside the parameters of its job, which settle theirs: ``tokens``, parameters of its
-    own, its adapter. ``None`` where nothing does, or (but for ``sampled``) where the row's own parameters do not."""
+    own, its adapter. ``None`` where nothing does, or (without ``sampled``) where the row's own parameters do not."""
     own = prompt.params
     if prompt.make is not None:
         return None
