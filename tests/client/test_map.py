@@ -26,6 +26,7 @@ from storage.errors import InvalidInput, InvalidJob, InvalidModel, InvalidSettin
 from storage.objects.store import ObjectStore
 from storage.states import AttemptState, JobState
 from tests.client.scripts import BEFORE, ROWS, Place
+from tests.examples import examples
 
 N = 300
 GENERATE: dict[str, Any] = {"model": "fake", "task": "generate", "prompt": "{text}"}
@@ -235,7 +236,7 @@ def test_what_nobody_uses_any_more_is_deleted(client: Client, settings: Settings
 
 
 @given(cuts=st.lists(st.integers(0, 700), max_size=6), seed=st.integers(0, 3))
-@hypothesis_settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_same_rows_are_the_same_file(tmp_path: Path, cuts: list[int], seed: int) -> None:
     """However they are cut into batches, and whatever dictionaries the batches have."""
     values = [None if (n + seed) % 13 == 0 else f"value {(n * 7) % (5 + seed)}" for n in range(700)]

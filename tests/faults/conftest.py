@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,8 +38,9 @@ def world(database_url: str, tmp_path: Path, cache_dir: Path) -> Iterator[World]
 
 
 @pytest.fixture
-def embedded_world(tmp_path: Path, cache_dir: Path) -> Iterator[World]:
+def embedded_world(tmp_path: Path, cache_dir: Path, sqlite_template: Path) -> Iterator[World]:
     """SQLite alone: for what does not depend on the database."""
+    shutil.copy(sqlite_template, tmp_path / "jobs.db")
     made = World(make_settings(tmp_path, cache_dir, f"sqlite:///{tmp_path / 'jobs.db'}"), tmp_path)
     yield made
     made.close()

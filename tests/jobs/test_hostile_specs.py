@@ -23,6 +23,7 @@ from pipeline.spec.job_spec import JobSpec, parse, stored
 from storage.errors import InvalidInput, InvalidJob
 from storage.states import JobState
 from tests.engines.onnx.support import graph, value
+from tests.examples import examples
 
 DEEP: Any = "x"
 for _ in range(2000):
@@ -65,7 +66,7 @@ def fields(**more: Any) -> dict[str, Any]:
 @given(st.dictionaries(st.sampled_from(FIELDS), st.sampled_from(HOSTILE), min_size=1, max_size=2))
 @example({"idempotency_key": "x" * 201})
 @example({"output": "x" * 5000})
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_request_is_refused_by_its_field_or_runs(client: Client, hostile: dict[str, Any]) -> None:
     before = len(client.jobs(limit=1000))
     try:

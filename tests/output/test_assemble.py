@@ -26,6 +26,7 @@ from storage.errors import CorruptFile, RowmillError
 from storage.objects.store import ObjectStore
 from storage.parquet import parquet
 from storage.records import OUTPUT_SEQ, PartFile, Slice, Source
+from tests.examples import examples
 
 STORE = ObjectStore()
 SCHEMA = pa.schema([pa.field("output", pa.string()), pa.field("tokens", pa.int32())])
@@ -178,7 +179,7 @@ def test_an_engine_with_other_columns_is_refused() -> None:
 # -- assembling
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(50), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_split_into_parts_gives_the_rows_in_order(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

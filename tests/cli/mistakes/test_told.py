@@ -30,6 +30,7 @@ from storage.objects.store import ObjectStore
 from storage.sql.database import Database
 from tests.cli.conftest import Rowmill
 from tests.cli.mistakes.told import EMBED, deep, told
+from tests.examples import examples
 
 JOB = {"input": "in.parquet", "output": "out", "model": "fake", "task": "generate", "prompt": "{text}"}
 in_a_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -56,7 +57,7 @@ anything = st.recursive(
 @given(field=st.sampled_from(sorted(JobSpec.model_fields)), value=anything)
 @example(field="metadata", value={"a\ud800": "b"})
 @example(field="input", value="na\udcffme.parquet")
-@settings(max_examples=400)
+@settings(max_examples=examples(400))
 def test_a_field_of_a_job(field: str, value: Any) -> None:
     with contextlib.suppress(InvalidJob):
         json.dumps(parse({**JOB, field: value}).model_dump(mode="json")).encode()
@@ -76,7 +77,7 @@ def test_a_field_of_a_job_that_is_nested_deeply(field: str, levels: int) -> None
     field=st.sampled_from(["name", "cron", "tz", "overlap", "misfire", "misfire_grace", "incremental", "job"]),
     value=anything,
 )
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 def test_a_field_of_a_schedule(field: str, value: Any) -> None:
     with contextlib.suppress(InvalidJob):
         parse_schedule({"name": "x", "cron": "0 0 * * *", "job": JOB, field: value})
@@ -88,7 +89,7 @@ def test_a_field_of_a_schedule(field: str, value: Any) -> None:
 @example(b'{"engine_options": ' + deep(300, "dict").encode() + b"}")
 @example(b"\xef\xbb\xbf{}")
 @example(b'{"priority": ' + b"9" * 5000 + b"}")
-@settings(parent=in_a_folder, max_examples=40)
+@settings(parent=in_a_folder, max_examples=examples(40))
 def test_a_file_with_a_job(rowmill: Rowmill, content: bytes) -> None:
     for name in ("job.json", "job.toml"):
         (rowmill.home / name).write_bytes(content)
@@ -125,7 +126,7 @@ def test_arguments_that_are_not_utf8(rowmill: Rowmill, words: tuple[str, ...]) -
 @given(name=st.sampled_from(sorted(Settings.model_fields)), value=anything)
 @example(name="storage_options", value={"s3": "s3cr3tPW"})
 @example(name="data_dir", value="~nobody-here/x")
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 def test_a_setting(name: str, value: Any) -> None:
     try:
         load_settings({name: value})
@@ -142,7 +143,7 @@ def test_a_setting(name: str, value: Any) -> None:
 @example(name="storage_options__s3__x", text=deep(50_000))
 @example(name="storage_options__" + "__".join("a" * 400), text="1")
 @example(name="data_dir", text="na\udcffme")
-@settings(parent=in_a_folder, max_examples=150)
+@settings(parent=in_a_folder, max_examples=examples(150))
 def test_a_variable(rowmill: Rowmill, name: str, text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(f"ROWMILL_{name.upper()}", text)
@@ -153,7 +154,7 @@ def test_a_variable(rowmill: Rowmill, name: str, text: str) -> None:
 @given(st.binary(max_size=80))
 @example(b"a = " + b"[" * 50_000)
 @example(b"storage_options." + b".".join([b"a"] * 5000) + b" = 1")
-@settings(parent=in_a_folder, max_examples=60)
+@settings(parent=in_a_folder, max_examples=examples(60))
 def test_a_settings_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.toml").write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
@@ -235,7 +236,7 @@ brokers = urls(
 @example("postgresql://a..b/db")
 @example("postgresql:///db?host=127.0.0.1," + "x" * 70)
 @example("sqlite:////dev/null")
-@settings(parent=in_a_folder, max_examples=200)
+@settings(parent=in_a_folder, max_examples=examples(200))
 def test_a_database_url(tmp_path: Path, url: str) -> None:
     with contextlib.chdir(tmp_path), contextlib.suppress(RowmillError):
         database = Database(Settings(database_url=url, data_dir=tmp_path).effective_database_url)
@@ -248,7 +249,7 @@ def test_a_database_url(tmp_path: Path, url: str) -> None:
 @given(brokers)
 @example("redis://127.0.0.1:9/0")
 @example("amqp://u:p@127.0.0.1:9//")
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 def test_a_broker_url(url: str) -> None:
     with contextlib.suppress(RowmillError):
         wakeups = Wakeups(Settings(broker_url=url).broker_url)
@@ -321,7 +322,7 @@ def test_options_that_a_store_does_not_take(options: dict[str, Any]) -> None:
 @given(
     scheme=st.sampled_from(["http", "https", "s3", "gs", "az", "abfs"]), rest=st.text("ab/:@[]%?#*\\ é", max_size=12)
 )
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_a_url_without_a_place(scheme: str, rest: str) -> None:
     options = {"s3": {"key": "k", "secret": "s", "endpoint_url": "http://127.0.0.1:9"}}
     store = ObjectStore(options, retry_seconds=0)

@@ -28,6 +28,7 @@ from storage.errors import InvalidInput, InvalidModel
 from storage.objects.store import ObjectStore
 from tests.cli.conftest import Done, Rowmill
 from tests.cli.mistakes.told import EMBED, deep, told
+from tests.examples import examples
 
 in_a_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -59,7 +60,7 @@ def rows_of(path: Path) -> int:
 @example(b'{"a": "x"} ' + b"[" * 50_000)
 @example(b"]" * 500 + b'\n{"a": ' + deep(50_000, "dict").encode() + b"}\n")
 @example(b'{"s": "]"}\n{"a": [' + b'"]", [' * 50_000)
-@settings(parent=in_a_folder, max_examples=300)
+@settings(parent=in_a_folder, max_examples=examples(300))
 def test_json_lines(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(content)
@@ -246,7 +247,7 @@ def look(rowmill: Rowmill, content: bytes) -> Iterator[Done]:
 )
 @example(at=0, step=1, mask=0x55, keep=10**9)
 @example(at=9000, step=700, mask=0x55, keep=10**9)
-@settings(parent=in_a_folder, max_examples=25)
+@settings(parent=in_a_folder, max_examples=examples(25))
 def test_a_damaged_database(rowmill: Rowmill, whole: bytes, at: int, step: int, mask: int, keep: int) -> None:
     rows(rowmill)
     damaged = bytearray(whole[:keep])

@@ -22,6 +22,7 @@ from pipeline.worker.worker import Worker
 from storage.fleet import workers
 from storage.sql import tables
 from storage.states import AttemptState, JobState
+from tests.examples import examples
 from tests.faults.driver import World, wait_until
 from tests.forged import FORGED, HEADERS, PROPERTIES, encoded, message
 from tests.servers import Server
@@ -186,7 +187,7 @@ def test_30_messages_that_make_no_sense(broker_world: World) -> None:
     for queue in ("fake", "control"):
         broker.lpush(queue, *FORGED)
 
-    @hypothesis.settings(max_examples=150, database=None)
+    @hypothesis.settings(max_examples=examples(150), database=None)
     @hypothesis.given(strategies.sampled_from(["fake", "control"]), NONSENSE)
     def push(queue: str, nonsense: bytes | str) -> None:
         nonlocal pushed

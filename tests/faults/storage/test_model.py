@@ -7,12 +7,11 @@ then nothing may change but the note that they came back.
 Liveness: whatever a history did, its faults end, one lease passes, and then every job ends by the calls of one tick.
 Each that did not complete does so by one retry. No row that was flushed is computed again.
 
-``HYPOTHESIS_PROFILE=faults`` (``make faults``) takes many more and longer histories, other ones every time.
+``HYPOTHESIS_PROFILE=thorough`` (``make faults``) takes many more and longer histories, other ones every time.
 """
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -54,14 +53,14 @@ from storage.records import (
 from storage.sql import tables
 from storage.sql.database import Database, now, unpack
 from storage.states import OPEN_SHARD, TERMINAL_JOB, AttemptState, JobState, ShardState
+from tests.examples import PROFILE
 
 _ALWAYS: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
 _ALWAYS |= {"report_multiple_bugs": False}
 PROFILES = {
     "default": settings(max_examples=80, stateful_step_count=50, derandomize=True, database=None, **_ALWAYS),
-    "faults": settings(max_examples=1500, stateful_step_count=80, **_ALWAYS),
+    "thorough": settings(max_examples=1500, stateful_step_count=80, **_ALWAYS),
 }
-PROFILE = PROFILES[os.environ.get("HYPOTHESIS_PROFILE", "default")]
 
 OWNERS = ("ada", "bob")
 BACKOFF, POSTPONED = LONGEST_BACKOFF_SECONDS, LONGEST_POSTPONEMENT_SECONDS
@@ -1215,6 +1214,6 @@ def test_the_storage_layer_does_what_the_model_does(database_url: str) -> None:
         # Nothing here loses power, and other tests keep the disk busy.
         sa.event.listen(database._writer, "connect", lambda raw, _: raw.execute("PRAGMA synchronous=OFF"))
     try:
-        run_state_machine_as_test(lambda: StorageMachine(database), settings=PROFILE)
+        run_state_machine_as_test(lambda: StorageMachine(database), settings=PROFILES[PROFILE])
     finally:
         database.close()

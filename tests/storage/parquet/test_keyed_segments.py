@@ -23,6 +23,7 @@ from storage.errors import CorruptFile, TransientError
 from storage.objects.store import ObjectStore
 from storage.parquet import keyed_segments
 from tests.conftest import S3
+from tests.examples import examples
 
 SCHEMA = pa.schema(
     [
@@ -76,7 +77,7 @@ def caches_at(root: Path | str, index_bytes: int = 2**20) -> ResultCaches:
 NAMES = st.lists(st.integers(0, 40), max_size=30, unique=True)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(st.lists(st.tuples(st.sampled_from("ab"), NAMES, st.booleans()), max_size=5), NAMES)
 def test_what_was_kept_is_found_and_nothing_else(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, list[int], bool]], asked: list[int]

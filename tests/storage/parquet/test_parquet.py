@@ -22,6 +22,7 @@ from storage.objects.store import ObjectStore
 from storage.parquet import parquet
 from storage.records import Slice, Source
 from tests.conftest import S3
+from tests.examples import examples
 
 STORE = ObjectStore()
 LABELLED = pa.struct({"label": pa.string(), "score": pa.float32()})
@@ -96,7 +97,7 @@ def test_a_missing_file_is_named() -> None:
 # -- reading
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_slices_are_read_exactly(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("slices")

@@ -33,6 +33,7 @@ from pipeline.process.permissions import RowFiles
 from storage.errors import InvalidInput, InvalidJob, InvalidModel
 from storage.objects.store import ObjectStore
 from tests.engines.onnx.support import FLOAT, batches, by_label, embeddings, graph, job, model_at, run, value
+from tests.examples import examples
 
 SPEC = job("classify", column="image")
 
@@ -83,7 +84,7 @@ PROCESSORS = [
 
 
 @pytest.mark.parametrize(("kind", "fields"), PROCESSORS, ids=str)
-@settings(deadline=None, max_examples=10)  # a busy machine is no failure
+@settings(deadline=None, max_examples=examples(10))  # a busy machine is no failure
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 99), st.sampled_from(["RGB", "L", "RGBA", "P"]))
 def test_the_recipe_is_bit_equal_to_transformers(
     kind: str, fields: dict[str, Any], width: int, height: int, seed: int, mode: str

