@@ -19,7 +19,7 @@ TORCH := torch==2.13.0
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Folders without engines, servers and processes; SQLite stands in for every database.
 UNIT := tests/spec tests/planning tests/prefix tests/schedules tests/execution tests/result_cache tests/storage \
-	tests/engines/generation tests/engines/model_config tests/cli/test_values.py tests/cli/test_output.py \
+	tests/engines/generation tests/cli/test_values.py tests/cli/test_output.py \
 	tests/cli/test_errors.py tests/cli/test_progress.py tests/cli/admin/test_settings.py tests/repository/test_rooms.py
 
 # The CPU build of PyTorch comes from your own wheels where pip or uv are told of some (uv does not read pip's settings,

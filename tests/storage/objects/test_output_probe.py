@@ -18,7 +18,7 @@ from tests.conftest import S3
 from tests.storage.objects.faulty_s3 import IGNORE, Faults, proxy
 
 
-@pytest.fixture(params=["local", "s3", "memory"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.server), "memory"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[ObjectStore, str]:
     if request.param == "local":
         return ObjectStore(), str(tmp_path / "out")

@@ -59,7 +59,7 @@ class Place:
         return [item.uri.removeprefix(self.root + "/") for item in self.store.find(self(pattern))]
 
 
-@pytest.fixture(params=["local", "s3", "memory", "elsewhere"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.server), "memory", "elsewhere"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     """``elsewhere``: a store that whoever runs the tests names, and gives an empty folder at, such as an emulator."""
     name = uuid.uuid4().hex
