@@ -134,7 +134,7 @@ class Converter:
                     if batch is None:
                         return
                     # Offsets that lead out of a buffer would end the process as soon as somebody follows them.
-                    batch.validate(full=True)
+                    batch = _valid(batch)
                 for piece in unfolded(batch, UNFOLDED_BYTES):
                     yield _plain(pa.Table.from_batches([piece]), positions)
 
@@ -158,6 +158,28 @@ class Converter:
 
 def _plain_type(kind: Any) -> Any:
     return kind.value_type if isinstance(kind, pa.RunEndEncodedType) else kind
+
+
+def _valid(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch, checked. Raises ``pa.ArrowInvalid``.
+
+    What lies below a null struct may be anything: pyarrow leaves an index into no category at all there.
+    """
+    try:
+        batch.validate(full=True)
+    except pa.ArrowInvalid:
+        columns = [_masked(column) for column in batch.columns]
+        batch = pa.RecordBatch.from_arrays(columns, schema=batch.schema)
+        batch.validate(full=True)
+    return batch
+
+
+def _masked(column: Any) -> Any:
+    """A struct's nulls are nulls of its fields, too."""
+    if not pa.types.is_struct(column.type):
+        return column
+    fields = [_masked(child) for child in column.flatten()]
+    return pa.StructArray.from_arrays(fields, fields=list(column.type), mask=column.is_null())
 
 
 def _plain(table: pa.Table, positions: Sequence[int]) -> pa.Table:
@@ -206,6 +228,12 @@ class _Chunks:
         for field, column in zip(schema, table.columns, strict=True):
             try:
                 columns.append(column.cast(field.type))
+            except pa.ArrowNotImplementedError as error:
+                raise InvalidInput(
+                    f"{self._origin}: column {field.name!r} is {column.type}, which cannot be made {field.type}, as "
+                    f"Parquet stores it ({error}); write it as lists",
+                    field="input",
+                ) from error
             except pa.ArrowInvalid as error:
                 raise InvalidInput(
                     f"{self._origin}: column {field.name!r} is {column.type}, and Parquet stores that as {field.type}, "

@@ -234,5 +234,7 @@ def _read_by_duckdb(file: Path) -> pa.Table:
 READERS: dict[str, Any] = {
     "polars": _read_by_polars,
     "duckdb": _read_by_duckdb,
-    "pandas": lambda file: pa.Table.from_pandas(pq.read_table(file).to_pandas(), preserve_index=False),
+    "pandas": lambda file: pa.Table.from_pandas(
+        pq.read_table(file).to_pandas(integer_object_nulls=True), preserve_index=False
+    ),
 }
