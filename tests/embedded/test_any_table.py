@@ -104,7 +104,7 @@ FOUND: dict[str, Any] = {
     ),
     "list views of seconds": pa.array([None], pa.list_(pa.list_view(pa.timestamp("s")))),
 }
-"""Columns that runs of many examples have failed at. DuckDB's intervals stand in ``tests/inputs/test_several_files``."""
+"""Columns at which runs of many examples failed. DuckDB's intervals stand in ``tests/inputs/test_several_files``."""
 
 
 @pytest.mark.parametrize("name", FOUND)
