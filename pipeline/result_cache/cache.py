@@ -16,7 +16,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,8 +34,6 @@ log = logging.getLogger(__name__)
 
 SEGMENT_ROWS, SEGMENT_BYTES = 65_536, 16 * 2**20
 """Answers that are gathered before they are written, at most: a segment, and the memory that a shard needs for it."""
-SMALL_ROWS, MOST_SMALL = 8192, 32
-"""Segments with fewer rows are merged when there are as many: a folder has few, however many shards wrote."""
 REST_SECONDS = 300.0
 """After the store has failed it is left alone for so long: each try may wait for a minute, and every shard would."""
 _READERS = 8
@@ -135,7 +132,7 @@ class ResultCaches:
             known.damaged.add(segment.uri)
             log.warning("a file of cached results is left aside: %s", error)
         except InvalidInput:
-            log.info("%s has just been merged or deleted", segment.uri)
+            log.info("%s has just been deleted", segment.uri)
         return None
 
     def _resting(self) -> bool:
@@ -227,13 +224,10 @@ class ResultCache:
             self._begin()
 
     def finish(self) -> None:
-        """Write what is left, wait until it is written, and merge small segments where there are many. Safe to call
-        twice."""
+        """Write what is left, and wait until it is written. Safe to call twice."""
         if self._keys:
             self._begin()
-        last = self._settle()
-        if self._writes and last is not None and last.n_rows < SMALL_ROWS:
-            self._merge(last)
+        self._settle()
         self._writes = False
         self._pool.shutdown()
 
@@ -244,34 +238,19 @@ class ResultCache:
         if self._writes:
             self._pending = self._pool.submit(keyed_segments.write, self._store, self.folder, keys, values)
 
-    def _settle(self) -> Segment | None:
+    def _settle(self) -> None:
         pending, self._pending = self._pending, None
         if pending is None:
-            return None
+            return
         try:
             made = pending.result()
         except Exception as error:
             self._writes = False
             self.failures += 1
             self._failed(f"written below {self.folder}", error)
-            return None
+            return
         self.written += made.n_rows
         failpoints.hit("cache.stored")
-        return made
-
-    def _merge(self, last: Segment) -> None:
-        small = [last, *(each for each in self.segments.values() if each.n_rows < SMALL_ROWS)]
-        if len(small) < MOST_SMALL:
-            return
-        chosen: list[Segment] = []
-        rows = n_bytes = 0
-        for segment in small:
-            rows, n_bytes = rows + segment.n_rows, n_bytes + segment.n_bytes
-            if chosen and (rows > SEGMENT_ROWS or n_bytes > SEGMENT_BYTES):
-                break
-            chosen.append(segment)
-        with suppress(Exception):  # then they stay as they are, and the next shard tries again
-            keyed_segments.merge(self._store, self.folder, chosen, self._schema)
 
 
 def collect(store: ObjectStore, root: str, *, older_than: float, most_bytes: int | None) -> tuple[int, int]:

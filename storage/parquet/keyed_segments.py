@@ -51,7 +51,7 @@ class Segment:
 def listed(store: ObjectStore, folder: str) -> list[Segment]:
     """The segments below a folder, newest first; other files are none of ours. Empty when there is no such folder."""
     found = []
-    for item in store.find(folder, changing=True):  # others merge and delete meanwhile
+    for item in store.find(folder, changing=True):  # others delete meanwhile
         match = _NAME.match(item.uri.rpartition("/")[2])
         if match is not None:
             made_at = int(match[1].replace("-", ""), 16) / 1000
@@ -72,25 +72,15 @@ def write(store: ObjectStore, folder: str, keys: Sequence[bytes], values: pa.Tab
         [pa.field(HASH, pa.uint64()), pa.field(CHECK, pa.binary(KEY_BYTES - 8)), *values.schema],
         metadata={_FOLDER: _place(folder)},
     )
-    return _write(store, folder, pa.Table.from_arrays([*columns, *values.columns], schema=schema))
-
-
-def merge(store: ObjectStore, folder: str, merged: Sequence[Segment], schema: pa.Schema) -> Segment | None:
-    """One segment of the rows of several small ones, which are deleted then; one that cannot be read just goes.
-
-    Whoever reads them meanwhile finds them gone, or the rows twice: both are harmless. ``None``: no row was left.
-    """
-    tables = []
-    for segment in merged:
-        try:
-            with _opened(store, folder, segment) as file, readable(segment.uri, CorruptFile, "it is damaged"):
-                tables.append(file.read(use_threads=False).select([HASH, CHECK, *schema.names]))
-        except (CorruptFile, KeyError):
-            continue
-    rows = pa.concat_tables(tables) if tables else None
-    made = _write(store, folder, rows) if rows is not None and rows.num_rows else None
-    store.delete([segment.uri for segment in merged])
-    return made
+    table = pa.Table.from_arrays([*columns, *values.columns], schema=schema)
+    name = f"{uuid_utils.uuid7()}-{table.num_rows}.parquet"
+    most = max(1, min(GROUP_ROWS, GROUP_BYTES * table.num_rows // max(1, table.nbytes)))
+    with (
+        store.create(f"{folder}/{name}") as file,
+        pq.ParquetWriter(cast(IO[bytes], file), table.schema, compression="zstd", write_page_checksum=True) as writer,
+    ):
+        writer.write_table(table, row_group_size=most)
+    return Segment(file.written.uri, table.num_rows, file.written.n_bytes, time.time())
 
 
 def delete_abandoned(folder: str, older_than: float) -> None:
@@ -168,17 +158,6 @@ def _bounded(group: pa.Table, wanted: npt.NDArray[np.int64]) -> Iterator[tuple[i
 def _with_key(schema: pa.Schema) -> pa.Schema:
     fields: list[Any] = [pa.field(HASH, pa.uint64()), pa.field(CHECK, pa.binary(KEY_BYTES - 8)), *schema]
     return pa.schema(fields)
-
-
-def _write(store: ObjectStore, folder: str, table: pa.Table) -> Segment:
-    name = f"{uuid_utils.uuid7()}-{table.num_rows}.parquet"
-    most = max(1, min(GROUP_ROWS, GROUP_BYTES * table.num_rows // max(1, table.nbytes)))
-    with (
-        store.create(f"{folder}/{name}") as file,
-        pq.ParquetWriter(cast(IO[bytes], file), table.schema, compression="zstd", write_page_checksum=True) as writer,
-    ):
-        writer.write_table(table, row_group_size=most)
-    return Segment(file.written.uri, table.num_rows, file.written.n_bytes, time.time())
 
 
 class _opened:  # noqa: N801 - reads as a function

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,12 +22,12 @@ from pipeline.engines.onnx.runtime import autotune, custom_ops
 from pipeline.engines.onnx.runtime import layout as onnx_layout
 from pipeline.engines.onnx.runtime import options as onnx_options
 from pipeline.engines.onnx.runtime import signature as onnx_graph
-from pipeline.engines.onnx.runtime.autotune import Bench, Tuned
+from pipeline.engines.onnx.runtime.autotune import Bench
 from pipeline.engines.onnx.runtime.calibration_feeds import Feed, feeds
 from pipeline.engines.onnx.runtime.graph_cache import Graphs
 from pipeline.engines.onnx.runtime.layout import Layout
 from pipeline.engines.onnx.runtime.ort import import_runtime, installed
-from pipeline.engines.onnx.runtime.run import Call, Stopped
+from pipeline.engines.onnx.runtime.run import Call
 from pipeline.engines.onnx.runtime.session_pool import SessionPool, memory_for_copies
 from pipeline.engines.onnx.runtime.stream import Window, sample, stream
 from pipeline.engines.onnx.tensor.tensor_model import TensorModel, tensor_results
@@ -37,11 +35,6 @@ from pipeline.models.export import Exported, exported
 from pipeline.models.model import Model
 from pipeline.spec.job_spec import JobSpec, Task
 from storage.errors import Blame, EngineDead, InvalidModel
-
-GATE_SECONDS = 0.1
-"""How soon a call that waits for another's measurement notices that it was cancelled."""
-ALONE_SECONDS = 600.0
-"""How long a measurement waits for the calls that are running: the rest of a shard each."""
 
 
 class OnnxEngine:
@@ -75,12 +68,6 @@ class OnnxEngine:
         self._key = ""
         self._layout_from = "default"
         self._profile: Path | None = None
-        self._gate = threading.Lock()
-        self._calls = threading.Condition()
-        # Under the condition:
-        self._active = 0
-        self._since = 0.0
-        self._worked = 0.0
 
     @classmethod
     def check(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:
@@ -169,13 +156,10 @@ class OnnxEngine:
                 )
             graph, folder = self._export(folder)
         self._graph = graph
-        config = None if folder is None else folder.config
-        self._graphs = graphs = Graphs(runtime, graph, self._model, options, self._context.cache_dir, config)
+        self._graphs = graphs = Graphs(runtime, graph, self._model, options, self._context.cache_dir)
         cached = self._remembered(runtime, graph, folder is not None)
-        if cached is not None and cached.fused and not graphs.can_fuse(patient=True):
-            cached = replace(cached, fused=False)
         if cached is not None and options.sessions is None:  # the memory may have been another's when it was measured
-            copies = memory_for_copies(graphs.file(fused=cached.fused))
+            copies = memory_for_copies(graphs.file())
             cached = replace(cached, sessions=min(cached.sessions, max(1, copies)))
         self._pool = pool = SessionPool.open(graphs, options, notify, cached, self._profile)
         if pool.layout != cached and self._layout_from == "cache":
@@ -233,7 +217,7 @@ class OnnxEngine:
         if self._pool is None or self._closed:
             raise EngineDead("the ONNX Runtime engine is not loaded, or was closed", blame=Blame.OTHERS)
         self._pool.check_process()
-        return self._infer(self._prepared(spec, batches), cancel)
+        return stream(self._prepared(spec, batches), self._pool, cancel)
 
     def _prepared(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[Window]:
         if self._text is not None:
@@ -243,117 +227,31 @@ class OnnxEngine:
         assert self._tensor is not None
         return self._tensor.prepare(spec, batches)
 
-    def _infer(self, prepared: Iterator[Window], cancel: Cancellation) -> Iterator[ResultBatch]:
-        assert self._pool is not None
-        # Drawn before the gate: reading rows may take long, and others would wait for it.
-        first, enough = self._first(prepared) if self._worth_measuring() else ([], False)
-        # Whoever comes while layouts are measured waits: it would spoil the measurement.
-        while not self._gate.acquire(timeout=GATE_SECONDS):
-            if cancel.cancelled:
-                return
-        try:
-            if enough and self._worth_measuring() and self._alone(cancel):
-                first = self._measured(first, cancel)
-            with self._calls:
-                if not self._active:
-                    self._since = time.monotonic()
-                self._active += 1
-        finally:
-            self._gate.release()
-        try:
-            yield from stream(chain(_drained(first), prepared), self._pool, cancel)
-        finally:
-            with self._calls:
-                self._active -= 1
-                if not self._active:
-                    self._worked += time.monotonic() - self._since
-                self._calls.notify_all()
-
-    def _worth_measuring(self) -> bool:
-        """Whether the engine has worked for so long that measuring layouts costs little beside it."""
-        with self._calls:
-            running = time.monotonic() - self._since if self._active else 0.0
-            return self._layout_from == "default" and self._worked + running >= autotune.WORTH_SECONDS
-
-    def _alone(self, cancel: Cancellation) -> bool:
-        """Wait until no other call runs (hold the gate, so that none begins). False when that takes too long."""
-        until = time.monotonic() + ALONE_SECONDS
-        with self._calls:
-            while self._active and time.monotonic() < until and not cancel.cancelled and not self._closed:
-                self._calls.wait(GATE_SECONDS)
-            return not self._active and not cancel.cancelled
-
-    def _first(self, prepared: Iterator[Window]) -> tuple[list[Window], bool]:
-        """The first window, or some, and whether they hold rows enough for measuring layouts."""
-        assert self._pool is not None
-        first = list(islice(prepared, 1))
-        if self._text is not None:
-            return first, bool(first) and first[0].n_rows >= autotune.LEAST_ROWS
-        # A window of tensors or images may be a single pack. As many windows are drawn as the lanes would work on.
-        most = 4 * self._pool.size
-        while first and len(first) < most and sum(len(window.packs) for window in first) < most:
-            more = next(prepared, None)
-            if more is None:
-                return first, False
-            first.append(more)
-        return first, bool(first)
-
-    def _measured(self, first: list[Window], cancel: Cancellation) -> list[Window]:
-        """The same windows, after the fastest layout was found on them."""
-        tuned = self._measure(first, cancel)
-        if tuned is not None and self._text is not None:
-            return [replace(first[0], packs=first[0].sample(tuned.layout.token_budget, 1))]
-        return first
-
-    def _measure(self, windows: list[Window], cancel: Cancellation, *, patient: bool = False) -> Tuned | None:
-        """Find the fastest layout for the windows' rows, change to it, and remember it."""
-        pool, graphs, model = self._pool, self._graphs, self._text or self._image or self._tensor
-        assert pool is not None and graphs is not None and model is not None
-        call = Call()
-        forget = cancel.on_cancel(call.stop)
-        counts = Counter(model.counts)
-        try:
-            bench = Bench(graphs, self._options, pool, partial(sample, windows), call, patient=patient)
-            tuned = bench.tune(text=self._text is not None)
-            if tuned is None:
-                self._layout_from = bench.reason
-                return None
-            if tuned.layout != pool.layout:
-                pool.become(SessionPool.open(graphs, self._options, self._context.notify, tuned.layout))
-        except Stopped:
-            self._layout_from = "default"
-            return None
-        except Exception as error:
-            # The layout in use works, or says itself what does not; a job is not lost to an attempt at a faster one.
-            if patient:
-                raise
-            self._layout_from = "not measured"
-            self._context.notify(f"layouts could not be measured, and the one in use is kept: {error}")
-            return None
-        finally:
-            forget()
-            model.counts.clear()
-            model.counts.update(counts)
-        if self._text is not None:
-            self._text.token_budget = tuned.layout.token_budget
-        autotune.write(self._context.cache_dir, self._key, tuned)
-        self._layout_from = "measured"
-        return tuned
-
     def benchmark(self, spec: JobSpec, batches: Iterable[RowBatch]) -> dict[str, Any] | None:
-        """Measure layouts on ``batches``, some hundred rows or more, however slow the model is; remember the fastest.
+        """Measure layouts on ``batches``, some hundred rows or more; remember the fastest for engines that load later.
 
         ``None`` when there is nothing to measure: no row can be run, or the options fix everything.
         """
         if self._pool is None or self._closed:
             raise EngineDead("the ONNX Runtime engine is not loaded, or was closed", blame=Blame.OTHERS)
-        # Of texts, the first window; of tensors, what was given.
-        windows = list(islice(self._prepared(spec, batches), 1 if self._text is not None else None))
-        if not windows or self._layout_from == "options":
+        model = self._text or self._image or self._tensor
+        assert self._graphs is not None and model is not None
+        if self._layout_from == "options":
             return None
-        with self._gate:
-            tuned = self._measure(windows, Cancellation(), patient=True)
-        return None if tuned is None else tuned.told()
+        counts = Counter(model.counts)
+        try:
+            # Of texts, the first window; of tensors, what was given.
+            windows = list(islice(self._prepared(spec, batches), 1 if self._text is not None else None))
+            tuned = Bench(self._graphs, self._options, self._pool, partial(sample, windows), Call()).tune(
+                text=self._text is not None
+            )
+        finally:
+            model.counts.clear()
+            model.counts.update(counts)
+        if tuned is None:
+            return None
+        autotune.write(self._context.cache_dir, self._key, tuned)
+        return tuned.told()
 
     def feeds(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[Feed]:
         """What the graph is fed for these rows, batch by batch: graph input → array. For calibration."""
@@ -413,9 +311,3 @@ class OnnxEngine:
             self._pool.close()
         if self._image is not None:
             self._image.close()
-
-
-def _drained(windows: list[Window]) -> Iterator[Window]:
-    """The windows, each let go of when it is handed over."""
-    while windows:
-        yield windows.pop(0)

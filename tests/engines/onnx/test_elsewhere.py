@@ -44,7 +44,6 @@ def relu(tmp_path: Path) -> Path:
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> pa.RecordBatch:
     monkeypatch.setattr(autotune, "SAMPLE_SECONDS", 0.01)
-    monkeypatch.setattr(autotune, "WORTH_SECONDS", 0.0)
     return pa.record_batch({"x": np.arange(300, dtype=np.float32) - 150})
 
 
@@ -61,27 +60,10 @@ def test_a_layout_that_memory_does_not_hold_is_out(
 
     monkeypatch.setattr(session_pool, "open_session", short)
     made = engine(relu, SPEC, tmp_path)
-    table, failures = run(made, SPEC, rows, size=20)
-    stats = made.stats()
+    told = made.benchmark(SPEC, batches(rows, 20))
     made.close()
-    assert not failures and table.num_rows == 300
-    assert stats["layout_from"] == "measured" and stats["threads"] == 1
-
-
-def test_a_measurement_that_fails_leaves_what_works(
-    relu: Path, rows: pa.RecordBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any) -> None:
-        raise MemoryError("std::bad_alloc")
-
-    monkeypatch.setattr(autotune.Bench, "tune", lambda self, text: fail())
-    said: list[str] = []
-    made = engine(relu, SPEC, tmp_path, said)
-    table, failures = run(made, SPEC, rows, size=20)
-    stats = made.stats()
-    made.close()
-    assert not failures and table.num_rows == 300 and stats["layout_from"] == "not measured"
-    assert any("could not be measured" in message for message in said)
+    assert told is not None
+    assert all(" 1 threads" in trial["layout"] for trial in told["trials"])
 
 
 def test_too_little_memory_is_no_fault_of_the_model(
@@ -125,24 +107,6 @@ def test_a_provider_missing_on_one_worker_does_not_end_the_job_for_all(relu: Pat
     assert attempt("fleet", queues=("onnx",))[0] is JobState.IN_PROGRESS
     with pytest.raises(EngineMissing, match="CUDAExecutionProvider"):
         attempt("embedded")
-
-
-def test_who_waits_for_anothers_measurement_can_be_cancelled(relu: Path, tmp_path: Path) -> None:
-    made = engine(relu, SPEC, tmp_path)
-    cancel, done = Cancellation(), threading.Event()
-    columns = pa.record_batch({"x": pa.array([1.0], pa.float32())})
-
-    def other() -> None:
-        assert list(made.infer(SPEC, batches(columns), cancel)) == []
-        done.set()
-
-    with made._gate:  # as while layouts are measured
-        thread = threading.Thread(target=other)
-        thread.start()
-        cancel.cancel("job cancelled")
-        assert done.wait(30)
-    thread.join()
-    made.close()
 
 
 def test_rows_that_come_late_hold_nobody_up(relu: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.result_cache import cache as result_cache
-from pipeline.result_cache.cache import MOST_SMALL, ResultCaches
+from pipeline.result_cache.cache import ResultCaches
 from storage.errors import CorruptFile, TransientError
 from storage.objects.store import ObjectStore
 from storage.parquet import keyed_segments
@@ -151,36 +151,15 @@ def test_the_newest_are_known_when_memory_is_short(tmp_path: Path) -> None:
     assert sum(len(known.index) for known in few._known.values()) <= 25
 
 
-def test_small_segments_are_merged(tmp_path: Path) -> None:
-    caches = caches_at(tmp_path)
-    names = [f"n{number}" for number in range(3 * MOST_SMALL)]
-    for name in names:
-        keep(caches, [name])
-        assert len(list(tmp_path.rglob("*.parquet"))) < MOST_SMALL
-    assert kept(caches, names).keys() == kept(caches_at(tmp_path), names).keys() == set(names)
-
-
-def test_a_damaged_segment_is_left_aside_when_others_are_merged(tmp_path: Path) -> None:
-    for number in range(MOST_SMALL - 1):
-        keep(caches_at(tmp_path), [number])
-    oldest = min(tmp_path.rglob("*.parquet"))
-    oldest.write_bytes(b"PAR1 torn")
-    keep(caches_at(tmp_path), ["last"])
-    keep(caches_at(tmp_path), ["one more"])
-    names = [*range(MOST_SMALL - 1), "last", "one more"]
-    assert kept(caches_at(tmp_path), names).keys() == set(names) - {0}
-    assert len(list(tmp_path.rglob("*.parquet"))) <= 3
-
-
-def test_merging_and_reading_at_the_same_time(tmp_path: Path) -> None:
+def test_deleting_and_reading_at_the_same_time(tmp_path: Path) -> None:
     reader = caches_at(tmp_path)
     keep(reader, ["a", "b"])
     cache = reader.open("t", FACTS, SCHEMA)
     places = cache.find([key("a"), key("b")])
     store, (old,) = ObjectStore(), cache.segments.values()
-    assert keyed_segments.merge(store, cache.folder, [old], SCHEMA) is not None
+    store.delete([old.uri])
     assert list(cache.read([key("a"), key("b")], places)) == [] and not cache.failures
-    assert kept(reader, ["a", "b"]).keys() == {"a", "b"}
+    assert kept(reader, ["a", "b"]) == {}
 
 
 WRITER = """
@@ -204,7 +183,6 @@ def test_processes_that_write_the_same_answers_at_the_same_time(tmp_path: Path) 
         f"{who} {n}" for who in range(4) for n in range(12)
     ]
     assert kept(caches_at(tmp_path), list(dict.fromkeys(names))).keys() == set(names)
-    assert len(list(tmp_path.rglob("*.parquet"))) < 2 * MOST_SMALL
 
 
 KILLED = """

@@ -1,7 +1,7 @@
-"""Which layout is fastest here: measured in seconds on a sample of the first window of rows, then remembered.
+"""Which layout is fastest here: measured by ``rowmill model benchmark`` on a sample of rows, then remembered for jobs.
 
-A busy machine makes any layout look slow, so a rival that led at first has to win every one of some pairs of turns, and
-by ``MARGIN`` in the median. Why so, and what was measured: docs/adr/0017.
+A busy machine makes any layout look slow, so all take turns, and a rival has to win every turn against the layout in
+use, and by ``MARGIN`` in the median. Why so, and what was measured: docs/adr/0017 and 0035.
 """
 
 from __future__ import annotations
@@ -37,18 +37,10 @@ MARGIN = 1.05
 """How many times as fast a rival must be."""
 SAMPLE_SECONDS = 0.5
 """About how long one turn of the first layout takes."""
-SLOW_SECONDS = 4.0
-"""A model whose single batch takes longer is not tuned, unless a measurement was asked for by name."""
-LIMIT_SECONDS = 15.0
-"""After this long no further turn is taken, unless a measurement was asked for by name."""
-LEAST_ROWS = 1024
-"""Distinct rows in a window that a measurement can be made on."""
-WORTH_SECONDS = 120.0
-"""A measurement is worth its seconds once the engine has worked so long."""
-MEASURED = 2
+TURNS = 3
+"""Of each layout, after one that warms it up."""
+MEASURED = 3
 """Raised when what was measured before holds no longer."""
-_PAIRS = 3
-"""Turns of the leader and the champion, in alternation."""
 
 Sample = Callable[[int, int], list[Pack]]
 """Packs of every ``n``-th row of a window at a token budget: ``sample(budget, n)``."""
@@ -90,62 +82,27 @@ class Tuned:
 class Bench:
     """Measures layouts of one graph; ``pool`` is the one in use, with which the first layout is measured.
 
-    ``patient``: measure slow models too.
-
     Raises, when ``call`` is stopped, :class:`~pipeline.engines.onnx.runtime.run.Stopped`.
     """
 
-    def __init__(
-        self,
-        graphs: Graphs,
-        options: OnnxOptions,
-        pool: SessionPool,
-        sample: Sample,
-        call: Call,
-        *,
-        patient: bool = False,
-    ) -> None:
+    def __init__(self, graphs: Graphs, options: OnnxOptions, pool: SessionPool, sample: Sample, call: Call) -> None:
         self._graphs, self._options, self._pool = graphs, options, pool
-        self._sample, self._call, self._patient = sample, call, patient
-        self._began = time.monotonic()
-        self.reason = "nothing to measure"
-        """Why nothing was measured."""
+        self._sample, self._call = sample, call
         self._every = 1
         self._n_rows = 0
         self.trials: list[Trial] = []
 
     def tune(self, *, text: bool) -> Tuned | None:
         """The fastest layout, or ``None`` when nothing was measured."""
-        cores, on_cpu, options = available_cores(), self._pool.on_cpu, self._options
+        options, on_cpu = self._options, self._pool.on_cpu
         best = self._pool.layout
         if not self._choose_sample(best):
             return None
         copies = memory_for_copies(self._pool.file)
-        questions: list[Callable[[Layout], Iterable[Layout]]] = [
-            lambda best: onnx_layout.rivals(best, options, cores, copies, on_cpu=on_cpu)
-        ]
+        best = self._contest(best, onnx_layout.rivals(best, options, available_cores(), copies, on_cpu=on_cpu))
         if text:
-            questions += [
-                lambda best: onnx_layout.budgets(best, options, on_cpu=on_cpu),
-                lambda best: onnx_layout.bindings(best, options),
-                self._fusions,
-            ]
-        for rivals in questions:
-            if not self._late():
-                best = self._contest(best, rivals(best))
-        if not self.trials:
-            return None
-        return Tuned(best, tuple(self.trials))
-
-    def _late(self) -> bool:
-        return not self._patient and time.monotonic() - self._began >= LIMIT_SECONDS
-
-    def _fusions(self, best: Layout) -> Iterable[Layout]:
-        """Making the other form takes seconds, so it is made when everything else is known."""
-        rivals = list(onnx_layout.fusions(best, self._options))
-        if rivals and not self._graphs.can_fuse(patient=self._patient, stopped=lambda: self._call.stopped):
-            return []
-        return rivals
+            best = self._contest(best, onnx_layout.budgets(best, options, on_cpu=on_cpu))
+        return Tuned(best, tuple(self.trials)) if self.trials else None
 
     def _choose_sample(self, layout: Layout) -> bool:
         whole = self._sample(layout.token_budget, 1)
@@ -155,9 +112,6 @@ class Bench:
         middle = [whole[len(whole) // 2]]
         self._seconds(self._pool, middle)
         one = self._seconds(self._pool, middle)
-        if one > SLOW_SECONDS and not self._patient:
-            self.reason = "too slow to measure"
-            return False
         wanted = max(2 * self._pool.size, int(SAMPLE_SECONDS / max(one, 1e-6)) * self._pool.size)
         self._every = max(1, len(whole) // wanted)
         return True
@@ -168,55 +122,39 @@ class Bench:
         if not challengers:
             return champion
         with self._pools(champion, challengers) as pools:
-            seconds = {champion: self._turn(pools[champion], champion, warm=True)}
-            for layout in [layout for layout in pools if layout != champion]:
-                taken = None if self._late() else self._attempt(pools, layout, warm=True)
-                if taken is not None:
-                    seconds[layout] = taken
-            rates = {layout: self._n_rows / taken for layout, taken in seconds.items()}
-            ratios = {layout: seconds[champion] / taken for layout, taken in seconds.items()}
-            fastest = min(seconds, key=lambda layout: seconds[layout])
-            if fastest != champion:
-                won = self._duel(pools, champion, fastest)
-                if won:
-                    ratios[fastest] = median(won)
-                if len(won) < _PAIRS or min(won) < 1.0 or ratios[fastest] < MARGIN:
-                    fastest = champion
-        for layout, rate in rates.items():
-            self.trials.append(Trial(layout, round(rate, 2), round(ratios[layout], 3), layout == fastest))
+            seconds: dict[Layout, list[float]] = {layout: [] for layout in pools}
+            for turn in range(TURNS + 1):
+                # Back and forth: what changes on the machine meanwhile favours nobody.
+                for layout in list(pools)[:: -1 if turn % 2 else 1]:
+                    taken = self._attempt(pools, layout, champion)
+                    if taken is not None and turn:
+                        seconds[layout].append(taken)
+            won = {
+                layout: [theirs / ours for theirs, ours in zip(seconds[champion], seconds[layout], strict=True)]
+                for layout in pools
+            }
+            ratios = {layout: median(turns) for layout, turns in won.items()}
+            clear = [layout for layout in pools if min(won[layout]) >= 1.0 and ratios[layout] >= MARGIN]
+            fastest = max(clear, key=lambda layout: ratios[layout], default=champion)
+        for layout, ratio in ratios.items():
+            rate = self._n_rows / median(seconds[layout])
+            self.trials.append(Trial(layout, round(rate, 2), round(ratio, 3), layout == fastest))
         return fastest
 
-    def _duel(self, pools: dict[Layout, SessionPool], champion: Layout, rival: Layout) -> list[float]:
-        """How many times as fast the rival is, by pairs of turns; ends with the first that it loses, or fails in."""
-        won: list[float] = []
-        while len(won) < _PAIRS and min(won, default=1.0) >= 1.0 and not self._late():
-            if len(won) % 2:
-                theirs, ours = self._attempt(pools, rival), self._turn(pools[champion], champion, warm=False)
-            else:
-                ours, theirs = self._turn(pools[champion], champion, warm=False), self._attempt(pools, rival)
-            if theirs is None:
-                break
-            won.append(ours / theirs)
-        return won
-
-    def _attempt(self, pools: dict[Layout, SessionPool], layout: Layout, *, warm: bool = False) -> float | None:
-        """A rival's turn, in seconds; ``None`` when it fails: a layout that does not work here is out."""
+    def _attempt(self, pools: dict[Layout, SessionPool], layout: Layout, champion: Layout) -> float | None:
+        """A turn, in seconds; ``None`` when a rival's fails: a layout that does not work here is out."""
         try:
-            return self._turn(pools[layout], layout, warm=warm)
+            return self._seconds(pools[layout], self._sample(layout.token_budget, self._every))
         except (Stopped, EngineDead):
             raise
         except Exception as error:
+            if layout == champion:
+                raise
             log.info("layout %s is out: %s", layout, error)
             failed = pools.pop(layout)
             if failed is not self._pool:
                 failed.close()
             return None
-
-    def _turn(self, pool: SessionPool, layout: Layout, *, warm: bool) -> float:
-        packs = self._sample(layout.token_budget, self._every)
-        if warm:
-            self._seconds(pool, packs[: pool.size])
-        return self._seconds(pool, packs)
 
     @contextmanager
     def _pools(self, champion: Layout, rivals: Sequence[Layout]) -> Iterator[dict[Layout, SessionPool]]:

@@ -1,4 +1,4 @@
-"""The files that a model's sessions are opened from: its graph as it is or fused, optimized once and kept.
+"""The file that a model's sessions are opened from: its graph, optimized once and kept.
 
 What ONNX Runtime does to a graph when it loads it, it can save, with the weights packed as the processor wants them;
 later sessions map that file. Measured (ONNX Runtime 1.31, two cores): 0.3 to 0.5 times the time to load, bit-equal
@@ -11,21 +11,18 @@ import hashlib
 import json
 import shutil
 import threading
-from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline.engines.onnx.runtime.options import OnnxOptions
 from pipeline.engines.onnx.runtime.ort import CPU, KEPT_GRAPH, GraphFile, open_session, processor, wanted_providers
-from pipeline.models import cache_entry, external_data, fuse
+from pipeline.models import cache_entry, external_data
 from pipeline.models.model import Model
 from storage.errors import InvalidModel, TransientError
 
 LEAST_BYTES = 32 * 2**20
 """Graphs smaller than this, weights included, load in a moment, and are not kept."""
-FUSED_IN_A_JOB = 256 * 2**20
-"""Graphs larger than this are fused on demand only: it takes too long for a job's first seconds."""
 LAYOUT = 2
 _REPORT = "kept.json"
 
@@ -39,7 +36,7 @@ def n_bytes(graph: Path) -> int:
 
 
 class Graphs:
-    """One model's graph files. ``config``: of its checkpoint, where it is a transformer over texts."""
+    """One model's graph, and the file that stands for it on this machine."""
 
     def __init__(
         self,
@@ -48,20 +45,18 @@ class Graphs:
         model: Model,
         options: OnnxOptions,
         cache_dir: Path,
-        config: Mapping[str, Any] | None = None,
     ) -> None:
         self.raw = graph
         self.n_bytes = n_bytes(graph)
         self._runtime = runtime
         self._options = options
         self._cache_dir = cache_dir
-        self._config = config
         inside = model.path is not None and graph.is_relative_to(model.path)
         # An exported graph lies in a folder whose name says what made it.
         where = str(graph.relative_to(model.path)) if inside and model.path else f"{graph.parent.name}/{graph.name}"
         self._identity = f"{model.digest} {where} {self.n_bytes}"
         self._lock = threading.Lock()
-        self._files: dict[bool, GraphFile] = {}
+        self._file: GraphFile | None = None
 
     @property
     def engine_folder(self) -> Path:
@@ -69,45 +64,23 @@ class Graphs:
         key = hashlib.sha256(json.dumps([self._identity, str(self._runtime.__version__)]).encode()).hexdigest()[:32]
         return self._cache_dir / "onnx-engines" / key
 
-    def file(self, *, fused: bool, stopped: Callable[[], bool] = lambda: False) -> GraphFile:
-        """The file to open. Raises :class:`~storage.errors.InvalidModel` when there is no fused graph."""
+    def file(self) -> GraphFile:
+        """The file to open; it is made now, where one is worth keeping."""
         with self._lock:
-            if fused not in self._files:
-                path, why = self._fused(stopped) if fused else (self.raw, "")
-                if path is None:
-                    raise InvalidModel(f"{self.raw} has no fused form: {why}", field="engine_options.fused")
-                self._files[fused] = self._kept(path, fused=fused)
-            return self._files[fused]
+            if self._file is None:
+                self._file = self._kept()
+            return self._file
 
-    def can_fuse(self, *, patient: bool, stopped: Callable[[], bool] = lambda: False) -> bool:
-        """Whether there is a fused graph; it is made now. ``patient``: even if that takes minutes. ``stopped``: as in
-        :func:`pipeline.models.fuse.fused`."""
-        if self._config is None or self.n_bytes > (fuse.MOST_BYTES if patient else FUSED_IN_A_JOB):
-            return False
-        try:
-            self.file(fused=True, stopped=stopped)
-        except InvalidModel:
-            return False
-        return True
-
-    def _fused(self, stopped: Callable[[], bool]) -> tuple[Path | None, str]:
-        if self._config is None:
-            return None, "it is no transformer over texts"
-        if self.n_bytes > fuse.MOST_BYTES:
-            return None, f"it is larger than {fuse.MOST_BYTES // 2**20} MiB"
-        version = str(self._runtime.__version__)
-        return fuse.fused(self.raw, self._identity, version, self._config, self._cache_dir, stopped)
-
-    def _kept(self, path: Path, *, fused: bool) -> GraphFile:
+    def _kept(self) -> GraphFile:
         """The graph as ONNX Runtime saved it; the graph itself where nothing is gained or nothing can be saved."""
-        raw, options = GraphFile(path), self._options
+        raw, options = GraphFile(self.raw), self._options
         providers = wanted_providers(self._runtime, options)
         on_cpu = all(name == CPU for name, _ in providers)
         # What other providers make of a graph is theirs to keep; a library of operators may change beneath us.
         if not options.keep_optimized or not on_cpu or options.custom_ops or self.n_bytes < LEAST_BYTES:
             return raw
         how = [options.graph_optimization_level, sorted(options.session_config.items()), [p for _, p in providers]]
-        parts = [self._identity, fused, str(self._runtime.__version__), processor(), how, LAYOUT]
+        parts = [self._identity, False, str(self._runtime.__version__), processor(), how, LAYOUT]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
         final = self._cache_dir / "onnx-optimized" / key
 

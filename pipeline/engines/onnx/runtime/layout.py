@@ -19,19 +19,18 @@ _GPU_BUDGETS = (4096, 16_384, 65_536)
 @dataclass(frozen=True, slots=True)
 class Layout:
     """``sessions`` copies of the model, ``lanes`` batches side by side on each, ``threads`` on each batch;
-    ``token_budget`` padded tokens in a batch of texts; ``io_binding``: into kept buffers; ``fused``: the graph is."""
+    ``token_budget`` padded tokens in a batch of texts; ``io_binding``: into kept buffers."""
 
     sessions: int
     lanes: int
     threads: int
     token_budget: int
     io_binding: bool
-    fused: bool = False
 
     def __str__(self) -> str:
         spread = f"{self.sessions} sessions × {self.lanes} lanes × {self.threads} threads"
         buffers = "kept" if self.io_binding else "new"
-        return f"{spread}, {self.token_budget} tokens, {buffers} buffers, {'fused' if self.fused else 'raw'} graph"
+        return f"{spread}, {self.token_budget} tokens, {buffers} buffers"
 
     @classmethod
     def default(cls, options: OnnxOptions, cores: int, *, on_cpu: bool) -> Layout:
@@ -41,7 +40,7 @@ class Layout:
         lanes = max(1, cores // (threads * sessions)) if on_cpu else 1
         budget = options.token_budget or (CPU_TOKENS if on_cpu else GPU_TOKENS)
         binding = options.io_binding if options.io_binding is not None else not on_cpu
-        return cls(sessions, options.lanes or lanes, threads, budget, binding, bool(options.fused))
+        return cls(sessions, options.lanes or lanes, threads, budget, binding)
 
     @classmethod
     def from_json(cls, value: Any) -> Layout:
@@ -49,20 +48,20 @@ class Layout:
         numbers = {name: int(value[name]) for name in ("sessions", "lanes", "threads", "token_budget")}
         if min(numbers.values()) < 1:
             raise ValueError(f"not a layout: {value!r}")
-        return cls(**numbers, io_binding=bool(value["io_binding"]), fused=bool(value["fused"]))
+        return cls(**numbers, io_binding=bool(value["io_binding"]))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def obeying(self, options: OnnxOptions) -> Layout:
         """The same with what the options fix."""
-        names = ("sessions", "lanes", "threads", "token_budget", "io_binding", "fused")
+        names = ("sessions", "lanes", "threads", "token_budget", "io_binding")
         return replace(self, **{n: v for n in names if (v := getattr(options, n)) is not None})
 
 
 def fixed(options: OnnxOptions, *, text: bool) -> bool:
     """Whether the options leave nothing to measure."""
-    names = ("sessions", "lanes", "threads", *(("token_budget", "io_binding") if text else ()))
+    names = ("sessions", "lanes", "threads", *(("token_budget",) if text else ()))
     return not options.autotune or all(getattr(options, name) is not None for name in names)
 
 
@@ -91,15 +90,3 @@ def budgets(base: Layout, options: OnnxOptions, *, on_cpu: bool) -> Iterator[Lay
         for tokens in _CPU_BUDGETS if on_cpu else _GPU_BUDGETS:
             if tokens != base.token_budget:
                 yield replace(base, token_budget=tokens)
-
-
-def bindings(base: Layout, options: OnnxOptions) -> Iterator[Layout]:
-    """The same layout with the buffers handled the other way."""
-    if options.io_binding is None:
-        yield replace(base, io_binding=not base.io_binding)
-
-
-def fusions(base: Layout, options: OnnxOptions) -> Iterator[Layout]:
-    """The same layout of the other form of the graph."""
-    if options.fused is None:
-        yield replace(base, fused=not base.fused)

@@ -44,7 +44,7 @@ class StateInput(BaseModel):
 
 
 class OnnxOptions(BaseModel):
-    """How ONNX Runtime runs the graph. ``None`` means: measured, or chosen by what the machine has."""
+    """How ONNX Runtime runs the graph. ``None``: as ``rowmill model benchmark`` measured, else by model and machine."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -61,16 +61,12 @@ class OnnxOptions(BaseModel):
     threads: Annotated[StrictInt, Field(ge=1, le=1024)] | None = None
     """Threads that share the work of each batch (``intra_op_num_threads`` is another name for it)."""
     io_binding: StrictBool | None = None
-    """Texts: run into kept input and output buffers instead of new ones."""
-    fused: StrictBool | None = None
-    """Texts: run the graph with attention and normalizations as single operators, if ONNX Runtime's optimizer can make
-    it so and its results stay the same; ``None``: where it is measured to be faster."""
+    """Texts: run into kept input and output buffers instead of new ones; ``None``: on a GPU only."""
     keep_optimized: StrictBool = True
     """On CPU, keep the graph as ONNX Runtime optimized it, and its packed weights, in the cache (up to twice the
     model's size): it loads in less than half of the time, and all sessions on a machine share the memory."""
     autotune: StrictBool = True
-    """Once the engine has worked for two minutes, measure a window of texts in several layouts, and keep the fastest
-    for what is ``None`` here."""
+    """Take what ``rowmill model benchmark`` found fastest on this machine for what is ``None`` here."""
     token_budget: Annotated[StrictInt, Field(ge=1)] | None = None
     """Most padded tokens in a batch of texts; unless measured, 512 on CPU, 16,384 on a GPU."""
     max_batch: Annotated[StrictInt, Field(ge=1)] = 256

@@ -98,7 +98,7 @@ class SessionPool:
         wanted = with_engine_cache(wanted_providers(runtime, options), graphs.engine_folder)
         on_cpu = all(name == CPU for name, _ in wanted)
         layout = layout or Layout.default(options, available_cores(), on_cpu=on_cpu)
-        file = graphs.file(fused=layout.fused)
+        file = graphs.file()
         first = open_session(runtime, file, options, wanted, layout.threads, profile=profile)
         active = tuple(first.get_providers())
         strict = options.providers is not None and not options.allow_fallback
@@ -113,7 +113,6 @@ class SessionPool:
             notify(f"{', '.join(missing)} does not work here; ONNX Runtime runs on {', '.join(active)}")
             if active == (CPU,) and not on_cpu:  # what was meant for a GPU does not fit
                 layout = Layout.default(options, available_cores(), on_cpu=True)
-                file = graphs.file(fused=layout.fused)
                 first = open_session(runtime, file, options, [(CPU, {})], layout.threads, profile=profile)
         elif wanted[0][0] != CPU and (placed := _placement(first)) and wanted[0][0] not in placed:
             said = f"{wanted[0][0]} runs none of the model's {sum(placed.values())} nodes: {_counted(placed)}"
@@ -142,12 +141,6 @@ class SessionPool:
             for _ in range(layout.lanes)
         ]
         return cls(lanes, active, file, layout, profiling=profile is not None)
-
-    def become(self, other: SessionPool) -> None:
-        """Take over the sessions and threads of ``other``, which is not used any more; nothing may run on this one."""
-        self.close()
-        self._lanes, self._threads, self._local = other._lanes, other._threads, other._local
-        self.file, self.layout, self.size, self.placement = other.file, other.layout, other.size, other.placement
 
     @property
     def session(self) -> Any:

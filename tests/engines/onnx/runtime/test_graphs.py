@@ -1,8 +1,7 @@
-"""The forms of a graph (kept as optimized, fused): equal results, made once, and given up where they cannot be had."""
+"""A graph kept as it was optimized: equal results, made once, and given up where it cannot be had."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -17,13 +16,9 @@ import pyarrow as pa
 import pytest
 from onnx import helper, numpy_helper
 
-from examples.tiny_encoder import build_encoder
 from pipeline.engines.onnx.runtime import graph_cache
 from pipeline.engines.onnx.runtime.ort import KEPT_GRAPH, KEPT_WEIGHTS
-from pipeline.models import fuse
-from storage.errors import InvalidModel
-from tests.engines.onnx.models.test_text import column, some_texts
-from tests.engines.onnx.support import FLOAT, batches, embeddings, engine, graph, job, run, value, vectors
+from tests.engines.onnx.support import FLOAT, engine, graph, job, run, value, vectors
 
 SPEC = job("tensor")
 
@@ -152,78 +147,6 @@ def test_sessions_share_the_weights(tmp_path: Path, external: bool) -> None:
     weights = 4 * width**2
     assert own["keep"] < weights / 4
     assert own["raw"] > weights / 2  # each has a packed copy of its own
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_encoder(tmp_path_factory.mktemp("encoder") / "tiny-encoder", normalize=True, pooling="mean")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def raw(encoder: Path, cache: Path) -> Path:
-    """The graph of ``encoder``, as it was exported."""
-    engine(encoder, job("embed"), cache, fused=False, autotune=False).close()
-    return next((cache / "onnx").glob("*/model.onnx"))
-
-
-class TestFused:
-    def test_gives_what_the_raw_graph_gives(self, encoder: Path, cache: Path) -> None:
-        texts = some_texts(80, seed=5)
-        found = []
-        for fused in (False, True):
-            made = engine(encoder, job("embed"), cache, fused=fused, autotune=False)
-            assert made.stats()["fused"] is fused
-            table, failures = run(made, job("embed"), column(texts))
-            made.close()
-            assert not failures
-            found.append(embeddings(table))
-        assert np.abs(found[0] - found[1]).max() < 1e-5
-        (report,) = (cache / "onnx-fused").glob(f"*/{fuse.REPORT}")
-        said = json.loads(report.read_text())
-        assert said["fused"]["SkipLayerNormalization"] >= 2 and said["drift"]["cosine_min"] > 0.9999
-        stamp = report.stat().st_mtime_ns
-        engine(encoder, job("embed"), cache, fused=True, autotune=False).close()
-        assert report.stat().st_mtime_ns == stamp
-
-    def test_is_among_what_is_measured(self, encoder: Path, cache: Path) -> None:
-        made = engine(encoder, job("embed"), cache)
-        rows = column(some_texts(60, seed=6))
-        told = made.benchmark(job("embed"), batches(rows))
-        made.close()
-        assert told is not None
-        assert {trial["layout"].rsplit(", ", 1)[1] for trial in told["trials"]} == {"raw graph", "fused graph"}
-
-    def test_beyond_the_drift_limits_there_is_none(self, raw: Path, tmp_path: Path) -> None:
-        changed = onnx.load(str(raw))
-        for tensor in changed.graph.initializer:
-            weights = numpy_helper.to_array(tensor)
-            if weights.ndim == 2 and weights.dtype == np.float32:
-                tensor.CopyFrom(numpy_helper.from_array(weights * np.float32(1.02), tensor.name))
-        onnx.save(changed, str(tmp_path / "other.onnx"))
-        said = {"vocabulary": 50, "longest": 20}
-        assert not fuse.LIMITS.broken(fuse.compared(raw, raw, said))
-        assert fuse.LIMITS.broken(fuse.compared(raw, tmp_path / "other.onnx", said))
-
-    def test_one_that_is_refused_is_told_and_remembered(
-        self, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        refused = fuse.fused(product(tmp_path / "p.onnx"), "p", "1", {}, tmp_path)
-        assert refused == (None, "the optimizer finds nothing to fuse in it")
-        monkeypatch.setattr(fuse, "SECONDS", 0.0)
-        assert fuse.fused(product(tmp_path / "p.onnx"), "p", "1", {}, tmp_path) == refused  # from the cache
-        assert fuse.fused(raw, "q", "1", {}, tmp_path) == (
-            None,
-            "it could not be made: it was stopped, or took too long",
-        )
-
-    def test_a_graph_without_one_refuses_the_option(self, tmp_path: Path) -> None:
-        with pytest.raises(InvalidModel, match=r"fused: .* has no fused form: it is no transformer over texts"):
-            engine(product(tmp_path / "p.onnx"), SPEC, tmp_path, fused=True)
 
 
 @pytest.fixture(autouse=True)

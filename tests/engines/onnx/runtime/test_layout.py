@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from examples.tiny_encoder import build_encoder
-from pipeline.engines.base import Cancellation, EngineContext
+from pipeline.engines.base import EngineContext
 from pipeline.engines.onnx.engine import OnnxEngine
 from pipeline.engines.onnx.runtime import autotune
 from pipeline.engines.onnx.runtime import layout as onnx_layout
@@ -124,162 +122,89 @@ def test_an_output_of_another_shape_than_foreseen_is_run_without_kept_buffers(tm
 
 class TestMeasured:
     @pytest.fixture
-    def big(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-        monkeypatch.setattr(autotune, "LEAST_ROWS", 100)
-        monkeypatch.setattr(autotune, "WORTH_SECONDS", 0.0)
+    def big(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(autotune, "SAMPLE_SECONDS", 0.01)
-        yield some_texts(300, seed=3)
+        return some_texts(300, seed=3)
 
-    def test_once_then_remembered(self, encoder: Path, tmp_path: Path, big: list[str]) -> None:
+    def test_on_demand_then_remembered(self, encoder: Path, tmp_path: Path, big: list[str]) -> None:
         first = engine(encoder, job("embed"), tmp_path)
         assert first.stats()["layout_from"] == "default"
-        few, _ = run(first, job("embed"), column(big[:20]))
-        assert first.stats()["layout_from"] == "default"  # so few rows are not worth the seconds
         table, failures = run(first, job("embed"), column(big))
-        stats = first.stats()
-        first.close()
         assert not failures
-        assert stats["layout_from"] == "measured"
-        assert stats["rows"] == 320 and stats["runs"] < 100  # the measurement's own runs are not counted
-        assert np.abs(embeddings(table)[:20] - embeddings(few)).max() < 1e-5
+        assert not (tmp_path / "onnx-layouts").exists(), "a job measures nothing"
+        before = first.stats()
+        told = first.benchmark(job("embed"), batches(column(big)))
+        assert first.stats() == before, "the measurement's own runs are not counted, and the engine stays as it is"
+        first.close()
+        assert told is not None
         (file,) = (tmp_path / "onnx-layouts").iterdir()
         kept = json.loads(file.read_text())
-        assert len(kept["trials"]) >= 4
+        assert len(kept["trials"]) == len(told["trials"]) >= 4
         second = engine(encoder, job("embed"), tmp_path)
         facts = second.stats()
+        again, _ = run(second, job("embed"), column(big))
         second.close()
         assert facts["layout_from"] == "cache"
         assert {name: facts[name] for name in kept["layout"]} == kept["layout"]
+        assert np.abs(embeddings(table) - embeddings(again)).max() < 1e-5
         file.write_text("{")
         third = engine(encoder, job("embed"), tmp_path)
         assert third.stats()["layout_from"] == "default"
         third.close()
 
-    def test_only_when_it_is_worth_its_seconds(
-        self, encoder: Path, tmp_path: Path, big: list[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(autotune, "WORTH_SECONDS", 3600.0)
-        made = engine(encoder, job("embed"), tmp_path)
-        for _ in range(2):  # a short job after the other
-            run(made, job("embed"), column(big))
-            assert made.stats()["layout_from"] == "default"
-        assert 0 < made._worked < 3600
-        made._worked = 3600.0
-        run(made, job("embed"), column(big))
-        assert made.stats()["layout_from"] == "measured"
-        made.close()
-
-    def test_it_waits_for_those_that_run_and_the_next_wait_for_it(
-        self, encoder: Path, tmp_path: Path, big: list[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """As slots do, of which one is always in the middle of a shard."""
-        monkeypatch.setattr(autotune, "WORTH_SECONDS", 3600.0)
-        made = engine(encoder, job("embed"), tmp_path)
-        waits = threading.Event()
-        alone = made._alone
-
-        def told(cancel: Cancellation) -> bool:
-            waits.set()
-            return alone(cancel)
-
-        monkeypatch.setattr(made, "_alone", told)
-        running = made.infer(job("embed"), batches(column(big), 32), Cancellation())
-        next(running)
-        made._worked = 3600.0
-        measuring = threading.Thread(target=run, args=(made, job("embed"), column(big)))
-        measuring.start()
-        assert waits.wait(60)
-        assert made.stats()["layout_from"] == "default"
-        behind = threading.Thread(target=run, args=(made, job("embed"), column(big[:50])))
-        behind.start()
-        for _ in running:
-            assert made._active == 1  # nobody begins meanwhile
-        measuring.join()
-        behind.join()
-        assert made.stats()["layout_from"] == "measured"
-        made.close()
-
-    def test_a_cancelled_call_waits_for_nobody(
-        self, encoder: Path, tmp_path: Path, big: list[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(autotune, "WORTH_SECONDS", 3600.0)
-        made = engine(encoder, job("embed"), tmp_path)
-        running = made.infer(job("embed"), batches(column(big), 32), Cancellation())
-        next(running)
-        made._worked = 3600.0
-        cancel = Cancellation()
-        alone = made._alone
-
-        def cancelled(given: Cancellation) -> bool:
-            cancel.cancel("user")
-            return alone(given)
-
-        monkeypatch.setattr(made, "_alone", cancelled)
-        assert list(made.infer(job("embed"), batches(column(big), 32), cancel)) == []
-        assert list(running) == []  # undisturbed
-        assert made.stats()["layout_from"] == "default"
-        made.close()
-
-    def test_a_rival_must_win_every_pair(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_rival_must_win_every_turn(self, monkeypatch: pytest.MonkeyPatch) -> None:
         champion, slow, rival = (Layout(1, 1, 1, tokens, io_binding=False) for tokens in (512, 256, 1024))
 
         def winner(turns: dict[Layout, list[float | None]]) -> tuple[Layout, list[Trial]]:
-            left = {layout: list(seconds) for layout, seconds in turns.items()}
+            # The first turn of each warms it up, and does not count.
+            left = {layout: [9.0, *seconds] for layout, seconds in turns.items()}
 
-            def turn(pool: Any, layout: Layout, *, warm: bool) -> float:
-                seconds = left[layout].pop(0)
-                if seconds is None:
+            def seconds(pool: Any, packs: Any) -> float:
+                taken = left[packs].pop(0)
+                if taken is None:
                     raise MemoryError
-                return seconds
+                return taken
 
             bench = object.__new__(Bench)
-            bench.trials, bench._n_rows, bench._patient = [], 100, True
-            bench._pool = cast(SessionPool, None)
-            bench._pools = lambda champion, rivals: nullcontext(dict.fromkeys([champion, *rivals]))  # type: ignore
-            bench._turn = turn  # type: ignore[method-assign]
+            bench.trials, bench._n_rows, bench._every = [], 100, 1
+            bench._pool = pool = cast(SessionPool, None)
+            bench._sample = lambda budget, every: Layout(1, 1, 1, budget, io_binding=False)  # type: ignore
+            bench._pools = lambda champion, rivals: nullcontext(dict.fromkeys([champion, *rivals], pool))  # type: ignore
+            bench._seconds = seconds  # type: ignore[method-assign, assignment]
             return bench._contest(champion, [slow, rival]), bench.trials
 
-        fastest, trials = winner({champion: [1.0] * 4, slow: [1.2], rival: [0.8, 0.8, 0.9, 0.7]})
+        fastest, trials = winner({champion: [1.0] * 3, slow: [1.2] * 3, rival: [0.8, 0.9, 0.7]})
         assert fastest == rival
         assert [(t.layout, t.ratio, t.chosen) for t in trials] == [
             (champion, 1.0, False),
             (slow, 0.833, False),
             (rival, 1.25, True),
         ]
-        for turns in ([0.8, 0.8, 1.01], [0.8, 0.97, 0.97, 0.97], [0.8, None], [0.8, 0.8, None], [None], [1.01]):
-            fastest, trials = winner({champion: [1.0] * 4, slow: [1.2], rival: list(turns)})
+        for turns in ([0.8, 0.8, 1.01], [0.97, 0.97, 0.97], [0.8, None], [None], [1.01] * 3):
+            fastest, trials = winner({champion: [1.0] * 3, slow: [1.2] * 3, rival: list(turns)})
             assert fastest == champion
             assert [t.layout for t in trials if t.chosen] == [champion]
 
     def test_not_where_the_options_say_everything(self, encoder: Path, tmp_path: Path, big: list[str]) -> None:
         for options in ({"autotune": False}, LAYOUTS[4]):
             made = engine(encoder, job("embed"), tmp_path, **options)
-            run(made, job("embed"), column(big))
             assert made.stats()["layout_from"] == "options"
+            assert made.benchmark(job("embed"), batches(column(big))) is None
             made.close()
         assert not (tmp_path / "onnx-layouts").exists()
 
     def test_what_an_option_fixes_stays(self, encoder: Path, tmp_path: Path, big: list[str]) -> None:
-        made = engine(encoder, job("embed"), tmp_path, threads=1, token_budget=128)
-        run(made, job("embed"), column(big))
+        options = {"threads": 1, "token_budget": 128}
+        made = engine(encoder, job("embed"), tmp_path, **options)
+        told = made.benchmark(job("embed"), batches(column(big)))
+        made.close()
+        made = engine(encoder, job("embed"), tmp_path, **options)
         stats = made.stats()
         made.close()
-        assert stats["layout_from"] == "measured"
+        assert told is not None
+        assert all(" 1 threads, 128 tokens" in trial["layout"] for trial in told["trials"])
+        assert stats["layout_from"] == "cache"
         assert stats["threads"] == 1 and stats["token_budget"] == 128
-
-    def test_a_cancelled_job_ends_it(self, encoder: Path, tmp_path: Path, big: list[str]) -> None:
-        made = engine(encoder, job("embed"), tmp_path)
-        cancel = Cancellation()
-
-        def rows() -> Iterator[Any]:
-            yield from batches(column(big))
-            cancel.cancel("job cancelled")  # all are drawn before the measurement begins
-
-        assert list(made.infer(job("embed"), rows(), cancel)) == []
-        assert made.stats()["layout_from"] == "default"
-        table, _ = run(made, job("embed"), column(["red"]))
-        assert table.num_rows == 1
-        made.close()
 
     def test_tensors_too(self, tmp_path: Path, big: list[str]) -> None:
         import pyarrow as pa
@@ -295,12 +220,16 @@ class TestMeasured:
             [value("y", FLOAT, dims)],
         )
         spec = job("tensor")
-        made = engine(path, spec, tmp_path)
         data = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(900, dtype=np.float32) - 450), 3)
-        table, failures = run(made, spec, pa.record_batch({"x": data}), size=20)
+        columns = pa.record_batch({"x": data})
+        made = engine(path, spec, tmp_path)
+        assert made.benchmark(spec, batches(columns, 20)) is not None
+        made.close()
+        made = engine(path, spec, tmp_path)
+        table, failures = run(made, spec, columns, size=20)
         stats = made.stats()
         made.close()
-        assert stats["layout_from"] == "measured" and stats["rows"] == 300
+        assert stats["layout_from"] == "cache" and stats["rows"] == 300
         assert not failures
         flat: Any = table.column("y").combine_chunks().flatten()
         assert (np.asarray(flat) == np.maximum(np.arange(900) - 450, 0)).all()
