@@ -20,8 +20,8 @@ from pipeline.client.handle import JobHandle, state_named
 from pipeline.client.session import Session
 from pipeline.config.settings import Settings
 from pipeline.engines.base import Cancellation
-from pipeline.jobs import submit as job_calls
 from pipeline.jobs.status_query import job_status
+from pipeline.jobs.submit import Estimate, estimate, submit_job
 from pipeline.process.attendance import with_attendance
 from pipeline.process.runtime import Runtime
 from pipeline.schedules.api import Schedules
@@ -89,19 +89,19 @@ class Client:
         """
         self._session.notify(on_notice)
         embedded = self._runtime.settings.broker_url is None
-        job = job_calls.submit_job(self._runtime, fields, plan=embedded)
+        job = submit_job(self._runtime, fields, plan=embedded)
         if not embedded:
             self._wakeups.plan()
         elif start and job.state not in TERMINAL_JOB:
             self._session.start(job.id)
         return JobHandle(self._session, job.id)
 
-    def estimate(self, **fields: Any) -> job_calls.Estimate:
+    def estimate(self, **fields: Any) -> Estimate:
         """What the job would be: rows, bytes and shards, from the footers of its input. Nothing is queued.
 
         Raises :class:`~storage.errors.InvalidJob` as :meth:`submit` does.
         """
-        return job_calls.estimate(self._runtime, fields)
+        return estimate(self._runtime, fields)
 
     def run(
         self,
@@ -118,7 +118,7 @@ class Client:
         ``on_progress`` raises, and Ctrl-C, come out when that is done as well.
         """
         self._session.notify(on_notice)
-        job = job_calls.submit_job(self._runtime, fields, resume=True, plan=True)
+        job = submit_job(self._runtime, fields, resume=True, plan=True)
         return self._session.run(job, interrupt, None if on_progress is None else own(on_progress))
 
     def map(self, data: Any, *, progress: bool = False, **fields: Any) -> pa.Table:
@@ -161,12 +161,12 @@ class Client:
                 return handle
         embedded = self._runtime.settings.broker_url is None
         try:
-            job = job_calls.submit_job(self._runtime, fields, resume=True, plan=embedded)
+            job = submit_job(self._runtime, fields, resume=True, plan=embedded)
         except Conflict:
             if "overwrite" in fields or jobs.live_on_output(self._runtime.database, fields["output"]) is not None:
                 raise
             # What is there cannot be vouched for: the job that made it is not known any more.
-            job = job_calls.submit_job(self._runtime, fields | {"overwrite": True}, resume=True, plan=embedded)
+            job = submit_job(self._runtime, fields | {"overwrite": True}, resume=True, plan=embedded)
         if not embedded:
             self._wakeups.plan()
         return JobHandle(self._session, job.id)

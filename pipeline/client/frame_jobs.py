@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from pipeline.client import frames
 from pipeline.jobs import deletion, preflight
-from pipeline.jobs import submit as job_calls
+from pipeline.jobs.control import cancel_job
 from pipeline.jobs.status_query import job_status
 from pipeline.process.attendance import with_attendance
 from pipeline.process.runtime import Runtime
@@ -137,7 +137,7 @@ def _remove(runtime: Runtime, folder: str) -> None:
             return
         for status in statuses:
             if not status.terminal:
-                job_calls.cancel_job(runtime, status.id)
+                cancel_job(runtime, status.id)
                 embedded.cancel_idle(runtime, status.id)
             deletion.delete_job(runtime, status.id)
     runtime.store.delete_tree(folder)

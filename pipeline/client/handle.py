@@ -13,7 +13,7 @@ from pipeline.client.progress import progress as shown_progress
 from pipeline.client.session import Session
 from pipeline.engines.base import Cancellation
 from pipeline.jobs import deletion
-from pipeline.jobs import submit as job_calls
+from pipeline.jobs.control import cancel_job, retry_job
 from pipeline.jobs.status_query import job_status
 from pipeline.process import metrics, process_end
 from pipeline.process.attendance import with_attendance
@@ -100,7 +100,7 @@ class JobHandle:
         Harmless when it is being cancelled already, or has ended: the status then says how.
         """
         try:
-            job_calls.cancel_job(self._runtime, self.id)
+            cancel_job(self._runtime, self.id)
         except IllegalTransition:
             if not (status := self.status()).terminal:
                 raise
@@ -126,7 +126,7 @@ class JobHandle:
         :class:`~storage.errors.InvalidJob` where it would be refused again.
         """
         self._session.notify(on_notice)
-        job = job_calls.retry_job(self._runtime, self.id, failed_only=failed_only)
+        job = retry_job(self._runtime, self.id, failed_only=failed_only)
         if job.state is JobState.VALIDATING:
             self._session.wakeups.plan()
         elif job.state is JobState.FINALIZING:

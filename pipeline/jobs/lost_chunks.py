@@ -11,45 +11,34 @@ from dataclasses import replace
 
 import pyarrow as pa
 
-from pipeline.engines.base import Cancellation
 from pipeline.inputs import discovery
 from pipeline.inputs.discovery import Inputs
 from pipeline.inputs.disk_list import Spool
 from pipeline.inputs.row_groups import InputFile
 from pipeline.output.destination import outputs_gone
-from pipeline.planning import lease, repartition
+from pipeline.planning import repartition
+from pipeline.planning.context import PlanContext
 from pipeline.planning.plan import PlanRecord
-from pipeline.process.runtime import Runtime
-from pipeline.spec.job_spec import JobSpec
-from storage import locations
 from storage.errors import InputChanged, InvalidInput
-from storage.objects.store import ObjectStore
 from storage.parquet import parquet
 from storage.queue import publish_leases, regrouped_rows, reopen
 from storage.records import Job, Source
 from storage.sql.retry import retry_write
 
 
-def plan_again(
-    runtime: Runtime,
-    job: Job,
-    spec: JobSpec,
-    limits: repartition.Limits,
-    interrupt: Cancellation | None,
-    owner: str | None,
-) -> Job:
+def plan_again(context: PlanContext) -> Job:
     """Go on with the retry of a planned job: the chunks that its shards will read are there again then.
 
     Raises :class:`InvalidInput` when the input is not what the job was planned over, and what
-    :func:`planning_lease.held` raises.
+    :meth:`PlanContext.lease` raises.
     """
-    plan = PlanRecord.from_json(job.plan)
-    with lease.held(runtime, job, interrupt, owner, "what was made of its input is looked for") as going_on:
+    runtime, job, plan = context.runtime, context.job, PlanRecord.from_json(context.job.plan)
+    with context.lease("what was made of its input is looked for") as going_on:
         going_on()
         # Merged with others into the output, and kept nowhere else.
         closed = () if plan.part_rows is None else publish_leases.closed_shards(runtime.database, job.id)
         lost = outputs_gone(runtime.store, job, closed)
-        maker = _Maker(runtime.store, spec, plan, locations.work_dir(spec.output, job.id), limits, going_on)
+        maker = _Maker(context, plan, going_on)
         wanted = reopen.sources_to_read(runtime.database, job, lost)
         if maker.gone(wanted):
             runtime.notify("reading the input again: files that were made of it were deleted when the job ended")
@@ -63,17 +52,9 @@ def plan_again(
 class _Maker:
     """Knows which sources are files of our own, what became of them, and how to make them."""
 
-    def __init__(
-        self,
-        store: ObjectStore,
-        spec: JobSpec,
-        plan: PlanRecord,
-        work_dir_uri: str,
-        limits: repartition.Limits,
-        going_on: Callable[[], object],
-    ) -> None:
-        self._store, self._spec, self._plan, self._work_dir = store, spec, plan, work_dir_uri
-        self._limits, self._going_on = limits, going_on
+    def __init__(self, context: PlanContext, plan: PlanRecord, going_on: Callable[[], object]) -> None:
+        self._store, self._spec, self._work_dir = context.runtime.store, context.spec, context.work_dir
+        self._plan, self._limits, self._going_on = plan, context.limits, going_on
 
     def gone(self, sources: Sequence[Source]) -> list[Source]:
         """Those of our own that are gone, or do not have the rows that they should."""
@@ -103,7 +84,8 @@ class _Maker:
         found = Inputs(Spool(originals), files, plan.schema, []).narrowed(limit=spec.limit, sample=spec.sample)
         columns = [name for name in plan.schema.names if name in {*plan.columns, *plan.keep}]
         try:
-            repartition.regroup_again(store, found, columns, chunks, self._limits, self._going_on)
+            rows = repartition.JobRows(store, found, columns, self._limits, self._going_on)
+            repartition.regroup_again(rows, chunks)
         except InputChanged as error:
             raise InvalidInput(str(error), field="input") from error
         except pa.ArrowException as error:

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable, Iterator
 
 from pipeline.engines.base import Cancellation
-from pipeline.jobs.submit import plan_job, refuse_job
+from pipeline.jobs.plan import plan_job, refuse_job
 from pipeline.process.lease_renewal import renewals
 from pipeline.process.runtime import Runtime
 from storage import failpoints

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,29 @@ from storage import locations
 from storage.errors import InvalidInput, InvalidJob, InvalidSettings, RowmillError, TransientError
 from storage.fleet import workers
 from storage.objects.store import ObjectStore
+from storage.records import Job
 
 PATIENCE_SECONDS = 10.0
 """How long an object store that does not answer is asked again, before a worker is left to find out."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Request:
-    """A request that can be run as far as that shows without its input. ``spec`` has absolute paths."""
+    """A submitted request, resolved once: whoever plans it looks up neither its places nor its model again.
+
+    ``spec`` has absolute paths and normalized URLs. ``engine`` is the one that runs it. It can be run as far as that
+    shows without its input.
+    """
 
     spec: JobSpec
     model: Model
     engine: str
+    cache_dir: Path
+
+    @cached_property
+    def adapters(self) -> Mapping[str, str]:
+        """The digest of each LoRA adapter, by name. Raises :class:`InvalidJob` for one that cannot be read here."""
+        return adapters.digests(self.spec.adapters, self.cache_dir)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +80,12 @@ def request_of(runtime: Runtime, fields: Mapping[str, Any]) -> Request:
     registry.check_request(engine, spec, model)
     if allowed.own_machine:
         registry.check_host(engine, spec.engine_options)
-    return Request(spec, model, engine)
+    return Request(spec, model, engine, runtime.settings.cache_dir)
+
+
+def request_of_job(runtime: Runtime, job: Job, spec: JobSpec) -> Request:
+    """The request of a job that was stored with ``spec``. Raises :class:`InvalidModel` without its model."""
+    return Request(spec, resolve(spec.model, runtime.settings.cache_dir), job.engine, runtime.settings.cache_dir)
 
 
 def absolute(spec: JobSpec) -> JobSpec:

@@ -1,56 +1,28 @@
-"""A job from the request to its shards, and the two ways to interfere: cancel and retry."""
+"""From a request to a queued job: checked, resolved once, and stored."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import chain
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import pyarrow as pa
 import uuid_utils
 
 from pipeline.engines import registry
-from pipeline.engines.base import Cancellation
 from pipeline.inputs import discovery
-from pipeline.jobs import lost_chunks, preflight
-from pipeline.models import adapters
-from pipeline.models.model import Model
-from pipeline.models.resolve import resolve
+from pipeline.jobs import preflight
+from pipeline.jobs.plan import must_reorder, prepare, refuse_job, store_plan
 from pipeline.output import owner as output_owner
-from pipeline.output.destination import chunks_are_gone
-from pipeline.planning import lease, repartition, sequences, shard_plan
+from pipeline.planning import shard_plan
 from pipeline.planning.plan import PlanRecord
 from pipeline.process.runtime import Runtime
-from pipeline.spec.job_spec import NOT_PART_OF_THE_WORK, JobSpec, stored
+from pipeline.spec.job_spec import NOT_PART_OF_THE_WORK, JobSpec
 from storage import failpoints, locations
-from storage.errors import (
-    Conflict,
-    IllegalTransition,
-    InputChanged,
-    InvalidInput,
-    InvalidJob,
-    QuotaExceeded,
-    RowmillError,
-    TransientError,
-)
-from storage.objects import output_probe
-from storage.queue import jobs, publish_leases, regrouped_rows, reopen, schedules
-from storage.queue.schedule_fires import Taken
-from storage.records import FireKey, Job, ShardPlan
-from storage.states import TERMINAL_JOB, JobState
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """A request that was found to be workable, with what its plan needs."""
-
-    record: PlanRecord
-    found: discovery.Inputs
-    regrouped: repartition.Regrouped | None = None
+from storage.errors import Conflict, IllegalTransition, InvalidJob, RowmillError, TransientError
+from storage.queue import jobs, publish_leases
+from storage.records import FireKey, Job
+from storage.states import JobState
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,50 +73,21 @@ def submit_job(
     :class:`InvalidJob` and its kin, naming the field and the reason. Nothing is stored then.
     """
     request = preflight.request_of(runtime, fields)
-    spec, model, engine = request.spec, request.model, request.engine
+    spec = request.spec
     live = jobs.live_on_output(runtime.database, spec.output)
-    if live is not None and resume:
-        if live.spec_hash == spec.work_hash():
-            if spec.overwrite:
-                output_owner.acquire(runtime, live, overwrite=True)
-            return live
-        raise Conflict(
-            f"job {live.id} ({live.state}) already writes there, with other settings ({_differences(live, spec)}); "
-            f"give the same ones to resume it, choose another output, or 'rowmill job cancel {live.id}'",
-            field="output",
-        )
-    if live is None and resume and not spec.overwrite and (done := _done_before(runtime, spec, model)) is not None:
-        if not done.touched:  # else it is published once more
-            runtime.notify(f"job {done.id} has done this already; --overwrite (overwrite=True) does it again")
-        return done
-    known = jobs.has_key(runtime.database, spec.tenant, spec.idempotency_key)
-    if live is None and not known:
+    if resume and (same := _same_work(runtime, request, live)) is not None:
+        return same
+    is_new = live is None and not jobs.has_key(runtime.database, spec.tenant, spec.idempotency_key)
+    if is_new:
         if not plan and fire is None and runtime.settings.broker_url is not None:
             preflight.check_in_fleet(runtime, request)
         else:
             output_owner.refuse_taken(runtime, spec.output, overwrite=spec.overwrite)
     job_id = str(uuid_utils.uuid7())
     try:
-        prepared = _prepare(runtime, job_id, request) if plan and live is None and not known else None
+        prepared = prepare(runtime, job_id, request) if plan and is_new else None
         failpoints.hit("plan.prepared")
-        job = jobs.insert(
-            runtime.database,
-            job_id=job_id,
-            tenant=spec.tenant,
-            priority=spec.priority,
-            queue=engine,
-            engine=engine,
-            engine_key=registry.engine_key(engine, model, spec.task, spec.engine_options),
-            spec=spec.model_dump(mode="json"),
-            spec_hash=spec.work_hash(),
-            idempotency_key=spec.idempotency_key,
-            output_uri=spec.output,
-            max_failed_rows=spec.max_failed_rows,
-            window_seconds=spec.window_seconds,
-            actor=runtime.actor,
-            new_tenant=runtime.settings.unknown_tenants == "create",
-            fire=fire,
-        )
+        job = _insert(runtime, job_id, request, fire)
     except BaseException:
         with suppress(RowmillError):  # what cannot be deleted may be the very reason
             runtime.store.delete_tree(locations.work_dir(spec.output, job_id))
@@ -154,10 +97,54 @@ def submit_job(
         return job
     failpoints.hit("submit.inserted")
     _own_output(runtime, job, spec)
-    # Regrouping reads all of the input: that is for whoever runs the job, who begins again after a crash.
-    if prepared is None or _limits_if_regrouped(runtime, spec, prepared.found) is not None:
+    if prepared is None or must_reorder(runtime, prepared):
         return job
-    return _store_plan(runtime, job, spec, prepared)
+    return store_plan(runtime, job, prepared)
+
+
+def _same_work(runtime: Runtime, request: preflight.Request, live: Job | None) -> Job | None:
+    """The job that does the same work: ``live``, or a completed one whose output still stands.
+
+    Raises :class:`Conflict` when the live job on the output has other settings.
+    """
+    spec = request.spec
+    if live is not None:
+        if live.spec_hash == spec.work_hash():
+            if spec.overwrite:
+                output_owner.acquire(runtime, live, overwrite=True)
+            return live
+        raise Conflict(
+            f"job {live.id} ({live.state}) already writes there, with other settings ({_differences(live, spec)}); "
+            f"give the same ones to resume it, choose another output, or 'rowmill job cancel {live.id}'",
+            field="output",
+        )
+    if spec.overwrite or (done := _done_before(runtime, request)) is None:
+        return None
+    if not done.touched:  # else it is published once more
+        runtime.notify(f"job {done.id} has done this already; --overwrite (overwrite=True) does it again")
+    return done
+
+
+def _insert(runtime: Runtime, job_id: str, request: preflight.Request, fire: FireKey | None) -> Job:
+    spec, engine = request.spec, request.engine
+    return jobs.insert(
+        runtime.database,
+        job_id=job_id,
+        tenant=spec.tenant,
+        priority=spec.priority,
+        queue=engine,
+        engine=engine,
+        engine_key=registry.engine_key(engine, request.model, spec.task, spec.engine_options),
+        spec=spec.model_dump(mode="json"),
+        spec_hash=spec.work_hash(),
+        idempotency_key=spec.idempotency_key,
+        output_uri=spec.output,
+        max_failed_rows=spec.max_failed_rows,
+        window_seconds=spec.window_seconds,
+        actor=runtime.actor,
+        new_tenant=runtime.settings.unknown_tenants == "create",
+        fire=fire,
+    )
 
 
 def _own_output(runtime: Runtime, job: Job, spec: JobSpec) -> None:
@@ -174,15 +161,15 @@ def _own_output(runtime: Runtime, job: Job, spec: JobSpec) -> None:
         raise
 
 
-def _done_before(runtime: Runtime, spec: JobSpec, model: Model) -> Job | None:
-    store, job = runtime.store, jobs.newest_on_output(runtime.database, spec.output)
+def _done_before(runtime: Runtime, request: preflight.Request) -> Job | None:
+    spec, store = request.spec, runtime.store
+    job = jobs.newest_on_output(runtime.database, spec.output)
     if job is None or job.state is not JobState.COMPLETED or job.n_dead or job.spec_hash != spec.work_hash():
         return None
     plan = PlanRecord.from_json(job.plan)
-    if plan.model_digest != model.digest or not (job.touched or store.exists(locations.success(spec.output))):
+    if plan.model_digest != request.model.digest or not (job.touched or store.exists(locations.success(spec.output))):
         return None
-    found = adapters.digests(spec.adapters, runtime.settings.cache_dir)
-    if not all(plan.has_adapter(name, digest) for name, digest in found.items()):
+    if not all(plan.has_adapter(name, digest) for name, digest in request.adapters.items()):
         return None
     return job if _files_of(runtime, job, plan) == discovery.fingerprint_now(store, spec) else None
 
@@ -198,180 +185,3 @@ def _differences(live: Job, spec: JobSpec) -> str:
     ours = spec.model_dump(mode="json")
     names = [name for name, value in ours.items() if name not in NOT_PART_OF_THE_WORK and live.spec.get(name) != value]
     return ", ".join(names) or "an older version"
-
-
-def plan_job(runtime: Runtime, job: Job, interrupt: Cancellation | None = None, *, owner: str | None = None) -> Job:
-    """Read the input's footers, check that the work can be done, and store the shards.
-
-    The job of an incremental schedule takes only the files that no completed fire has taken as they are now; which
-    these are is fixed here. A retry of a job that was planned before is gone on with. Raises :class:`InvalidJob` after
-    recording the job as failed with that reason. While rows are regrouped, or chunks made again, raises
-    :class:`LeaseLost` when another planner is at it, and :class:`Interrupted` when ``interrupt`` fires: the job can
-    then be planned again. ``owner`` is who holds the planner's lease already.
-    """
-    schedule_id = schedules.incremental_of(runtime.database, job.id)
-    done = None if schedule_id is None else partial(schedules.processed, runtime.database, schedule_id)
-    try:
-        spec = stored(job.spec)
-        output_owner.check(runtime, job, over_rows=spec.overwrite or bool(job.plan))
-        if job.plan:
-            return lost_chunks.plan_again(runtime, job, spec, _limits(runtime), interrupt, owner)
-        request = preflight.Request(spec, resolve(spec.model, runtime.settings.cache_dir), job.engine)
-        prepared = _prepare(runtime, job.id, request, done)
-        if (limits := _limits_if_regrouped(runtime, spec, prepared.found)) is not None:
-            prepared = _regrouped(runtime, job, spec, prepared, limits, interrupt, owner)
-    except InvalidJob as error:
-        refuse_job(runtime, job, error)
-        raise
-    taken = None if schedule_id is None else Taken(schedule_id, tuple(prepared.found.originals))
-    return _store_plan(runtime, job, spec, prepared, taken)
-
-
-def _prepare(
-    runtime: Runtime, job_id: str, request: preflight.Request, done: discovery.Processed | None = None
-) -> _Prepared:
-    spec, model = request.spec, request.model
-    # Another worker may plan the same job, or run it already: nothing here is deleted but what was made here.
-    work = locations.work_dir(spec.output, job_id)
-    found = discovery.discover(runtime.store, spec, work, runtime.notify, done)
-    columns = preflight.columns_of(request, found, runtime.notify)
-    # An output that cannot hold the rows is refused now, not after the engine was loaded and rows were computed.
-    output_probe.require(runtime.store, spec.output, work)
-    converted = any(source.uri.startswith(work) for source in found.sources)
-    with_adapters = adapters.digests(spec.adapters, runtime.settings.cache_dir)
-    record = PlanRecord(
-        found.schema,
-        columns.read,
-        columns.keep,
-        model.digest,
-        model.architectures,
-        converted,
-        adapters=with_adapters,
-        input_rows=found.rows,
-        files=discovery.fingerprint(found.originals),
-    )
-    return _Prepared(record, found.narrowed(limit=spec.limit, sample=spec.sample))
-
-
-def _limits_if_regrouped(runtime: Runtime, spec: JobSpec, found: discovery.Inputs) -> repartition.Limits | None:
-    """The limits for copying the job's rows into another order, where that is wanted."""
-    limits = _limits(runtime)
-    return limits if repartition.wanted(spec, found.rows, limits) else None
-
-
-def _limits(runtime: Runtime) -> repartition.Limits:
-    settings = runtime.settings
-    return repartition.Limits(
-        cluster_rows=settings.order_rows,
-        n_bytes=settings.order_bytes // 4,
-        batch_rows=settings.read_batch_rows,
-        batch_bytes=settings.read_batch_bytes,
-    )
-
-
-def _regrouped(
-    runtime: Runtime,
-    job: Job,
-    spec: JobSpec,
-    prepared: _Prepared,
-    limits: repartition.Limits,
-    interrupt: Cancellation | None,
-    owner: str | None,
-) -> _Prepared:
-    record, found = prepared.record, prepared.found
-    with lease.held(runtime, job, interrupt, owner, "its rows were put in order") as going_on:
-        runtime.notify("putting rows whose prompts begin alike into the same shards")
-        columns = [name for name in record.schema.names if name in {*record.columns, *record.keep}]
-        work = locations.work_dir(spec.output, job.id)
-        try:
-            made = repartition.regroup(runtime.store, spec, found, columns, work, limits, going_on)
-        except InputChanged as error:
-            raise InvalidInput(str(error), field="input") from error
-        except (pa.ArrowException, ValueError, TypeError) as error:
-            if isinstance(error, RowmillError):
-                raise
-            what = f"its rows could not be put in another order: {error}; use order 'auto'"
-            raise InvalidInput(what, field="order") from error
-    return replace(prepared, record=replace(record, part_rows=made.part_rows), regrouped=made)
-
-
-def _store_plan(runtime: Runtime, job: Job, spec: JobSpec, prepared: _Prepared, taken: Taken | None = None) -> Job:
-    made = prepared.regrouped
-    shards: Iterable[ShardPlan] = _shards(runtime, spec, prepared) if made is None else made.shards
-    try:
-        return jobs.set_planned(
-            runtime.database,
-            job.id,
-            plan=prepared.record.to_json(),
-            sources=chain(prepared.found.sources, () if made is None else made.chunks),
-            shards=shards,
-            actor=runtime.actor,
-            taken=taken,
-        )
-    except QuotaExceeded as error:
-        refuse_job(runtime, job, error)
-        raise
-
-
-def _shards(runtime: Runtime, spec: JobSpec, prepared: _Prepared) -> Iterable[ShardPlan]:
-    found, settings = prepared.found, runtime.settings
-    shards = shard_plan.plan(found.files, shard_rows=spec.shard_rows, shard_bytes=spec.shard_bytes)
-    if spec.sequence is None:
-        return shards
-    column = sequences.SequenceRows(
-        runtime.store,
-        {source.idx: source for source in found.sources},
-        [item for file in found.files for item in file.slices()],
-        schema=prepared.record.schema,
-        column=spec.sequence,
-        batch_rows=settings.read_batch_rows,
-        batch_bytes=settings.read_batch_bytes,
-    )
-    return sequences.kept_whole(shards, column.spans())
-
-
-def refuse_job(runtime: Runtime, job: Job, error: RowmillError) -> None:
-    """End a job that waits for its plan, for this reason. Raises :class:`IllegalTransition` when it waits no more."""
-    output_owner.release(runtime, job)
-    jobs.refuse(runtime.database, job.id, str(error), actor=runtime.actor)
-    if job.plan:
-        return  # a retry of it: what it had finished before lies in its work folder
-    with suppress(InvalidJob):  # a right to delete that is missing may be the very reason
-        runtime.store.delete_tree(locations.work_dir(job.output_uri, job.id))
-
-
-def cancel_job(runtime: Runtime, job_id: str) -> Job:
-    """Begin to wind the job down; its finished rows will be published as partial."""
-    return jobs.request_stop(runtime.database, job_id, "cancelled", actor=runtime.actor)
-
-
-def retry_job(runtime: Runtime, job_id: str, *, failed_only: bool = True) -> Job:
-    """Queue an ended job again: its unfinished shards, and its failed rows (or all rows)."""
-    job = jobs.get(runtime.database, job_id)
-    spec = stored(job.spec)
-    regrouped, lost = bool(job.plan.get("part_rows")), False
-    if job.state is JobState.COMPLETED and failed_only:
-        if regrouped and chunks_are_gone(runtime.store, regrouped_rows.chunks(runtime.database, job_id)):
-            raise Conflict(
-                f"what job {job_id} was made of has been deleted (its rows lay in another order, in files of its own); "
-                f"'rowmill job retry {job_id} --all' computes every row again"
-            )
-        nothing = not job.rows_failed and not job.n_dead
-        lost = nothing and not runtime.store.exists(locations.success(job.output_uri))
-    if job.state in TERMINAL_JOB and not job.plan and runtime.settings.broker_url is not None:
-        model = resolve(spec.model, runtime.settings.cache_dir)
-        preflight.check_in_fleet(runtime, preflight.Request(spec, model, job.engine))
-    if job.state in TERMINAL_JOB:
-        output_owner.refuse_retry(runtime, job, overwrite=spec.overwrite)
-    reopened = reopen.reopen(
-        runtime.database,
-        job_id,
-        failed_only=failed_only,
-        window_seconds=spec.window_seconds,
-        actor=runtime.actor,
-        # Its shards read chunks: whoever plans makes those again that are gone.
-        plan_again=regrouped or bool(job.plan.get("converted")),
-        lost=lost,
-    )
-    output_owner.check(runtime, reopened, over_rows=True)
-    return reopened

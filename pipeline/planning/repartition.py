@@ -62,6 +62,43 @@ class Regrouped:
     part_rows: int
 
 
+@dataclass(frozen=True, slots=True)
+class JobRows:
+    """The rows of a job that are copied, and the ``columns`` of them.
+
+    ``going_on`` is called often while they are read, and ends the work by raising.
+    """
+
+    store: ObjectStore
+    found: Inputs
+    columns: Sequence[str]
+    limits: Limits
+    going_on: Callable[[], object]
+
+    @property
+    def schema(self) -> pa.Schema:
+        return pa.schema([self.found.schema.field(name) for name in self.columns])
+
+    def read(self, names: Sequence[str]) -> Iterator[tuple[npt.NDArray[np.int64], pa.RecordBatch]]:
+        """All rows of the job with these columns: (their numbers in the job, the columns)."""
+        first = 0
+        for file in self.found.files:
+            source = self.found.sources[file.source]
+            for rows, batch in parquet.read(
+                self.store,
+                {source.idx: source},
+                file.slices(),
+                schema=self.found.schema,
+                columns=names,
+                only=None,
+                batch_rows=self.limits.batch_rows,
+                batch_bytes=self.limits.batch_bytes,
+            ):
+                self.going_on()
+                yield rows + first, batch
+            first += file.rows
+
+
 def wanted(spec: JobSpec, n_rows: int, limits: Limits) -> bool:
     """Whether the job's rows are to be copied: asked for, and more than what an engine puts in order by itself.
 
@@ -78,47 +115,39 @@ def wanted(spec: JobSpec, n_rows: int, limits: Limits) -> bool:
     return True
 
 
-def regroup(
-    store: ObjectStore,
-    spec: JobSpec,
-    found: Inputs,
-    columns: Sequence[str],
-    work_dir_uri: str,
-    limits: Limits,
-    going_on: Callable[[], object],
-) -> Regrouped:
-    """Copy ``columns`` of all rows of ``found`` to chunks below ``work_dir_uri``.
+def regroup(rows: JobRows, spec: JobSpec, work_dir_uri: str) -> Regrouped:
+    """Copy ``rows`` to chunks below ``work_dir_uri``.
 
-    ``going_on`` is called often, and ends the work by raising. Raises :class:`InputChanged` when a file is not the one
-    that was found, and :class:`InvalidInput` when it is damaged.
+    Raises :class:`InputChanged` when a file is not the one that was found, and :class:`InvalidInput` when it is
+    damaged.
     """
+    store, found, limits = rows.store, rows.found, rows.limits
     n_rows = found.rows
     n_bytes = sum(size for file in found.files for _, size in file.row_groups)
     by_bytes = max(1, spec.shard_bytes * n_rows // max(1, n_bytes))
     most = min(spec.shard_rows, limits.cluster_rows, by_bytes)
-    reader = _Reader(store, found, limits, going_on)
 
     sample = range_partition.Sample(limits.n_bytes)
-    for _, batch in reader.rows(key_columns(spec)):
+    for _, batch in rows.read(key_columns(spec)):
         sample.add(keys(batch))
     cuts = range_partition.separators(sample.sorted(), range_partition.FILL * most / n_rows)
     failpoints.hit("plan.sampled")
 
-    names = list(dict.fromkeys([*columns, *key_columns(spec)]))
-    schema = pa.schema([found.schema.field(name) for name in columns])
+    names = list(dict.fromkeys([*rows.columns, *key_columns(spec)]))
+    schema = rows.schema
     with RowSpill(schema, len(cuts) + 1, limits.n_bytes) as spill:
-        for rows, batch in reader.rows(names):
+        for numbers, batch in rows.read(names):
             piles = np.array(
                 range_partition.cluster_of(keys(batch.select(list(key_columns(spec)))), cuts), dtype=np.int64
             )
-            spill.put(rows, piles, batch.select(list(columns)))
+            spill.put(numbers, piles, batch.select(list(rows.columns)))
         failpoints.hit("plan.spilled")
-        key = _key(found, spec, columns, cuts)
+        key = _key(found, spec, rows.columns, cuts)
         chunks: Spool[Source] = Spool()
         shards: Spool[ShardPlan] = Spool()
         row_start = 0
         for pile in range(len(cuts) + 1):
-            going_on()
+            rows.going_on()
             uri = locations.prefix_chunk(work_dir_uri, len(chunks), key)
             held = _write(store, uri, schema, spill.take(pile))
             if held is None:
@@ -137,28 +166,20 @@ def regroup(
     return Regrouped(chunks, shards, min(spec.shard_rows, by_bytes))
 
 
-def regroup_again(
-    store: ObjectStore,
-    found: Inputs,
-    columns: Sequence[str],
-    chunks: Sequence[Source],
-    limits: Limits,
-    going_on: Callable[[], object],
-) -> None:
+def regroup_again(rows: JobRows, chunks: Sequence[Source]) -> None:
     """Write ``chunks`` again: each with the rows that it held, whatever would be chosen to lie together today.
 
-    Arguments and errors as in :func:`regroup`.
+    Errors as in :func:`regroup`.
     """
-    schema = pa.schema([found.schema.field(name) for name in columns])
-    with RowSpill(schema, len(chunks), limits.n_bytes) as spill:
+    with RowSpill(rows.schema, len(chunks), rows.limits.n_bytes) as spill:
         piles = _Piles([chunk.rows or BitMap() for chunk in chunks])
-        for rows, batch in _Reader(store, found, limits, going_on).rows(columns):
-            of = piles.of(rows)
+        for numbers, batch in rows.read(rows.columns):
+            of = piles.of(numbers)
             mine = of >= 0
-            spill.put(rows[mine], of[mine], batch.filter(pa.array(mine)))
+            spill.put(numbers[mine], of[mine], batch.filter(pa.array(mine)))
         for pile, chunk in enumerate(chunks):
-            going_on()
-            _write(store, chunk.uri, schema, spill.take(pile))
+            rows.going_on()
+            _write(rows.store, chunk.uri, rows.schema, spill.take(pile))
 
 
 class _Piles:
@@ -185,33 +206,6 @@ class _Piles:
         here = BitMap(range(first, min(first + _WINDOW, MOST_ROWS)))
         for number, pile in enumerate(self._piles):
             self._window[np.array((pile & here).to_array(), dtype=np.int64) - first] = number
-
-
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    store: ObjectStore
-    found: Inputs
-    limits: Limits
-    going_on: Callable[[], object]
-
-    def rows(self, names: Sequence[str]) -> Iterator[tuple[npt.NDArray[np.int64], pa.RecordBatch]]:
-        """All rows of the job with these columns: (their numbers in the job, the columns)."""
-        first = 0
-        for file in self.found.files:
-            source = self.found.sources[file.source]
-            for rows, batch in parquet.read(
-                self.store,
-                {source.idx: source},
-                file.slices(),
-                schema=self.found.schema,
-                columns=names,
-                only=None,
-                batch_rows=self.limits.batch_rows,
-                batch_bytes=self.limits.batch_bytes,
-            ):
-                self.going_on()
-                yield rows + first, batch
-            first += file.rows
 
 
 def _key(found: Inputs, spec: JobSpec, columns: Sequence[str], cuts: Sequence[bytes]) -> str:

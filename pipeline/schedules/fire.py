@@ -13,7 +13,8 @@ from contextlib import suppress
 from functools import partial
 
 from pipeline.inputs import discovery
-from pipeline.jobs.submit import cancel_job, submit_job
+from pipeline.jobs.control import cancel_job
+from pipeline.jobs.submit import submit_job
 from pipeline.process.runtime import Runtime
 from pipeline.schedules.cron import MOST_WAITING, CronTimes, due, local
 from pipeline.schedules.spec import job_fields

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from pipeline.engines.base import Cancellation
 from pipeline.execution.attempt import execute
+from pipeline.jobs.plan import plan_job
 from pipeline.jobs.status_query import job_status
-from pipeline.jobs.submit import plan_job
 from pipeline.output.finalize import finalize_job
 from pipeline.process.attendance import attending
 from pipeline.process.heartbeat import INTERRUPTED, JOB_STOPPING, LeaseKeeper

@@ -15,7 +15,8 @@ import pytest
 
 from pipeline import Client
 from pipeline.config.settings import Settings
-from pipeline.jobs import submit as job_calls
+from pipeline.jobs.plan import plan_job
+from pipeline.jobs.submit import submit_job
 from pipeline.output import owner as output_owner
 from storage import failpoints, locations
 from storage.errors import Conflict, InvalidInput, InvalidJob, JobFailed
@@ -244,10 +245,10 @@ def test_a_job_that_has_ended_owns_nothing(mine: Client, theirs: Client, texts: 
         mine.submit(start=False, **fields(texts, out)).cancel()
     else:
         runtime = mine._runtime
-        job = job_calls.submit_job(runtime, fields(texts, out))
+        job = submit_job(runtime, fields(texts, out))
         texts.rename(texts.with_suffix(".away"))
         with pytest.raises(InvalidInput):
-            job_calls.plan_job(runtime, job)
+            plan_job(runtime, job)
         texts.with_suffix(".away").rename(texts)
         assert jobs.get(runtime.database, job.id).state is JobState.FAILED
     assert owner(out) is None
@@ -362,11 +363,11 @@ def test_in_a_fleet_the_planner_finds_out(client_of: Make, s3: S3, texts: Path) 
         # The broker is never asked.
         runtime = client_of("fleet", storage_options=options, broker_url="redis://127.0.0.1:1/0")._runtime
         faults.conditional = 403
-        job = job_calls.submit_job(runtime, fields(texts, s3.url("out")))
+        job = submit_job(runtime, fields(texts, s3.url("out")))
         with pytest.raises(InvalidJob, match=r"conditional put below .* failed"):
-            job_calls.plan_job(runtime, job)
+            plan_job(runtime, job)
         assert jobs.get(runtime.database, job.id).state is JobState.FAILED
-        job = job_calls.submit_job(runtime, fields(texts, s3.url("out")))
+        job = submit_job(runtime, fields(texts, s3.url("out")))
         faults.conditional = None
-        assert job_calls.plan_job(runtime, job).state is JobState.QUEUED
+        assert plan_job(runtime, job).state is JobState.QUEUED
         assert output_owner.read(runtime.store, s3.url("out")) is not None

@@ -23,7 +23,8 @@ from pipeline.engines.onnx.runtime.layout import Layout
 from pipeline.engines.onnx.runtime.ort import GraphFile
 from pipeline.engines.onnx.runtime.run import Call, Lane, RunTimedOut
 from pipeline.execution.attempt import execute
-from pipeline.jobs.submit import plan_job, submit_job
+from pipeline.jobs.plan import plan_job
+from pipeline.jobs.submit import submit_job
 from pipeline.process.heartbeat import LeaseKeeper
 from pipeline.process.runtime import start
 from storage.errors import EngineMissing, TransientError

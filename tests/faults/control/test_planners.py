@@ -15,7 +15,8 @@ import redis
 
 from pipeline.engines.base import Cancellation
 from pipeline.execution.attempt import execute
-from pipeline.jobs.submit import plan_job, submit_job
+from pipeline.jobs.plan import plan_job
+from pipeline.jobs.submit import submit_job
 from pipeline.output.finalize import finalize_job
 from pipeline.process.heartbeat import LeaseKeeper
 from pipeline.process.runtime import Runtime, start

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.jobs.submit import plan_job
+from pipeline.jobs.plan import plan_job
 from storage import failpoints
 from storage.errors import IllegalTransition, InvalidInput, LeaseLost
 from storage.queue import plan_leases

@@ -16,8 +16,9 @@ from pipeline.config.settings import Settings
 from pipeline.engines.base import Cancellation
 from pipeline.engines.vllm.prompts.lora import LoadedAdapters, check
 from pipeline.execution.attempt import execute
+from pipeline.jobs.plan import plan_job
 from pipeline.jobs.preflight import absolute
-from pipeline.jobs.submit import plan_job, submit_job
+from pipeline.jobs.submit import submit_job
 from pipeline.models.adapters import digests
 from pipeline.planning.plan import PlanRecord
 from pipeline.process.heartbeat import LeaseKeeper
