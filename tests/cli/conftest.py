@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -72,11 +71,9 @@ class Rowmill:
 
 
 @pytest.fixture
-def rowmill(tmp_path: Path, sqlite_template: Path) -> Rowmill:
+def rowmill(tmp_path: Path) -> Rowmill:
     home = tmp_path / "home"
     home.mkdir()
-    (tmp_path / "data").mkdir()
-    shutil.copy(sqlite_template, tmp_path / "data/rowmill.db")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ROWMILL_")}
     environment |= {
         "PYTHONPATH": str(REPOSITORY),
