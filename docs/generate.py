@@ -37,6 +37,7 @@ MACHINES: tuple[tuple[str, type[StrEnum], Mapping[Any, frozenset[Any]], frozense
     ("Attempt", states.AttemptState, states.ATTEMPT, frozenset()),
     ("Request", states.RequestState, states.REQUEST, frozenset()),
     ("Fire", states.FireState, states.FIRE, frozenset()),
+    ("Revision of a model", states.RevisionState, states.REVISION, frozenset()),
 )
 """Heading, enum, table, and the states in which it rests although the table leads on."""
 

@@ -12,6 +12,7 @@
     ├── InvalidSettings       a flag, environment variable or file holds a bad value (exit 2)
     ├── NotFound              no such job, row, model, tenant, schedule             (exit 6)
     ├── IllegalTransition     a state may not follow another; nothing was changed
+    ├── ActivationRefused     a model's revision is not proved, or another became active meanwhile
     ├── RowError              one row cannot be computed: recorded, the shard goes on
     ├── TransientError        try again later: costs one failure of the shard's budget
     │   ├── Unreachable       database, broker or object store do not answer        (exit 7)
@@ -136,6 +137,10 @@ class IllegalTransition(RowmillError):
     def __init__(self, entity: str, source: str, target: str, detail: str = "") -> None:
         super().__init__(f"a {entity} that is {source} cannot become {target}" + (f": {detail}" if detail else ""))
         self.entity, self.source, self.target = entity, source, target
+
+
+class ActivationRefused(RowmillError):
+    """A revision of a model was not made active: it is not proved, or another one is. Nothing was changed."""
 
 
 class RowError(RowmillError):

@@ -78,7 +78,8 @@ class Job:
 
     ``n_open`` shards are still to end, ``n_dead`` of the ended ones were given up. ``stop_reason`` is set when the job
     is being wound down (or was): ``"cancelled"``, ``"expired"``, ``"max_failed_rows"``, ``"failed"``. ``publishing``:
-    this job has begun to replace whatever was published at its output.
+    this job has begun to replace whatever was published at its output. ``model`` is the registered revision that the
+    job was submitted with (``storage.registry``); ``None`` for a path.
     """
 
     id: str
@@ -112,6 +113,7 @@ class Job:
     ended_at: float | None
     expires_at: float | None
     cancel_requested_at: float | None
+    model: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

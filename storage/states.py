@@ -1,4 +1,4 @@
-"""The states of jobs, shards, attempts and requests, and the one table per entity that says who may follow whom.
+"""The states of jobs, shards, attempts, requests and models, and one table per entity that says who may follow whom.
 
 Everything that moves a row between states asks :func:`check` first; an illegal move raises and changes nothing.
 The diagrams in ``docs/reference/states.md`` are generated from these tables.
@@ -106,7 +106,20 @@ class FireState(StrEnum):
     """Its job was refused, with the reason (a model that is gone, an output that is taken, a quota)."""
 
 
-S = TypeVar("S", JobState, ShardState, AttemptState, RequestState, FireState)
+class RevisionState(StrEnum):
+    """One revision of a registered model: fixed content, named by its digest."""
+
+    DRAFT = "draft"
+    """Registered, and not proved; or its newest validation did not pass. A PASS moves it on."""
+    VALIDATED = "validated"
+    """Its newest validation passed: it may be activated."""
+    ACTIVE = "active"
+    """What jobs get that name the model alone. At most one revision of a model is active."""
+    RETIRED = "retired"
+    """It was active and another one took its place, or it was withdrawn. A rollback makes it active again."""
+
+
+S = TypeVar("S", JobState, ShardState, AttemptState, RequestState, FireState, RevisionState)
 Table = Mapping[S, frozenset[S]]
 
 
@@ -156,6 +169,12 @@ FIRE: Table[FireState] = _table(  # type: ignore[assignment]
     empty="",
     failed="",
 )
+REVISION: Table[RevisionState] = _table(  # type: ignore[assignment]
+    draft="validated active retired",
+    validated="draft active retired",
+    active="retired",
+    retired="validated active",
+)
 
 TERMINAL_JOB = frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED})
 """States in which a job rests: its output is final and nothing runs. Only a retry leaves them."""
@@ -171,6 +190,7 @@ def _table_of(state: S) -> Table[S]:
         AttemptState: ATTEMPT,  # type: ignore[dict-item]
         RequestState: REQUEST,  # type: ignore[dict-item]
         FireState: FIRE,  # type: ignore[dict-item]
+        RevisionState: REVISION,  # type: ignore[dict-item]
     }
     return tables[type(state)]  # type: ignore[return-value]
 

@@ -16,7 +16,7 @@ from pipeline.cli.admin.beat import beat
 from pipeline.cli.command import Invocation
 from pipeline.cli.job import commands
 from pipeline.cli.job.submit import estimate, submit
-from pipeline.cli.model import benchmark
+from pipeline.cli.model import benchmark, registry
 from pipeline.cli.model import commands as model
 from pipeline.cli.run import run
 from pipeline.cli.streams import OutputError
@@ -89,6 +89,7 @@ app.add_typer(db.app, name="db")
 app.add_typer(tenant.app, name="tenant")
 app.add_typer(maintenance.app, name="admin")
 model.app.command(name="benchmark")(benchmark.benchmark)
+registry.register(model.app)
 app.add_typer(model.app, name="model")
 
 

@@ -24,6 +24,7 @@ from pipeline.jobs.status_query import job_status
 from pipeline.jobs.submit import Estimate, estimate, submit_job
 from pipeline.process.attendance import with_attendance
 from pipeline.process.runtime import Runtime
+from pipeline.registry.api import Models, person
 from pipeline.schedules.api import Schedules
 from pipeline.spec.status import JobStatus, RequestStatus
 from storage import locations
@@ -77,6 +78,15 @@ class Client:
     def schedules(self) -> Schedules:
         """Jobs that are submitted again and again: add, list, pause, remove."""
         return Schedules(self._runtime)
+
+    @property
+    def models(self) -> Models:
+        """Registered models: add, list, activate, roll back."""
+        return Models(self._runtime.models, person())
+
+    def on_notice(self, callback: Callable[[str], None]) -> None:
+        """Hand what is worth a line (a path that a registered name hides, a download) to ``callback`` from now on."""
+        self._session.notify(callback)
 
     def submit(self, *, start: bool = True, on_notice: Callable[[str], None] | None = None, **fields: Any) -> JobHandle:
         """Validate and queue a job; the fields are those of :class:`~pipeline.JobSpec`.

@@ -12,7 +12,6 @@ from pipeline.engines.base import Cancellation
 from pipeline.execution.attempt_steps import AttemptSteps
 from pipeline.models import adapters
 from pipeline.models.model import Model
-from pipeline.models.resolve import resolve
 from pipeline.output import owner
 from pipeline.planning.plan import PlanRecord
 from pipeline.process.heartbeat import JOB_STOPPING, LEASE_LOST
@@ -58,7 +57,7 @@ class AttemptContext:
         job, shard = claim.job, claim.shard
         spec, plan = stored(job.spec), PlanRecord.from_json(job.plan)
         owner.check(runtime, job)
-        model = resolve(spec.model, runtime.settings.cache_dir)
+        model = runtime.models.of_job(claim.job, spec.model)
         if model.digest != plan.model_digest:
             raise InvalidModel(f"{spec.model} changed after the job was planned; submit a new job", field="model")
         _check_adapters(runtime, spec, plan)

@@ -39,13 +39,15 @@ class Request:
     """A submitted request, resolved once: whoever plans it looks up neither its places nor its model again.
 
     ``spec`` has absolute paths and normalized URLs. ``engine`` is the one that runs it. It can be run as far as that
-    shows without its input.
+    shows without its input. ``registered`` is what the job keeps of the revision that its model stands for; ``None``
+    for a path.
     """
 
     spec: JobSpec
     model: Model
     engine: str
     cache_dir: Path
+    registered: Mapping[str, Any] | None = None
 
     @cached_property
     def adapters(self) -> Mapping[str, str]:
@@ -66,10 +68,17 @@ def request_of(runtime: Runtime, fields: Mapping[str, Any]) -> Request:
 
     Raises :class:`InvalidJob` and its kin, naming the field and the reason.
     """
-    spec = absolute(parse(dict(fields)))
+    spec = parse(dict(fields))
+    # Once, here: whatever moves an alias later, the job keeps this revision.
+    revision = runtime.models.named(spec.model, spec.tenant)
+    spec = absolute(spec, registered=revision is not None)
     allowed = permissions.granted(runtime.settings)
     permissions.check_adapters(spec, allowed)
-    model = resolve(spec.model, runtime.settings.cache_dir)
+    if revision is None:
+        model = resolve(spec.model, runtime.settings.cache_dir)
+    else:
+        spec = spec.model_copy(update={"model": revision.reference})
+        model = runtime.models.model(revision)
     engine = engine_choice.choose(spec.task, spec.engine, model)
     if spec.profile and not issubclass(registry.engine_class(engine), Profiled):
         raise InvalidJob(f"engine {engine!r} writes no traces; 'onnx' does", field="profile")
@@ -80,18 +89,23 @@ def request_of(runtime: Runtime, fields: Mapping[str, Any]) -> Request:
     registry.check_request(engine, spec, model)
     if allowed.own_machine:
         registry.check_host(engine, spec.engine_options)
-    return Request(spec, model, engine, runtime.settings.cache_dir)
+    registered = None if revision is None else runtime.models.kept(revision)
+    return Request(spec, model, engine, runtime.settings.cache_dir, registered)
 
 
 def request_of_job(runtime: Runtime, job: Job, spec: JobSpec) -> Request:
     """The request of a job that was stored with ``spec``. Raises :class:`InvalidModel` without its model."""
-    return Request(spec, resolve(spec.model, runtime.settings.cache_dir), job.engine, runtime.settings.cache_dir)
+    model = runtime.models.of_job(job, spec.model)
+    return Request(spec, model, job.engine, runtime.settings.cache_dir, job.model)
 
 
-def absolute(spec: JobSpec) -> JobSpec:
-    """The spec with every local path made absolute, so that it means the same in any working directory."""
+def absolute(spec: JobSpec, *, registered: bool = False) -> JobSpec:
+    """The spec with every local path made absolute, so that it means the same in any working directory.
+
+    ``registered``: its model is a name of the registry, and no path.
+    """
     model = spec.model
-    if os.path.exists(model):  # noqa: PTH110 - false, too, for what can be no path
+    if not registered and os.path.exists(model):  # noqa: PTH110 - false, too, for what can be no path
         path = Path(model).absolute()
         # The name of a file counts, not that of the file it leads to: hubs keep "model.onnx" under a hash.
         model = str(path.parent.resolve() / path.name if path.is_file() else path.resolve())

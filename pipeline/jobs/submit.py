@@ -144,6 +144,7 @@ def _insert(runtime: Runtime, job_id: str, request: preflight.Request, fire: Fir
         actor=runtime.actor,
         new_tenant=runtime.settings.unknown_tenants == "create",
         fire=fire,
+        model=request.registered,
     )
 
 

@@ -26,15 +26,25 @@ def digest(files: Mapping[str, Path], cache_dir: Path) -> str:
     a second call reads no content. A cache that cannot be read or written is done without. Raises ``OSError`` when a
     file of the model cannot be read.
     """
+    return combined(file_hashes(files, cache_dir))
+
+
+def file_hashes(files: Mapping[str, Path], cache_dir: Path) -> dict[str, str]:
+    """Name → SHA-256 (hex) of the file's content, of each of ``files``, sorted by name. Raises ``OSError``."""
     cache = _Cache(cache_dir / CACHE_FILE)
     names = sorted(files)
     paths = [files[name].resolve() for name in names]
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="rowmill-digest") as pool:
         hashes = list(pool.map(cache.file_hash, paths))
     cache.save()
+    return dict(zip(names, hashes, strict=True))
+
+
+def combined(hashes: Mapping[str, str]) -> str:
+    """The digest of a model whose files have these hashes."""
     total = hashlib.sha256()
-    for name, file_hash in zip(names, hashes, strict=True):
-        total.update(f"{len(name.encode())}:{name}:{file_hash}\n".encode())
+    for name in sorted(hashes):
+        total.update(f"{len(name.encode())}:{name}:{hashes[name]}\n".encode())
     return total.hexdigest()
 
 

@@ -57,7 +57,7 @@ _NOT_THE_MODEL = (
 )
 """Names of files and folders that do not change what a model computes: not part of the digest."""
 
-_BESIDE_A_GRAPH = (
+BESIDE_A_GRAPH = (
     "config.json",
     "preprocessor_config.json",
     "tokenizer*.json",
@@ -138,6 +138,7 @@ def _directory(name: str, root: Path, cache_dir: Path) -> Model:
         path=root,
         digest=digest(files, cache_dir),
         files=frozenset(files),
+        content=files,
         architectures=_architectures(config or {}, root),
         config=config or {},
         onnx_files=graphs,
@@ -160,7 +161,7 @@ def _file(name: str, path: Path, cache_dir: Path) -> Model:
     root = path.parent
     if root.name == "onnx" and not (root / "tokenizer.json").exists():
         root = root.parent
-    for pattern in _BESIDE_A_GRAPH:
+    for pattern in BESIDE_A_GRAPH:
         files |= {f"./{file.relative_to(root)}": file for file in root.glob(pattern) if file.is_file()}
     for folder in module_folders.layers(root):
         made_of = (folder / "config.json", folder / module_folders.LAYER_WEIGHTS)
@@ -170,6 +171,7 @@ def _file(name: str, path: Path, cache_dir: Path) -> Model:
         name=name,
         path=path,
         digest=digest(files, cache_dir),
+        content=files,
         architectures=_architectures(config, root),
         config=config,
         onnx_files=(graph,),
@@ -225,13 +227,13 @@ def _files_below(root: Path) -> Iterator[tuple[str, Path]]:
 
     for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
         here = Path(folder)
-        folders[:] = [name for name in folders if not _ignored(name) and not _leads_back(root, here / name)]
+        folders[:] = [name for name in folders if not is_ignored(name) and not _leads_back(root, here / name)]
         safetensors = any(name.endswith(".safetensors") for name in names)
         for name in names:
             path = Path(folder) / name
             # The same weights again, in the older format: nothing loads them when there are safetensors.
             duplicate = safetensors and fnmatch(name, "pytorch_model*.bin*")
-            if not _ignored(name) and not duplicate and (path.is_file() or path.is_symlink()):
+            if not is_ignored(name) and not duplicate and (path.is_file() or path.is_symlink()):
                 yield path.relative_to(root).as_posix(), path
 
 
@@ -243,7 +245,8 @@ def _leads_back(root: Path, folder: Path) -> bool:
     return any(folder.samefile(above) for above in inside)
 
 
-def _ignored(name: str) -> bool:
+def is_ignored(name: str) -> bool:
+    """Whether a file or folder of that name, wherever it lies, is no part of a model."""
     return any(fnmatch(name, pattern) for pattern in _NOT_THE_MODEL)
 
 

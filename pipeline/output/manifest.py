@@ -114,6 +114,7 @@ def build(
             "name": job.spec.get("model"),
             "digest": job.plan.get("model_digest"),
             "architectures": list(job.plan.get("architectures", ())),
+            **({} if job.model is None else _registered(job.model)),
             **({"adapters": dict(job.plan["adapters"])} if job.plan.get("adapters") else {}),
         },
         "engine": {"name": job.engine, "key": job.engine_key, "facts": _distinct(attempts)},
@@ -136,6 +137,10 @@ def build(
         },
         "parts": [dict(entry) for entry in parts],
     }
+
+
+def _registered(model: Mapping[str, Any]) -> dict[str, Any]:
+    return {"registered": model["name"], "revision": model["revision"], "reports": list(model["reports"])}
 
 
 def _missing(parts: Sequence[Mapping[str, Any]], total: int) -> list[tuple[int, int]] | None:

@@ -21,6 +21,7 @@ from pipeline.engines.base import EngineContext
 from pipeline.engines.pool import EnginePool
 from pipeline.process.exclusive import Isolation
 from pipeline.process.permissions import RowFiles, granted
+from pipeline.registry.resolver import Resolver
 from pipeline.result_cache.cache import ResultCaches
 from storage.errors import CommitUnknown, InvalidSettings, TransientError
 from storage.fleet import workers
@@ -62,6 +63,11 @@ class Runtime:
     def actor(self) -> str:
         """Who the audit trail names."""
         return self.worker.id
+
+    @property
+    def models(self) -> Resolver:
+        """From what jobs call their models to the models on disk."""
+        return Resolver(self.database, self.store, self.settings.cache_dir, self.notify)
 
     def register(self) -> None:
         """Make this process known as a worker. Only then may it claim."""

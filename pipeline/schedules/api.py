@@ -104,7 +104,9 @@ class Schedules:
         self, name: str, cron: str, job: Mapping[str, Any], options: Mapping[str, Any]
     ) -> tuple[ScheduleSpec, JobSpec]:
         spec = parse_schedule({"name": name, "cron": cron, "job": job, **options})
-        parsed = absolute(parse_job(spec))
+        parsed = parse_job(spec)
+        # A registered name stays one: each fire resolves it anew.
+        parsed = absolute(parsed, registered=self._runtime.models.is_registered(parsed.model, parsed.tenant))
         clock = self._runtime.database.clock()
         try:
             first = CronTimes(spec.cron, spec.tz).next_after(clock)

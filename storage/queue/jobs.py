@@ -53,6 +53,7 @@ def insert(
     actor: str,
     new_tenant: bool = True,
     fire: FireKey | None = None,
+    model: Mapping[str, Any] | None = None,
 ) -> Job:
     """Queue a job in ``validating``. Same tenant and key: the job that is there already, or :class:`Conflict`.
 
@@ -60,7 +61,7 @@ def insert(
     :class:`~storage.errors.QuotaExceeded` when the tenant has used up what it may, and
     :class:`~storage.errors.InvalidJob` when it is unknown and not to be made (``new_tenant``). With ``fire``, that fire
     of a schedule is marked as submitted in the same transaction; raises :class:`IllegalTransition`, and inserts
-    nothing, when it is not pending any more.
+    nothing, when it is not pending any more. ``model`` is the registered revision that its model stands for.
     """
     values = {
         "id": job_id,
@@ -75,6 +76,7 @@ def insert(
         "idem_key": idempotency_key,
         "output_uri": output_uri,
         "max_failed_rows": max_failed_rows,
+        "model": model,
     }
     try:
         with database.write() as connection:

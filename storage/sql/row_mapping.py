@@ -46,6 +46,7 @@ def job(row: Row) -> Job:
         ended_at=row.ended_at,
         expires_at=row.expires_at,
         cancel_requested_at=row.cancel_requested_at,
+        model=row.model,
     )
 
 

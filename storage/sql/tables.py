@@ -10,23 +10,15 @@ import sqlalchemy as sa
 
 from storage.deaths import Step
 from storage.sql.column_types import Id, Json, Text
+from storage.sql.registry_tables import model as model
+from storage.sql.registry_tables import model_alias as model_alias
+from storage.sql.registry_tables import model_artifact as model_artifact
+from storage.sql.registry_tables import model_event as model_event
+from storage.sql.registry_tables import model_report as model_report
+from storage.sql.registry_tables import model_revision as model_revision
+from storage.sql.schema import Big, ExactJson, Seconds
+from storage.sql.schema import metadata as metadata
 from storage.states import TERMINAL_JOB, FireState, JobState, ShardState
-
-metadata = sa.MetaData(
-    naming_convention={
-        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-        "ck": "ck_%(table_name)s_%(constraint_name)s",
-        "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
-        "pk": "pk_%(table_name)s",
-    }
-)
-
-Big = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-ExactJson = sa.JSON()
-"""Read back as it was given. JSONB would sort the keys (a JSON Schema's properties are answered in their order) and
-refuses a NUL (a column's name may hold one)."""
-Seconds: sa.Double[float] = sa.Double()
 
 
 def _count(name: str) -> sa.Column[int]:
@@ -97,6 +89,8 @@ job = sa.Table(
     sa.Column("spec_hash", Text, nullable=False),
     sa.Column("idem_key", Text),
     sa.Column("plan", ExactJson, nullable=False, server_default="{}"),
+    # The registered revision that the job's model was resolved to at submit; NULL for a path.
+    sa.Column("model", sa.JSON(none_as_null=True)),
     sa.Column("output_uri", Text, nullable=False),
     sa.Column("stop_reason", Text),
     sa.Column("error", Text),

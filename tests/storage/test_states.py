@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from storage import states
 from storage.errors import IllegalTransition
-from storage.states import AttemptState, FireState, JobState, RequestState, ShardState
+from storage.states import AttemptState, FireState, JobState, RequestState, RevisionState, ShardState
 
 TABLES: dict[type[StrEnum], Mapping[Any, frozenset[Any]]] = {
     JobState: states.JOB,
@@ -22,6 +22,7 @@ TABLES: dict[type[StrEnum], Mapping[Any, frozenset[Any]]] = {
     AttemptState: states.ATTEMPT,
     RequestState: states.REQUEST,
     FireState: states.FIRE,
+    RevisionState: states.REVISION,
 }
 ENTITIES = {
     JobState: "job",
@@ -29,6 +30,7 @@ ENTITIES = {
     AttemptState: "attempt",
     RequestState: "request",
     FireState: "fire",
+    RevisionState: "revision",
 }
 START: dict[type[StrEnum], Any] = {
     JobState: JobState.VALIDATING,
@@ -36,6 +38,7 @@ START: dict[type[StrEnum], Any] = {
     AttemptState: AttemptState.RUNNING,
     RequestState: RequestState.PENDING,
     FireState: FireState.PENDING,
+    RevisionState: RevisionState.DRAFT,
 }
 every_machine = pytest.mark.parametrize("kind", list(TABLES), ids=lambda kind: ENTITIES[kind])
 pairs = [(kind, a, b) for kind in TABLES for a in kind for b in kind]

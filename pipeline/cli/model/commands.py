@@ -10,12 +10,13 @@ import typer
 
 from pipeline.cli import errors, output, values
 from pipeline.cli.command import Invocation, command
+from pipeline.cli.model.registry import located
 
 if TYPE_CHECKING:
     from pipeline.models.compare import Limits
     from pipeline.models.model import Model
 
-app = typer.Typer(help="Models: export to ONNX, quantize, compare.", no_args_is_help=True)
+app = typer.Typer(help="Models: register, prove, activate; export to ONNX, quantize, benchmark.", no_args_is_help=True)
 
 CALIBRATION_ROWS = 512
 """Most rows that calibration looks at."""
@@ -275,7 +276,7 @@ def _resolve(invocation: Invocation, name: str) -> Model:
     from pipeline.models.resolve import resolve
     from storage.errors import InvalidModel
 
-    model = resolve(name, invocation.loaded.settings.cache_dir)
+    model = resolve(located(invocation, name), invocation.loaded.settings.cache_dir)
     if model.path is None:
         raise InvalidModel("'fake' is no model on disk", field="model")
     return model

@@ -1,0 +1,200 @@
+"""The states of revisions: the only writer of them. One revision of a model is active at a time, whoever activates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
+from storage.errors import ActivationRefused
+from storage.registry import history, reports, revisions
+from storage.registry.records import Owned, Report, Revision
+from storage.sql import tables
+from storage.sql.database import Database
+from storage.states import RevisionState, check
+
+_revision = tables.model_revision
+
+
+def activate(
+    database: Database,
+    revision: Revision,
+    *,
+    replacing: Revision | None,
+    actor: str,
+    reason: str | None = None,
+    forced: bool = False,
+) -> Revision:
+    """Make a revision active in the place of ``replacing`` (``None``: of none), which retires.
+
+    Raises :class:`ActivationRefused`, and changes nothing, when it is active already, when another one is active than
+    the caller has seen, and, unless ``forced``, when its newest validation did not pass.
+    """
+    with _one_active(database, revision) as connection:
+        model_id = revisions.locked(database, connection, revision.model)
+        current = revisions.refreshed(connection, revision)
+        if current.state is RevisionState.ACTIVE:
+            raise ActivationRefused(f"{current.reference} is active already")
+        if not forced:
+            _require_pass(current, reports.newest(connection, current.id))
+        _exchange(connection, model_id, replacing, current, "activated", actor, reason, forced=forced)
+        return revisions.refreshed(connection, revision)
+
+
+def previous(database: Database, model: Owned) -> Revision:
+    """The revision that a rollback would make active. Raises :class:`ActivationRefused` when there is none."""
+    with database.read() as connection:
+        model_id = revisions.id_of(connection, model)
+        for number in reversed(history.activations(connection, model_id)):
+            found = revisions.numbered(connection, model_id, number)
+            if found is not None and found.state is not RevisionState.ACTIVE:
+                return found
+    raise ActivationRefused(f"no other revision of {model} was active before: there is nothing to go back to")
+
+
+def roll_back(
+    database: Database, target: Revision, *, replacing: Revision | None, actor: str, reason: str | None = None
+) -> Revision:
+    """Make the revision active that was so before. Raises :class:`ActivationRefused` as :func:`activate` does."""
+    with _one_active(database, target) as connection:
+        model_id = revisions.locked(database, connection, target.model)
+        current = revisions.refreshed(connection, target)
+        if current.state is RevisionState.ACTIVE:
+            raise ActivationRefused(f"{current.reference} is active already")
+        _exchange(connection, model_id, replacing, current, "rolled_back", actor, reason)
+        return revisions.refreshed(connection, target)
+
+
+def retire(database: Database, revision: Revision, *, actor: str, reason: str | None = None) -> Revision:
+    """Withdraw a revision. Raises :class:`IllegalTransition` for one that is retired."""
+    with database.write() as connection:
+        model_id = revisions.locked(database, connection, revision.model)
+        current = revisions.refreshed(connection, revision)
+        _move(connection, model_id, current, RevisionState.RETIRED, "retired", actor, reason)
+        return revisions.refreshed(connection, revision)
+
+
+def judged(database: Database, revision: Revision, report: Report) -> Revision:
+    """Store what a validation found, and move the revision: a PASS proves a draft, anything else takes that back.
+
+    An active one stays active, and a retired one is proved by a PASS only.
+    """
+    passed = report.verdict == reports.PASS
+    with database.write() as connection:
+        model_id = revisions.locked(database, connection, revision.model)
+        current = revisions.refreshed(connection, revision)
+        reports.insert(connection, current.id, report)
+        target = RevisionState.VALIDATED if passed else RevisionState.DRAFT
+        reason = f"{report.verdict}, report {report.id}"
+        if (passed and current.state in (RevisionState.DRAFT, RevisionState.RETIRED)) or (
+            not passed and current.state is RevisionState.VALIDATED
+        ):
+            _move(connection, model_id, current, target, "validated", report.actor, reason)
+        else:
+            _record(connection, model_id, current, "validated", report.actor, current.state, reason)
+        return revisions.refreshed(connection, revision)
+
+
+def _require_pass(revision: Revision, report: Report | None) -> None:
+    if report is None:
+        raise ActivationRefused(
+            f"{revision.reference} was not validated: 'rowmill model validate {revision.reference} SAMPLE -t TASK' "
+            "first; --force (force=True) activates it all the same, and the history says so"
+        )
+    if report.verdict != reports.PASS:
+        raise ActivationRefused(
+            f"the newest validation of {revision.reference} ended in {report.verdict} (report {report.id}); --force "
+            "(force=True) activates it all the same, and the history says so"
+        )
+
+
+@contextmanager
+def _one_active(database: Database, revision: Revision) -> Iterator[sa.Connection]:
+    """A write transaction in which the index that lets one revision be active may refuse."""
+    try:
+        with database.write() as connection:
+            yield connection
+    except IntegrityError as conflict:
+        raise ActivationRefused(f"another revision of {revision.model} became active meanwhile") from conflict
+
+
+def _exchange(
+    connection: sa.Connection,
+    model_id: str,
+    replacing: Revision | None,
+    target: Revision,
+    kind: str,
+    actor: str,
+    reason: str | None,
+    *,
+    forced: bool = False,
+) -> None:
+    query = sa.select(_revision.c.id, _revision.c.number).where(
+        _revision.c.model_id == model_id, _revision.c.state == RevisionState.ACTIVE
+    )
+    now_active = connection.execute(query).first()
+    if (now_active.id if now_active else None) != (replacing.id if replacing else None):
+        found = f"revision {now_active.number}" if now_active else "none"
+        seen = f"revision {replacing.number}" if replacing else "none"
+        raise ActivationRefused(
+            f"{found} of {target.model} is active now, {seen} was when this began: look at it, and try again"
+        )
+    if replacing is not None:
+        why = f"by {target.reference}" + (", a rollback" if kind == "rolled_back" else "")
+        _move(
+            connection,
+            model_id,
+            revisions.refreshed(connection, replacing),
+            RevisionState.RETIRED,
+            "replaced",
+            actor,
+            why,
+        )
+    _move(connection, model_id, target, RevisionState.ACTIVE, kind, actor, reason, forced=forced)
+
+
+def _move(
+    connection: sa.Connection,
+    model_id: str,
+    revision: Revision,
+    target: RevisionState,
+    kind: str,
+    actor: str,
+    reason: str | None,
+    *,
+    forced: bool = False,
+) -> None:
+    check(revision.state, target)
+    connection.execute(
+        _revision.update()
+        .where(_revision.c.id == revision.id, _revision.c.state == revision.state)
+        .values(state=target)
+    )
+    _record(connection, model_id, revision, kind, actor, target, reason, forced=forced)
+
+
+def _record(
+    connection: sa.Connection,
+    model_id: str,
+    revision: Revision,
+    kind: str,
+    actor: str,
+    target: RevisionState,
+    reason: str | None,
+    *,
+    forced: bool = False,
+) -> None:
+    history.record(
+        connection,
+        model_id,
+        kind,
+        actor,
+        number=revision.number,
+        digest=revision.digest,
+        from_state=revision.state,
+        to_state=target,
+        reason=reason,
+        forced=forced,
+    )
