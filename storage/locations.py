@@ -4,6 +4,7 @@
 
     <output>/data/part-00042.parquet          final files, and nothing else
     <output>/_manifest.json, _SUCCESS
+    <output>/openai/…                         the lines of OpenAI's batch API, for a job that asked for them
     <output>/_profile/…                       traces of a job that asked for them
     <output>/.rowmill/owner.json               which job it belongs to, until that job ends
     <output>/.rowmill/<job>/attempts/…         what attempts write
@@ -65,6 +66,11 @@ def earlier_manifest(output: str, job_id: str) -> str:
 def success(output: str) -> str:
     """The empty object that says: all of it is there."""
     return f"{_base(output)}/_SUCCESS"
+
+
+def openai_lines(output: str, *, failed: bool) -> str:
+    """The lines of OpenAI's batch API: of requests that were answered, or of those that failed."""
+    return f"{_base(output)}/openai/{'errors' if failed else 'output'}.jsonl"
 
 
 def owner(output: str) -> str:

@@ -162,6 +162,7 @@ def job_fields(from_file: Mapping[str, Any], from_flags: Mapping[str, Any]) -> d
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise InvalidJob(f"unknown field{hint}", field=unknown[0])
     missing = [option for name, option in _REQUIRED.items() if fields.get(name) in (None, "", [], ())]
-    if missing:
+    # An input may say its task itself: whoever reads it decides.
+    if missing and missing != [_REQUIRED["task"]]:
         raise InvalidJob(f"missing {', '.join(missing)}; see --help")
     return fields

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from pipeline.engines import registry
 from pipeline.engines.base import Cancellation
 from pipeline.execution.attempt_steps import AttemptSteps
 from pipeline.models import adapters
@@ -17,6 +16,7 @@ from pipeline.planning.plan import PlanRecord
 from pipeline.process.heartbeat import JOB_STOPPING, LEASE_LOST
 from pipeline.process.metrics import Measures
 from pipeline.process.runtime import Runtime
+from pipeline.requests import job as requests
 from pipeline.spec.job_spec import JobSpec, stored
 from storage import locations
 from storage.errors import InvalidModel, LeaseLost
@@ -64,7 +64,7 @@ class AttemptContext:
         return cls(
             runtime=runtime,
             claim=claim,
-            spec=registry.settled(job.engine, spec, model, plan.schema),
+            spec=requests.settled(job.engine, spec, model, plan.schema),
             plan=plan,
             model=model,
             cancel=cancel,

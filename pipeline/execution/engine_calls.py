@@ -14,6 +14,7 @@ from pipeline.execution.completeness import Ledger, only
 from pipeline.execution.flush import Flusher
 from pipeline.execution.prefetch import ReadAhead
 from pipeline.planning.sequences import SequenceRows
+from pipeline.requests.engine import answering
 from pipeline.spec.error_codes import RowErrorCode
 from storage.parquet import parquet
 
@@ -22,7 +23,8 @@ class EngineCalls:
     """One attempt's. Not for several threads."""
 
     def __init__(self, attempt: AttemptContext, engine: Engine, flusher: Flusher) -> None:
-        self._attempt, self._engine, self._flusher = attempt, engine, flusher
+        self._attempt, self._flusher = attempt, flusher
+        self._engine = answering(engine, attempt.spec)
         self._ledger = Ledger(attempt.claim.todo)
         self._sequences = None if attempt.spec.sequence is None else self._sequence_rows(attempt.spec.sequence)
 

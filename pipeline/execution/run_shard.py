@@ -13,6 +13,7 @@ from pipeline.execution.attempt_context import AttemptContext
 from pipeline.execution.engine_calls import EngineCalls
 from pipeline.execution.flush import Flusher
 from pipeline.execution.rounds import run_rounds
+from pipeline.requests.engine import answering
 from pipeline.spec.result_columns import check_names
 from storage import failpoints
 from storage.deaths import Step
@@ -27,7 +28,7 @@ def run_shard(attempt: AttemptContext, engine: Engine) -> None:
     """
     runtime, claim, spec = attempt.runtime, attempt.claim, attempt.spec
     attempt.steps.begin(Step.IDLE)
-    schema = engine.result_schema(spec)
+    schema = answering(engine, spec).result_schema(spec)
     check_names(attempt.plan.keep, schema.names, spec.output_prefix)
     with (
         Flusher(attempt, schema) as flusher,

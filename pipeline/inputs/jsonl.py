@@ -57,7 +57,8 @@ class JsonlReader:
     @property
     def schema(self) -> pa.Schema:
         """All columns of all files, also those that are not read."""
-        return pa.schema([pa.field(name, seen.type()) for name, seen in self._seen.items()])
+        kept = self._options.as_json
+        return pa.schema([pa.field(n, JSON if n in kept else seen.type()) for n, seen in self._seen.items()])
 
     def tables(self, uri: str, compression: Codec | None) -> Iterator[pa.Table]:
         """The file's rows in blocks of about ``BLOCK_BYTES``; one empty table when there is none."""

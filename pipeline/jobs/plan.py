@@ -80,7 +80,7 @@ def prepare(
     # Another worker may plan the same job, or run it already: nothing here is deleted but what was made here.
     work = locations.work_dir(spec.output, job_id)
     found = discovery.discover(runtime.store, spec, work, runtime.notify, done)
-    columns = preflight.columns_of(request, found, runtime.notify)
+    columns = preflight.columns_of(runtime.store, request, found, runtime.notify)
     # An output that cannot hold the rows is refused now, not after the engine was loaded and rows were computed.
     output_probe.require(runtime.store, spec.output, work)
     record = PlanRecord(

@@ -19,9 +19,10 @@ from pipeline.models import adapters
 from pipeline.models.model import Model
 from pipeline.models.resolve import resolve
 from pipeline.output import owner
-from pipeline.planning import engine_choice
+from pipeline.planning import batch_file, engine_choice
 from pipeline.process import permissions
 from pipeline.process.runtime import Runtime
+from pipeline.requests import job as requests
 from pipeline.spec.job_spec import JobSpec, parse
 from pipeline.spec.result_columns import check_names
 from storage import locations
@@ -68,7 +69,7 @@ def request_of(runtime: Runtime, fields: Mapping[str, Any]) -> Request:
 
     Raises :class:`InvalidJob` and its kin, naming the field and the reason.
     """
-    spec = parse(dict(fields))
+    spec = parse(batch_file.recognised(runtime.store, fields, runtime.notify))
     # Once, here: whatever moves an alias later, the job keeps this revision.
     revision = runtime.models.named(spec.model, spec.tenant)
     spec = absolute(spec, registered=revision is not None)
@@ -86,7 +87,7 @@ def request_of(runtime: Runtime, fields: Mapping[str, Any]) -> Request:
         remedy = "set its option row_timeout (--set row_timeout=SECONDS)" if engine == "onnx" else "leave it out"
         raise InvalidJob(f"engine {engine!r} aborts no single rows; {remedy}", field="request_timeout")
     registry.check_permissions(engine, spec.engine_options, allowed)
-    registry.check_request(engine, spec, model)
+    requests.check_request(engine, spec, model)
     if allowed.own_machine:
         registry.check_host(engine, spec.engine_options)
     registered = None if revision is None else runtime.models.kept(revision)
@@ -119,12 +120,13 @@ def absolute(spec: JobSpec, *, registered: bool = False) -> JobSpec:
     )
 
 
-def columns_of(request: Request, found: discovery.Inputs, notify: Callable[[str], None]) -> Columns:
+def columns_of(store: ObjectStore, request: Request, found: discovery.Inputs, notify: Callable[[str], None]) -> Columns:
     """The columns that the job reads and copies. Raises :class:`InvalidJob` for columns that are not there, hold the
-    wrong type, or clash with those of the result."""
+    wrong type, or clash with those of the result; and for a batch file with lines that are no requests."""
     spec, schema = request.spec, found.schema
+    batch_file.check(store, spec, (uri for uri, _ in found.originals))
     _refuse_look_alikes(spec.named_columns | set(spec.keep_columns or ()), schema.names)
-    read = registry.check(request.engine, spec, request.model, schema)
+    read = requests.check(request.engine, spec, request.model, schema)
     missing = [name for name in spec.keep_columns or () if name not in schema.names]
     if missing:
         there = ", ".join(schema.names)
@@ -132,7 +134,7 @@ def columns_of(request: Request, found: discovery.Inputs, notify: Callable[[str]
             f"the input has no column {', '.join(map(repr, missing))}; it has {there}", field="keep_columns"
         )
     keep = tuple(schema.names) if spec.keep_columns is None else spec.keep_columns
-    results = registry.result_names(request.engine, spec, request.model)
+    results = requests.result_names(request.engine, spec, request.model)
     check_names(keep, results or (), spec.output_prefix, notify)
     _refuse_unreadable(found, read, keep)
     return Columns(read, keep)
@@ -182,9 +184,11 @@ def check_in_fleet(runtime: Runtime, request: Request) -> None:
     found = None
     with _if_reachable(notify, "input"), tempfile.TemporaryDirectory(prefix="rowmill-submit-") as folder:
         found = discovery.look(store, spec, folder, notify)
-    store.close()
-    if found is not None:
-        columns_of(request, found, notify)
+    try:
+        if found is not None:
+            columns_of(store, request, found, notify)
+    finally:
+        store.close()
     _check_workers(runtime, request)
 
 

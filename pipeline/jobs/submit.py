@@ -47,7 +47,7 @@ def estimate(runtime: Runtime, fields: dict[str, Any]) -> Estimate:
     work = locations.work_dir(spec.output, f"estimate-{secrets.token_hex(8)}")
     try:
         found = discovery.discover(runtime.store, spec, work)
-        columns = preflight.columns_of(request, found, runtime.notify)
+        columns = preflight.columns_of(runtime.store, request, found, runtime.notify)
     finally:
         runtime.store.delete_tree(work)
     found = found.narrowed(limit=spec.limit, sample=spec.sample)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.output import assemble, manifest, merge_regrouped, owner
+from pipeline.output import assemble, manifest, merge_regrouped, openai_lines, owner
 from pipeline.output.destination import chunks_are_gone, earlier_parts, is_free
 from pipeline.output.publish_shard import assemble_partial, publish_shard
 from pipeline.planning.plan import PlanRecord
@@ -127,7 +127,8 @@ def _publish(runtime: Runtime, job: Job) -> Job:
         return job
     earlier = {} if target is JobState.COMPLETED else earlier_parts(store, job)
     # Readers trust the marks, so these go first and come back last.
-    store.delete([locations.success(output), locations.manifest(output)])
+    lines = [locations.openai_lines(output, failed=failed) for failed in (False, True)]
+    store.delete([locations.success(output), locations.manifest(output), *lines])
     entries, names, lost = _publish_shards(runtime, job, earlier)
     if lost:
         job = publish_leases.lose_outputs(runtime.database, job, lost, actor=runtime.actor)
@@ -140,6 +141,9 @@ def _publish(runtime: Runtime, job: Job) -> Job:
         raise CorruptFile(f"job {job.id} has {job.rows_total:,} rows, and its files {rows:,}: it is not published")
     _guard(runtime, job)
     _remove_stale(runtime, output, names)
+    if (spec := stored(job.spec)).openai_lines:
+        openai_lines.write(store, job, entries, spec.output_prefix)
+        _guard(runtime, job)
     if not entries and not whole:
         return job
     failpoints.hit("finalize.manifest")

@@ -8,6 +8,8 @@ import pyarrow as pa
 
 from pipeline.spec.job_spec import JobSpec, Task
 
+JSON = pa.json_(pa.string())
+"""JSON text, in a column that says so."""
 COUNTS = ("prompt_tokens", "cached_tokens", "completion_tokens")
 
 LIKELY = pa.struct(
@@ -25,7 +27,12 @@ def fields_of(spec: JobSpec) -> list[pa.Field[Any]]:
     With ``n`` above 1, ``outputs`` holds all answers in place of ``output``, ``completion_tokens`` counts all of them,
     ``finish_reason`` is ``length`` when any was cut off, and ``logprobs`` has a list for each. A token of the prompt
     that nothing comes before has no probability: the first of ``prompt_logprobs`` is null.
+
+    Where rows are requests, ``response`` holds the body of each response, and the other columns what it says first;
+    ``embedding`` that of a request with one input, null for those with several.
     """
+    if spec.request_column is not None:
+        return [pa.field(name, kind) for name, kind in _of_requests(spec)]
     fields: list[tuple[str, pa.DataType]] = []
     if spec.task in (Task.GENERATE, Task.CHAT):
         several = spec.sampling.get("n", 1) != 1
@@ -43,11 +50,20 @@ def fields_of(spec: JobSpec) -> list[pa.Field[Any]]:
     return [pa.field(name, kind) for name, kind in fields]
 
 
+def _of_requests(spec: JobSpec) -> list[tuple[str, Any]]:
+    if spec.task is Task.EMBED:
+        return [("embedding", pa.list_(pa.float32())), ("prompt_tokens", pa.int32()), ("response", JSON)]
+    counts = [(name, pa.int32()) for name in COUNTS]
+    return [("output", pa.string()), ("finish_reason", pa.string()), *counts, ("response", JSON)]
+
+
 def names_of(spec: JobSpec) -> tuple[str, ...] | None:
     """The names of a text task's result columns; ``None`` for ``tensor``, whose graph has its own."""
     if spec.task is Task.TENSOR:
         return None
-    return ("embedding", "prompt_tokens") if spec.task is Task.EMBED else tuple(f.name for f in fields_of(spec))
+    if spec.task is Task.EMBED and spec.request_column is None:
+        return ("embedding", "prompt_tokens")
+    return tuple(field.name for field in fields_of(spec))
 
 
 def wants_logprobs(spec: JobSpec) -> bool:

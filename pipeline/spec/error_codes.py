@@ -10,6 +10,8 @@ class RowErrorCode(StrEnum):
     """A column that the task reads is null in this row."""
     INVALID_VALUE = "invalid_value"
     """A value is there but cannot be used: wrong role, empty prompt, a token id outside the vocabulary."""
+    UNSUPPORTED_PARAMETER = "unsupported_parameter"
+    """A request asks for a parameter that the engine cannot honour; the message names it."""
     INVALID_UTF8 = "invalid_utf8"
     """A text column holds bytes that are not UTF-8."""
     INVALID_IMAGE = "invalid_image"

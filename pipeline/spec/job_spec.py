@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pipeline.spec.json_text import TooDeep, check_depth
 from pipeline.spec.places import no_credentials, plain_place, writable_place
 from pipeline.spec.prompt_template import Template
+from pipeline.spec.request_fields import RequestFields, check_requests
 from pipeline.spec.text_options import TextFields
 from pipeline.spec.values import (
     MOST_ITEMS,
@@ -84,12 +85,15 @@ _LATER: dict[str, Any] = {
     **dict.fromkeys(("prompt_name", "prefix", "sequence")),
     "csv_types": "auto",
     "csv_schema": {},
+    "request_column": None,
+    "endpoint": None,
+    "openai_lines": False,
 }
 """Fields that earlier versions did not have, and the values that say what those did."""
 PlainJson = Annotated[dict[str, Any], rule(plain_json)]
 
 
-class JobSpec(TextFields):
+class JobSpec(TextFields, RequestFields):
     """Everything that says what a job computes and where to put it. Immutable, and complete: same spec, same work."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -261,16 +265,18 @@ class JobSpec(TextFields):
     @model_validator(mode="after")
     def _the_task_has_what_it_reads(self) -> JobSpec:
         task, allowed = self.task, _READS[self.task]
+        check_requests(self)
+        requests = self.request_column is not None
         given = {name for name in _SHAPING if getattr(self, name) not in (None, {}, ())}
         if extra := sorted(given - allowed):
             reads = ", ".join(sorted(allowed))
             raise ValueError(f"task '{task}' does not read {', '.join(extra)}; it reads {reads}")
-        if task is Task.GENERATE and [self.prompt, self.prompt_token_column].count(None) != 1:
+        if task is Task.GENERATE and not requests and [self.prompt, self.prompt_token_column].count(None) != 1:
             raise ValueError(
                 "task 'generate' needs prompt, a template over the columns, such as \"Say: {text}\" "
                 "(or prompt_token_column, and never both)"
             )
-        if task is Task.CHAT and [self.prompt, self.messages, self.column].count(None) != 2:
+        if task is Task.CHAT and not requests and [self.prompt, self.messages, self.column].count(None) != 2:
             raise ValueError("task 'chat' needs exactly one of messages, prompt and column")
         if self.limit is not None and self.sample is not None:
             raise ValueError("limit and sample exclude each other: the first rows, or some from everywhere")
@@ -280,7 +286,7 @@ class JobSpec(TextFields):
             raise ValueError("prompt_name and prefix exclude each other: the model's own prompt, or a text of yours")
         if self.overlong == "split" and task is not Task.EMBED:
             raise ValueError(f"overlong 'split' averages embeddings; task '{task}' has none")
-        if task in (Task.EMBED, Task.CLASSIFY, Task.SCORE) and self.column is None:
+        if task in (Task.EMBED, Task.CLASSIFY, Task.SCORE) and not requests and self.column is None:
             raise ValueError(f"task '{task}' needs column, the name of the text column")
         if self.adapter_column is not None and not self.adapters:
             raise ValueError("adapter_column needs adapters, the directory of each by its name")
@@ -333,7 +339,7 @@ class JobSpec(TextFields):
 
 
 _COLUMNS = (
-    *("column", "pair_column", "prompt_token_column", "adapter_column", "sequence"),
+    *("column", "pair_column", "prompt_token_column", "adapter_column", "sequence", "request_column"),
     *("image_column", "audio_column", "video_column"),
 )
 _MEDIA = {"image_column": "images", "audio_column": "sounds", "video_column": "videos"}

@@ -77,11 +77,14 @@ class TextSpec(Protocol):
     def csv_types(self) -> str: ...
     @property
     def csv_schema(self) -> Mapping[str, str]: ...
+    @property
+    def request_column(self) -> str | None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class TextOptions:
-    """``wanted``: the columns that the job reads or keeps, ``None`` for all; no other is converted.
+    """``wanted``: the columns that the job reads or keeps, ``None`` for all; no other is converted. ``as_json``: the
+    columns of JSONL that stay JSON text, whatever their values have in common.
 
     ``csv_delimiter`` ``None`` is a comma, unless the first line shows that it is another.
     """
@@ -91,11 +94,14 @@ class TextOptions:
     csv_types: str = "auto"
     csv_schema: Mapping[str, str] = field(default_factory=dict)
     wanted: frozenset[str] | None = None
+    as_json: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, spec: TextSpec, wanted: frozenset[str] | None) -> TextOptions:
         encoding = None if spec.encoding is None else encoding_name(spec.encoding)
-        return cls(encoding, spec.csv_delimiter, spec.csv_types, spec.csv_schema, wanted)
+        # A struct of all requests would put the fields of each, as nulls, into every other.
+        as_json = frozenset() if spec.request_column is None else frozenset({spec.request_column})
+        return cls(encoding, spec.csv_delimiter, spec.csv_types, spec.csv_schema, wanted, as_json)
 
     def wants(self, name: str) -> bool:
         return self.wanted is None or name in self.wanted

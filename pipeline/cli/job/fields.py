@@ -25,6 +25,7 @@ _WORK, _ROWS, _OUT, _QUEUE = "What to compute", "Rows and shards", "Output", "Sc
 _IN_ORDER = (_WORK, _OUT, _ROWS, _QUEUE)
 _PANELS = {
     **dict.fromkeys(("output", "keep_columns", "output_prefix", "tensor_columns", "profile", "overwrite"), _OUT),
+    "openai_lines": _OUT,
     "metadata": _OUT,
     **dict.fromkeys(
         ("encoding", "csv_delimiter", "csv_types", "csv_schema", "limit", "sample", "order", "cache"), _ROWS
@@ -70,6 +71,7 @@ _METAVARS = {
     "video_frame_rate": "FPS",
     "request_timeout": "SECONDS",
     "keep_columns": "COLUMN",
+    "endpoint": "URL",
     "inputs": "NAME=COLUMN",
     "sampling_columns": "KEY=COLUMN",
     "adapters": "NAME=DIR",

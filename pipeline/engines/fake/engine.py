@@ -19,8 +19,9 @@ import pyarrow as pa
 from pipeline.engines import rendering
 from pipeline.engines.base import Cancellation, EngineContext, ResultBatch, RowBatch, RowFailure
 from pipeline.engines.fake import faults as fake_faults
+from pipeline.engines.fake import requests as fake_requests
 from pipeline.engines.fake import rows as fake_rows
-from pipeline.engines.generation import chat_messages, sampling_columns
+from pipeline.engines.generation import chat_messages, request_rows, sampling_columns
 from pipeline.engines.generation.sampling import check_sampling
 from pipeline.engines.model_config import sentence_prompts
 from pipeline.models.model import Model
@@ -84,12 +85,19 @@ class FakeEngine:
         """See :class:`pipeline.engines.base.NamesResults`."""
         return ("output",) if spec.task is Task.TENSOR else None
 
+    @classmethod
+    def request_parameters(cls) -> frozenset[str]:
+        """See :class:`pipeline.engines.generation.request_rows.AnswersRequests`."""
+        return fake_requests.HONOURED
+
     def load(self) -> None:
         self._faults.on_load()
 
     def result_schema(self, spec: JobSpec) -> pa.Schema:
         """See :meth:`pipeline.engines.base.Engine.result_schema`."""
         fields: list[Any]
+        if spec.request_column is not None:
+            return pa.schema(request_rows.fields())
         match spec.task:
             case Task.EMBED:
                 vector = pa.list_(pa.float32(), fake_rows.WIDTH)
@@ -167,7 +175,7 @@ class _Text:
         self._spec, self._cancel = spec, cancel
         self._options = options
         self._schema = schema
-        self._read = fake_rows.reader(spec)
+        self._read = fake_rows.reader(spec) if spec.request_column is None else fake_requests.texts_of
 
     def __call__(self, batch: RowBatch, faults: fake_faults.Faults) -> tuple[list[str | None], ResultBatch]:
         texts, failures = self._read(batch.columns, len(batch.rows))
@@ -185,8 +193,14 @@ class _Text:
             for at, text in enumerate(texts):
                 if text is not None and refused in text:
                     failures[at] = (RowErrorCode.ENGINE_REFUSED, f"scripted: the row contains {refused!r}")
-        good = [text for at, text in enumerate(texts) if text is not None and at not in failures]
-        values = pa.RecordBatch.from_arrays(list(self._columns(good).values()), schema=self._schema)
+        found = [at for at, text in enumerate(texts) if text is not None and at not in failures]
+        good = [texts[at] or "" for at in found]
+        columns = (
+            self._columns(good)
+            if self._spec.request_column is None
+            else fake_requests.answers(batch.columns, found, good)
+        )
+        values = pa.RecordBatch.from_arrays(list(columns.values()), schema=self._schema)
         return texts, _result(batch, values, failures)
 
     def _limit(self, texts: list[str | None], failures: dict[int, fake_rows.Failure]) -> None:

@@ -142,7 +142,7 @@ def _conversations(name: str) -> Read:
                 texts.append(None)
                 continue
             try:
-                texts.append(_conversation(value))
+                texts.append(conversation(value))
             except RowError as error:
                 texts.append(None)
                 failures[at] = (error.code, f"column {name!r}: {error.message}")
@@ -151,7 +151,8 @@ def _conversations(name: str) -> Read:
     return read
 
 
-def _conversation(messages: Any) -> str:
+def conversation(messages: Any) -> str:
+    """The text of a conversation, a line for each message. Raises :class:`RowError`."""
     parsed = chat_messages.parse_messages(messages)
     text = "\n".join(f"{message['role']}: {chat_messages.text_of(message)}" for message in parsed)
     try:
@@ -179,11 +180,15 @@ def row_sums(column: Column) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bo
     return sums, nulls | (np.bincount(parents, weights=inner_nulls, minlength=n) > 0)
 
 
+def answer_to(prompt: str) -> str:
+    """The whole answer to a prompt: a hash of it, then its beginning."""
+    return f"fake:{hashlib.sha256(prompt.encode()).hexdigest()[:8]} {prompt[:PROMPT_CHARACTERS]}"
+
+
 def answers(spec: JobSpec, prompts: Sequence[str]) -> dict[str, pa.Array[Any]]:
     """The result columns of generate and chat: a hash of the prompt, then its beginning."""
     n_answers, most = spec.sampling.get("n", 1), spec.sampling.get("max_tokens")
-    hexes = [hashlib.sha256(prompt.encode()).hexdigest()[:8] for prompt in prompts]
-    outputs = [f"fake:{code} {p[:PROMPT_CHARACTERS]}" for code, p in zip(hexes, prompts, strict=True)]
+    outputs = [answer_to(prompt) for prompt in prompts]
     counts = [len(output.split()) for output in outputs]
     reasons = ["stop"] * len(prompts)
     if most is not None and max(counts, default=0) > most:

@@ -1,0 +1,71 @@
+"""What the ``fake`` engine reads of rows that are requests, and answers: as it answers other rows, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.engines.fake import rows as fake_rows
+from pipeline.engines.generation import request_rows
+from pipeline.engines.generation.request_rows import AUTO_TOOLS, Parameters
+from storage.errors import RowError
+
+HONOURED = frozenset({"n", "max_tokens", "stop", AUTO_TOOLS}) | {
+    # Its answers follow from the prompt alone: nothing is drawn that these could change.
+    *("temperature", "top_p", "top_k", "min_p", "seed"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+}
+
+
+def texts_of(batch: pa.RecordBatch, n: int) -> fake_rows.Texts:
+    """The prompts of requests as texts."""
+    texts: list[str | None] = []
+    failures: dict[int, fake_rows.Failure] = {}
+    for at, encoded in enumerate(_column(batch, request_rows.PROMPT)):
+        try:
+            prompt = request_rows.prompt_of(encoded)
+            if isinstance(prompt, str):
+                texts.append(prompt)
+            elif isinstance(prompt[0], int):
+                texts.append(" ".join(map(str, prompt)))
+            else:
+                texts.append(fake_rows.conversation(prompt))
+        except RowError as error:
+            texts.append(None)
+            failures[at] = (error.code, error.message)
+    return texts, failures
+
+
+def answers(batch: pa.RecordBatch, at: Sequence[int], prompts: Sequence[str]) -> dict[str, pa.Array[Any]]:
+    """The result columns for the rows at these positions, whose prompts are ``prompts``."""
+    own = _column(batch, request_rows.PARAMETERS)
+    made = [_answer(request_rows.decoded(own[row]), text) for row, text in zip(at, prompts, strict=True)]
+    counts = [sum(len(text.split()) for text in outputs) for outputs, _ in made]
+    values: dict[str, list[Any]] = {
+        "outputs": [outputs for outputs, _ in made],
+        "finish_reasons": [reasons for _, reasons in made],
+        "prompt_tokens": [len(prompt.split()) for prompt in prompts],
+        "cached_tokens": [0] * len(made),
+        "completion_tokens": counts,
+        "logprobs": [None] * len(made),
+    }
+    return {item.name: pa.array(values[item.name], item.type) for item in request_rows.fields()}
+
+
+def _answer(own: Parameters, prompt: str) -> tuple[list[str], list[str]]:
+    whole, stops = fake_rows.answer_to(prompt), own.sampling.get("stop") or ()
+    text, reason, most = whole, "stop", own.sampling.get("max_tokens")
+    if most is not None and len(text.split()) > most:
+        text, reason = " ".join(text.split()[:most]), "length"
+    ends = [end for stop in ([stops] if isinstance(stops, str) else stops) if (end := text.find(stop)) >= 0]
+    if ends:
+        text, reason = text[: min(ends)], "stop"
+    outputs = [text if own.n == 1 else text.replace("fake:", f"fake:{i}:", 1) for i in range(own.n)]
+    return outputs, [reason] * own.n
+
+
+def _column(batch: pa.RecordBatch, name: str) -> list[str]:
+    found: Any = batch.column(name).to_pylist()
+    return list(found)
