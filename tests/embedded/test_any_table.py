@@ -102,6 +102,7 @@ FOUND: dict[str, Any] = {
     "no category at all below a null struct": pa.array(
         [None], pa.struct([("a", pa.dictionary(pa.int8(), pa.string()))])
     ),
+    "lists of nulls beside what is stored otherwise": pa.array([[None] * 3, [], [None] * 3], pa.large_list(pa.null())),
     "list views of seconds": pa.array([None], pa.list_(pa.list_view(pa.timestamp("s")))),
 }
 """Columns at which runs of many examples failed. DuckDB's intervals stand in ``tests/inputs/test_several_files``."""
@@ -110,9 +111,11 @@ FOUND: dict[str, Any] = {
 @pytest.mark.parametrize("name", FOUND)
 def test_what_was_found(client: Client, tmp_path: Path, name: str) -> None:
     (tmp_path / "in").mkdir()
-    table = pa.table({"text": ["0 0"], "c": FOUND[name]})
+    column = FOUND[name]
+    texts = [f"0 {row}" for row in range(len(column))]
+    table = pa.table({"text": texts, "c": column, "d": pa.array([0] * len(column), pa.timestamp("s"))})
     with pa.ipc.new_stream(str(tmp_path / "in/0.arrow"), table.schema) as stream:
-        stream.write_table(table)
+        stream.write_table(table, max_chunksize=1)
     _check(client, [table], tmp_path, 100, "input", parquet=False)
 
 
