@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import threading
-import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-import psutil
 import pyarrow as pa
 
 from pipeline.engines.base import Cancellation, EngineContext, Permissions, ResultBatch, RowBatch, RowFailure
@@ -20,6 +18,8 @@ from pipeline.engines.vllm import benchmark as vllm_benchmark
 from pipeline.engines.vllm import cached_rows, pooling
 from pipeline.engines.vllm.cached_rows import Reuse
 from pipeline.engines.vllm.generate_results import Answer, Answers
+from pipeline.engines.vllm.learnt_lengths import LearntLengths
+from pipeline.engines.vllm.memory_growth import MemoryGrowth
 from pipeline.engines.vllm.metrics import Measures
 from pipeline.engines.vllm.options import chat_template
 from pipeline.engines.vllm.options import permissions as vllm_permissions
@@ -27,36 +27,32 @@ from pipeline.engines.vllm.options.engine_args import OWN_OPTIONS, check_engine_
 from pipeline.engines.vllm.options.model_fit import check_fit
 from pipeline.engines.vllm.options.model_support import check_model
 from pipeline.engines.vllm.pooling import PooledRows, Pooling, prompt_of
-from pipeline.engines.vllm.process.process import STALL_SECONDS, RunningVllm, memory_bytes, prepare_environment
+from pipeline.engines.vllm.process.environment import prepare_environment
+from pipeline.engines.vllm.process.process import STALL_SECONDS, RunningVllm
 from pipeline.engines.vllm.prompts import lora
 from pipeline.engines.vllm.prompts.lora import Adapters, LoadedAdapters
 from pipeline.engines.vllm.prompts.media import MediaInputs
 from pipeline.engines.vllm.prompts.prompts import Prompt, Prompts, check_columns
 from pipeline.engines.vllm.prompts.sampling_params import JobParams
+from pipeline.engines.vllm.reading import read_rows
 from pipeline.engines.vllm.requests.admission import Window
 from pipeline.engines.vllm.requests.dedup import Once, identities, settled
 from pipeline.engines.vllm.requests.media_budget import MediaRoom, media_bytes
 from pipeline.engines.vllm.requests.outcome import Finished, Outcome
 from pipeline.engines.vllm.requests.requests import TOKEN_BYTES, Requests, Waiting
+from pipeline.host.memory import memory_bytes
 from pipeline.models.model import Model
 from pipeline.prefix.order import Backlog, Lengths
 from pipeline.spec.answer_fields import fields_of
 from pipeline.spec.job_spec import JobSpec, Task
 from storage.errors import Blame, EngineDead, EngineMissing, InvalidJob, InvalidModel
 
-CHUNK = 64
-"""Most rows that are rendered and tokenized at a time."""
 RESULTS = 4096
 """Most rows of a batch of results."""
 WINDOW_TOKENS = 2**22
 """Most prompt tokens inside vLLM where its cache does not hold half as many: some 150 MiB in its processes."""
-MEMORY_SHARE, GROWTH_SHARE = 0.8, 0.1
-"""Of the machine's memory: an engine that has grown beyond both, and by the second since its first call, is worn."""
 MEDIA_WINDOW_SHARE, MEDIA_WINDOW_BYTES = 1 / 16, 4 * 2**30
 """Of the machine's memory, and at most: prepared media inside vLLM."""
-LEARNT = 16
-"""Most jobs whose lengths of answers are remembered."""
-
 BESIDE = ("torch", "transformers")
 """Packages whose versions are reported with vLLM's."""
 
@@ -84,11 +80,10 @@ class VllmEngine:
         self._lock = threading.Lock()
         self._window = Window(1, 1)
         self._room = MediaRoom(1, media_bytes)
-        self._lengths: OrderedDict[str, Lengths] = OrderedDict()
+        self._learnt = LearntLengths()
         self._rows = {"succeeded": 0, "failed": 0}
         self._counts: Counter[str] = Counter()
-        self._first_memory = 0
-        self._worn = False
+        self._growth = MemoryGrowth(self._options.get("recycle_bytes"))
 
     @classmethod
     def check(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:
@@ -179,7 +174,7 @@ class VllmEngine:
                 rows.check_chat_template()  # loaded for generate, which needs none
         schema = self.result_schema(spec)
         work = spec.work_hash()
-        lengths = self._learnt(work, most)
+        lengths = self._learnt.of(work, most)
         rows_waiting, bytes_waiting = self._context.order_rows, self._context.order_bytes
         if media_columns.columns_of(spec):
             # They are sorted by nothing: no more wait than run.
@@ -201,7 +196,7 @@ class VllmEngine:
         reuse = self._reuse(running, spec, schema)
         reading = (requests, rows, batches, measures, reuse)
         threads = [
-            threading.Thread(target=_read, args=reading, name="vllm-read", daemon=True),
+            threading.Thread(target=read_rows, args=reading, name="vllm-read", daemon=True),
             threading.Thread(target=requests.feed, name="vllm-feed", daemon=True),
         ]
         forget = cancel.on_cancel(requests.stop)
@@ -227,7 +222,7 @@ class VllmEngine:
                 thread.join()
             if reuse is not None:
                 reuse.finish()
-            self._look_at_memory(running)
+            self._growth.look(running)
 
     def _reuse(self, running: RunningVllm, spec: JobSpec, schema: pa.Schema) -> Reuse | None:
         if spec.cache == "off" or self._context.results is None:
@@ -295,6 +290,11 @@ class VllmEngine:
             self.infer, self._loaded(), self._model, self.stats(), spec, self._context.notify
         )
 
+    @property
+    def worn(self) -> bool:
+        """The memory of the engine's processes has grown past its limit (vllm#52089): it is to be started again."""
+        return self._growth.exceeded
+
     def memory_bytes(self) -> int | None:
         """Resident memory of the engine's processes, and of the processes that they started."""
         running = self._running
@@ -335,14 +335,6 @@ class VllmEngine:
 
         return Backlog(block, grade)
 
-    def _learnt(self, work: str, limit: int) -> Lengths:
-        with self._lock:
-            found = self._lengths.setdefault(work, Lengths(limit))
-            self._lengths.move_to_end(work)
-            while len(self._lengths) > LEARNT:
-                self._lengths.popitem(last=False)
-            return found
-
     def _check_loaded(self, running: RunningVllm) -> None:
         if self._task in pooling.TASKS:
             Pooling(running, self._task)
@@ -354,22 +346,6 @@ class VllmEngine:
         if self._task is Task.CHAT:
             spec = JobSpec(input=("-",), output="-", model="-", task=Task.CHAT, prompt="{text}")
             Prompts(running.llm, spec, room=1).check_chat_template()
-
-    @property
-    def worn(self) -> bool:
-        """The memory of the engine's processes has grown past its limit (vllm#52089): it is to be started again."""
-        return self._worn
-
-    def _look_at_memory(self, running: RunningVllm) -> None:
-        if running.dead:
-            return
-        now = running.memory_bytes() + psutil.Process().memory_info().rss
-        machine = memory_bytes()
-        self._first_memory = self._first_memory or now
-        limit = self._options.get("recycle_bytes")
-        if limit is None:
-            limit = max(MEMORY_SHARE * machine, self._first_memory + GROWTH_SHARE * machine)
-        self._worn = self._worn or now > limit
 
     def _batch(
         self,
@@ -414,45 +390,6 @@ def _once(spec: JobSpec) -> Once[Finished, Prompt] | None:
     """For jobs in which equal prompts may have one answer: what is pooled, as the job says, or as a row may."""
     by_row = {"temperature", "seed"} & spec.sampling_columns.keys()
     return Once() if spec.task in pooling.TASKS or settled(spec.sampling) or by_row else None
-
-
-def _read(
-    requests: Requests,
-    prompts: Prompts | PooledRows,
-    batches: Iterable[RowBatch],
-    measures: Measures,
-    reuse: Reuse | None,
-) -> None:
-    """The reading thread: draws batches, makes prompts, hands them over as they may wait."""
-
-    def hand_over(made: list[Prompt], failures: list[RowFailure]) -> bool:
-        if reuse is None:
-            return requests.offer(made, failures)
-        return requests.offer(reuse.sorted_out(made), failures) and give_found()
-
-    def give_found(*, last: bool = False) -> bool:
-        for found in reuse.found(last=last) if reuse is not None else ():
-            if not (requests.give(found) if isinstance(found, ResultBatch) else requests.offer(found, [])):
-                return False
-        return True
-
-    try:
-        for batch in batches:
-            made = prompts.read(batch, CHUNK)
-            while True:
-                began = time.monotonic()
-                chunk = next(made, None)
-                measures.render_seconds += time.monotonic() - began
-                if chunk is None:
-                    break
-                if not hand_over(*chunk):
-                    return
-        if not give_found(last=True):
-            return
-    except BaseException as error:  # it is raised in the thread that reads the results
-        requests.end_offering(error)
-    else:
-        requests.end_offering()
 
 
 def _array(values: Any, kind: pa.DataType) -> Any:

@@ -19,7 +19,8 @@ from pipeline.engines.base import RowBatch, RowFailure
 from pipeline.engines.model_config import sentence_prompts
 from pipeline.engines.model_config.json_files import read_json
 from pipeline.engines.vllm.generate_results import Answer
-from pipeline.engines.vllm.process.process import RunningVllm, first_lines
+from pipeline.engines.vllm.process.output import first_lines
+from pipeline.engines.vllm.process.process import RunningVllm
 from pipeline.engines.vllm.prompts.prompts import Prompt, column_type
 from pipeline.engines.vllm.prompts.sampling_params import Params
 from pipeline.engines.vllm.requests.outcome import Finished, Outcome

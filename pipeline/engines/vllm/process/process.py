@@ -5,24 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import multiprocessing.spawn
 import os
-import re
-import shutil
 import signal
-import tempfile
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 
 from pipeline.engines.vllm.process import child
 from pipeline.engines.vllm.process import cpu as vllm_cpu
+from pipeline.engines.vllm.process.environment import engine_arguments, environment, settled_children
+from pipeline.engines.vllm.process.output import STOP_SECONDS, Output, first_lines
 from pipeline.engines.vllm.process.scheduler_stats import Gauges
 from pipeline.host.child_reaper import Guardian
 from storage.errors import Blame, EngineDead, EngineMissing, InvalidJob, InvalidModel, RowmillError, TransientError
@@ -30,162 +26,15 @@ from storage.errors import Blame, EngineDead, EngineMissing, InvalidJob, Invalid
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-GIB = 2**30
 STALL_SECONDS = 900.0
 """How long the engine may have requests and not take a step, or do nothing while it starts, before it counts as stuck.
 Far longer than any step."""
 AT_WORK = 0.01
 """Processor seconds in a second that an engine that starts takes unless it reads or writes; waiting takes less."""
-STOP_SECONDS = 10.0
-"""How long the engine's processes may take to end when asked, before they are killed."""
 LOOK_SECONDS = 1.0
 """How often a wait for the engine's process looks whether it is still there."""
 
 _starting = threading.Lock()
-# What vLLM may write before a line: "(EngineCore pid=12) ERROR 08-01 12:00:00 [core.py:1] ".
-_BEFORE = re.compile(r"^(?:\([^()]*pid=\d+\) ?)*(?:(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \S+ \S+ \[[^\]]*\] ?)?")
-_EXCEPTION = re.compile(r"^(?:[a-z_]\w*\.)*([A-Z]\w*(?:Error|Exception|Interrupt|Exit)): (.*)$")
-_NOT_THE_CAUSE = "See root cause above"
-
-
-def first_lines(error: BaseException | str, limit: int = 400) -> str:
-    """The message of an error in one line, without the documentation links that pydantic adds."""
-    text = str(error) or type(error).__name__
-    lines = [line.strip() for line in text.splitlines() if "errors.pydantic.dev" not in line]
-    line = " ".join(line for line in lines if line)
-    return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
-class Output:
-    """Reads what the engine's processes write, logs it, and remembers the last of it.
-
-    All of it is logged as information, tracebacks too: what the user has to know is raised, as :meth:`reason`.
-    """
-
-    def __init__(self, on_process: Callable[[int], None]) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="rowmill-vllm-"))
-        self.pipe = self._folder / "output"
-        os.mkfifo(self.pipe, mode=0o600)
-        self._on_process = on_process
-        self._tail: deque[str] = deque(maxlen=400)
-        self.lines = 0
-        """How many came."""
-        self._thread = threading.Thread(target=self._read, name="vllm-output", daemon=True)
-        self._thread.start()
-
-    def _read(self) -> None:
-        with self.pipe.open(errors="replace") as lines:  # waits until a process opens its end
-            for line in lines:
-                if line.startswith(child.HELLO):
-                    self._on_process(int(line.removeprefix(child.HELLO)))
-                    continue
-                self.lines += 1
-                self._tail.append(_BEFORE.sub("", line.rstrip()))
-                log.info("vllm: %s", line.rstrip())
-
-    def reason(self) -> tuple[str, str] | None:
-        """Type and message of the last exception that a process reported, or ``None``."""
-        lines = list(self._tail)
-        for index in range(len(lines) - 1, -1, -1):
-            match = _EXCEPTION.match(lines[index])
-            if match and _NOT_THE_CAUSE not in match[2]:
-                more = [line for line in lines[index + 1 : index + 4] if line and not line.startswith("Traceback")]
-                return match[1], first_lines(" ".join([match[2], *more]))
-        return None
-
-    def wait_for_end(self, timeout: float) -> None:
-        """Until every process has closed its end, so that its last words are here."""
-        self._thread.join(timeout)
-
-    def close(self) -> None:
-        if self._thread.is_alive():
-            # No process ever came: open the other end for it, so that the reader wakes up.
-            with contextlib.suppress(OSError):
-                os.close(os.open(self.pipe, os.O_WRONLY | os.O_NONBLOCK))
-        self._thread.join(STOP_SECONDS)
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-
-class _ToOurLog(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        log.info("vllm: %s", record.getMessage(), exc_info=record.exc_info)
-
-
-def prepare_environment() -> None:
-    """Set, before vLLM is imported, what it reads from the environment; what the user has set there stands.
-
-    Its messages go to our log, as information: it warns of much that is its own default. Whoever sets one of its
-    logging variables has vLLM log by itself, to standard error. Nothing is looked up on a model hub, since models are
-    local directories, and no usage statistics are sent.
-    """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    asked = {"VLLM_CONFIGURE_LOGGING", "VLLM_LOGGING_LEVEL", "VLLM_LOGGING_CONFIG_PATH"} & os.environ.keys()
-    if not asked:
-        os.environ["VLLM_CONFIGURE_LOGGING"] = "0"
-    logger = logging.getLogger("vllm")
-    if os.environ.get("VLLM_CONFIGURE_LOGGING") == "0" and not logger.handlers:
-        logger.addHandler(_ToOurLog())
-        logger.setLevel(logging.WARNING)
-        logger.propagate = False
-
-
-@contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _settled_children() -> Iterator[None]:
-    """Processes that this thread spawns meanwhile run :mod:`vllm_child` first, and not our main module."""
-    original, thread = multiprocessing.spawn.get_preparation_data, threading.get_ident()
-
-    def prepared(name: str) -> dict[str, Any]:
-        data = original(name)
-        if threading.get_ident() == thread:
-            data.pop("init_main_from_path", None)
-            data["init_main_from_name"] = child.__name__
-        return data
-
-    multiprocessing.spawn.get_preparation_data = prepared
-    try:
-        yield
-    finally:
-        multiprocessing.spawn.get_preparation_data = original
-
-
-def memory_bytes() -> int:
-    """The memory of this machine, or of the control group that we run in."""
-    total = int(psutil.virtual_memory().total)
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            total = min(total, int(Path(path).read_text()))
-    return total
-
-
-def engine_arguments(model: str, options: Mapping[str, Any], *, cpu: bool) -> dict[str, Any]:
-    """Our defaults under the user's options. The batch sizes are vLLM's own for offline use, by hardware.
-
-    On a CPU: eager mode, which starts in 10 s rather than 30 (``enforce_eager=False`` pays off over long jobs); and a
-    KV cache of 4 GiB, or a quarter of the memory where that is less, instead of most of the machine.
-    """
-    arguments: dict[str, Any] = {"disable_log_stats": True, "use_tqdm_on_load": False}
-    if cpu:
-        arguments["enforce_eager"] = True
-        sized = {"kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override"} & options.keys()
-        if not sized and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-            arguments["kv_cache_memory_bytes"] = min(4 * GIB, memory_bytes() // 4)
-    return arguments | dict(options) | {"model": model}
 
 
 class RunningVllm:
@@ -396,19 +245,19 @@ class RunningVllm:
             self.config = args.create_engine_config(UsageContext.LLM_CLASS)
         except Exception as error:
             raise InvalidModel(f"vLLM cannot load it: {first_lines(error)}", field="model") from error
-        environment = {
+        variables = {
             child.OUTPUT: str(self._output.pipe),
             # A process with threads must not fork.
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         }
         if current_platform.is_cpu():
-            environment |= vllm_cpu.arrange(self.config.parallel_config, options)
+            variables |= vllm_cpu.arrange(self.config.parallel_config, options)
         # vLLM leaves its sockets behind, seven for each start: in our own folder they go with it. The name of a socket
         # has at most 107 bytes.
         if "VLLM_RPC_BASE_PATH" not in os.environ and len(folder := str(self._output.pipe.parent)) < 64:
-            environment["VLLM_RPC_BASE_PATH"] = folder
+            variables["VLLM_RPC_BASE_PATH"] = folder
         try:
-            with _environment(environment), _settled_children():
+            with environment(variables), settled_children():
                 llm = AsyncLLM.from_vllm_config(
                     self.config,
                     usage_context=UsageContext.LLM_CLASS,

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.engines.vllm.process.process import RunningVllm, first_lines
+from pipeline.engines.vllm.process.output import first_lines
+from pipeline.engines.vllm.process.process import RunningVllm
 from pipeline.models.adapters import WEIGHTS, digest, directory
 from pipeline.spec import json_text
 from pipeline.spec.error_codes import RowErrorCode

@@ -15,7 +15,8 @@ from pipeline.engines.media import audio, columns, images
 from pipeline.engines.media.audio import Sound
 from pipeline.engines.media.columns import FIELDS, WORDS, Media
 from pipeline.engines.media.limits import MediaLimits
-from pipeline.engines.vllm.process.process import RunningVllm, first_lines
+from pipeline.engines.vllm.process.output import first_lines
+from pipeline.engines.vllm.process.process import RunningVllm
 from pipeline.engines.vllm.prompts.video import VideoLoader
 from pipeline.spec.error_codes import MESSAGE_LIMIT, RowErrorCode
 from pipeline.spec.job_spec import JobSpec

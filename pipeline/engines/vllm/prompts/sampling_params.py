@@ -11,7 +11,8 @@ from pipeline.engines.generation import structured_output
 from pipeline.engines.generation.sampling import SAMPLING
 from pipeline.engines.generation.sampling_columns import key_of, sampling_of
 from pipeline.engines.generation.structured_output import Form
-from pipeline.engines.vllm.process.process import RunningVllm, first_lines
+from pipeline.engines.vllm.process.output import first_lines
+from pipeline.engines.vllm.process.process import RunningVllm
 from pipeline.spec.error_codes import RowErrorCode
 from pipeline.spec.job_spec import JobSpec
 from storage.errors import InvalidJob, RowError

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.engines.base import ResultBatch, RowFailure
-from pipeline.engines.vllm.process.process import STOP_SECONDS, RunningVllm, first_lines
+from pipeline.engines.vllm.process.output import STOP_SECONDS, first_lines
+from pipeline.engines.vllm.process.process import RunningVllm
 from pipeline.engines.vllm.prompts.prompts import Prompt
 from pipeline.engines.vllm.requests.admission import Window
 from pipeline.engines.vllm.requests.dedup import Identity, Once

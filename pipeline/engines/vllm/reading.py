@@ -1,0 +1,55 @@
+"""The thread that reads a call's rows: it draws batches, makes prompts, and hands them over as they may wait."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
+from pipeline.engines.vllm.cached_rows import Reuse
+from pipeline.engines.vllm.metrics import Measures
+from pipeline.engines.vllm.pooling import PooledRows
+from pipeline.engines.vllm.prompts.prompts import Prompt, Prompts
+from pipeline.engines.vllm.requests.requests import Requests
+
+CHUNK = 64
+"""Most rows that are rendered and tokenized at a time."""
+
+
+def read_rows(
+    requests: Requests,
+    prompts: Prompts | PooledRows,
+    batches: Iterable[RowBatch],
+    measures: Measures,
+    reuse: Reuse | None,
+) -> None:
+    """Until ``batches`` ends or the call is stopped. An error is raised in the thread that reads the results."""
+
+    def hand_over(made: list[Prompt], failures: list[RowFailure]) -> bool:
+        if reuse is None:
+            return requests.offer(made, failures)
+        return requests.offer(reuse.sorted_out(made), failures) and give_found()
+
+    def give_found(*, last: bool = False) -> bool:
+        for found in reuse.found(last=last) if reuse is not None else ():
+            if not (requests.give(found) if isinstance(found, ResultBatch) else requests.offer(found, [])):
+                return False
+        return True
+
+    try:
+        for batch in batches:
+            made = prompts.read(batch, CHUNK)
+            while True:
+                began = time.monotonic()
+                chunk = next(made, None)
+                measures.render_seconds += time.monotonic() - began
+                if chunk is None:
+                    break
+                if not hand_over(*chunk):
+                    return
+        if not give_found(last=True):
+            return
+    except BaseException as error:  # it is raised in the thread that reads the results
+        requests.end_offering(error)
+    else:
+        requests.end_offering()
