@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from onnx import TensorProto
 
-from pipeline.engines.onnx.runtime import narrow_dtypes
+from pipeline.engines.onnx.runtime import low_precision
 
 Array = np.ndarray[Any, Any]
 SHARE = int(os.environ.get("CONFORMANCE_SHARE", "6"))
@@ -96,15 +96,15 @@ def plain(case: Case) -> list[Array]:
 def plain_run(session: Any, inputs: dict[str, Array]) -> list[Array]:
     feed = {name: _object(array) for name, array in inputs.items()}
     names = {value.type for value in [*session.get_inputs(), *session.get_outputs()]}
-    if not any(narrow_dtypes.dtype_of(name.removeprefix("tensor(").removesuffix(")")) for name in names):
+    if not any(low_precision.dtype_of(name.removeprefix("tensor(").removesuffix(")")) for name in names):
         return [np.asarray(output) for output in session.run(None, feed)]
     binding = session.io_binding()
     for name, array in feed.items():
-        narrow_dtypes.bind(binding, name, array)
+        low_precision.bind(binding, name, array)
     for value in session.get_outputs():
         binding.bind_output(value.name, "cpu")
     session.run_with_iobinding(binding)
-    return [narrow_dtypes.array_of(value) for value in binding.get_outputs()]
+    return [low_precision.array_of(value) for value in binding.get_outputs()]
 
 
 def _object(array: Array) -> Array:
@@ -117,7 +117,7 @@ KINDS = ("lists", "fixed", "struct")
 
 def column(rows: Array, how: str) -> Any:
     """n tensors of one shape, [n, *shape], as a column. What a way cannot store is stored as lists."""
-    rows = rows.astype(narrow_dtypes.carrier(rows.dtype))
+    rows = rows.astype(low_precision.carrier(rows.dtype))
     shape = rows.shape[1:]
     flat = np.ascontiguousarray(rows).reshape(-1)
     leaf = pa.array(flat.tolist(), pa.string()) if flat.dtype.kind in "OUS" else pa.array(flat)
@@ -152,7 +152,7 @@ def same_bits(column: Any, row: int, expected: Array) -> bool:
     An independent reading of the output format: only pyarrow is used. Lists of nothing say nothing of their inner
     sizes, and a row of a graph with a first axis of size one comes without it.
     """
-    expected = expected.astype(narrow_dtypes.carrier(expected.dtype))
+    expected = expected.astype(low_precision.carrier(expected.dtype))
     one = column.slice(row, 1)
     shape: list[int] = []
     if isinstance(one.type, pa.FixedShapeTensorType):

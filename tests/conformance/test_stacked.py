@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline.engines.base import Cancellation, EngineContext, RowBatch
 from pipeline.engines.onnx.engine import OnnxEngine
-from pipeline.engines.onnx.runtime import narrow_dtypes
+from pipeline.engines.onnx.runtime import low_precision
 from pipeline.models.resolve import resolve
 from pipeline.spec.job_spec import JobSpec, Task
 from storage.errors import InvalidInput, InvalidJob, InvalidModel
@@ -57,7 +57,7 @@ def alone(path: Path, rows: dict[str, Array], n: int) -> list[list[Array]] | Non
 
 
 def close(found: Array, expected: Array) -> bool:
-    if expected.dtype.kind in "OUSb" or not narrow_dtypes.is_float(expected.dtype):
+    if expected.dtype.kind in "OUSb" or not low_precision.is_float(expected.dtype):
         return found.tolist() == expected.tolist()
     a, b = found.astype(np.float64), expected.astype(np.float64)
     finite = np.isfinite(b)

@@ -33,8 +33,8 @@ def benchmark(
     """Measure how a model runs fastest on this machine, and remember it for the jobs to come; or, of a language model
     on vLLM, how fast it is.
 
-    Without INPUT, texts are made up. A job that finds no measurement runs an encoder as its size and the machine's
-    cores suggest. vLLM's settings are given with --set, here as in jobs.
+    Without INPUT, texts are made up. A job that finds no measurement runs an encoder as the machine's cores
+    suggest. vLLM's settings are given with --set, here as in jobs.
 
     Example: rowmill model benchmark ./all-MiniLM-L6-v2 texts.parquet --column text
 

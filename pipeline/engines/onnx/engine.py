@@ -27,9 +27,9 @@ from pipeline.engines.onnx.runtime.calibration_feeds import Feed, feeds
 from pipeline.engines.onnx.runtime.graph_cache import Graphs
 from pipeline.engines.onnx.runtime.layout import Layout
 from pipeline.engines.onnx.runtime.ort import import_runtime, installed
-from pipeline.engines.onnx.runtime.run import Call
+from pipeline.engines.onnx.runtime.run import CancelScope
 from pipeline.engines.onnx.runtime.session_pool import SessionPool, memory_for_copies
-from pipeline.engines.onnx.runtime.stream import Window, sample, stream
+from pipeline.engines.onnx.runtime.stream import PreparedRows, sample, stream
 from pipeline.engines.onnx.tensor.tensor_model import TensorModel, tensor_results
 from pipeline.models.export import Exported, exported
 from pipeline.models.model import Model
@@ -219,7 +219,7 @@ class OnnxEngine:
         self._pool.check_process()
         return stream(self._prepared(spec, batches), self._pool, cancel)
 
-    def _prepared(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[Window]:
+    def _prepared(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[PreparedRows]:
         if self._text is not None:
             return self._text.prepare(spec, batches)
         if self._image is not None:
@@ -242,7 +242,7 @@ class OnnxEngine:
         try:
             # Of texts, the first window; of tensors, what was given.
             windows = list(islice(self._prepared(spec, batches), 1 if self._text is not None else None))
-            tuned = Bench(self._graphs, self._options, self._pool, partial(sample, windows), Call()).tune(
+            tuned = Bench(self._graphs, self._options, self._pool, partial(sample, windows), CancelScope()).tune(
                 text=self._text is not None
             )
         finally:

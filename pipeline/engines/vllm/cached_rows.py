@@ -19,7 +19,7 @@ from pipeline.engines.vllm.options import permissions
 from pipeline.engines.vllm.options.engine_args import OWN_OPTIONS
 from pipeline.engines.vllm.process.process import RunningVllm
 from pipeline.engines.vllm.prompts.prompts import Prompt
-from pipeline.engines.vllm.requests.dedup import identities, settled
+from pipeline.engines.vllm.requests.dedup import dedup_keys, is_deterministic
 from pipeline.models.model import Model
 from pipeline.result_cache.keys import row_key
 from pipeline.spec.job_spec import JobSpec
@@ -65,7 +65,7 @@ def check(spec: JobSpec) -> None:
             field=FIELD,
         )
     by_row = {"temperature", "seed"} & spec.sampling_columns.keys()
-    if spec.cache == "on" and spec.task not in pooling.TASKS and not settled(spec.sampling) and not by_row:
+    if spec.cache == "on" and spec.task not in pooling.TASKS and not is_deterministic(spec.sampling) and not by_row:
         raise InvalidJob(
             "these answers are drawn at random: set temperature to 0 or a seed (--sampling temperature=0), or ask for "
             'the same draws again with cache="sampled" (--cache-sampled)',
@@ -93,9 +93,9 @@ def facts(running: RunningVllm, model: Model, versions: Mapping[str, str], spec:
     }
 
 
-class Reuse:
-    """The rows of one call. :meth:`sorted_out` and :meth:`found` are for the thread that makes prompts, :meth:`keep`
-    for the one that reads answers."""
+class CacheLookup:
+    """The rows of one call. :meth:`partition_hits` and :meth:`read_hits` are for the thread that makes prompts,
+    :meth:`store` for the one that reads answers."""
 
     def __init__(
         self, context: EngineContext, running: RunningVllm, model: Model, versions: Mapping[str, str], spec: JobSpec,
@@ -106,8 +106,10 @@ class Reuse:
         self._cache = context.results.open(spec.tenant, facts(running, model, versions, spec), schema)
         self._per_row = 2 if pairs else 1
         sampled = spec.cache == "sampled"
-        self._identity = identities(
-            pools=spec.task in pooling.TASKS, settled=sampled or settled(spec.sampling), sampled=sampled
+        self._identity = dedup_keys(
+            pools=spec.task in pooling.TASKS,
+            is_deterministic=sampled or is_deterministic(spec.sampling),
+            sampled=sampled,
         )
         self._run: dict[int, bytes] = {}  # the rows that are being run → their keys
         self._aside: list[tuple[bytes, int, list[Prompt]]] = []
@@ -115,7 +117,7 @@ class Reuse:
         self._counts: defaultdict[str, float] = defaultdict(float)
         self._given: Mapping[str, float] = {}
 
-    def sorted_out(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+    def partition_hits(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Of these prompts, those that have to be run now; the others have an answer, it seems."""
         began = time.monotonic()
         rows = [list(group) for _, group in groupby(prompts, lambda prompt: prompt.row // self._per_row)]
@@ -133,7 +135,7 @@ class Reuse:
         self._counts["cache_seconds"] += time.monotonic() - began
         return run
 
-    def found(self, *, last: bool = False) -> Iterator[ResultBatch | list[Prompt]]:
+    def read_hits(self, *, last: bool = False) -> Iterator[ResultBatch | list[Prompt]]:
         """The answers to rows that were set aside, once there are many or these are the last; and the prompts of those
         whose answer turned out not to be there."""
         if not self._aside or not (last or len(self._aside) >= ASIDE_ROWS or self._tokens >= ASIDE_TOKENS):
@@ -155,7 +157,7 @@ class Reuse:
         if run:
             yield run
 
-    def keep(self, outcomes: Sequence[Any], answers: Sequence[Answer], values: pa.RecordBatch | None) -> None:
+    def store(self, outcomes: Sequence[Any], answers: Sequence[Answer], values: pa.RecordBatch | None) -> None:
         """Rows have been run: keep their answers (n rows of ``values``). Failed rows are forgotten."""
         keys = {outcome.row: self._run.pop(outcome.row, None) for outcome in outcomes}
         new = [at for at, answer in enumerate(answers) if keys.get(answer.row) is not None and not answer.copied]

@@ -16,7 +16,7 @@ from pipeline.engines.generation.sampling import check_sampling
 from pipeline.engines.media import columns as media_columns
 from pipeline.engines.vllm import benchmark as vllm_benchmark
 from pipeline.engines.vllm import cached_rows, pooling
-from pipeline.engines.vllm.cached_rows import Reuse
+from pipeline.engines.vllm.cached_rows import CacheLookup
 from pipeline.engines.vllm.generate_results import Answer, Answers
 from pipeline.engines.vllm.learnt_lengths import LearntLengths
 from pipeline.engines.vllm.memory_growth import MemoryGrowth
@@ -24,7 +24,7 @@ from pipeline.engines.vllm.metrics import Measures
 from pipeline.engines.vllm.options import chat_template
 from pipeline.engines.vllm.options import permissions as vllm_permissions
 from pipeline.engines.vllm.options.engine_args import OWN_OPTIONS, check_engine_options
-from pipeline.engines.vllm.options.model_fit import check_fit
+from pipeline.engines.vllm.options.model_fit import validate_model_config
 from pipeline.engines.vllm.options.model_support import check_model
 from pipeline.engines.vllm.pooling import PooledRows, Pooling, prompt_of
 from pipeline.engines.vllm.process.environment import prepare_environment
@@ -35,9 +35,9 @@ from pipeline.engines.vllm.prompts.media import MediaInputs
 from pipeline.engines.vllm.prompts.prompts import Prompt, Prompts, check_columns
 from pipeline.engines.vllm.prompts.sampling_params import JobParams
 from pipeline.engines.vllm.reading import read_rows
-from pipeline.engines.vllm.requests.admission import Window
-from pipeline.engines.vllm.requests.dedup import Once, identities, settled
-from pipeline.engines.vllm.requests.media_budget import MediaRoom, media_bytes
+from pipeline.engines.vllm.requests.admission import AdmissionLimit
+from pipeline.engines.vllm.requests.dedup import RequestDedup, dedup_keys, is_deterministic
+from pipeline.engines.vllm.requests.media_budget import MediaMemoryBudget, media_bytes
 from pipeline.engines.vllm.requests.outcome import Finished, Outcome
 from pipeline.engines.vllm.requests.requests import TOKEN_BYTES, Requests, Waiting
 from pipeline.host.memory import memory_bytes
@@ -78,8 +78,8 @@ class VllmEngine:
         self._adapters = LoadedAdapters(context.cache_dir)
         self._versions: dict[str, str] = {}
         self._lock = threading.Lock()
-        self._window = Window(1, 1)
-        self._room = MediaRoom(1, media_bytes)
+        self._window = AdmissionLimit(1, 1)
+        self._room = MediaMemoryBudget(1, media_bytes)
         self._learnt = LearntLengths()
         self._rows = {"succeeded": 0, "failed": 0}
         self._counts: Counter[str] = Counter()
@@ -103,7 +103,7 @@ class VllmEngine:
         check_model(model, spec, pools=pools)
         check_sampling(spec.sampling)
         check_engine_options(spec.engine_options)
-        check_fit(model, spec.engine_options)
+        validate_model_config(model, spec.engine_options)
         cached_rows.check(spec)
         if pools:
             pooling.check(spec, model)
@@ -141,7 +141,7 @@ class VllmEngine:
         self._running = RunningVllm(str(self._model.path), options, stall)
         self._window = self._sized(self._running)
         room = min(MEDIA_WINDOW_BYTES, MEDIA_WINDOW_SHARE * memory_bytes())
-        self._room = MediaRoom(int(self._options.get("media_window_bytes", room)), media_bytes)
+        self._room = MediaMemoryBudget(int(self._options.get("media_window_bytes", room)), media_bytes)
         try:
             self._check_loaded(self._running)
         except BaseException:
@@ -188,7 +188,7 @@ class VllmEngine:
             waiting=Waiting(rows_waiting, bytes_waiting, whole=spec.order == "prefix"),
             lengths=lengths,
             once=_once(spec),
-            identity=identities(pools=spec.task in pooling.TASKS, settled=settled(spec.sampling)),
+            dedup_key=dedup_keys(pools=spec.task in pooling.TASKS, is_deterministic=is_deterministic(spec.sampling)),
             room=self._room,
             timeout=spec.request_timeout,
         )
@@ -224,11 +224,11 @@ class VllmEngine:
                 reuse.finish()
             self._growth.look(running)
 
-    def _reuse(self, running: RunningVllm, spec: JobSpec, schema: pa.Schema) -> Reuse | None:
+    def _reuse(self, running: RunningVllm, spec: JobSpec, schema: pa.Schema) -> CacheLookup | None:
         if spec.cache == "off" or self._context.results is None:
             return None
         pairs = spec.task is Task.SCORE and Pooling(running, spec.task).pairs
-        return Reuse(self._context, running, self._model, self._versions, spec, schema, pairs=pairs)
+        return CacheLookup(self._context, running, self._model, self._versions, spec, schema, pairs=pairs)
 
     def _counted(self, kept: ResultBatch) -> ResultBatch:
         """Answers from earlier jobs, counted in :meth:`stats`."""
@@ -312,12 +312,12 @@ class VllmEngine:
             raise EngineDead("the vLLM engine is not loaded", blame=Blame.OTHERS)
         return self._running
 
-    def _sized(self, running: RunningVllm) -> Window:
+    def _sized(self, running: RunningVllm) -> AdmissionLimit:
         config = running.config
         cached = (config.cache_config.num_gpu_blocks or 0) * (config.cache_config.block_size or 0)
         # The scheduler's are a single engine's, of which there is one for each rank; the blocks are all of them.
         ranks = config.parallel_config.data_parallel_size
-        return Window(
+        return AdmissionLimit(
             int(self._options.get("window", 2 * config.scheduler_config.max_num_seqs * ranks)),
             int(self._options.get("window_tokens", max(WINDOW_TOKENS * ranks, 2 * cached))),
         )
@@ -353,7 +353,7 @@ class VllmEngine:
         reader: PooledRows | Answers,
         schema: pa.Schema,
         measures: Measures,
-        reuse: Reuse | None,
+        reuse: CacheLookup | None,
     ) -> ResultBatch:
         read = reader.answers(outcomes)
         answers = [outcome for outcome in read if isinstance(outcome, Answer)]
@@ -381,15 +381,15 @@ class VllmEngine:
                 [_array(columns[field.name], field.type) for field in schema], schema=schema
             )
         if reuse is not None:
-            reuse.keep(read, answers, values)
+            reuse.store(read, answers, values)
         rows = np.fromiter((answer.row for answer in answers), dtype=np.int64, count=len(answers))
         return ResultBatch(rows, values, failures, {**counts, **measures.rest()})
 
 
-def _once(spec: JobSpec) -> Once[Finished, Prompt] | None:
+def _once(spec: JobSpec) -> RequestDedup[Finished, Prompt] | None:
     """For jobs in which equal prompts may have one answer: what is pooled, as the job says, or as a row may."""
     by_row = {"temperature", "seed"} & spec.sampling_columns.keys()
-    return Once() if spec.task in pooling.TASKS or settled(spec.sampling) or by_row else None
+    return RequestDedup() if spec.task in pooling.TASKS or is_deterministic(spec.sampling) or by_row else None
 
 
 def _array(values: Any, kind: pa.DataType) -> Any:

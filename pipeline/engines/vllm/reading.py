@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 
 from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
-from pipeline.engines.vllm.cached_rows import Reuse
+from pipeline.engines.vllm.cached_rows import CacheLookup
 from pipeline.engines.vllm.metrics import Measures
 from pipeline.engines.vllm.pooling import PooledRows
 from pipeline.engines.vllm.prompts.prompts import Prompt, Prompts
@@ -21,17 +21,17 @@ def read_rows(
     prompts: Prompts | PooledRows,
     batches: Iterable[RowBatch],
     measures: Measures,
-    reuse: Reuse | None,
+    reuse: CacheLookup | None,
 ) -> None:
     """Until ``batches`` ends or the call is stopped. An error is raised in the thread that reads the results."""
 
     def hand_over(made: list[Prompt], failures: list[RowFailure]) -> bool:
         if reuse is None:
             return requests.offer(made, failures)
-        return requests.offer(reuse.sorted_out(made), failures) and give_found()
+        return requests.offer(reuse.partition_hits(made), failures) and give_found()
 
     def give_found(*, last: bool = False) -> bool:
-        for found in reuse.found(last=last) if reuse is not None else ():
+        for found in reuse.read_hits(last=last) if reuse is not None else ():
             if not (requests.give(found) if isinstance(found, ResultBatch) else requests.offer(found, [])):
                 return False
         return True

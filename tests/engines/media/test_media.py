@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.engines.media import audio, columns, containers
 from pipeline.engines.media.limits import MediaLimits
-from pipeline.engines.vllm.requests.media_budget import MediaRoom
+from pipeline.engines.vllm.requests.media_budget import MediaMemoryBudget
 from pipeline.spec.error_codes import RowErrorCode
 from pipeline.spec.job_spec import JobSpec, parse
 from storage.errors import EngineMissing, InvalidInput, RowError
@@ -237,7 +237,7 @@ def test_what_a_row_has() -> None:
 )
 def test_room(sizes: list[int], limit: int, threads: int, cancelled: set[int], broken: set[int]) -> None:
     """Whatever finishes, fails or is cancelled: the bound holds, all others get their turn, and nothing is left."""
-    room = MediaRoom(limit, len, threads)
+    room = MediaMemoryBudget(limit, len, threads)
     done: list[int] = []
 
     async def request(at: int, size: int) -> None:

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 
 from examples.tiny_encoder import build_encoder
 from pipeline.engines.onnx.engine import OnnxEngine
-from pipeline.engines.onnx.runtime import narrow_dtypes
+from pipeline.engines.onnx.runtime import low_precision
 from storage.errors import InvalidInput, InvalidJob, InvalidModel
 from tests.engines.onnx.models.test_text import column
 from tests.engines.onnx.support import (
@@ -246,7 +246,7 @@ def test_strings_beside_types_that_numpy_has_not(tmp_path: Path, kind: str, way:
 def test_strings_of_any_shape_pass_the_detour() -> None:
     for shape in [(0,), (), (2, 3), (2, 0, 1)]:
         array = np.full(shape, "é", np.object_)
-        found = narrow_dtypes.strings(array)
+        found = low_precision.strings(array)
         assert tuple(found.shape()) == shape and np.asarray(found.numpy()).tolist() == array.tolist()
 
 

@@ -21,7 +21,7 @@ from pipeline.engines.onnx.runtime import autotune, ort, session_pool
 from pipeline.engines.onnx.runtime import run as onnx_lane
 from pipeline.engines.onnx.runtime.layout import Layout
 from pipeline.engines.onnx.runtime.ort import GraphFile
-from pipeline.engines.onnx.runtime.run import Call, Lane, RunTimedOut
+from pipeline.engines.onnx.runtime.run import CancelScope, RunTimedOut, SessionRunner
 from pipeline.execution.attempt import execute
 from pipeline.jobs.plan import plan_job
 from pipeline.jobs.submit import submit_job
@@ -169,7 +169,7 @@ def test_a_provider_that_this_runtime_has_not_is_told_when_it_may_be_missing(rel
     assert any("CUDAExecutionProvider does not work here" in message for message in said)
 
 
-class LateLane(Lane):
+class LateLane(SessionRunner):
     """Its kept buffers take longer than a run may."""
 
     def _kept(self, *_: Any) -> Any:
@@ -184,7 +184,7 @@ def test_a_run_that_took_too_long_is_not_run_again(relu: Path) -> None:
     session = runtime.InferenceSession(str(relu), providers=["CPUExecutionProvider"])
     lane = LateLane(runtime, session, (RuntimeError,), binding=True)
     with pytest.raises(RunTimedOut):
-        lane.run_one({"x": np.ones(1, np.float32)}, "y", (1,), Call())
+        lane.run_one({"x": np.ones(1, np.float32)}, "y", (1,), CancelScope())
     assert lane.binding  # the buffers were not at fault
 
 

@@ -24,8 +24,8 @@ from pipeline.engines.onnx.runtime import options as onnx_options
 from pipeline.engines.onnx.runtime.ort import CPU, TENSORRT, GraphFile, open_session, with_engine_cache
 from pipeline.engines.onnx.runtime.run import RunFailed, RunTimedOut
 from pipeline.engines.onnx.runtime.stream import bisect, settle, windows
-from pipeline.models import saturation
-from pipeline.models.saturation import PRECISE
+from pipeline.models import int8_overflow
+from pipeline.models.int8_overflow import PRECISE
 from storage.errors import EngineDead, InvalidJob, InvalidModel
 from tests.engines.onnx.support import FLOAT, graph, model_at, value
 
@@ -219,7 +219,7 @@ def test_tensorrt_keeps_its_engines_where_the_operator_caches(tmp_path: Path) ->
 def test_exact_products_of_8_bits_are_asked_for_where_they_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clips: bool, given: dict[str, str], asked: str
 ) -> None:
-    monkeypatch.setattr(saturation, "clips", lambda runtime: clips)
+    monkeypatch.setattr(int8_overflow, "clips", lambda runtime: clips)
     x, y = value("x", FLOAT, ["N"]), value("y", FLOAT, ["N"])
     file = GraphFile(graph(tmp_path / "model.onnx", [helper.make_node("Neg", ["x"], ["y"])], [x], [y]))
     session = open_session(onnxruntime, file, onnx_options.parse({"session_config": given}), [(CPU, {})], 1)

@@ -259,7 +259,7 @@ def test_rows_without_a_number_do_not_hide_that_the_others_may_be_stacked(tmp_pa
 
 
 def test_every_new_shape_and_some_later_batches_are_looked_at_again() -> None:
-    doubt = stacking_check.Doubt()
+    doubt = stacking_check.SpotCheck()
     assert all(doubt.row([("x", size)], 10) for size in range(50))  # shapes never seen
     looked = [at for _ in range(1600) for at in doubt.row([("x", 0)], 10)]
     assert 50 < len(looked) < 200 and set(looked) == set(range(10))
@@ -267,7 +267,7 @@ def test_every_new_shape_and_some_later_batches_are_looked_at_again() -> None:
 
 @given(st.lists(st.sampled_from([0.0, 1.0, float("nan"), float("inf")]), min_size=1, max_size=8))
 def test_the_rows_compared_differ_if_any_do(numbers: list[float]) -> None:
-    found = stacking_check.unlike([np.array(numbers, np.float32)])
+    found = stacking_check.pick_probe_rows([np.array(numbers, np.float32)])
     finite = [number for number in numbers if np.isfinite(number)]
     if len(set(finite)) > 1:
         assert len(found) == 2 and len({numbers[at] for at in found} & set(finite)) == 2

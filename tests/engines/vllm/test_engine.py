@@ -27,7 +27,7 @@ from pipeline.engines.testing import EngineContract, MakeBatch, collect, results
 from pipeline.engines.vllm.engine import VllmEngine
 from pipeline.engines.vllm.process import cpu as vllm_cpu
 from pipeline.engines.vllm.prompts.prompts import Prompts
-from pipeline.engines.vllm.requests.admission import Window
+from pipeline.engines.vllm.requests.admission import AdmissionLimit
 from pipeline.host.cpu import one_of_each
 from pipeline.models.model import Model
 from pipeline.spec.error_codes import RowErrorCode
@@ -157,7 +157,7 @@ class TestVllm(EngineContract):
     @pytest.fixture
     def engine(self, engine: VllmEngine, case: str, monkeypatch: pytest.MonkeyPatch) -> Engine:  # type: ignore[override]
         if case == "small window":
-            monkeypatch.setattr(engine, "_window", Window(3, 10**6))
+            monkeypatch.setattr(engine, "_window", AdmissionLimit(3, 10**6))
         return engine
 
     @pytest.fixture

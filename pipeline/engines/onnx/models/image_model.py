@@ -19,9 +19,16 @@ from pipeline.engines.model_config.image import ImageFolder
 from pipeline.engines.model_config.text import class_activation
 from pipeline.engines.onnx.models.output_head import label_column
 from pipeline.engines.onnx.runtime.options import OnnxOptions
-from pipeline.engines.onnx.runtime.session_pool import Array, Call, Run, RunFailed, SessionPool, is_out_of_memory
+from pipeline.engines.onnx.runtime.session_pool import (
+    Array,
+    BoundRunner,
+    CancelScope,
+    RunFailed,
+    SessionPool,
+    is_out_of_memory,
+)
 from pipeline.engines.onnx.runtime.signature import GraphValue, Signature
-from pipeline.engines.onnx.runtime.stream import Indices, Pack, Window, bisect, record_batch, windows
+from pipeline.engines.onnx.runtime.stream import Batch, Indices, PreparedRows, bisect, record_batch, windows
 from pipeline.host.cpu import available_cores
 from pipeline.spec.job_spec import JobSpec, Task
 from storage.errors import InvalidJob, InvalidModel, TransientError
@@ -133,7 +140,7 @@ class ImageModel:
         """One run before the first row: proves that graph and recipe fit, and tells an output's width and its axes."""
         try:
             out = self._pool.submit(
-                Call(timed=False), lambda run: self._forward(run, self._sample[None], head)
+                CancelScope(timed=False), lambda run: self._forward(run, self._sample[None], head)
             ).result()
         except RunFailed as error:
             if is_out_of_memory(error):
@@ -168,7 +175,7 @@ class ImageModel:
             raise InvalidJob(POOLED, field="pooling")
         return self._states
 
-    def prepare(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[Window]:
+    def prepare(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[PreparedRows]:
         """Decode window by window, as the stream asks for them."""
         assert spec.column is not None
         size = BATCHES_AHEAD * self.batch * max(1, self._pool.size // 2)
@@ -187,7 +194,7 @@ class ImageModel:
             if images:
                 yield self._window(spec, rows[at:], images)
 
-    def _window(self, spec: JobSpec, rows: Indices, images: list[Any]) -> Window:
+    def _window(self, spec: JobSpec, rows: Indices, images: list[Any]) -> PreparedRows:
         failed = {at: image for at, image in enumerate(images) if isinstance(image, tuple)}
         # A recipe without a resize leaves images of several sizes: only equal ones are stacked.
         sizes: dict[tuple[int, ...], list[int]] = {}
@@ -202,12 +209,12 @@ class ImageModel:
                 for start in range(0, len(members), most)
             ]
         self._count(rows=len(rows))
-        return Window(packs, tuple(RowFailure(int(rows[at]), *failure) for at, failure in failed.items()))
+        return PreparedRows(packs, tuple(RowFailure(int(rows[at]), *failure) for at, failure in failed.items()))
 
-    def _pack(self, spec: JobSpec, rows: Indices, images: list[Any], items: Indices) -> Pack:
+    def _pack(self, spec: JobSpec, rows: Indices, images: list[Any], items: Indices) -> Batch:
         head = self._head(spec)
 
-        def compute(run: Run) -> ResultBatch:
+        def compute(run: BoundRunner) -> ResultBatch:
             parts, refused = bisect(
                 lambda part: self._numbers(spec, self._forward(run, np.stack([images[at] for at in part]), head), head),
                 items,
@@ -226,7 +233,7 @@ class ImageModel:
 
         return compute
 
-    def _forward(self, run: Run, images: Floats, head: int) -> Array:
+    def _forward(self, run: BoundRunner, images: Floats, head: int) -> Array:
         n = len(images)
         if self._fixed_batch is not None and n < self._fixed_batch:
             images = np.concatenate([images, np.repeat(images[:1], self._fixed_batch - n, axis=0)])
@@ -256,7 +263,7 @@ class ImageModel:
         stored = results.finished(spec, numbers, normalize=bool(spec.normalize))
         return record_batch({"embedding": results.embedding_column(stored)}, self.result_schema(spec))
 
-    def _still_works(self, run: Run) -> bool:
+    def _still_works(self, run: BoundRunner) -> bool:
         try:
             self._forward(run, self._sample[None], self._own)
         except RunFailed:

@@ -21,10 +21,10 @@ from pipeline.engines.onnx.models.length_batching import pack
 from pipeline.engines.onnx.models.output_head import Head, check_layers, fixed_shape, head, label_column, own_embedding
 from pipeline.engines.onnx.models.tokenizer import DistinctTexts, TextTokenizer, Tokens, distinct
 from pipeline.engines.onnx.runtime.options import OnnxOptions
-from pipeline.engines.onnx.runtime.run import Array, Call, Run, RunFailed
+from pipeline.engines.onnx.runtime.run import Array, BoundRunner, CancelScope, RunFailed
 from pipeline.engines.onnx.runtime.session_pool import SessionPool, is_out_of_memory
 from pipeline.engines.onnx.runtime.signature import Signature
-from pipeline.engines.onnx.runtime.stream import Indices, Pack, Window, bisect, record_batch, windows
+from pipeline.engines.onnx.runtime.stream import Batch, Indices, PreparedRows, bisect, record_batch, windows
 from pipeline.spec.job_spec import JobSpec, Task
 from storage.errors import InvalidJob, InvalidModel, TransientError
 
@@ -99,7 +99,7 @@ class TextModel:
         """One run before the first row: proves that graph and tokenizer fit, and tells the width of the output."""
         try:
             out = self._pool.submit(
-                Call(timed=False), lambda run: self._forward(run, used, self._sample, np.zeros(1, np.int64))
+                CancelScope(timed=False), lambda run: self._forward(run, used, self._sample, np.zeros(1, np.int64))
             ).result()
         except RunFailed as error:
             if is_out_of_memory(error):
@@ -136,7 +136,7 @@ class TextModel:
     def _prompt(self, spec: JobSpec) -> str:
         return self._folder.prompts.of(spec) if self.task is Task.EMBED else ""
 
-    def prepare(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[Window]:
+    def prepare(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[PreparedRows]:
         """Tokenize window by window, as the stream asks for them."""
         columns = [name for name in (spec.column, spec.pair_column) if name is not None]
         job = _TextJob(self, spec)
@@ -170,13 +170,13 @@ class TextModel:
             return [group[part] for group in groups for part in pack(lengths[group], budget, rows)]
         return pack(lengths, max(budget, self._fixed_length or 1), rows)
 
-    def states(self, run: Run, spec: JobSpec, tokens: Tokens, items: Indices) -> Floats:
+    def states(self, run: BoundRunner, spec: JobSpec, tokens: Tokens, items: Indices) -> Floats:
         """The head's output for the texts ``items``, float32 [k, s, d] or [k, d]."""
         out = self._forward(run, self._head(spec), tokens, items)
         self.count(runs=1, padded_tokens=len(items) * int(tokens.lengths[items].max()))
         return out
 
-    def still_works(self, run: Run) -> bool:
+    def still_works(self, run: BoundRunner) -> bool:
         """Whether the session computes what it computed when it was loaded."""
         try:
             self._forward(run, self._own, self._sample, np.zeros(1, np.int64))
@@ -184,7 +184,7 @@ class TextModel:
             return False
         return True
 
-    def _forward(self, run: Run, used: Head, tokens: Tokens, items: Indices) -> Floats:
+    def _forward(self, run: BoundRunner, used: Head, tokens: Tokens, items: Indices) -> Floats:
         feed = self._feed(tokens, items)
         output = run.one(feed, used.name, self._shape_of_output(used, feed))[: len(items)]
         if output.ndim != used.rank or len(output) != len(items):
@@ -300,7 +300,7 @@ class _TextJob:
         self._model = model
         self._spec = spec
 
-    def window(self, rows: Indices, texts: DistinctTexts, tokens: Tokens, pieces: Mapping[int, Tokens]) -> Window:
+    def window(self, rows: Indices, texts: DistinctTexts, tokens: Tokens, pieces: Mapping[int, Tokens]) -> PreparedRows:
         failures = [RowFailure(int(rows[at]), code, message) for at, (code, message) in texts.failures.items()]
         # Positions within the window, grouped by text: those of text u are members[bounds[u]:bounds[u + 1]].
         members = np.argsort(texts.of_row, kind="stable")[int((texts.of_row < 0).sum()) :]
@@ -316,7 +316,7 @@ class _TextJob:
             duplicate_rows=int((repeats[good] - 1).sum()),
         )
 
-        def packed(budget: int, every: int = 1) -> list[Pack]:
+        def packed(budget: int, every: int = 1) -> list[Batch]:
             # Every n-th by length: the lengths of the sample are spread as those of the window.
             some = good if every == 1 else good[np.argsort(tokens.lengths[good], kind="stable")[::every]]
             packs = [
@@ -327,13 +327,13 @@ class _TextJob:
             return packs + (long if every == 1 else [])
 
         long = [self._pieces(rows[members[bounds[text] : bounds[text + 1]]], pieces[text]) for text in sorted(pieces)]
-        return Window(packed(self._model.token_budget), tuple(failures), len(good), packed)
+        return PreparedRows(packed(self._model.token_budget), tuple(failures), len(good), packed)
 
-    def _pieces(self, rows: Indices, tokens: Tokens) -> Pack:
+    def _pieces(self, rows: Indices, tokens: Tokens) -> Batch:
         """The work on one text that is longer than the model's limit. ``rows``: those that have it."""
         model, spec = self._model, self._spec
 
-        def compute(run: Run) -> ResultBatch:
+        def compute(run: BoundRunner) -> ResultBatch:
             vectors = np.zeros((len(tokens.lengths), model.vector_width(spec)), np.float32)
             for batch in model.packs_of(tokens.lengths, model.token_budget):
                 parts, refused = bisect(
@@ -360,10 +360,10 @@ class _TextJob:
 
     def _pack(
         self, rows: Indices, tokens: Tokens, items: Indices, members: Indices, bounds: Indices, budget: int
-    ) -> Pack:
+    ) -> Batch:
         model, spec = self._model, self._spec
 
-        def compute(run: Run) -> ResultBatch:
+        def compute(run: BoundRunner) -> ResultBatch:
             parts, refused = bisect(
                 lambda part: model.columns(spec, model.states(run, spec, tokens, part), tokens.lengths[part]),
                 items,

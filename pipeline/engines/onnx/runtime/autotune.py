@@ -25,9 +25,9 @@ from pipeline.engines.onnx.runtime.graph_cache import Graphs
 from pipeline.engines.onnx.runtime.layout import Layout
 from pipeline.engines.onnx.runtime.options import OnnxOptions
 from pipeline.engines.onnx.runtime.ort import gpu_names, memory_total, processor
-from pipeline.engines.onnx.runtime.run import Call, Stopped
+from pipeline.engines.onnx.runtime.run import CancelScope, Stopped
 from pipeline.engines.onnx.runtime.session_pool import SessionPool, memory_for_copies
-from pipeline.engines.onnx.runtime.stream import Pack, settle
+from pipeline.engines.onnx.runtime.stream import Batch, settle
 from pipeline.host.cpu import available_cores
 from storage.errors import Blame, EngineDead
 
@@ -42,7 +42,7 @@ TURNS = 3
 MEASURED = 3
 """Raised when what was measured before holds no longer."""
 
-Sample = Callable[[int, int], list[Pack]]
+Sample = Callable[[int, int], list[Batch]]
 """Packs of every ``n``-th row of a window at a token budget: ``sample(budget, n)``."""
 
 
@@ -85,7 +85,9 @@ class Bench:
     Raises, when ``call`` is stopped, :class:`~pipeline.engines.onnx.runtime.run.Stopped`.
     """
 
-    def __init__(self, graphs: Graphs, options: OnnxOptions, pool: SessionPool, sample: Sample, call: Call) -> None:
+    def __init__(
+        self, graphs: Graphs, options: OnnxOptions, pool: SessionPool, sample: Sample, call: CancelScope
+    ) -> None:
         self._graphs, self._options, self._pool = graphs, options, pool
         self._sample, self._call = sample, call
         self._every = 1
@@ -177,7 +179,7 @@ class Bench:
                 if pool is not self._pool:
                     pool.close()
 
-    def _seconds(self, pool: SessionPool, packs: Sequence[Pack]) -> float:
+    def _seconds(self, pool: SessionPool, packs: Sequence[Batch]) -> float:
         began = time.perf_counter()
         futures: list[Future[Any]] = [pool.submit(self._call, pack) for pack in packs]
         try:

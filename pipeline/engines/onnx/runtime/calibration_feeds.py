@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from pipeline.engines.onnx.runtime.run import Array, Call
+from pipeline.engines.onnx.runtime.run import Array, CancelScope
 from pipeline.engines.onnx.runtime.session_pool import SessionPool
-from pipeline.engines.onnx.runtime.stream import Window
+from pipeline.engines.onnx.runtime.stream import PreparedRows
 
 Feed = dict[str, Array]
 
@@ -31,9 +31,9 @@ class _Recorder:
         self._seen.append({name: array.copy() for name, array in feed.items()})
 
 
-def feeds(windows: Iterable[Window], pool: SessionPool) -> Iterator[Feed]:
+def feeds(windows: Iterable[PreparedRows], pool: SessionPool) -> Iterator[Feed]:
     """The feeds of every batch, in order. The batches are computed, too: some are fed by what came before."""
-    call = Call()
+    call = CancelScope()
     for window in windows:
         for pack in window.packs:
             seen: list[Feed] = []

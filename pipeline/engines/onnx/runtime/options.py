@@ -44,7 +44,7 @@ class StateInput(BaseModel):
 
 
 class OnnxOptions(BaseModel):
-    """How ONNX Runtime runs the graph. ``None``: as ``rowmill model benchmark`` measured, else by model and machine."""
+    """How ONNX Runtime runs the graph. ``None``: as ``rowmill model benchmark`` measured, else by the machine."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

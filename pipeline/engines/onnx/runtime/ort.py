@@ -23,7 +23,7 @@ import psutil
 
 from pipeline.engines.onnx.runtime.options import OnnxOptions, Provider
 from pipeline.engines.onnx.runtime.run import QUIET, is_out_of_memory
-from pipeline.models import saturation
+from pipeline.models import int8_overflow
 from storage.errors import EngineMissing, InvalidModel, TransientError
 
 CPU = "CPUExecutionProvider"
@@ -214,7 +214,7 @@ def open_session(
         settings.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
         settings.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    for key, value in {**saturation.session_config(runtime), **options.session_config}.items():
+    for key, value in {**int8_overflow.session_config(runtime), **options.session_config}.items():
         settings.add_session_config_entry(key, value)
     for library in options.custom_ops:
         try:

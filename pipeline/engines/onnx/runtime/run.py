@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.engines.onnx.runtime import narrow_dtypes
+from pipeline.engines.onnx.runtime import low_precision
 
 Array = npt.NDArray[Any]
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class Deadline:
             self._timer.cancel()
 
 
-class Call:
+class CancelScope:
     """Everything that one ``infer`` has running, so that it can be stopped from any thread."""
 
     def __init__(self, *, timed: bool = True) -> None:
@@ -105,7 +105,7 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class _Slot:
+class _IoBuffers:
     """The buffers of one combination of shapes, bound once."""
 
     binding: Any
@@ -114,7 +114,7 @@ class _Slot:
     n_bytes: int
 
 
-class Lane:
+class SessionRunner:
     """A session, driven by one thread at a time; other lanes may drive the same session at the same time.
 
     With ``binding``, :meth:`run_one` keeps input and output buffers on ``device`` (the one of number ``device_id``),
@@ -143,18 +143,20 @@ class Lane:
         kinds = {value.type for value in [*session.get_inputs(), *session.get_outputs()]}
         strings = "tensor(string)" in kinds
         # ONNX Runtime binds no strings of numpy's. The detour is for graphs that can be fed in no other way.
-        self._bindable = not strings or any(map(narrow_dtypes.is_narrow_type, kinds))
+        self._bindable = not strings or any(map(low_precision.is_narrow_type, kinds))
         self._device, self._device_id = device, device_id
-        self._slots: OrderedDict[Any, _Slot] = OrderedDict()
+        self._slots: OrderedDict[Any, _IoBuffers] = OrderedDict()
         self.binding = binding and not strings
         self.kept_runs = 0
 
-    def run(self, feed: Mapping[str, Array], call: Call) -> list[Array]:
+    def run(self, feed: Mapping[str, Array], call: CancelScope) -> list[Array]:
         """Outputs in graph order. Raises :class:`Stopped`, or :class:`RunFailed` when the runtime refuses the feed
         (:class:`RunTimedOut` when it took too long)."""
         return self._guarded(call, lambda options: self._fresh(feed, options))
 
-    def run_one(self, feed: Mapping[str, Array], output: str, shape: tuple[int, ...] | None, call: Call) -> Array:
+    def run_one(
+        self, feed: Mapping[str, Array], output: str, shape: tuple[int, ...] | None, call: CancelScope
+    ) -> Array:
         """The output ``output`` alone, which is to have the shape ``shape`` (``None``: not known).
 
         It may be a kept buffer, which the lane's next run overwrites: copy what is to last. Raises as :meth:`run`.
@@ -172,7 +174,7 @@ class Lane:
                 return found
         return self._guarded(call, lambda options: self._new(feed, output, options))
 
-    def _guarded(self, call: Call, work: Callable[[Any], T]) -> T:
+    def _guarded(self, call: CancelScope, work: Callable[[Any], T]) -> T:
         options = self._runtime.RunOptions()
         options.log_severity_level = QUIET
         deadline = Deadline(options, self._seconds if call.timed else None)
@@ -197,11 +199,11 @@ class Lane:
             return [np.asarray(output) for output in self.session.run(None, dict(feed), options)]
         binding = self.session.io_binding()
         for name, array in feed.items():
-            narrow_dtypes.bind(binding, name, array)
+            low_precision.bind(binding, name, array)
         for name in self._outputs:
             binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding, options)
-        return [np.asarray(narrow_dtypes.array_of(value)) for value in binding.get_outputs()]
+        return [np.asarray(low_precision.array_of(value)) for value in binding.get_outputs()]
 
     def _kept(self, feed: Mapping[str, Array], output: str, shape: tuple[int, ...], options: Any) -> Array:
         key = (output, shape, *((name, array.shape) for name, array in feed.items()))
@@ -218,7 +220,7 @@ class Lane:
         self.kept_runs += 1
         return np.asarray(slot.output.numpy())  # of a buffer on the CPU, a view
 
-    def _slot(self, feed: Mapping[str, Array], output: str, shape: tuple[int, ...]) -> _Slot:
+    def _slot(self, feed: Mapping[str, Array], output: str, shape: tuple[int, ...]) -> _IoBuffers:
         make = self._runtime.OrtValue.ortvalue_from_shape_and_type
         binding = self.session.io_binding()
         inputs = {
@@ -230,20 +232,20 @@ class Lane:
         kept = make(list(shape), kind, self._device, self._device_id)
         binding.bind_ortvalue_output(output, kept)
         n_bytes = sum(array.nbytes for array in feed.values()) + int(np.prod(shape)) * kind.itemsize
-        return _Slot(binding, inputs, kept, n_bytes)
+        return _IoBuffers(binding, inputs, kept, n_bytes)
 
 
-class Run:
+class BoundRunner:
     """A lane lent to one piece of work of one call."""
 
-    def __init__(self, lane: Lane, call: Call) -> None:
+    def __init__(self, lane: SessionRunner, call: CancelScope) -> None:
         self._lane = lane
         self._call = call
 
     def __call__(self, feed: Mapping[str, Array]) -> list[Array]:
-        """See :meth:`Lane.run`."""
+        """See :meth:`SessionRunner.run`."""
         return self._lane.run(feed, self._call)
 
     def one(self, feed: Mapping[str, Array], output: str, shape: tuple[int, ...] | None) -> Array:
-        """See :meth:`Lane.run_one`: what comes back may not outlast the next run."""
+        """See :meth:`SessionRunner.run_one`: what comes back may not outlast the next run."""
         return self._lane.run_one(feed, output, shape, self._call)

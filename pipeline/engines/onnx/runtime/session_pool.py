@@ -29,10 +29,10 @@ from pipeline.engines.onnx.runtime.ort import (
     wanted_providers,
     with_engine_cache,
 )
-from pipeline.engines.onnx.runtime.run import KEPT_BYTES, Lane, Stopped
+from pipeline.engines.onnx.runtime.run import KEPT_BYTES, SessionRunner, Stopped
 from pipeline.engines.onnx.runtime.run import Array as Array
-from pipeline.engines.onnx.runtime.run import Call as Call
-from pipeline.engines.onnx.runtime.run import Run as Run
+from pipeline.engines.onnx.runtime.run import BoundRunner as BoundRunner
+from pipeline.engines.onnx.runtime.run import CancelScope as CancelScope
 from pipeline.engines.onnx.runtime.run import RunFailed as RunFailed
 from pipeline.engines.onnx.runtime.run import is_out_of_memory as is_out_of_memory
 from pipeline.host.cpu import available_cores
@@ -53,7 +53,7 @@ class SessionPool:
 
     def __init__(
         self,
-        lanes: Sequence[Lane],
+        lanes: Sequence[SessionRunner],
         providers: tuple[str, ...],
         file: GraphFile,
         layout: Layout,
@@ -127,7 +127,7 @@ class SessionPool:
         device = "cuda" if CUDA in active else "cpu"
         device_id = next((int(settings.get("device_id", 0)) for name, settings in still if name == CUDA), 0)
         lanes = [
-            Lane(
+            SessionRunner(
                 runtime,
                 session,
                 refusals,
@@ -161,14 +161,14 @@ class SessionPool:
         if os.getpid() != self._pid:
             raise EngineDead("the ONNX Runtime sessions belong to another process; load the engine in this one")
 
-    def submit(self, call: Call, work: Callable[[Run], T]) -> Future[T]:
+    def submit(self, call: CancelScope, work: Callable[[BoundRunner], T]) -> Future[T]:
         """Do ``work`` on the next free session's thread."""
 
         def job() -> T:
             if call.stopped:
                 raise Stopped
             try:
-                return work(Run(self._local.lane, call))
+                return work(BoundRunner(self._local.lane, call))
             finally:
                 if self._profiling:
                     self._end_profile(PROFILED_RUNS)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.engines.onnx.runtime import narrow_dtypes
+from pipeline.engines.onnx.runtime import low_precision
 from storage.errors import InvalidModel
 
 Dim = int | str | None
@@ -203,7 +203,7 @@ _NO_NAMES = frozenset({"none", "unk", "unknown", "dynamic"})
 def _dtype(name: str, value: str, path: Path) -> np.dtype[Any]:
     if name in _DTYPES:
         return np.dtype(_DTYPES[name])
-    narrow = narrow_dtypes.dtype_of(name)
+    narrow = low_precision.dtype_of(name)
     if narrow is None:
         raise InvalidModel(f"{path}: {value!r} has element type {name}, which no Arrow column can carry")
     return narrow

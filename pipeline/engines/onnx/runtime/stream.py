@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.engines.base import Cancellation, ResultBatch, RowBatch, RowFailure
-from pipeline.engines.onnx.runtime.run import Call, Run, RunFailed, RunTimedOut, Stopped
+from pipeline.engines.onnx.runtime.run import BoundRunner, CancelScope, RunFailed, RunTimedOut, Stopped
 from pipeline.engines.onnx.runtime.session_pool import SessionPool
 from pipeline.spec.error_codes import MESSAGE_LIMIT, RowErrorCode
 from storage.errors import Blame, EngineDead
@@ -33,28 +33,28 @@ YIELD_ROWS = 512
 YIELD_SECONDS = 0.5
 """Finished rows are handed over in batches of this many, or when the oldest has waited this long."""
 
-Pack = Callable[[Run], ResultBatch]
+Batch = Callable[[BoundRunner], ResultBatch]
 """A batch's work on one session."""
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class PreparedRows:
     """Prepared work: ``packs`` in the order in which they should run, and the rows that need none.
 
     ``repacked`` makes them anew: every n-th row only, at another budget of padded tokens.
     """
 
-    packs: list[Pack]
+    packs: list[Batch]
     failures: tuple[RowFailure, ...] = ()
     n_rows: int = 0
-    repacked: Callable[[int, int], list[Pack]] | None = None
+    repacked: Callable[[int, int], list[Batch]] | None = None
 
-    def sample(self, budget: int, every: int) -> list[Pack]:
+    def sample(self, budget: int, every: int) -> list[Batch]:
         """Packs that stand for all of them."""
         return self.packs[::every] if self.repacked is None else self.repacked(budget, every)
 
 
-def sample(windows: Sequence[Window], budget: int, every: int) -> list[Pack]:
+def sample(windows: Sequence[PreparedRows], budget: int, every: int) -> list[Batch]:
     """Packs that stand for all those of the windows."""
     if len(windows) == 1:
         return windows[0].sample(budget, every)
@@ -84,9 +84,9 @@ def windows(batches: Iterable[RowBatch], rows: int, max_bytes: int) -> Iterator[
         yield np.concatenate(ids), held
 
 
-def stream(prepared: Iterator[Window], pool: SessionPool, cancel: Cancellation) -> Iterator[ResultBatch]:
+def stream(prepared: Iterator[PreparedRows], pool: SessionPool, cancel: Cancellation) -> Iterator[ResultBatch]:
     """Run the windows on the pool. Ends soon after ``cancel``; closing the iterator does the same."""
-    call = Call()
+    call = CancelScope()
     done: queue.SimpleQueue[Future[ResultBatch] | None] = queue.SimpleQueue()
 
     def stop() -> None:

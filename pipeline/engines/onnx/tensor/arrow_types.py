@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.engines.onnx.runtime import narrow_dtypes
+from pipeline.engines.onnx.runtime import low_precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,8 @@ def lossless(source: np.dtype[Any], target: np.dtype[Any]) -> bool:
     """
     if source == target:
         return True
-    if narrow_dtypes.is_narrow(target):
-        return lossless(source, narrow_dtypes.carrier(target))
+    if low_precision.is_narrow(target):
+        return lossless(source, low_precision.carrier(target))
     if np.object_ in (source, target) or source.kind == "b" or target.kind == "b":
         return False
     if source.kind in "iu" and target.kind == "f":

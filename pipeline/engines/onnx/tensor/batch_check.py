@@ -12,14 +12,14 @@ from pipeline.engines.onnx.tensor.batching import Batching
 from pipeline.engines.onnx.tensor.masks import Masks, Tensors
 from pipeline.engines.onnx.tensor.padding_check import Compute, Feed, Padding
 from pipeline.engines.onnx.tensor.row_tensors import Indices
-from pipeline.engines.onnx.tensor.stacking_check import Doubt, has_numbers, same, unlike
+from pipeline.engines.onnx.tensor.stacking_check import SpotCheck, allclose, conclusive, pick_probe_rows
 from storage.errors import InvalidJob
 
 Alone = Callable[[Indices], list[Array]]
 """The position of one row → its outputs, each [1, ...]."""
 
 
-class Proof:
+class BatchInvarianceCheck:
     """``stacks``, ``padding.proved``: whether rows may be stacked, and padded; ``None`` until a batch has proved it.
 
     ``fixed``: the only size of the graph's batches, where it has one. ``counts``: where stacked, padded and compared
@@ -32,7 +32,7 @@ class Proof:
         self._masks, self._fixed, self._notify, self._counts = masks, fixed, notify, counts
         self._batching = Batching(masks)
         self._lock = threading.Lock()
-        self._doubt = Doubt()
+        self._doubt = SpotCheck()
         self.stacks: bool | None = None if mode == "stack" else False
         self.padding = Padding(masks, notify, lambda: self._counts["padded_rows"])
 
@@ -61,7 +61,7 @@ class Proof:
 
         Checked by size on every batch, and by value: two rows that differ are run alone until they prove it, then a
         row at random (the one that is padded most) for every new shape and now and then (see
-        :class:`.onnx_stacking.Doubt`). A graph that normalizes over its first axis, say, passes the one and fails the
+        :class:`~.stacking_check.SpotCheck`). A graph that normalizes over its first axis passes the one and fails the
         other. While nothing is proved (equal rows, results without numbers) the rows are run alone.
         """
         fits = all(output.ndim and len(output) == len(items) for output in outputs)
@@ -72,7 +72,7 @@ class Proof:
             probes = [self._batching.most_padded(tensors, items)]
         if fits and not proved:
             masks = set(self._masks.of.values())  # that sizes differ tells nothing of what is in the rows
-            probes = unlike([array for name, array in feed.items() if name not in masks])
+            probes = pick_probe_rows([array for name, array in feed.items() if name not in masks])
         telling = len(probes) > 1
         for at in probes if fits else ():
             found, expected = [output[at : at + 1] for output in outputs], alone(items[at : at + 1])
@@ -81,14 +81,14 @@ class Proof:
             sizes = self._masks.sizes(tensors, int(items[at]))
             if padded:
                 found = self._masks.cut(found, sizes)
-            telling = telling and all(map(has_numbers, expected))
-            if all(same(a, b) for a, b in zip(found, expected, strict=True)):
+            telling = telling and all(map(conclusive, expected))
+            if all(allclose(a, b) for a, b in zip(found, expected, strict=True)):
                 continue
             fits = False
             if padded:
                 # Padded as before, but without the other rows: is it they, or is it the padding?
                 single = self._masks.cut(together({name: array[at : at + 1] for name, array in feed.items()}), sizes)
-                if not all(map(same, single, expected)):
+                if not all(map(allclose, single, expected)):
                     self.padding.give_up()
                     return False
         return self._judged(fits, telling, len(items), padded)

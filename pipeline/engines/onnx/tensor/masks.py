@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.engines.onnx.runtime import narrow_dtypes
+from pipeline.engines.onnx.runtime import low_precision
 from pipeline.engines.onnx.runtime.run import Array
 from pipeline.engines.onnx.runtime.signature import GraphValue, RowMode, Signature
 from pipeline.engines.onnx.tensor.row_tensors import Failure, RowTensors
@@ -51,7 +51,7 @@ class Masks:
                     f"{', '.join(known) or 'none'}"
                 )
             value = inputs[mask]
-            numbers = value.dtype.kind in "biuf" or narrow_dtypes.is_float(value.dtype)
+            numbers = value.dtype.kind in "biuf" or low_precision.is_float(value.dtype)
             if value.dims is None or value.dims[1:] != (axis,) or not numbers:
                 raise _refused(f"the mask of {axis!r} is [rows, {axis}] in numbers or booleans; the graph has {value}")
 

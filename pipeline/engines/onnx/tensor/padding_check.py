@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.engines.onnx.runtime import narrow_dtypes
+from pipeline.engines.onnx.runtime import low_precision
 from pipeline.engines.onnx.runtime.run import Array, RunFailed, RunTimedOut, is_out_of_memory
 from pipeline.engines.onnx.tensor.masks import Masks, Tensors
 from pipeline.engines.onnx.tensor.row_tensors import Indices
-from pipeline.engines.onnx.tensor.stacking_check import has_numbers, same
+from pipeline.engines.onnx.tensor.stacking_check import allclose, conclusive
 from storage.errors import InvalidJob
 
 TRIALS = 16
@@ -85,15 +85,15 @@ class Padding:
             return self._without_verdict()  # its first axis does not count rows, which is found out elsewhere
         half = runs[0]
         masked, shown = (self._masks.cut(outputs, trial.sizes) for outputs in runs[1:])
-        if not all(map(has_numbers, half)):
+        if not all(map(conclusive, half)):
             return self._without_verdict()
-        if not all(map(same, masked, half)):
+        if not all(map(allclose, masked, half)):
             self._check_meaning(compute, trial)
             self.give_up()
             return False
         with self._lock:
             outputs = self._masks.signature.outputs
-            heeding = [v.name for v, a, b in zip(outputs, shown, half, strict=True) if not same(a, b)]
+            heeding = [v.name for v, a, b in zip(outputs, shown, half, strict=True) if not allclose(a, b)]
             self._heeding |= set(heeding)
             told = {value.name for value in outputs if not self._masks.axes(value)} <= self._heeding
             if heeding and told and self.proved is None:
@@ -112,7 +112,7 @@ class Padding:
         ]
         half, masked = (compute(feed) for feed in turned)
         masked = self._masks.cut(masked, trial.sizes)
-        if all(map(same, masked, half)) and all(map(has_numbers, half)):
+        if all(map(allclose, masked, half)) and all(map(conclusive, half)):
             raise InvalidJob(
                 f"{', '.join(sorted(self._made))} is 1 where the graph is to look away, and a mask is 1 where the axis "
                 "is real; bring it as a column, and name no masks",
@@ -166,11 +166,11 @@ class Padding:
 
 
 def _numbers(array: Array) -> Array:
-    return array.astype(narrow_dtypes.carrier(array.dtype), copy=False)
+    return array.astype(low_precision.carrier(array.dtype), copy=False)
 
 
 def _finite(array: Array) -> bool:
-    return not narrow_dtypes.is_float(array.dtype) or bool(np.isfinite(_numbers(array)).all())
+    return not low_precision.is_float(array.dtype) or bool(np.isfinite(_numbers(array)).all())
 
 
 def _differ(half: Array, shown: Array) -> bool:

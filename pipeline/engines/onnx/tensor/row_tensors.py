@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.engines.onnx.runtime import narrow_dtypes
+from pipeline.engines.onnx.runtime import low_precision
 from pipeline.engines.onnx.runtime.signature import Dim
 from pipeline.spec.error_codes import RowErrorCode
 
@@ -65,7 +65,7 @@ class RowTensors:
         """Make the elements ``dtype``, a narrow type; ``invalid_value`` for rows with a value that it does not hold."""
         wide = self.flat
         with np.errstate(all="ignore"):
-            narrow = wide.astype(narrow_dtypes.carrier(dtype)).astype(dtype)
+            narrow = wide.astype(low_precision.carrier(dtype)).astype(dtype)
             back = narrow.astype(wide.dtype)
         same = (back == wide) | ((back != back) & (wide != wide))
         self.refuse(
@@ -77,7 +77,7 @@ class RowTensors:
 
     def finite(self, name: str) -> None:
         """Record ``not_finite`` for rows with a NaN or an infinity."""
-        if narrow_dtypes.is_float(self.flat.dtype):
+        if low_precision.is_float(self.flat.dtype):
             flat = self.flat
             self.refuse(
                 ~np.isfinite(flat),

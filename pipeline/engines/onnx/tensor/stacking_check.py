@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from pipeline.engines.onnx.runtime import narrow_dtypes
+from pipeline.engines.onnx.runtime import low_precision
 from pipeline.engines.onnx.runtime.run import Array
 
 CHECKED = 16
@@ -16,7 +16,7 @@ _FIRST = 8
 _MOST_SHAPES = 4096
 
 
-class Doubt:
+class SpotCheck:
     """Says which row of a batch is compared although stacking has been proved. Seeded: a job does the same twice."""
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Doubt:
         return [self._random.randrange(n_rows)]
 
 
-def unlike(inputs: Sequence[Array]) -> list[int]:
+def pick_probe_rows(inputs: Sequence[Array]) -> list[int]:
     """Positions of two rows that differ, of those without NaN and infinity where there are any; else of one row.
 
     ``inputs``: the graph's inputs, stacked, [n, ...] each.
@@ -44,9 +44,9 @@ def unlike(inputs: Sequence[Array]) -> list[int]:
     n = len(inputs[0])
     clean = np.ones(n, np.bool_)
     for array in inputs:
-        if narrow_dtypes.is_float(array.dtype):
+        if low_precision.is_float(array.dtype):
             clean &= (
-                np.isfinite(array.astype(narrow_dtypes.carrier(array.dtype), copy=False)).reshape(n, -1).all(axis=1)
+                np.isfinite(array.astype(low_precision.carrier(array.dtype), copy=False)).reshape(n, -1).all(axis=1)
             )
     of = np.flatnonzero(clean) if clean.sum() > 1 else np.arange(n)
     differs = np.zeros(len(of), np.bool_)
@@ -57,18 +57,18 @@ def unlike(inputs: Sequence[Array]) -> list[int]:
     return [int(of[0]), int(others[-1])] if len(others) else [int(of[0])]
 
 
-def has_numbers(output: Array) -> bool:
+def conclusive(output: Array) -> bool:
     """False for an output of floats none of which is finite: such equal each other whatever was computed."""
-    if not narrow_dtypes.is_float(output.dtype) or not output.size:
+    if not low_precision.is_float(output.dtype) or not output.size:
         return True
-    return bool(np.isfinite(output.astype(narrow_dtypes.carrier(output.dtype), copy=False)).any())
+    return bool(np.isfinite(output.astype(low_precision.carrier(output.dtype), copy=False)).any())
 
 
-def same(stacked: Array, alone: Array) -> bool:
+def allclose(stacked: Array, alone: Array) -> bool:
     """Whether two results are equal, except for the order in which kernels sum."""
     if stacked.shape != alone.shape:
         return False
-    if not narrow_dtypes.is_float(stacked.dtype):
+    if not low_precision.is_float(stacked.dtype):
         return bool(np.array_equal(stacked, alone))
     # Kernels sum in another order for another batch size: a thousandth of the row's own scale is no rounding error.
     a, b = stacked.astype(np.float64), alone.astype(np.float64)

@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
-from pipeline.engines.onnx.runtime import narrow_dtypes
+from pipeline.engines.onnx.runtime import low_precision
 from pipeline.engines.onnx.runtime.options import OnnxOptions
-from pipeline.engines.onnx.runtime.session_pool import Array, Run, RunFailed, SessionPool
+from pipeline.engines.onnx.runtime.session_pool import Array, BoundRunner, RunFailed, SessionPool
 from pipeline.engines.onnx.runtime.signature import Dim, GraphValue, RowMode, Signature, fixed_batch
-from pipeline.engines.onnx.runtime.stream import Indices, Pack, Window, bisect, record_batch
+from pipeline.engines.onnx.runtime.stream import Batch, Indices, PreparedRows, bisect, record_batch
 from pipeline.engines.onnx.tensor.arrow_types import lossless, tensor_kind
-from pipeline.engines.onnx.tensor.batch_check import Proof
+from pipeline.engines.onnx.tensor.batch_check import BatchInvarianceCheck
 from pipeline.engines.onnx.tensor.batching import Batching
 from pipeline.engines.onnx.tensor.carried_state import CarriedState, Sequences
 from pipeline.engines.onnx.tensor.from_arrow import read
@@ -84,7 +84,7 @@ class TensorModel:
         self._carried = CarriedState(signature, options.state)
         self._carried.check(mode)
         self._batching = Batching(self._masks)
-        self._proof = Proof(mode, self._masks, self._fixed, notify, self.counts)
+        self._proof = BatchInvarianceCheck(mode, self._masks, self._fixed, notify, self.counts)
         names = tensor_results(signature, options)
         self._inputs = tuple(value for value in signature.inputs if value.name not in options.state)
         self._outputs = tuple(value for value in signature.outputs if value.name in names)
@@ -104,13 +104,13 @@ class TensorModel:
         with self._lock:
             return said | dict(self.counts)
 
-    def prepare(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[Window]:
+    def prepare(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[PreparedRows]:
         """A window per row batch: rows that fit the graph, grouped by their exact shapes, masked axes aside."""
         sequences = Sequences()
         for batch in batches:
             yield self._window(spec, batch, sequences)
 
-    def _window(self, spec: JobSpec, batch: RowBatch, sequences: Sequences) -> Window:
+    def _window(self, spec: JobSpec, batch: RowBatch, sequences: Sequences) -> PreparedRows:
         n = len(batch.rows)
         failures: dict[int, Failure] = {}
         tensors: dict[str, RowTensors] = {}
@@ -128,10 +128,10 @@ class TensorModel:
         self._proof.padding.announce(made)
         self._count(rows=n)
         if self._carried:
-            return Window(self._steps(spec, batch, tensors, failures, sequences))
+            return PreparedRows(self._steps(spec, batch, tensors, failures, sequences))
         good = np.setdiff1d(np.arange(n), np.fromiter(failures, np.int64, len(failures)))
         packs = [self._pack(spec, batch.rows, tensors, part) for part in self._parts(tensors, good, made)]
-        return Window(packs, tuple(RowFailure(int(batch.rows[at]), *failure) for at, failure in failures.items()))
+        return PreparedRows(packs, tuple(RowFailure(int(batch.rows[at]), *failure) for at, failure in failures.items()))
 
     def _agree(self, tensors: Mapping[str, RowTensors], failures: dict[int, Failure]) -> None:
         """Record ``wrong_shape`` for rows in which two axes of one name differ in size; fill sizes still open.
@@ -190,7 +190,7 @@ class TensorModel:
         rows = read(column, None if dims is None else len(dims), label, unit=self._mode == "unit")
         if dims is not None:
             rows.fit(dims, label)
-        if narrow_dtypes.is_narrow(value.dtype):
+        if low_precision.is_narrow(value.dtype):
             rows.narrow(value.dtype, label)
         if self._options.finite:
             rows.finite(label)
@@ -209,10 +209,10 @@ class TensorModel:
         batching = Batching(Masks(self._signature, {})) if one_shape else self._batching
         return batching.parts(tensors, good, self._max_batch, PACK_BYTES, set(self._options.masks.values()) - set(made))
 
-    def _pack(self, spec: JobSpec, rows: Indices, tensors: Mapping[str, RowTensors], items: Indices) -> Pack:
+    def _pack(self, spec: JobSpec, rows: Indices, tensors: Mapping[str, RowTensors], items: Indices) -> Batch:
         schema = self.result_schema(spec)
 
-        def compute(run: Run) -> ResultBatch:
+        def compute(run: BoundRunner) -> ResultBatch:
             batches: list[pa.RecordBatch] = []
             done: list[Indices] = []
             refused: list[tuple[int, str, str]] = []
@@ -242,14 +242,14 @@ class TensorModel:
         tensors: Mapping[str, RowTensors],
         failures: Mapping[int, Failure],
         sequences: Sequences,
-    ) -> list[Pack]:
+    ) -> list[Batch]:
         """The rows in order, each beginning where the row before it in its sequence ended. There is one lane, so that
         packs run in the order in which they are handed over."""
         assert spec.sequence is not None
         keys = keys_of(batch.columns.column(spec.sequence))
         schema = self.result_schema(spec)
 
-        def step(run: Run, at: int) -> pa.RecordBatch | Failure:
+        def step(run: BoundRunner, at: int) -> pa.RecordBatch | Failure:
             key = keys[at]
             if key is None:
                 return RowErrorCode.MISSING_VALUE, f"column {spec.sequence!r}, which names the row's sequence, is null"
@@ -268,8 +268,8 @@ class TensorModel:
                 return refused[0][1:]
             return done[0][1]
 
-        def pack(items: Indices) -> Pack:
-            def compute(run: Run) -> ResultBatch:
+        def pack(items: Indices) -> Batch:
+            def compute(run: BoundRunner) -> ResultBatch:
                 found = [(int(batch.rows[at]), step(run, int(at))) for at in items]
                 failed = tuple(RowFailure(row, *what) for row, what in found if isinstance(what, tuple))
                 done = [(row, what) for row, what in found if not isinstance(what, tuple)]
@@ -284,7 +284,7 @@ class TensorModel:
         return [pack(np.arange(lo, min(lo + self._max_batch, n))) for lo in range(0, n, self._max_batch)]
 
     def _step(
-        self, run: Run, tensors: Mapping[str, RowTensors], item: Indices, sequences: Sequences, key: object
+        self, run: BoundRunner, tensors: Mapping[str, RowTensors], item: Indices, sequences: Sequences, key: object
     ) -> pa.RecordBatch:
         feed = self._feed({value.name: tensors[value.name].gather(item) for value in self._inputs})
         state = sequences.states.get(key) or self._carried.begin(self._mode, feed)
@@ -296,7 +296,7 @@ class TensorModel:
         sequences.states[key] = {to: found[source].copy() for to, source in self._carried.output_of.items()}
         return columns
 
-    def _compute(self, run: Run, tensors: Mapping[str, RowTensors], items: Indices) -> pa.RecordBatch:
+    def _compute(self, run: BoundRunner, tensors: Mapping[str, RowTensors], items: Indices) -> pa.RecordBatch:
         def alone(item: Indices) -> list[Array]:
             return self._alone(run, tensors, item)
 
@@ -326,7 +326,7 @@ class TensorModel:
             feed[value.name] = stacked
         return feed
 
-    def _fed(self, run: Run, rows: Mapping[str, Array]) -> list[Array]:
+    def _fed(self, run: BoundRunner, rows: Mapping[str, Array]) -> list[Array]:
         outputs = run(self._feed(rows))
         if self._fixed is not None:
             n_rows = len(next(iter(rows.values())))
@@ -334,7 +334,7 @@ class TensorModel:
         self._count(runs=1)
         return outputs
 
-    def _alone(self, run: Run, tensors: Mapping[str, RowTensors], item: Indices) -> list[Array]:
+    def _alone(self, run: BoundRunner, tensors: Mapping[str, RowTensors], item: Indices) -> list[Array]:
         """Outputs of one row, each with a leading axis of size one."""
         rows = self._batching.gather(tensors, item)
         outputs = self._fed(run, rows)
@@ -365,7 +365,7 @@ class TensorModel:
                 ) from error
         return record_batch(columns, self._schema)
 
-    def _still_works(self, run: Run) -> bool:
+    def _still_works(self, run: BoundRunner) -> bool:
         if self._sample is None:
             return True
         try:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.engines.onnx.runtime import narrow_dtypes
+from pipeline.engines.onnx.runtime import low_precision
 from pipeline.engines.onnx.runtime.signature import Dim
 from pipeline.engines.onnx.tensor.row_tensors import Array
 
@@ -20,7 +20,7 @@ def column_type(dtype: np.dtype[Any], dims: Sequence[Dim] | None, *, tensors: bo
     fixed shape of numbers ``arrow.fixed_shape_tensor``; anything else (a dynamic or zero size, booleans and strings,
     which that type cannot hand to numpy) nested lists; an open rank ``struct<shape, data>``.
     """
-    dtype = narrow_dtypes.carrier(dtype)
+    dtype = low_precision.carrier(dtype)
     leaf: pa.DataType = pa.string() if dtype == np.object_ else pa.from_numpy_dtype(dtype)
     if dims is None:
         return pa.struct([pa.field("shape", pa.list_(pa.int64())), pa.field("data", pa.list_(leaf))])
@@ -39,7 +39,7 @@ def column_type(dtype: np.dtype[Any], dims: Sequence[Dim] | None, *, tensors: bo
 
 def to_arrow(stacked: Array, kind: Any) -> Any:
     """Rows, [n, *shape], as a column of a type from :func:`column_type`. Raises ``ValueError`` when they differ."""
-    stacked = stacked.astype(narrow_dtypes.carrier(stacked.dtype), copy=False)
+    stacked = stacked.astype(low_precision.carrier(stacked.dtype), copy=False)
     n, shape = len(stacked), stacked.shape[1:]
     flat = pa.array(np.ascontiguousarray(stacked).reshape(-1), pa.string() if stacked.dtype == np.object_ else None)
     if isinstance(kind, pa.FixedShapeTensorType):

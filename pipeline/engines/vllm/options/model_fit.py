@@ -27,7 +27,7 @@ MAPPINGS = ("speculative_config", "kv_transfer_config", "hf_overrides", "overrid
 ALLOW_LONG = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 
 
-def check_fit(model: Model, options: Mapping[str, Any]) -> None:
+def validate_model_config(model: Model, options: Mapping[str, Any]) -> None:
     """Raise :class:`InvalidJob`, naming the option, for what vLLM would refuse only after minutes of loading."""
     for name, choices in CHOICES.items():
         if name in options and options[name] not in choices:

@@ -13,7 +13,7 @@ from pipeline.engines.vllm.prompts.prompts import Prompt
 A = TypeVar("A")
 P = TypeVar("P")
 
-Identity = Callable[[Prompt, bytes], bytes | None]
+DedupKey = Callable[[Prompt, bytes], bytes | None]
 
 MEMORY_BYTES = 32 * 2**20
 """Most memory for the answers that are kept for prompts to come."""
@@ -21,13 +21,13 @@ ENTRY_BYTES = 300
 """Of each of them beside the text, roughly: key, tuple, dictionary entry."""
 
 
-def settled(sampling: Mapping[str, Any]) -> bool:
+def is_deterministic(sampling: Mapping[str, Any]) -> bool:
     """Whether the prompt and these sampling parameters settle the answer: greedy decoding, or a seed."""
     # To vLLM, -1 is no seed.
     return sampling.get("temperature") == 0 or sampling.get("seed") not in (None, -1)
 
 
-def identity(prompt: Prompt, tokens: bytes, *, sampled: bool = False) -> bytes | None:
+def dedup_key(prompt: Prompt, tokens: bytes, *, sampled: bool = False) -> bytes | None:
     """What settles a row's answer beside the parameters of its job, which settle theirs: ``tokens``, parameters of its
     own, its adapter. ``None`` where nothing does, or (without ``sampled``) where the row's own parameters do not."""
     own = prompt.params
@@ -40,10 +40,10 @@ def identity(prompt: Prompt, tokens: bytes, *, sampled: bool = False) -> bytes |
     return b"\0".join((adapter.encode(), b"" if own is None else own.key.encode(), tokens))
 
 
-def identities(*, pools: bool, settled: bool, sampled: bool = False) -> Identity:
+def dedup_keys(*, pools: bool, is_deterministic: bool, sampled: bool = False) -> DedupKey:
     """What tells a job's prompts apart, with the bytes of their tokens; ``None`` where nothing settles the answer.
 
-    ``pools``: they are pooled. ``settled``: the job's parameters settle the answer of rows without their own.
+    ``pools``: they are pooled. ``is_deterministic``: the job's parameters settle the answer of rows without their own.
     """
 
     def pooled(prompt: Prompt, tokens: bytes) -> bytes:
@@ -52,14 +52,14 @@ def identities(*, pools: bool, settled: bool, sampled: bool = False) -> Identity
         return b"\0".join((key_of(own or {}).encode(), tokens))
 
     def generated(prompt: Prompt, tokens: bytes) -> bytes | None:
-        if prompt.params is None and not settled:
+        if prompt.params is None and not is_deterministic:
             return None
-        return identity(prompt, tokens, sampled=sampled)
+        return dedup_key(prompt, tokens, sampled=sampled)
 
     return pooled if pools else generated
 
 
-class Once(Generic[A, P]):
+class RequestDedup(Generic[A, P]):
     """What one call has run, is running and has waiting. Not for several threads at once: its lock is the caller's.
 
     The first row with a prompt leads; those that come while it waits or runs follow it and get what it gets. Those that

@@ -12,7 +12,7 @@ THREADS = 1
 """Media that are decoded and prepared at a time: one, as vLLM does it, since some models' processors take no two."""
 
 
-class MediaRoom:
+class MediaMemoryBudget:
     """Prepared media inside one engine: no more are made while those there have ``n_bytes`` bytes or more.
 
     So at most ``n_bytes``, and one result for each thread, are there at a time. All methods but :meth:`close` belong

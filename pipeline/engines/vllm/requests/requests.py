@@ -20,9 +20,9 @@ from pipeline.engines.base import ResultBatch, RowFailure
 from pipeline.engines.vllm.process.output import STOP_SECONDS, first_lines
 from pipeline.engines.vllm.process.process import RunningVllm
 from pipeline.engines.vllm.prompts.prompts import Prompt
-from pipeline.engines.vllm.requests.admission import Window
-from pipeline.engines.vllm.requests.dedup import Identity, Once
-from pipeline.engines.vllm.requests.media_budget import MediaRoom
+from pipeline.engines.vllm.requests.admission import AdmissionLimit
+from pipeline.engines.vllm.requests.dedup import DedupKey, RequestDedup
+from pipeline.engines.vllm.requests.media_budget import MediaMemoryBudget
 from pipeline.engines.vllm.requests.outcome import Finished, Outcome
 from pipeline.prefix.order import Backlog, Lengths
 from pipeline.spec.error_codes import MESSAGE_LIMIT, RowErrorCode, request_timed_out
@@ -67,15 +67,15 @@ class Requests:
         self,
         engine: RunningVllm,
         params: Any,
-        window: Window,
+        window: AdmissionLimit,
         work: str,
         *,
         backlog: Backlog[Prompt],
         waiting: Waiting,
         lengths: Lengths,
-        once: Once[Finished, Prompt] | None,
-        identity: Identity,
-        room: MediaRoom,
+        once: RequestDedup[Finished, Prompt] | None,
+        dedup_key: DedupKey,
+        room: MediaMemoryBudget,
         timeout: float | None = None,
     ) -> None:
         self._engine, self._params, self._window = engine, params, window
@@ -86,7 +86,7 @@ class Requests:
         if backlog.orders:
             self._gather = waiting.rows if waiting.whole else SHARE_TO_ORDER * window.requests
         # Under the condition:
-        self._backlog, self._lengths, self._once, self._identity = backlog, lengths, once, identity
+        self._backlog, self._lengths, self._once, self._identity = backlog, lengths, once, dedup_key
         self._finished: list[Outcome] = []
         self._given: list[ResultBatch] = []
         self._fed = False
@@ -372,7 +372,7 @@ class Requests:
                     self._finished += self._copies(self._once, outcome)
             self._tell()
 
-    def _copies(self, once: Once[Finished, Prompt], outcome: Outcome) -> list[Outcome]:
+    def _copies(self, once: RequestDedup[Finished, Prompt], outcome: Outcome) -> list[Outcome]:
         """What the rows get that have the same prompt as one that has just been run."""
         if isinstance(outcome, RowFailure):
             return [replace(outcome, row=other.row) for other in once.finish(outcome.row, None, 0)]

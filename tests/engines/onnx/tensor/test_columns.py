@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.engines.onnx.runtime import narrow_dtypes
+from pipeline.engines.onnx.runtime import low_precision
 from pipeline.engines.onnx.tensor.arrow_types import lossless, tensor_kind
 from pipeline.engines.onnx.tensor.from_arrow import read
 from pipeline.engines.onnx.tensor.to_arrow import column_type, to_arrow
@@ -150,12 +150,12 @@ def test_rows_of_any_rank_and_the_bad_ones_among_them(rows: list[Any], skipped: 
 @settings(deadline=None)  # a busy machine is no failure
 @given(hnp.arrays(np.int8, st.integers(0, 33), elements=st.integers(-8, 7)), st.sampled_from(["int4", "uint4", "int2"]))
 def test_packing_of_small_integers_is_undone_by_unpacking(values: np.ndarray[Any, Any], kind: str) -> None:
-    dtype = narrow_dtypes.dtype_of(kind)
+    dtype = low_precision.dtype_of(kind)
     assert dtype is not None
     bits, signed = int(kind[-1]), kind.startswith("int")
     low = values & ((1 << bits) - 1)
     expected = np.where(signed & (low >= 1 << (bits - 1)), low - (1 << bits), low)
-    packed = narrow_dtypes.pack(expected.astype(dtype), bits)
+    packed = low_precision.pack(expected.astype(dtype), bits)
     assert len(packed) == -(-len(values) * bits // 8)
-    back = narrow_dtypes.unpack(packed, len(values), bits, signed=signed).view(dtype)
+    back = low_precision.unpack(packed, len(values), bits, signed=signed).view(dtype)
     assert back.astype(np.int64).tolist() == expected.tolist()

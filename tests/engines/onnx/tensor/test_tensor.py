@@ -15,8 +15,8 @@ from onnx import TensorProto, helper
 
 from pipeline.engines.base import Cancellation, EngineContext
 from pipeline.engines.onnx.engine import OnnxEngine
-from pipeline.engines.onnx.runtime import narrow_dtypes, session_pool
-from pipeline.models import saturation
+from pipeline.engines.onnx.runtime import low_precision, session_pool
+from pipeline.models import int8_overflow
 from pipeline.models.resolve import resolve
 from storage.errors import EngineDead, InvalidInput, InvalidJob, InvalidModel
 from tests.engines.onnx.support import (
@@ -308,7 +308,7 @@ def test_types_that_arrow_has_not_travel_in_the_next_wider_one(
 
 
 def made_of(kind: str) -> str:
-    dtype = narrow_dtypes.dtype_of(kind)
+    dtype = low_precision.dtype_of(kind)
     assert dtype is not None
     return dtype.name
 
@@ -535,13 +535,13 @@ def endless(tmp_path: Path) -> Path:
 def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Set when a run has been handed to ONNX Runtime."""
     event = threading.Event()
-    enter = session_pool.Call.enter
+    enter = session_pool.CancelScope.enter
 
-    def told(call: session_pool.Call, options: Any) -> None:
+    def told(call: session_pool.CancelScope, options: Any) -> None:
         enter(call, options)
         event.set()
 
-    monkeypatch.setattr(session_pool.Call, "enter", told)
+    monkeypatch.setattr(session_pool.CancelScope, "enter", told)
     return event  # type: ignore[return-value]
 
 
@@ -686,7 +686,7 @@ def test_quantized_and_mixed_precision_graphs(tmp_path: Path, kind: str) -> None
     made.close()
     found = vectors(table.column("y"))
     settings = onnxruntime.SessionOptions()
-    for name, said in saturation.session_config(onnxruntime).items():
+    for name, said in int8_overflow.session_config(onnxruntime).items():
         settings.add_session_config_entry(name, said)
     session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     parts = np.split(rows, len(rows)) if kind == "dynamic" else [rows]

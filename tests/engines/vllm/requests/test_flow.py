@@ -5,17 +5,17 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.engines.vllm.requests.admission import Place, Window
-from pipeline.engines.vllm.requests.dedup import ENTRY_BYTES, Once, settled
+from pipeline.engines.vllm.requests.admission import AdmissionLimit, Ticket
+from pipeline.engines.vllm.requests.dedup import ENTRY_BYTES, RequestDedup, is_deterministic
 
 
-def fill(window: Window, place: Place, requests: int, tokens: int = 0) -> None:
+def fill(window: AdmissionLimit, place: Ticket, requests: int, tokens: int = 0) -> None:
     place.inside += requests
     place.tokens += tokens
 
 
 def test_calls_of_the_same_work_take_turns() -> None:
-    window = Window(requests=8, tokens=100)
+    window = AdmissionLimit(requests=8, tokens=100)
     first, second = window.join("job"), window.join("job")
     first.ready = second.ready = True
     assert (window.room(first), window.room(second)) == (8, 0)
@@ -27,7 +27,7 @@ def test_calls_of_the_same_work_take_turns() -> None:
 
 
 def test_other_work_gets_its_share() -> None:
-    window = Window(requests=8, tokens=100)
+    window = AdmissionLimit(requests=8, tokens=100)
     long, short = window.join("long"), window.join("short")
     long.ready = True
     fill(window, long, 8)
@@ -41,7 +41,7 @@ def test_other_work_gets_its_share() -> None:
 
 
 def test_tokens_are_bounded_but_one_request_may_always_be_inside() -> None:
-    window = Window(requests=8, tokens=100)
+    window = AdmissionLimit(requests=8, tokens=100)
     place = window.join("job")
     place.ready = True
     fill(window, place, 1, tokens=1000)
@@ -51,13 +51,19 @@ def test_tokens_are_bounded_but_one_request_may_always_be_inside() -> None:
 
 
 def test_only_what_the_prompt_settles_is_run_once() -> None:
-    assert settled({"temperature": 0}) and settled({"temperature": 0.0, "n": 1}) and settled({"seed": 0})
-    assert not settled({"seed": -1}), "no seed, to vLLM"
-    assert not settled({}) and not settled({"temperature": 0.7}) and not settled({"seed": None})
+    assert (
+        is_deterministic({"temperature": 0})
+        and is_deterministic({"temperature": 0.0, "n": 1})
+        and is_deterministic({"seed": 0})
+    )
+    assert not is_deterministic({"seed": -1}), "no seed, to vLLM"
+    assert (
+        not is_deterministic({}) and not is_deterministic({"temperature": 0.7}) and not is_deterministic({"seed": None})
+    )
 
 
 def test_followers_of_a_row_that_failed_are_told_and_nothing_is_remembered() -> None:
-    once = Once[str, int]()
+    once = RequestDedup[str, int]()
     assert once.admit(0, b"a", 0) == (True, None)
     assert once.admit(1, b"a", 1) == (False, None)
     assert once.waiting == 1
@@ -67,14 +73,14 @@ def test_followers_of_a_row_that_failed_are_told_and_nothing_is_remembered() -> 
 
 
 def test_a_row_that_was_not_admitted_leads_nobody() -> None:
-    once = Once[str, int]()
+    once = RequestDedup[str, int]()
     once.admit(0, b"a", 0)
     assert once.finish(7, "answer", 6) == []
     assert once.admit(1, b"a", 1) == (False, None)
 
 
 def test_memory_is_bounded() -> None:
-    once = Once[str, int](memory=2 * (ENTRY_BYTES + 10))
+    once = RequestDedup[str, int](memory=2 * (ENTRY_BYTES + 10))
     for row, key in enumerate((b"a", b"b", b"c")):
         once.admit(row, key, row)
         once.finish(row, f"answer {row}", 10)
@@ -85,7 +91,7 @@ def test_memory_is_bounded() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from([b"a", b"b", b"c"]), st.booleans()), max_size=40), st.integers(0, 900))
 def test_every_row_gets_the_answer_to_its_prompt_once(rows: list[tuple[bytes, bool]], memory: int) -> None:
-    once = Once[bytes, int](memory)
+    once = RequestDedup[bytes, int](memory)
     answered: dict[int, bytes] = {}
     running: list[int] = []
 

@@ -21,9 +21,9 @@ from pipeline.engines.vllm.metrics import Measures
 from pipeline.engines.vllm.process.scheduler_stats import Gauges
 from pipeline.engines.vllm.prompts.prompts import Prompt
 from pipeline.engines.vllm.prompts.sampling_params import Params
-from pipeline.engines.vllm.requests.admission import Window
-from pipeline.engines.vllm.requests.dedup import Once, identities
-from pipeline.engines.vllm.requests.media_budget import MediaRoom
+from pipeline.engines.vllm.requests.admission import AdmissionLimit
+from pipeline.engines.vllm.requests.dedup import RequestDedup, dedup_keys
+from pipeline.engines.vllm.requests.media_budget import MediaMemoryBudget
 from pipeline.engines.vllm.requests.outcome import LOGPROB_BYTES, Finished
 from pipeline.engines.vllm.requests.requests import Requests, Waiting
 from pipeline.prefix.order import Backlog, Lengths
@@ -111,11 +111,11 @@ class Call:
     def __init__(
         self,
         engine: Scripted,
-        window: Window,
+        window: AdmissionLimit,
         *,
         rows: int = 100,
         once: bool = False,
-        settled: bool = True,
+        is_deterministic: bool = True,
         timeout: float | None = None,
     ) -> None:
         self.requests = Requests(
@@ -126,9 +126,9 @@ class Call:
             backlog=Backlog(),
             waiting=Waiting(rows, 2**20),
             lengths=Lengths(16),
-            once=Once() if once else None,
-            identity=identities(pools=False, settled=settled),
-            room=MediaRoom(2**20, lambda made: 1),
+            once=RequestDedup() if once else None,
+            dedup_key=dedup_keys(pools=False, is_deterministic=is_deterministic),
+            room=MediaMemoryBudget(2**20, lambda made: 1),
             timeout=timeout,
         )
         self._thread = threading.Thread(target=self.requests.feed)
@@ -154,7 +154,7 @@ def answer(text: str = "x", **fields: Any) -> Any:
 
 
 def test_only_rows_that_were_inside_are_to_blame_for_a_death(engine: Scripted) -> None:
-    window = Window(requests=8, tokens=1000)
+    window = AdmissionLimit(requests=8, tokens=1000)
     with Call(engine, window) as guilty, Call(engine, window) as innocent:
         guilty.offer(prompts(2), [])
         wait_until(lambda: len(engine.queues) == 2)
@@ -167,7 +167,7 @@ def test_only_rows_that_were_inside_are_to_blame_for_a_death(engine: Scripted) -
 
 
 def test_an_engine_that_dies_empty_is_nobodys_fault_and_one_that_is_closed_is_not_theirs(engine: Scripted) -> None:
-    window = Window(requests=8, tokens=1000)
+    window = AdmissionLimit(requests=8, tokens=1000)
     with Call(engine, window) as first, Call(engine, window) as second:
         first.offer(prompts(2), [])
         wait_until(lambda: len(engine.queues) == 2)
@@ -185,7 +185,7 @@ def test_an_engine_that_dies_empty_is_nobodys_fault_and_one_that_is_closed_is_no
 
 
 def test_a_request_that_takes_too_long_is_aborted_and_the_others_go_on(engine: Scripted) -> None:
-    with Call(engine, Window(requests=8, tokens=1000), once=True, timeout=0.2) as requests:
+    with Call(engine, AdmissionLimit(requests=8, tokens=1000), once=True, timeout=0.2) as requests:
         same = [Prompt(row, [7], params=None) for row in (0, 1)]  # the second follows the first
         requests.offer(same, [])
         requests.end_offering()
@@ -195,7 +195,7 @@ def test_a_request_that_takes_too_long_is_aborted_and_the_others_go_on(engine: S
         assert "0.2 s" in outcomes[0].message
         assert len(engine.aborted) == 1
         assert engine.inside == 0
-    with Call(engine, Window(requests=8, tokens=1000), timeout=3600.0) as requests:
+    with Call(engine, AdmissionLimit(requests=8, tokens=1000), timeout=3600.0) as requests:
         engine.queues.clear()
         requests.offer(prompts(2), [])
         requests.end_offering()
@@ -206,7 +206,7 @@ def test_a_request_that_takes_too_long_is_aborted_and_the_others_go_on(engine: S
 
 
 def test_the_windows_tokens_are_kept_to(engine: Scripted) -> None:
-    with Call(engine, Window(requests=64, tokens=100)) as requests:
+    with Call(engine, AdmissionLimit(requests=64, tokens=100)) as requests:
         requests.offer(prompts(64, tokens=30), [])
         wait_until(lambda: len(engine.queues) == 4)
         assert requests._place.tokens == 120  # reached, with the last of them
@@ -231,7 +231,7 @@ def _answered(engine: Scripted, requests: Requests) -> Iterator[list[Any]]:
 
 
 def test_what_has_finished_when_a_call_is_cancelled_is_handed_over(engine: Scripted) -> None:
-    with Call(engine, Window(requests=8, tokens=1000)) as requests:
+    with Call(engine, AdmissionLimit(requests=8, tokens=1000)) as requests:
         requests.offer(prompts(4), [])
         wait_until(lambda: len(engine.queues) == 4)
         done = list(engine.queues)[:3]
@@ -243,7 +243,7 @@ def test_what_has_finished_when_a_call_is_cancelled_is_handed_over(engine: Scrip
 
 def test_a_number_that_fits_into_no_message_is_the_rows_error_and_leaves_nothing_behind(engine: Scripted) -> None:
     engine.refuse = OverflowError("Python int too large to convert to C unsigned long")
-    with Call(engine, Window(requests=8, tokens=1000)) as requests:
+    with Call(engine, AdmissionLimit(requests=8, tokens=1000)) as requests:
         requests.offer(prompts(1), [])
         requests.end_offering()
         [[failure]] = requests.results()
@@ -252,7 +252,7 @@ def test_a_number_that_fits_into_no_message_is_the_rows_error_and_leaves_nothing
 
 
 def test_rows_that_follow_another_count_and_keep_no_tokens(engine: Scripted) -> None:
-    with Call(engine, Window(requests=8, tokens=1000), rows=4, once=True) as requests:
+    with Call(engine, AdmissionLimit(requests=8, tokens=1000), rows=4, once=True) as requests:
         same = [Prompt(row, [7] * 50) for row in range(4)]
         requests.offer(same, [])
         wait_until(lambda: len(engine.queues) == 1)
@@ -282,7 +282,7 @@ def test_media_are_let_go_when_vllm_has_them(engine: Scripted) -> None:
 
         return make
 
-    with Call(engine, Window(requests=8, tokens=1000)) as requests:
+    with Call(engine, AdmissionLimit(requests=8, tokens=1000)) as requests:
         requests.offer([Prompt(0, [], make=made_of(Tensor()))], [])
         requests.end_offering()
         wait_until(lambda: engine.queues)
@@ -317,7 +317,7 @@ def test_only_rows_whose_answers_are_settled_are_run_once(engine: Scripted) -> N
         Params(SimpleNamespace(temperature=temperature, seed=None), key=str(temperature)) for temperature in (1.0, 0.0)
     )
     rows = [None, None, drawn, drawn, greedy, greedy]
-    with Call(engine, Window(requests=8, tokens=1000), once=True, settled=False) as requests:
+    with Call(engine, AdmissionLimit(requests=8, tokens=1000), once=True, is_deterministic=False) as requests:
         requests.offer([Prompt(row, [1], params) for row, params in enumerate(rows)], [])
         wait_until(lambda: len(engine.queues) == 5)
         engine.put(answer())

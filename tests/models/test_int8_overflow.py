@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from pipeline.models.saturation import PRODUCT, clips
+from pipeline.models.int8_overflow import PRODUCT, clips
 
 
 def test_the_graph_is_a_product_of_8_bit_numbers() -> None:
