@@ -60,7 +60,9 @@ def commands(peers: dict[str, list[str]], settings: Sequence[str]) -> dict[str, 
     return {"bare": [sys.executable, str(script), "bare"], "rowmill": own} | peers
 
 
-def turn(name: str, command: list[str], workload: str, source: Path, folder: Path, rows: int) -> tuple[float, float, int]:
+def turn(
+    name: str, command: list[str], workload: str, source: Path, folder: Path, rows: int
+) -> tuple[float, float, int]:
     """Run one contender, and count what it wrote."""
     work, output = WORKLOADS[workload], folder / f"out-{name}"
     model = str(folder / f"{workload}.onnx") if work.model else "fake"
@@ -78,7 +80,9 @@ def turn(name: str, command: list[str], workload: str, source: Path, folder: Pat
     return measured
 
 
-def measure(workload: str, rows: int, rounds: int, contenders: dict[str, list[str]], folder: Path) -> dict[str, Contender]:
+def measure(
+    workload: str, rows: int, rounds: int, contenders: dict[str, list[str]], folder: Path
+) -> dict[str, Contender]:
     work, source = WORKLOADS[workload], folder / f"{workload}-{rows}.parquet"
     if not source.exists():
         work.write(source, rows)
@@ -134,7 +138,9 @@ def main() -> None:
             pairs = zip(found["rowmill"].cpu, found["bare"].cpu, strict=True)
             ratio = statistics.median(own / bare for own, bare in pairs)
             if ratio > TARGETS.get(workload, float("inf")):
-                late.append(f"{workload}: {ratio:.2f} of the bare loop's processor seconds, the aim is {TARGETS[workload]}")
+                late.append(
+                    f"{workload}: {ratio:.2f} of the bare loop's processor seconds, the aim is {TARGETS[workload]}"
+                )
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
     print("\n".join(late))

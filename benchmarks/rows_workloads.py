@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def write_mlp(path: Path) -> None:
     random = np.random.default_rng(1)
     sizes = (FEATURES, HIDDEN, HIDDEN, 1)
     weights, nodes, last = {}, [], "x"
-    for at, (n_in, n_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for at, (n_in, n_out) in enumerate(pairwise(sizes)):
         weights |= {f"w{at}": (random.standard_normal((n_in, n_out)) / np.sqrt(n_in)).astype(np.float32)}
         weights |= {f"b{at}": np.zeros(n_out, np.float32)}
         end = "y" if n_out == 1 else f"a{at}"

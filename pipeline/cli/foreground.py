@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypedDict
 from pipeline.cli import errors, output
 from pipeline.cli.command import Invocation, say
 from pipeline.cli.interrupts import InterruptWatch, end_now
+from pipeline.cli.without_pandas import hide_pandas
 from pipeline.client.progress import progress
 from pipeline.spec.status import JobStatus
 from storage.errors import Interrupted
@@ -42,6 +43,7 @@ def foreground(invocation: Invocation, work: Callable[[Client, Hooks], JobStatus
     """
     from pipeline.engines.base import Cancellation
 
+    hide_pandas()
     interrupt = Cancellation()
     seen: list[JobStatus] = []
     codes: Counter[str] = Counter()

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
-from importlib.resources import files
 from pathlib import Path
 from threading import Thread
 from typing import TypeVar
@@ -112,10 +111,10 @@ def database(url: str) -> Check:
 
 
 def _database(url: str, shown: str) -> Check:
-    from alembic.script import ScriptDirectory
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
+    from storage.sql import revisions
     from storage.sql.database import Database
 
     try:
@@ -125,7 +124,7 @@ def _database(url: str, shown: str) -> Check:
     sqlite = parsed.get_backend_name() == "sqlite"
     if sqlite and parsed.database and not Path(parsed.database).exists():
         return Check("database", "ok", f"{shown}: not there yet; the first job makes it", facts={"revision": None})
-    newest = ScriptDirectory(str(files("migrations"))).get_current_head()
+    newest = revisions.newest()
     opened = Database(url)
     try:
         revision = opened.revision()

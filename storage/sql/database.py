@@ -8,13 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from pyroaring import BitMap
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
@@ -32,8 +28,11 @@ from storage.errors import (
     WaitTimeout,
 )
 from storage.objects.local_files import make_room
+from storage.sql import revisions
 
-_MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
+if TYPE_CHECKING:
+    from alembic.config import Config
+
 _BUSY_SECONDS = 60
 _CONNECT_SECONDS = 10
 """How long PostgreSQL may take to accept a connection, where the URL does not say (``connect_timeout``)."""
@@ -242,7 +241,9 @@ class Database:
     def revision(self) -> str | None:
         """The schema revision that the database is at; ``None`` when it has no tables yet."""
         with self.read() as connection:
-            return MigrationContext.configure(connection).get_current_revision()
+            if not sa.inspect(connection).has_table("alembic_version"):
+                return None
+            return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
 
     def ensure_schema(self) -> None:
         """Bring an embedded database up to date; on a server only check, since upgrades are the operator's step."""
@@ -257,13 +258,12 @@ class Database:
 
         Raises :class:`RowmillError` when the schema is a newer version's: no migration of this one helps.
         """
-        scripts = ScriptDirectory(str(_MIGRATIONS))
-        head = scripts.get_current_head()
+        head = revisions.newest()
         current = self.revision()
         if current == head:
             return None
         where = self.place
-        if current is not None and current not in {script.revision for script in scripts.walk_revisions()}:
+        if current is not None and current not in revisions.known():
             raise RowmillError(
                 f"the database at {where} is at revision {current}, which this version does not "
                 f"know (its newest is {head}): upgrade Rowmill, or use another data_dir or database_url"
@@ -273,6 +273,8 @@ class Database:
 
     def upgrade(self, target: str = "head") -> None:
         """Run the migrations up to ``target``; processes that do so at the same time take turns."""
+        from alembic import command  # a third of a second, and most processes find an up-to-date database
+
         with self.write() as connection:
             if not self.sqlite:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(0x726F776D)))
@@ -288,6 +290,8 @@ class Database:
 
     def downgrade(self, target: str) -> None:
         """Run the migrations back to ``target``."""
+        from alembic import command
+
         with self.write() as connection:
             command.downgrade(_alembic(connection), target)
 
@@ -317,18 +321,12 @@ def downgrade(url: str, revision: str) -> str:
     """
     with closing(Database(url)) as database:
         at = database.revision()
-        earlier = revisions_before(at)
+        earlier = revisions.before(at)
         if revision not in earlier:
             known = f"it is at {at}; earlier ones are {', '.join(earlier)}" if earlier else f"it is at {at}, the first"
             raise InvalidJob(f"the database cannot go back to {revision!r}: {known}", field="REVISION")
         database.downgrade(revision)
         return str(database.revision())
-
-
-def revisions_before(revision: str | None) -> list[str]:
-    """The revisions that this version knows before ``revision``, the newest of them first."""
-    known = [script.revision for script in ScriptDirectory(str(_MIGRATIONS)).walk_revisions()]
-    return known[known.index(revision) + 1 :] if revision in known else []
 
 
 def await_schema(url: str, *, timeout: float | None, notice: Callable[[str], None], poll_seconds: float = 2.0) -> None:
@@ -356,8 +354,10 @@ def await_schema(url: str, *, timeout: float | None, notice: Callable[[str], Non
 
 
 def _alembic(connection: sa.Connection) -> Config:
+    from alembic.config import Config
+
     config = Config()
-    config.set_main_option("script_location", str(_MIGRATIONS))
+    config.set_main_option("script_location", str(revisions.MIGRATIONS))
     config.attributes["connection"] = connection
     return config
 

@@ -17,7 +17,7 @@ from pipeline.config.settings import Settings
 from pipeline.engines.base import Cancellation
 from pipeline.spec.status import JobStatus
 from storage.errors import Interrupted, InvalidJob, RowmillError, WaitTimeout
-from storage.sql import database
+from storage.sql import database, revisions
 from storage.sql.database import Database
 from tests.cli.conftest import Rowmill, rowmill  # noqa: F401 - a fixture
 
@@ -55,7 +55,7 @@ def test_a_newer_schema_is_not_waited_for(postgres_database: str) -> None:
 
 
 def test_an_upgrade_can_be_taken_back(postgres_database: str) -> None:
-    earlier = database.revisions_before(database.upgrade(postgres_database))
+    earlier = revisions.before(database.upgrade(postgres_database))
     assert database.downgrade(postgres_database, earlier[0]) == earlier[0]
     with pytest.raises(InvalidJob, match="cannot go back to 'nonsense'"):
         database.downgrade(postgres_database, "nonsense")

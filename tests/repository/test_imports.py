@@ -10,10 +10,14 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import pipeline
+from pipeline.cli.command_list import COMMANDS, LazyCommands
 from pipeline.engines import base
+from storage.sql.database import Database
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"sqlalchemy", "alembic", "celery", "kombu", "redis", "vllm", "torch", "transformers", "tokenizers"}
@@ -43,6 +47,18 @@ def loaded_by(statement: str) -> set[str]:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def calling(*argv: str) -> str:
+    """The statements that call the command line and see that it succeeds."""
+    return f"""
+from pipeline.cli.main import main
+sys.argv = {list(argv)!r}
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+"""
 
 
 def test_pure_modules_load_nothing_heavy() -> None:
@@ -86,6 +102,30 @@ def test_everything_that_an_engine_needs_is_in_one_module() -> None:
     promised = {"JobSpec", "Task", "Model", "RowErrorCode", "RowError", "InvalidJob", "InvalidInput", "InvalidModel"}
     promised |= {"EngineMissing", "EngineDead", "TransientError", "Blame", "Template", "fields_of"}
     assert promised <= set(base.__all__)
+
+
+def test_the_help_loads_no_command() -> None:
+    """``rowmill --help`` and ``--version`` answer at once: what a command needs is loaded when it is called."""
+    for argument in ("--help", "--version"):
+        loaded = loaded_by(calling("rowmill", argument))
+        assert not loaded & ((HEAVY - {"typer", "rich"}) | {"pyarrow", "numpy", "pandas", "pydantic", "asyncio"})
+
+
+def test_summaries_of_commands_are_their_own() -> None:
+    """The help repeats them so that it need not import the commands."""
+    for name, command in LazyCommands().items():
+        assert command.name == name
+        assert command.help.partition("\n\n")[0].replace("\n", " ") == COMMANDS[name].summary
+
+
+def test_a_run_on_a_known_database_loads_no_alembic_and_no_pandas(tmp_path: Path) -> None:
+    """The two that cost most of a short job's start, and of which nothing is needed."""
+    Database(f"sqlite:///{tmp_path / 'rowmill.db'}").upgrade()
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "in.parquet")
+    files = (str(tmp_path / "in.parquet"), "-o", str(tmp_path / "out"), "--data-dir", str(tmp_path))
+    call = calling("rowmill", "run", *files, "-m", "fake", "-t", "generate", "-p", "{text}", "--quiet")
+    assert not loaded_by(call) & {"alembic", "pandas"}
+    assert (tmp_path / "out" / "_SUCCESS").exists()
 
 
 def test_public_names_are_there() -> None:

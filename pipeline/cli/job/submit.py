@@ -8,10 +8,11 @@ import typer
 
 from pipeline.cli import errors, output
 from pipeline.cli.command import Invocation, command
-from pipeline.cli.job.commands import wait_until_ended
+from pipeline.cli.job.commands import app, wait_until_ended
 from pipeline.cli.job.fields import with_job_fields
 
 
+@app.command()
 @command
 @with_job_fields
 def submit(
@@ -43,6 +44,7 @@ def submit(
     return errors.OK
 
 
+@app.command()
 @command
 @with_job_fields
 def estimate(invocation: Invocation, fields: dict[str, Any]) -> None:

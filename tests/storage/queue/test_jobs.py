@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 
 from storage.errors import Conflict, IllegalTransition, InvalidSettings, LeaseLost, RowmillError, Unreachable
 from storage.fleet import failures, reports
 from storage.queue import attempts, claims, jobs, publish_leases, reopen
 from storage.records import OUTPUT_SEQ, RowException
-from storage.sql import tables
+from storage.sql import revisions, tables
 from storage.sql.database import Database
 from storage.states import JobState, ShardState
 from tests.storage.jobs_in_sql import LEASE, OWNER, output, part, planned_job, stored, take
@@ -206,6 +207,12 @@ def test_migrations_go_up_down_and_up_and_match_the_tables(database: Database) -
     with database.read() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
         assert compare_metadata(context, tables.metadata) == []
+
+
+def test_files_of_migrations_are_named_after_their_revisions() -> None:
+    scripts = [script.revision for script in ScriptDirectory(str(revisions.MIGRATIONS)).walk_revisions()]
+    assert revisions.known() == scripts[::-1]
+    assert revisions.before(scripts[0]) == scripts[1:] and revisions.before("nonsense") == []
 
 
 def test_the_database_clock_moves_within_a_transaction(database: Database) -> None:
