@@ -38,7 +38,9 @@ COMMANDS = {
     "db": _Entry("pipeline.cli.admin.db:app", "The database."),
     "tenant": _Entry("pipeline.cli.admin.tenant:app", "Tenants: shares, limits, use."),
     "admin": _Entry("pipeline.cli.admin.maintenance:app", "For operators: queues, lost shards, garbage."),
-    "model": _Entry("pipeline.cli.model.group:app", "Models: export to ONNX, quantize, compare."),
+    "model": _Entry(
+        "pipeline.cli.model.group:app", "Models: register, prove, activate; export to ONNX, quantize, benchmark."
+    ),
 }
 
 
