@@ -238,7 +238,8 @@ class _Merger:
         schema = takeable(given)
         parts = [merge.Run(run.uri, run.rows, self._batches(run, schema, share)) for run in runs]
         for rows, table in merge.merge(parts, schema):
-            yield rows, table.cast(given)
+            columns: list[Any] = [_as(column, kind) for column, kind in zip(table.columns, given.types, strict=True)]
+            yield rows, pa.Table.from_arrays(columns, schema=given)
 
     def _batches(self, run: _Run, schema: pa.Schema, n_bytes: int) -> Iterator[tuple[Rows, pa.RecordBatch]]:
         with closing(self._store.open(run.uri)) as reader:
@@ -250,7 +251,7 @@ class _Merger:
             at = 0
             for batch in batches:
                 rows = np.array(run.rows[at : at + batch.num_rows].to_array(), dtype=np.int64)
-                columns = [column.cast(kind) for column, kind in zip(batch.columns, schema.types, strict=True)]
+                columns = [_as(column, kind) for column, kind in zip(batch.columns, schema.types, strict=True)]
                 yield rows, pa.RecordBatch.from_arrays(columns, schema=schema)
                 at += batch.num_rows
 
@@ -282,3 +283,8 @@ class _Pieces:
         close = getattr(self._tables, "close", None)
         if close is not None:
             close()
+
+
+def _as(column: Any, kind: Any) -> Any:
+    """The column as ``kind``; pyarrow's cast breaks lists of nulls even where nothing changes."""
+    return column if column.type == kind else column.cast(kind)

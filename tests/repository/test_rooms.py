@@ -33,7 +33,7 @@ def test_modules_are_short() -> None:
 
 def test_tests_have_the_rooms_of_what_they_test() -> None:
     """A folder of tests is named like a room, or is a suite that crosses rooms."""
-    suites = {"acceptance", "chaos", "conformance", "embedded", "faults", "integration", "repository"}
+    suites = {"acceptance", "chaos", "packaged", "conformance", "embedded", "faults", "integration", "repository"}
     rooms = {path.name for package in ("pipeline", "storage") for path in (ROOT / package).iterdir() if path.is_dir()}
     found = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and any(path.glob("*.py"))}
     assert found <= suites | rooms | {"storage", "tasks"}
