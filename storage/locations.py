@@ -35,8 +35,11 @@ def protocol(uri: str) -> str:
 def normalize(uri: str) -> str:
     """One spelling per place: local paths absolute and without ``file://``, no trailing slash, remote URLs as they are.
 
-    Raises :class:`InvalidJob` for chained URLs (``::``), which could reach through to other file systems.
+    Raises :class:`InvalidJob` for nothing at all, and for chained URLs (``::``), which could reach through to other
+    file systems.
     """
+    if not uri:
+        raise InvalidJob("the name of a file or folder is empty; give a path or a URL ('.' is this folder)")
     if "::" in uri:
         raise InvalidJob(f"{uri!r} chains filesystems with '::', which is refused; give one plain path or URL")
     if protocol(uri) != "file":

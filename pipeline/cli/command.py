@@ -115,10 +115,10 @@ class Invocation:
 
 def say(message: str, *, error: bool = False) -> None:
     """A message on stderr, unchanged: no markup, no wrapping; ``error:`` before it is red on a terminal."""
-    from rich.console import Console
+    from pipeline.client.progress import console as stderr_console
 
     text = "\n".join(output.printable(line) for line in redact_text(message).splitlines())
-    console = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
+    console = stderr_console(soft_wrap=True)
     with contextlib.suppress(OSError):  # a stderr that is full or closed keeps nothing from being done
         if error:
             console.print("error:", style="bold red", end=" ")

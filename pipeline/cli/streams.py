@@ -6,11 +6,14 @@ import contextlib
 import errno
 import io
 import os
+import re
 import sys
 
 from storage.errors import RowmillError
 
 STDIN, STDOUT, STDERR = range(3)
+_SIZE = re.compile(r"[1-9][0-9]{0,3}", re.ASCII)
+"""Columns or lines of a terminal."""
 
 
 class OutputError(RowmillError):
@@ -24,11 +27,16 @@ class OutputError(RowmillError):
 
 
 def prepare() -> None:
-    """Open what was closed (``>&-``) on ``/dev/null``, and show what the terminal's encoding lacks as escapes.
+    """Open what was closed (``>&-``) on ``/dev/null``, show what the terminal's encoding lacks as escapes, and forget
+    a size of the terminal that is none.
 
     Without this the next file that is opened, such as the database, would get the number of a standard stream, and
     whatever a library prints would be written into it.
     """
+    for name in ("COLUMNS", "LINES"):
+        # Without a number that can be one, the terminal is asked; libraries show nothing in 0 columns, or stumble.
+        if not _SIZE.fullmatch(os.environ.get(name, "1")):
+            del os.environ[name]
     for number in (STDIN, STDOUT, STDERR):
         try:
             os.fstat(number)

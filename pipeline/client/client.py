@@ -29,7 +29,7 @@ from pipeline.schedules.api import Schedules
 from pipeline.spec.status import JobStatus, RequestStatus
 from storage import locations
 from storage.broker import Wakeups
-from storage.errors import Conflict, InvalidSettings
+from storage.errors import Conflict, InvalidJob, InvalidSettings
 from storage.fleet import job_lookup
 from storage.queue import jobs
 from storage.states import TERMINAL_JOB, JobState
@@ -199,9 +199,13 @@ class Client:
         """Jobs, newest first; ``after`` is the last one of the page before, by its id as :meth:`job` takes it.
 
         ``output`` narrows them to jobs that write there or below; ``since`` and ``before`` to those submitted at that
-        time or later, and earlier than that (Unix seconds, or a ``datetime``).
+        time or later, and earlier than that (Unix seconds, or a ``datetime``). Raises
+        :class:`~storage.errors.InvalidJob` for a filter that fits no job at all.
         """
         database = self._runtime.database
+        for field, name in (("tenant", tenant), ("output", output)):
+            if name == "":
+                raise InvalidJob("it is empty, which fits no job; leave it out for the jobs of all", field=field)
         if after is not None and len(after) < _ID_LENGTH:  # a whole one need not be there any more
             after = job_lookup.find(database, after).id
         found = job_lookup.listed(

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -97,6 +98,19 @@ class Lines(Silent):
             self._write(message)
 
 
+def console(**options: Any) -> Any:
+    """A ``rich.console.Console`` on stderr that shows text unchanged, and shows nothing more once nobody reads it."""
+    from rich.console import Console
+
+    class Unheard(Console):
+        """Rich ends the process instead, and with it the job."""
+
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+
+    return Unheard(stderr=True, markup=False, emoji=False, highlight=False, **options)
+
+
 class Bar(Silent):
     """One moving line, with notices above it. ``keep`` leaves the last status behind as a line.
 
@@ -104,11 +118,10 @@ class Bar(Silent):
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, *, keep: bool = False) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, SpinnerColumn, TextColumn
         from rich.progress import Progress as RichProgress
 
-        self._console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+        self._console = console()
         columns: list[Any] = [
             SpinnerColumn("line", style="none"),
             TextColumn("{task.description}"),
@@ -225,5 +238,6 @@ def _in_notebook() -> bool:
 
 
 def _to_stderr(message: str) -> None:
-    for line in redact_text(message).splitlines():
-        print(printable(line), file=sys.stderr, flush=True)  # noqa: T201 - progress is for people
+    with suppress(OSError):  # a stderr that is full, or that nobody reads, ends no job
+        for line in redact_text(message).splitlines():
+            print(printable(line), file=sys.stderr, flush=True)  # noqa: T201 - progress is for people

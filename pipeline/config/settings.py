@@ -80,7 +80,7 @@ class Settings(BaseSettings):
     """Celery broker URL; ``None`` is the embedded mode."""
     storage_options: Annotated[dict[str, dict[str, Any]], Field(repr=False)] = {}
     """Per protocol, fsspec's own options: ``{"s3": {"endpoint_url": …}}``."""
-    uri_prefixes: tuple[Annotated[str, AfterValidator(_without_credentials)], ...] = ()
+    uri_prefixes: tuple[Annotated[str, Field(min_length=1), AfterValidator(_without_credentials)], ...] = ()
     """Places below which a row may name a file (an image by URI): folders, buckets. None are allowed by default."""
     custom_op_paths: tuple[Annotated[Path, BeforeValidator(_expanded)], ...] = ()
     """Libraries of custom ONNX operators that jobs may load: files, each by its path. They run in the worker."""

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from pipeline.config.settings import Settings
 from pipeline.diagnostics.check import Check
+from pipeline.spec import places
 from storage import locations
-from storage.errors import InvalidSettings, RowmillError, StorageFull, Unreachable
-from storage.objects import output_probe
+from storage.errors import InvalidJob, InvalidSettings, RowmillError, StorageFull, Unreachable
+from storage.objects import filesystems, output_probe
 from storage.objects.store import ObjectStore
 
 _PATIENCE_SECONDS = 10.0
@@ -25,7 +26,19 @@ def checks(settings: Settings, output: str | None) -> Iterator[Check]:
     if output is None:
         yield Check("output", "skip", "give --output URI to try what jobs do there: put, get, list, copy, delete")
         return
+    try:
+        places.plain_place(output)
+        places.writable_place(output)
+    except ValueError as error:
+        raise InvalidJob(str(error), field="output") from None
     output = locations.normalize(output)
+    try:
+        filesystems.opened(output, locations.protocol(output), settings.storage_options)
+    except InvalidJob as error:  # no right is missing: this machine lacks what opens such places
+        yield Check("output", "fail", str(error))
+        return
+    except InvalidSettings:
+        pass  # the first step says so
     folder = locations.work_dir(output, f"doctor-{secrets.token_hex(4)}")
     made = _missing_folders(output)
     store = ObjectStore(settings.storage_options, retry_seconds=_PATIENCE_SECONDS)

@@ -24,6 +24,7 @@ from pipeline.spec.values import (
     Filled,
     Name,
     Prompt,
+    RowSeconds,
     Text,
     Whole,
     all_different,
@@ -192,7 +193,7 @@ class JobSpec(TextFields, RequestFields):
     """Compute only the first N rows of the input, as a job of its own."""
     sample: Annotated[Whole, Field(ge=1)] | None = None
     """Compute only N rows, spread evenly over the input. They are the same rows each time."""
-    request_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    request_timeout: RowSeconds | None = None
     """vllm: fail a row that takes longer than this inside the engine, in seconds. It is aborted there."""
     keep_columns: Annotated[tuple[AnyText, ...], rule(all_different)] | None = None
     """Input column to copy to the output. ``None`` copies all."""

@@ -23,6 +23,7 @@ T = TypeVar("T")
 STORED = {"stored": True}
 """The pydantic context under which a request is read back from the database."""
 MOST = 2**63 - 1
+SHORTEST_ROW_SECONDS, LONGEST_ROW_SECONDS = 0.001, 7 * 86400.0
 MOST_ITEMS = 2**31 - 1
 """The longest list in a row of an Arrow table, whose offsets have 32 bits."""
 
@@ -76,6 +77,16 @@ def _whole(value: Any) -> Any:
         return value
 
 
+def a_time_for_a_row(seconds: float) -> None:
+    """Raise ``ValueError`` for a limit that no row could keep, or that none could reach."""
+    if not SHORTEST_ROW_SECONDS <= seconds <= LONGEST_ROW_SECONDS:
+        least, most = SHORTEST_ROW_SECONDS, LONGEST_ROW_SECONDS
+        raise ValueError(
+            f"{seconds:g} seconds is no time limit for a row; give {least:g} to {most:.0f} (a week), or leave it out "
+            "for no limit"
+        )
+
+
 AnyText = Annotated[str, rule(unicode_text)]
 """Text for a model."""
 Text = Annotated[str, rule(plain_text)]
@@ -87,6 +98,8 @@ Name = Annotated[AnyText, Field(min_length=1)]
 """A column or an input of a graph: names of others, which may hold blanks, and even a NUL."""
 Whole = Annotated[int, BeforeValidator(_whole), Field(ge=-MOST - 1, le=MOST)]
 """A whole number of 64 bits."""
+RowSeconds = Annotated[float, rule(a_time_for_a_row)]
+"""Seconds that one row may take."""
 
 
 def plain_json(value: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any, get_args
 
 import pytest
 
+from pipeline.cli import streams
 from pipeline.cli.job.fields import with_job_fields
 from pipeline.cli.job.listing import StateName
 from pipeline.spec.job_spec import JobSpec, Task
@@ -124,6 +127,33 @@ def test_a_database_that_does_not_answer_ends_with_7(rowmill: Rowmill) -> None:
     assert done.code == 7
     assert "hunter2" not in done.err
     assert done.err.count("\n") <= 2
+
+
+def test_messages_that_nobody_reads_end_no_job(rowmill: Rowmill) -> None:
+    (rowmill.home / "in.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    process = subprocess.Popen(
+        rowmill.command("run", "in.jsonl", "-o", "out", "-m", "fake", "-t", "generate", "-p", "{text}", "--json"),
+        cwd=rowmill.home,
+        env=rowmill.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    process.stderr.close()
+    assert process.stdout is not None
+    told = json.loads(process.stdout.read())
+    assert process.wait(timeout=60) == 0
+    assert told["job"]["state"] == "completed"
+
+
+@pytest.mark.parametrize(
+    ("size", "kept"), [("0", False), ("\u00b2", False), ("-5", False), ("9" * 20, False), ("80", True)]
+)
+def test_a_size_that_no_terminal_has_is_forgotten(monkeypatch: pytest.MonkeyPatch, size: str, *, kept: bool) -> None:
+    monkeypatch.setenv("COLUMNS", size)
+    streams.prepare()
+    assert ("COLUMNS" in os.environ) is kept
 
 
 def test_a_closed_pipe_ends_quietly(rowmill: Rowmill) -> None:

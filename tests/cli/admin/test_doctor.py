@@ -156,8 +156,19 @@ def test_a_local_output_is_left_as_it_was(tmp_path: Path) -> None:
     assert failed.status == "fail" and str(tmp_path / "file") in failed.detail
 
 
-def test_an_output_that_is_no_place(rowmill: Rowmill) -> None:
-    assert rowmill.inside("doctor", "--output", "a::b").code == 2
+@pytest.mark.parametrize("place", ["a::b", "", "s3://", "memory://x", "http://host/x", "s3:/bucket", "s3://KEY:SEC@b"])
+def test_an_output_that_is_no_place(rowmill: Rowmill, place: str) -> None:
+    """Refused in the words that a job hears."""
+    refused = rowmill.inside("doctor", "--output", place)
+    assert refused.code == 2
+    assert refused.err.startswith("error: output: ")
+
+
+@pytest.mark.parametrize("place", ["ftp://host/x", "nosuch://x"])
+def test_an_output_that_nothing_here_opens_lacks_no_right(place: str) -> None:
+    found = _output({}, place)
+    assert found["output"].status == "fail"
+    assert len(found) == 1
 
 
 def test_directories(tmp_path: Path) -> None:

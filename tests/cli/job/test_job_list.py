@@ -62,6 +62,10 @@ def test_the_list_is_narrowed(rowmill: Rowmill, run: Callable[..., str]) -> None
     assert ids("--before", "1h") == []
     assert ids("--before", str(datetime.date.today() + datetime.timedelta(days=2))) == [bob, ada]
     assert ids("--after", bob[-8:]) == [ada]
+    for option in ("--output", "--tenant"):
+        refused = rowmill.inside("job", "list", option, "")
+        assert refused.code == 2
+        assert f"{option[2:]}: it is empty" in refused.err
     refused = rowmill.inside("job", "list", "--since", "yesterday")
     assert refused.code == 2
     assert "--since" in refused.err

@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline.spec.values import RowSeconds
 from storage.errors import InvalidJob
 
 Provider = tuple[str, dict[str, str]]
@@ -87,7 +88,7 @@ class OnnxOptions(BaseModel):
     where the graph leaves it open. Such inputs read no column, such outputs make none, and rows run one by one."""
     labels: tuple[str, ...] | None = None
     """``classify``: the names of the classes, in the graph's order, in place of those in ``config.json``."""
-    row_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    row_timeout: RowSeconds | None = None
     """Seconds that a run may take: a batch that takes longer is halved, down to the row that does."""
     finite: StrictBool = False
     """``tensor``: a NaN or an infinity in a row is that row's error."""
