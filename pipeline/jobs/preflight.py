@@ -82,12 +82,12 @@ def request_of(runtime: Runtime, fields: Mapping[str, Any]) -> Request:
         model = runtime.models.model(revision)
     engine = engine_choice.choose(spec.task, spec.engine, model)
     if spec.profile and not issubclass(registry.engine_class(engine), Profiled):
-        raise InvalidJob(f"engine {engine!r} writes no traces; 'onnx' does", field="profile")
-    if spec.request_timeout is not None and not getattr(registry.engine_class(engine), "times_out_requests", False):
-        remedy = "set its option row_timeout (--set row_timeout=SECONDS)" if engine == "onnx" else "leave it out"
-        raise InvalidJob(f"engine {engine!r} aborts no single rows; {remedy}", field="request_timeout")
+        those = ", ".join(map(repr, registry.names_with(Profiled)))
+        raise InvalidJob(f"engine {engine!r} writes no traces; {those} does", field="profile")
     registry.check_permissions(engine, spec.engine_options, allowed)
     requests.check_request(engine, spec, model)
+    if spec.request_timeout is not None and not getattr(registry.engine_class(engine), "times_out_requests", False):
+        raise InvalidJob(f"engine {engine!r} aborts no single rows; leave it out", field="request_timeout")
     if allowed.own_machine:
         registry.check_host(engine, spec.engine_options)
     registered = None if revision is None else runtime.models.kept(revision)

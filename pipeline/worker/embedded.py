@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from pipeline.engines import registry
 from pipeline.engines.base import Cancellation
 from pipeline.execution.attempt import execute
 from pipeline.jobs.plan import plan_job
@@ -27,9 +28,6 @@ from storage.states import TERMINAL_JOB, JobState
 HEARTBEAT_SECONDS = 5.0
 """Short enough that ``rowmill job cancel`` from another terminal is felt at once; a third of the lease at most."""
 PROGRESS_SECONDS = 0.25
-SLOTS = {"vllm": 2}
-"""Shards at a time, by engine, where no setting says so. vLLM's batch drains at the end of a shard, and chunks that
-drain took 1.3 to 1.7 times as long: the next shard's rows have to be there by then."""
 IDLE_SECONDS = 0.5
 """How long a slot without a shard waits before it asks again (a shard in backoff, or held by another process)."""
 
@@ -134,7 +132,9 @@ def _work(
     """The job's end; ``None`` when somebody else ended it, and it was retried before that was seen here."""
     job_id = job.id
     settings = runtime.settings
-    count = settings.slots if "slots" in settings.model_fields_set else SLOTS.get(job.engine, settings.slots)
+    count = settings.slots
+    if "slots" not in settings.model_fields_set:
+        count = registry.default_slots(job.engine, otherwise=count)
     ended = threading.Condition()
     slots = [_Slot(runtime, job_id, keeper, interrupt, ended) for _ in range(count)]
     for slot in slots:

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.engines import registry
 from pipeline.engines.fake.engine import FakeEngine
 from pipeline.models.model import Model
+from pipeline.models.tasks import tasks_of
 from pipeline.planning import engine_choice
 from pipeline.spec.job_spec import Task
-from storage.errors import InvalidJob, InvalidModel
+from storage.errors import EngineMissing, InvalidJob, InvalidModel
 
 GRAPH = (Path("m/model.onnx"),)
 WEIGHTS = (Path("m/model.safetensors"),)
@@ -151,20 +153,70 @@ def test_an_engine_that_does_not_do_the_task(engine: str, task: Task) -> None:
     ],
 )
 def test_vllm_pools_where_it_is_asked_to(what: Model, can: str) -> None:
-    for task in engine_choice.TASKS_OF["vllm"]:
+    for task in registry.engine_class("vllm").tasks:
         if task in can.split():
             assert engine_choice.choose(task, "vllm", what) == "vllm"
-        elif task not in engine_choice.tasks_of(what):
+        elif task not in tasks_of(what):
             with pytest.raises(InvalidModel):
                 engine_choice.choose(task, "vllm", what)
 
 
-def test_other_engines_judge_for_themselves() -> None:
-    assert engine_choice.choose(Task.GENERATE, "somebodys", BERT) == "somebodys"
+class Plugged(FakeEngine):
+    """An engine of another distribution, which fits models of one kind."""
+
+    name = "plugged"
+    tasks = frozenset({Task.GENERATE, Task.TENSOR})
+
+    @classmethod
+    def fits(cls, task: Task, model: Model) -> bool:
+        return task in cls.tasks and model.path is not None
 
 
-def test_what_routing_says_of_the_engines_is_what_they_say() -> None:
-    from pipeline.engines import registry
+class Silent(FakeEngine):
+    name = "silent"
+    tasks = frozenset({Task.GENERATE})
 
-    for name, tasks in engine_choice.TASKS_OF.items():
-        assert registry.engine_class(name).tasks == tasks
+    @classmethod
+    def fits(cls, task: Task, model: Model) -> bool:
+        return False
+
+
+@pytest.fixture
+def plugged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two engines of other distributions, and one that cannot be imported."""
+    inner, more = registry.engine_class, {"plugged": Plugged, "silent": Silent}
+
+    def found(name: str) -> Any:
+        if name == "gone":
+            raise EngineMissing("it cannot be imported", field="engine")
+        return more[name] if name in more else inner(name)
+
+    monkeypatch.setattr(registry, "names", lambda: (*registry.BUILT_IN, "gone", *more))
+    monkeypatch.setattr(registry, "engine_class", found)
+
+
+@pytest.mark.usefixtures("plugged")
+def test_auto_asks_other_engines_after_its_own() -> None:
+    assert engine_choice.choose(Task.GENERATE, "auto", LLAMA) == "vllm"
+    assert engine_choice.choose(Task.GENERATE, "auto", BERT) == "plugged"
+    assert engine_choice.choose(Task.TENSOR, "auto", BERT) == "plugged"
+    with pytest.raises(InvalidModel, match="none of the tasks fits it"):
+        engine_choice.choose(Task.CHAT, "auto", model("AlbertForQuestionAnswering"))
+
+
+@pytest.mark.usefixtures("plugged")
+def test_an_engine_asked_by_name_judges_the_model_for_itself() -> None:
+    assert engine_choice.choose(Task.GENERATE, "silent", BERT) == "silent"
+    with pytest.raises(InvalidJob, match="engine 'silent' does generate, not embed"):
+        engine_choice.choose(Task.EMBED, "silent", BERT)
+
+
+def test_an_engine_that_nobody_knows() -> None:
+    with pytest.raises(InvalidJob, match="there is no engine 'nobodys'"):
+        engine_choice.choose(Task.GENERATE, "nobodys", BERT)
+
+
+def test_engines_say_how_many_shards_they_like_at_a_time() -> None:
+    assert registry.default_slots("vllm", 1) == 2
+    assert registry.default_slots("onnx", 1) == 1
+    assert registry.default_slots("not-here", 3) == 3

@@ -123,8 +123,8 @@ def _feeds(invocation: Invocation, model: Model, rows: Path, fields: dict[str, A
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from pipeline.engines.base import EngineContext, RowBatch
-    from pipeline.engines.onnx.engine import OnnxEngine
+    from pipeline.engines import registry
+    from pipeline.engines.base import EngineContext, FeedsGraphs, RowBatch
     from pipeline.spec.job_spec import parse
     from storage.errors import InvalidInput
 
@@ -135,11 +135,13 @@ def _feeds(invocation: Invocation, model: Model, rows: Path, fields: dict[str, A
         raise InvalidInput(f"{rows} is not read: {error}", field="calibrate") from error
     if batch is None:
         raise InvalidInput(f"{rows} has no rows", field="calibrate")
-    spec = parse({**fields, "input": str(rows), "output": "none", "model": model.name, "engine": "onnx"})
-    columns = OnnxEngine.check(spec, model, batch.schema)
-    options = {"sessions": 1, **OnnxEngine.settle(spec, model, batch.schema)}
+    name, *_ = registry.names_with(FeedsGraphs)
+    spec = parse({**fields, "input": str(rows), "output": "none", "model": model.name, "engine": name})
+    columns = registry.check(name, spec, model, batch.schema)
+    options = {"sessions": 1, **registry.settled(name, spec, model, batch.schema).engine_options}
     context = EngineContext(invocation.loaded.settings.cache_dir, invocation.notice)
-    engine = OnnxEngine(model, spec.task, options, context)
+    engine = registry.engine_class(name)(model, spec.task, options, context)
+    assert isinstance(engine, FeedsGraphs)
     try:
         engine.load()
         yield from engine.feeds(spec, [RowBatch(np.arange(batch.num_rows), batch.select(list(columns)))])

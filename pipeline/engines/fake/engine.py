@@ -42,6 +42,11 @@ class FakeEngine:
     times_out_requests: ClassVar[bool] = True
     tasks: ClassVar[frozenset[Task]] = frozenset(Task)
 
+    @classmethod
+    def fits(cls, task: Task, model: Model) -> bool:
+        """See :class:`~pipeline.engines.base.FitsModels`: the model ``fake``, which has no files."""
+        return model.path is None
+
     def __init__(self, model: Model, task: Task, options: Mapping[str, Any], context: EngineContext) -> None:
         self._options = fake_faults.parse(options)
         self._faults = fake_faults.Faults(self._options)

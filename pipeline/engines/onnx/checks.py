@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 
@@ -26,8 +26,31 @@ from pipeline.engines.onnx.tensor.tensor_model import column_of, made_here, row_
 from pipeline.engines.sequence_keys import check_type
 from pipeline.models.export import check_exportable
 from pipeline.models.model import Model
+from pipeline.models.tasks import tasks_of
 from pipeline.spec.job_spec import JobSpec, Task
 from storage.errors import InvalidInput, InvalidJob, InvalidModel
+
+
+class OnnxPlacement:
+    """When a job runs on ONNX Runtime, and what that takes of a machine: see the protocols of
+    :mod:`pipeline.engines.base`, ``FitsModels``, ``NamesTasks`` and ``NeedsPackage``."""
+
+    tasks: ClassVar[frozenset[Task]] = frozenset({Task.EMBED, Task.CLASSIFY, Task.SCORE, Task.TENSOR})
+
+    @classmethod
+    def fits(cls, task: Task, model: Model) -> bool:
+        """Whether the model can do the task, and the task is one of this engine's."""
+        return model.path is not None and task in cls.tasks & tasks_of(model)
+
+    @classmethod
+    def tasks_with(cls, model: Model) -> frozenset[Task]:
+        """What the model is made for."""
+        return tasks_of(model)
+
+    @classmethod
+    def package(cls) -> tuple[str, str]:
+        """See :class:`~pipeline.engines.base.NeedsPackage`."""
+        return "onnxruntime", "rowmill[onnx], or rowmill[onnx-gpu] where there is a GPU"
 
 
 def choose_graph(model: Model, options: OnnxOptions) -> Path | None:

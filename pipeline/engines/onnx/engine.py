@@ -34,10 +34,10 @@ from pipeline.engines.onnx.tensor.tensor_model import TensorModel, tensor_result
 from pipeline.models.export import Exported, exported
 from pipeline.models.model import Model
 from pipeline.spec.job_spec import JobSpec, Task
-from storage.errors import Blame, EngineDead, InvalidModel
+from storage.errors import Blame, EngineDead, InvalidJob, InvalidModel
 
 
-class OnnxEngine:
+class OnnxEngine(checks.OnnxPlacement):
     """One graph on ONNX Runtime. Speaks :class:`~pipeline.engines.base.Engine`; options: ``OnnxOptions``.
 
     Models: a ``.onnx`` file, or a directory with one; a Transformers or sentence-transformers checkpoint, exported into
@@ -46,7 +46,6 @@ class OnnxEngine:
     """
 
     name: ClassVar[str] = "onnx"
-    tasks: ClassVar[frozenset[Task]] = frozenset({Task.EMBED, Task.CLASSIFY, Task.SCORE, Task.TENSOR})
 
     carries_state: ClassVar[bool] = True
 
@@ -94,6 +93,9 @@ class OnnxEngine:
         if spec.task not in cls.tasks:
             able = ", ".join(sorted(cls.tasks))
             raise InvalidModel(f"engine 'onnx' does {able}, not {spec.task}", field="task")
+        if spec.request_timeout is not None:
+            remedy = "set its option row_timeout (--set row_timeout=SECONDS)"
+            raise InvalidJob(f"engine 'onnx' aborts no single rows; {remedy}", field="request_timeout")
         options = onnx_options.parse(spec.engine_options)
         if spec.task is Task.TENSOR:
             checks.check_tensor(spec, model, options)

@@ -26,6 +26,7 @@ from pipeline.engines.vllm.options import permissions as vllm_permissions
 from pipeline.engines.vllm.options.engine_args import OWN_OPTIONS, check_engine_options
 from pipeline.engines.vllm.options.model_fit import validate_model_config
 from pipeline.engines.vllm.options.model_support import check_model
+from pipeline.engines.vllm.options.placement import VllmPlacement
 from pipeline.engines.vllm.pooling import PooledRows, Pooling, prompt_of
 from pipeline.engines.vllm.process.environment import prepare_environment
 from pipeline.engines.vllm.process.process import STALL_SECONDS, RunningVllm
@@ -57,7 +58,7 @@ BESIDE = ("torch", "transformers")
 """Packages whose versions are reported with vLLM's."""
 
 
-class VllmEngine:
+class VllmEngine(VllmPlacement):
     """See :class:`pipeline.engines.base.Engine`.
 
     One engine serves any number of concurrent ``infer`` calls: their requests share vLLM's batch, so that the end of
@@ -67,9 +68,8 @@ class VllmEngine:
 
     name: ClassVar[str] = "vllm"
     times_out_requests: ClassVar[bool] = True
-    tasks: ClassVar[frozenset[Task]] = frozenset({Task.GENERATE, Task.CHAT}) | pooling.TASKS
     shared_tasks: ClassVar[frozenset[Task]] = frozenset({Task.GENERATE, Task.CHAT})
-    cached_tasks: ClassVar[frozenset[Task]] = tasks
+    cached_tasks: ClassVar[frozenset[Task]] = VllmPlacement.tasks
     makes_up: ClassVar[frozenset[Task]] = frozenset({Task.GENERATE})
 
     def __init__(self, model: Model, task: Task, options: Mapping[str, Any], context: EngineContext) -> None:
