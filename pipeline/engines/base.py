@@ -47,6 +47,7 @@ __all__ = [
     "EngineContext",
     "EngineDead",
     "EngineMissing",
+    "FeedsGraphs",
     "FitsModels",
     "InvalidInput",
     "InvalidJob",
