@@ -96,6 +96,13 @@ def test_make_alone_lists_the_targets() -> None:
     assert listed >= {"install", "demo", "unit", "check", "test", "vllm", "conformance", "dist", "dist-check", "site"}
 
 
+def test_the_site_has_every_page() -> None:
+    """`make site` refuses a page that its navigation leaves out. The decisions have a page that lists them."""
+    named = set(re.findall(r"^ *- (?:.*: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert named == {page for page in pages if not re.match(r"adr/\d", page)}
+
+
 def test_constraints_are_portable() -> None:
     pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.lstrip().startswith("#")]
     assert pins
