@@ -161,6 +161,12 @@ def validate(
     task: Annotated[_TaskName, typer.Option("-t", "--task", metavar="TASK", help="embed, classify, score or tensor.")],
     column: Annotated[str | None, typer.Option(metavar="COLUMN", help="The text or image.")] = None,
     pair_column: Annotated[str | None, typer.Option(metavar="COLUMN", help="The second text of a pair.")] = None,
+    prompt_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="embed: a prompt of the model's own, such as query.")
+    ] = None,
+    prefix: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="embed: put before every text, such as 'query: '.")
+    ] = None,
     graph_input: Annotated[
         list[str] | None, typer.Option("--input", metavar="NAME=COLUMN", help="tensor: the column of a graph input.")
     ] = None,
@@ -209,6 +215,7 @@ def validate(
     }
     limits, asked = _limits(task, {name: value for name, value in given.items() if value is not None})
     fields: dict[str, Any] = {"input": inputs, "task": task, "column": column, "pair_column": pair_column}
+    fields |= {"prompt_name": prompt_name, "prefix": prefix}
     if graph_input:
         fields["inputs"] = values.key_values(graph_input, "--input", literal=True)
     if engine_option:

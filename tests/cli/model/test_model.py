@@ -109,6 +109,14 @@ def test_another_model_fails(rowmill: Rowmill) -> None:
     texts(rowmill, 20)
     build_encoder(rowmill.home / "one")
     build_encoder(rowmill.home / "two", seed=1)
+    both = rowmill.inside(
+        "model", "validate", "one", *VALIDATE, "--against", "one", "-t", "embed", "--prefix", "query: "
+    )
+    assert both.code == 0, both.err
+    refused = rowmill.inside(
+        "model", "validate", "one", *VALIDATE, "--against", "one", "-t", "embed", "--prompt-name", "nobody"
+    )
+    assert refused.code == 2 and "prompt_name" in refused.err
     done = rowmill.inside("model", "validate", "two", *VALIDATE, "--against", "one", "-t", "embed", "--json")
     assert done.code == 1
     assert done.document["verdict"] == "FAIL" and "worst cosine" in " ".join(done.document["reasons"])
