@@ -56,6 +56,14 @@ def reader_of(data: object) -> pa.RecordBatchReader:
 
 def _stream(data: object) -> pa.RecordBatchReader:
     scanner = getattr(data, "scanner", None)
+    if isinstance(data, type):
+        raise InvalidInput(f"it is the class {data.__name__}, and not one of its tables", field="data")
+    if isinstance(data, pa.Array | pa.ChunkedArray) or hasattr(data, "to_frame"):
+        raise InvalidInput(
+            f"it is one column, a {type(data).__name__}, without a table around it; make one: to_frame(), or "
+            "pyarrow.table({'text': column})",
+            field="data",
+        )
     if hasattr(data, "__arrow_c_stream__"):
         found = pa.RecordBatchReader.from_stream(cast(Any, data))
     elif hasattr(data, "__arrow_c_array__"):
@@ -79,7 +87,9 @@ def _explained() -> Iterator[None]:
     except RowmillError:
         raise
     except Exception as error:
-        raise InvalidInput(f"its rows cannot be read: {str(error) or type(error).__name__}", field="data") from error
+        # Arrow puts the traceback of a generator below the first line.
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise InvalidInput(f"its rows cannot be read: {reason}", field="data") from error
 
 
 def plain(field: pa.Field[Any]) -> pa.Field[Any]:
