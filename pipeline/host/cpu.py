@@ -31,3 +31,32 @@ def one_of_each() -> list[int]:
         with contextlib.suppress(OSError):
             chosen[(TOPOLOGY / f"cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii")] = cpu
     return sorted(chosen.values())
+
+
+_INSTRUCTIONS = frozenset(
+    [
+        "avx2",
+        "avx512f",
+        "avx512bw",
+        "avx512_vnni",
+        "avx_vnni",
+        "avx512_bf16",
+        "avx512_fp16",
+        "amx_int8",
+        "amx_bf16",
+        "asimd",
+        "sve",
+        "i8mm",
+        "bf16",
+    ]
+)
+
+
+def flags() -> frozenset[str]:
+    """The instructions of this processor that numbers may depend on; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    told = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return _INSTRUCTIONS & frozenset(told.partition(":")[2].split())

@@ -223,7 +223,7 @@ def register(app: typer.Typer) -> None:
         app.command(name=name, rich_help_panel=PANEL)(function)
 
 
-def located(invocation: Invocation, text: str) -> str:
+def located(invocation: Invocation, text: str, tenant: str | None = None) -> str:
     """The path of a registered model that a command is given by its name; any other text is a path itself."""
     from pipeline.registry import names
 
@@ -232,10 +232,11 @@ def located(invocation: Invocation, text: str) -> str:
     with invocation.client() as client:
         client.on_notice(invocation.notice)
         found = names.required(text)
-        if client.models.known(found.name):
+        if client.models.known(found.name, tenant):
             if os.path.lexists(text):
                 invocation.notice(f"model {text!r} is the registered one; the path is './{text}'")
-            return client.models.path(text)
+            active = None if "@" in text else client.models.active(found.name, tenant)
+            return client.models.path(text if active is None else active.reference, tenant)
     return text
 
 

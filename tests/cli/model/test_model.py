@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 from onnx import helper, numpy_helper
 
-from examples.tiny_encoder import build_classifier, build_encoder
+from examples.tiny_encoder import build_classifier, build_encoder, vocabulary
 from tests.cli.conftest import Rowmill
 from tests.engines.onnx.support import FLOAT, graph, value
 
 
-def texts(rowmill: Rowmill, rows: int = 60) -> None:
-    column = [None if n == 7 else f"text number {n} of {n % 13} rivers" for n in range(rows)]
-    pq.write_table(pa.table({"text": column}), rowmill.home / "rows.parquet")
+def texts(rowmill: Rowmill, rows: int = 60, seed: int = 0, name: str = "rows") -> None:
+    # Texts that differ: vectors that all look alike show nothing.
+    words = vocabulary()[5:80]
+    chosen = random.Random(seed)
+    column = [None if n == 7 else f"{n} " + " ".join(chosen.sample(words, 1 + n % 9)) for n in range(rows)]
+    pq.write_table(pa.table({"text": column}), rowmill.home / f"{name}.parquet")
 
 
 VALIDATE = ("rows.parquet", "--column", "text")
@@ -59,7 +63,7 @@ def test_an_export_passes_and_runs_without_the_checkpoint(rowmill: Rowmill) -> N
 
 def test_a_quantized_classifier_is_smaller_and_close(rowmill: Rowmill) -> None:
     texts(rowmill)
-    build_classifier(rowmill.home / "classifier")
+    build_classifier(rowmill.home / "classifier", seed=3)
     assert rowmill.inside("model", "export", "classifier", "-t", "classify", "-o", "exported").code == 0
     done = rowmill.inside("model", "quantize", "exported", "-o", "int8", "--json")
     assert done.code == 0, done.err
@@ -86,11 +90,13 @@ def test_static_quantization_takes_its_scales_from_rows(rowmill: Rowmill) -> Non
     assert done.document["method"].startswith("static")
     kinds = {node.op_type for node in onnx.load(str(rowmill.home / "static" / "model.onnx")).graph.node}
     assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
-    done = rowmill.inside(
-        *("model", "validate", "static", "rows.parquet", "--against", "exported", *rows, "--min-cosine", "0.9"),
-        *("--mean-cosine", "0.95", "--json"),
-    )
-    assert done.code == 0, done.err
+    texts(rowmill, seed=1, name="others")
+    compare = ("--against", "exported", *rows, "--min-cosine", "0.9", "--mean-cosine", "0.95", "--json")
+    calibrated = rowmill.inside("model", "validate", "static", "rows.parquet", *compare)
+    assert calibrated.code == 1 and calibrated.document["verdict"] == "INSUFFICIENT"
+    assert "calibrated the candidate" in " ".join(calibrated.document["reasons"])
+    done = rowmill.inside("model", "validate", "static", "others.parquet", *compare)
+    assert done.code == 0, done.out
     assert done.document["cosine_min"] < 1
     found = []
     for output, budget in (("alone", 1), ("together", 4096)):

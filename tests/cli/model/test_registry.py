@@ -7,7 +7,9 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from examples.tiny_encoder import build_encoder
 from tests.cli.conftest import Rowmill
+from tests.cli.model.test_model import texts
 from tests.registry.models import write_model
 
 
@@ -74,3 +76,42 @@ def test_mistakes_are_told_plainly(rowmill: Rowmill) -> None:
     ):
         done = rowmill.inside("model", *arguments)
         assert done.code == code and says in done.err, (arguments, done.code, done.err)
+
+
+def test_only_what_passes_is_activated(rowmill: Rowmill) -> None:
+    texts(rowmill)
+    texts(rowmill, 8, name="few")
+    build_encoder(rowmill.home / "one", pooling="cls", normalize=True)
+    build_encoder(rowmill.home / "two", pooling="cls", normalize=True, seed=1)
+    assert rowmill.inside("model", "add", "encoder", "one").code == 0
+    rows = ("-t", "embed", "--column", "text", "--json")
+    few = rowmill.inside("model", "validate", "encoder", "few.parquet", *rows)
+    assert (few.code, few.document["verdict"]) == (1, "INSUFFICIENT"), few.out
+    assert rowmill.inside("model", "activate", "encoder").code == 1
+    passed = rowmill.inside("model", "validate", "encoder", "rows.parquet", *rows)
+    assert (passed.code, passed.document["verdict"]) == (0, "PASS"), passed.out
+    found = passed.document
+    assert found["against"] == "the original pipeline, in PyTorch" and found["state"] == "validated"
+    assert found["relative_error"] <= found["tolerance"] < 1e-3 and len(found["worst"]) == 20
+    assert rowmill.inside("model", "activate", "encoder").code == 0
+
+    assert rowmill.inside("model", "add", "encoder", "two").code == 0
+    # Held against revision 1 it is another model, whatever its own checkpoint says.
+    failed = rowmill.inside("model", "validate", "encoder@2", "rows.parquet", "--against", "encoder@1", *rows)
+    assert (failed.code, failed.document["verdict"]) == (1, "FAIL")
+    refused = rowmill.inside("model", "activate", "encoder")
+    assert refused.code == 1 and failed.document["report"] in refused.err
+    config = rowmill.home / "two" / "tokenizer.json"
+    config.write_bytes(config.read_bytes()[:-2] + b"  ")
+    broken = rowmill.inside("model", "validate", "encoder@2", "rows.parquet", *rows)
+    assert (broken.code, broken.document["verdict"]) == (1, "FAIL")
+    assert "tokenizer.json" in " ".join(broken.document["reasons"])
+
+    done = rowmill.inside("run", "few.parquet", "-o", "out", "-m", "encoder", "-t", "embed", "--column", "text")
+    assert done.code == 4, done.err
+    model = json.loads((rowmill.home / "out" / "_manifest.json").read_bytes())["model"]
+    assert (model["name"], [report["verdict"] for report in model["reports"]]) == (
+        "encoder@1",
+        ["PASS", "INSUFFICIENT"],
+    )
+    assert model["reports"][0]["id"] == passed.document["report"]
