@@ -12,12 +12,13 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.engines.base import Cancellation, EngineContext, Permissions, ResultBatch, RowBatch, RowFailure
+from pipeline.engines.generation import request_rows
 from pipeline.engines.generation.sampling import check_sampling
 from pipeline.engines.media import columns as media_columns
 from pipeline.engines.vllm import benchmark as vllm_benchmark
 from pipeline.engines.vllm import cached_rows, pooling
 from pipeline.engines.vllm.cached_rows import CacheLookup
-from pipeline.engines.vllm.generate_results import Answer, Answers
+from pipeline.engines.vllm.generate_results import Answer, Answers, RequestAnswers
 from pipeline.engines.vllm.learnt_lengths import LearntLengths
 from pipeline.engines.vllm.memory_growth import MemoryGrowth
 from pipeline.engines.vllm.metrics import Measures
@@ -34,10 +35,11 @@ from pipeline.engines.vllm.prompts import lora
 from pipeline.engines.vllm.prompts.lora import Adapters, LoadedAdapters
 from pipeline.engines.vllm.prompts.media import MediaInputs
 from pipeline.engines.vllm.prompts.prompts import Prompt, Prompts, check_columns
+from pipeline.engines.vllm.prompts.request_prompts import HONOURED, RequestPrompts
 from pipeline.engines.vllm.prompts.sampling_params import JobParams
 from pipeline.engines.vllm.reading import read_rows
 from pipeline.engines.vllm.requests.admission import AdmissionLimit
-from pipeline.engines.vllm.requests.dedup import RequestDedup, dedup_keys, is_deterministic
+from pipeline.engines.vllm.requests.dedup import dedup_for, dedup_keys, is_deterministic
 from pipeline.engines.vllm.requests.media_budget import MediaMemoryBudget, media_bytes
 from pipeline.engines.vllm.requests.outcome import Finished, Outcome
 from pipeline.engines.vllm.requests.requests import TOKEN_BYTES, Requests, Waiting
@@ -118,6 +120,11 @@ class VllmEngine(VllmPlacement):
         """See :class:`~pipeline.engines.base.RestrictsOptions`."""
         vllm_permissions.check(options, permissions)
 
+    @classmethod
+    def request_parameters(cls) -> frozenset[str]:
+        """See :class:`pipeline.engines.generation.request_rows.AnswersRequests`."""
+        return HONOURED
+
     def load(self) -> None:
         """See :meth:`Engine.load`. Raises :class:`EngineMissing` without vLLM, and what :class:`RunningVllm` raises."""
         prepare_environment()
@@ -152,7 +159,7 @@ class VllmEngine(VllmPlacement):
         """See :meth:`Engine.result_schema`."""
         if spec.task in pooling.TASKS:
             return Pooling(self._loaded(), spec.task).schema(spec)
-        return pa.schema(fields_of(spec))
+        return pa.schema(fields_of(spec) if spec.request_column is None else request_rows.fields())
 
     def infer(self, spec: JobSpec, batches: Iterable[RowBatch], cancel: Cancellation) -> Iterator[ResultBatch]:
         """See :meth:`Engine.infer`. ``batches`` is read by a thread of this call, which also makes the prompts.
@@ -167,7 +174,8 @@ class VllmEngine(VllmPlacement):
             params, most = rows.params, 1
         else:
             own = JobParams(running, spec)
-            params, reader = own.job.sampling, Answers(spec, own.job.form)
+            params = own.job.sampling
+            reader = Answers(spec, own.job.form) if spec.request_column is None else RequestAnswers(spec)
             most = params.max_tokens or running.config.model_config.max_model_len
             rows = self._prompts(running, spec, own)
             if spec.task is not self._task and spec.task is Task.CHAT:
@@ -187,7 +195,7 @@ class VllmEngine(VllmPlacement):
             backlog=self._backlog(spec, lengths),
             waiting=Waiting(rows_waiting, bytes_waiting, whole=spec.order == "prefix"),
             lengths=lengths,
-            once=_once(spec),
+            once=dedup_for(spec, pools=spec.task in pooling.TASKS),
             dedup_key=dedup_keys(pools=spec.task in pooling.TASKS, is_deterministic=is_deterministic(spec.sampling)),
             room=self._room,
             timeout=spec.request_timeout,
@@ -241,6 +249,8 @@ class VllmEngine(VllmPlacement):
         context: int = running.config.model_config.max_model_len
         # Of a cut prompt's context, the answer gets what it may use, but not more than half.
         room = min(params.job.sampling.max_tokens or context, max(1, context // 2))
+        if spec.request_column is not None:
+            return RequestPrompts(running.llm, spec, room, params)
         media = None
         if media_columns.columns_of(spec):
             media = MediaInputs(running, spec, self._context.fetch, self._options)
@@ -384,12 +394,6 @@ class VllmEngine(VllmPlacement):
             reuse.store(read, answers, values)
         rows = np.fromiter((answer.row for answer in answers), dtype=np.int64, count=len(answers))
         return ResultBatch(rows, values, failures, {**counts, **measures.rest()})
-
-
-def _once(spec: JobSpec) -> RequestDedup[Finished, Prompt] | None:
-    """For jobs in which equal prompts may have one answer: what is pooled, as the job says, or as a row may."""
-    by_row = {"temperature", "seed"} & spec.sampling_columns.keys()
-    return RequestDedup() if spec.task in pooling.TASKS or is_deterministic(spec.sampling) or by_row else None
 
 
 def _array(values: Any, kind: pa.DataType) -> Any:

@@ -22,6 +22,7 @@ Token = dict[str, Any]
 class Answer:
     """One row's finished request. ``texts`` has ``n`` items; ``completion_tokens`` counts all of them.
 
+    ``finish_reasons``: of each text; ``top``: how many alternatives to each token the row asked for itself.
     ``logprobs`` (for each text) and ``prompt_logprobs``: vLLM's own, as tokens and what was probable in their places;
     ``data``: what was pooled, as vLLM returned it. ``copied``: it was computed for another row, and
     nothing for this one.
@@ -35,6 +36,8 @@ class Answer:
     completion_tokens: int = 0
     logprobs: tuple[tuple[Any, Any], ...] = ()
     prompt_logprobs: tuple[Any, Any] | None = None
+    finish_reasons: tuple[str, ...] = ()
+    top: int | None = None
     data: Any = None
     copied: bool = False
 
@@ -74,6 +77,8 @@ class Answers:
             texts=tuple(completion.text for completion in done),
             # Of several answers: whether any of them was cut off.
             finish_reason="length" if "length" in reasons else str(reasons[0]),
+            finish_reasons=tuple(map(str, reasons)),
+            top=None if prompt.params is None else getattr(prompt.params.sampling, "logprobs", None),
             prompt_tokens=len(output.prompt_token_ids),
             cached_tokens=len(output.prompt_token_ids) if finished.copied else max(output.num_cached_tokens or 0, 0),
             completion_tokens=sum(len(completion.token_ids) for completion in done),
@@ -98,6 +103,26 @@ class Answers:
                 if answer.prompt_logprobs is None
                 else _tokens(answer.prompt_logprobs[0], answer.prompt_logprobs[1], self._prompt_top, None)
                 for answer in answers
+            ],
+        }
+
+
+class RequestAnswers(Answers):
+    """Reads the answers to rows that are requests. They have no form: an answer that was cut off says so itself."""
+
+    def __init__(self, spec: JobSpec) -> None:
+        super().__init__(spec, None)
+
+    def columns(self, answers: Sequence[Answer]) -> Mapping[str, Any]:
+        """The values of :func:`pipeline.engines.generation.request_rows.fields`."""
+        return {
+            "outputs": [answer.texts for answer in answers],
+            "finish_reasons": [answer.finish_reasons for answer in answers],
+            "prompt_tokens": [answer.prompt_tokens for answer in answers],
+            "cached_tokens": [answer.cached_tokens for answer in answers],
+            "completion_tokens": [answer.completion_tokens for answer in answers],
+            "logprobs": [
+                [_tokens(came, at, answer.top, None) for came, at in answer.logprobs] or None for answer in answers
             ],
         }
 

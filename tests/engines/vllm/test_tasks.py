@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletion
 
 from examples.tiny_llama import build_llama
 from pipeline.engines.base import Cancellation, EngineContext, RowBatch, RowFailure
 from pipeline.engines.testing import run
 from pipeline.engines.vllm.engine import VllmEngine
 from pipeline.models.model import Model
+from pipeline.requests.engine import answering
 from pipeline.spec.error_codes import RowErrorCode
 from pipeline.spec.job_spec import JobSpec, Task
 from storage.errors import InvalidJob
@@ -371,3 +374,61 @@ def test_an_adapter_that_vllm_cannot_load(folder: Path, engine: VllmEngine, tmp_
         answers(engine, make_spec(adapters={"broken": str(tmp_path)}))
     assert caught.value.field == "adapters.broken"
     assert answers(engine, make_spec(adapters={"red": str(folder / "red")}))[0]["output"]
+
+
+def responses(engine: VllmEngine, task: str, *bodies: dict[str, Any]) -> list[Any]:
+    """The bodies of the responses to requests; a failure in place of one."""
+    spec = make_spec(task, request_column="body", prompt=None)
+    rows = columns(body=[json.dumps({"model": "theirs", **body}) for body in bodies])
+    found = run(answering(engine, spec), spec, [rows])  # type: ignore[arg-type]
+    return [one if isinstance(one, RowFailure) else json.loads(one["response"]) for _, one in sorted(found.items())]
+
+
+def test_requests_are_answered_as_rows_are_each_with_its_own_parameters(engine: VllmEngine) -> None:
+    greedy = support.GREEDY
+    plain = [one["output"] for one in answers(engine, make_spec(sampling=greedy))]
+    several = answers(engine, make_spec(sampling={**RANDOM, "seed": 3, "n": 3}))[0]["outputs"]
+    talk = columns(messages=[json.dumps(TALK)])
+    asked = make_spec(
+        "chat", prompt=None, column="messages", tools=TOOLS, chat_template_kwargs={"mood": "gay"}, sampling=greedy
+    )
+    told = answers(engine, asked, talk)[0]["output"]
+
+    first, second, third, refused, tokens = responses(
+        engine,
+        "generate",
+        {"prompt": PROMPTS, **greedy, "logprobs": 2},
+        {"prompt": PROMPTS[0], **RANDOM, "seed": 3, "n": 3},
+        {"prompt": PROMPTS[0], "response_format": {"type": "json_object"}, "seed": 5, "max_tokens": 2},
+        {"prompt": PROMPTS[0], "frobnicate": 1},
+        {"prompt": [[1, 300, 10**6]]},
+    )
+    assert [choice["text"] for choice in first["choices"]] == plain
+    for choice in Completion.model_validate_json(json.dumps(first), strict=True).choices:
+        assert choice.logprobs is not None
+        # The token that begins a character in several bytes has no text of its own.
+        assert len(choice.logprobs.tokens or []) == len(choice.logprobs.token_logprobs or []) == greedy["max_tokens"]
+        # By text, which such tokens share.
+        assert {len(top) for top in choice.logprobs.top_logprobs or []} <= {1, 2}
+    assert [choice["text"] for choice in second["choices"]] == several
+    assert third["choices"][0]["finish_reason"] == "length"
+    assert refused.code == RowErrorCode.UNSUPPORTED_PARAMETER
+    assert tokens.code == RowErrorCode.INVALID_VALUE
+
+    own = {"tools": TOOLS, "chat_template_kwargs": {"mood": "gay"}, **greedy}
+    named = {"type": "function", "function": {"name": "weigh"}}
+    none, called, auto, unlimited = responses(
+        engine,
+        "chat",
+        {"messages": TALK, "tool_choice": "none", **own},
+        {"messages": TALK, "tool_choice": named, **own, "max_tokens": 40},
+        {"messages": TALK, **own},
+        {"messages": TALK[:1], "temperature": 0, "stop": ["a", "e", "i", "o", "u", " "]},
+    )
+    assert none["choices"][0]["message"]["content"] == told
+    call = ChatCompletion.model_validate_json(json.dumps(called), strict=True).choices[0].message.tool_calls
+    assert call is not None
+    assert call[0].type == "function"
+    assert isinstance(json.loads(call[0].function.arguments), dict)
+    assert (auto.code, auto.message.partition(":")[0]) == (RowErrorCode.UNSUPPORTED_PARAMETER, "tools")
+    assert unlimited["usage"]["completion_tokens"] >= 1

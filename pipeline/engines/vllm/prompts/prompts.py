@@ -127,10 +127,6 @@ class Prompts:
         adapters: Adapters | None = None,
         media: MediaInputs | None = None,
     ) -> None:
-        from vllm.renderers import ChatParams
-        from vllm.renderers.params import merge_kwargs
-        from vllm.utils.mistral import is_mistral_tokenizer
-
         self._renderer = llm.renderer
         self._tokenizer = llm.get_tokenizer()
         self._context: int = llm.model_config.max_model_len
@@ -147,14 +143,21 @@ class Prompts:
         self._lower_case = bool(defaults.do_lower_case)
         # As LLM.chat does: a chat template writes the special tokens itself.
         self._special_tokens = False if self._chat else bool(defaults.add_special_tokens)
-        # The arguments are those of LLM.chat, so that the text is, too.
+        self._chat_params = self._chat_params_of(spec.tools, spec.chat_template_kwargs)
+
+    def _chat_params_of(self, tools: Sequence[Mapping[str, Any]], template: Mapping[str, Any]) -> Any:
+        """vLLM's ``ChatParams``. The arguments are those of LLM.chat, so that the text is, too."""
+        from vllm.renderers import ChatParams
+        from vllm.renderers.params import merge_kwargs
+        from vllm.utils.mistral import is_mistral_tokenizer
+
         own = {
             "add_generation_prompt": True,
             "continue_final_message": False,
-            "tools": [dict(tool) for tool in spec.tools] or None,
+            "tools": [dict(tool) for tool in tools] or None,
             "tokenize": is_mistral_tokenizer(self._tokenizer),
         }
-        self._chat_params = ChatParams(chat_template_kwargs=merge_kwargs(own, spec.chat_template_kwargs))
+        return ChatParams(chat_template_kwargs=merge_kwargs(own, dict(template)))
 
     def check_chat_template(self) -> None:
         """Raise :class:`InvalidModel` when the model has no chat template, or one that cannot be read at all."""
@@ -233,7 +236,7 @@ class Prompts:
                     raise RowError(RowErrorCode.INVALID_VALUE, "the messages are empty")
             if self._media is not None and media is not None:
                 return functools.partial(self._media.chat, messages, media, self._chat_params)
-            made = self._apply_chat_template(messages)
+            made = self._apply_chat_template(messages, self._chat_params)
             if not isinstance(made, str):
                 return made
             text = made
@@ -264,11 +267,11 @@ class Prompts:
             raise RowError(RowErrorCode.INVALID_VALUE, f"column {name!r}: {error}") from None
         return given
 
-    def _apply_chat_template(self, messages: list[dict[str, Any]]) -> str | list[int]:
+    def _apply_chat_template(self, messages: list[dict[str, Any]], params: Any) -> str | list[int]:
         from vllm.exceptions import VLLMClientError
 
         try:
-            _, prompt = self._renderer.render_messages(messages, self._chat_params)
+            _, prompt = self._renderer.render_messages(messages, params)
         # What vLLM and a template's raise_exception raise for messages that they do not take.
         except (VLLMClientError, ValueError, TypeError, KeyError) as error:
             raise RowError(RowErrorCode.INVALID_VALUE, f"the chat template refuses the messages: {error}") from None

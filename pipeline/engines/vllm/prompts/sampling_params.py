@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.engines.generation import structured_output
+from pipeline.engines.generation.request_rows import Parameters
 from pipeline.engines.generation.sampling import SAMPLING
 from pipeline.engines.generation.sampling_columns import key_of, sampling_of
 from pipeline.engines.generation.structured_output import Form
@@ -48,10 +49,25 @@ class JobParams:
         own = sampling_of(self._spec, row) if self.columns else None
         if own is None:
             return None
-        key = key_of(own)
+        return self._kept(key_of(own), lambda: self._made(own))
+
+    def of_request(self, parameters: Parameters) -> Params:
+        """The parameters of a row that is a request, over the defaults of the model's own files, as ``vllm serve`` has
+        them. The answer may be cut off: its ``finish_reason`` says so. Raises :class:`RowError`."""
+        return self._kept(parameters.key, lambda: Params(sampling_params(self._running, self._over(parameters))))
+
+    def _over(self, parameters: Parameters) -> dict[str, Any]:
+        files: Mapping[str, Any] = self._running.config.model_config.get_diff_sampling_param() or {}
+        defaults = {name: value for name, value in files.items() if name in SAMPLING}
+        own = dict(parameters.sampling)
+        if own.get("max_tokens") is None and "max_tokens" in defaults:
+            del own["max_tokens"]
+        return {**defaults, **own}
+
+    def _kept(self, key: str, make: Callable[[], Params]) -> Params:
         if key not in self._known:
             try:
-                self._known[key] = replace(self._made(own), key=key)
+                self._known[key] = replace(make(), key=key)
             except InvalidJob as error:
                 raise RowError(RowErrorCode.INVALID_VALUE, str(error)) from None
             if len(self._known) > REMEMBERED:

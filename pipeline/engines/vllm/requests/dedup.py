@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from pipeline.engines.generation.sampling_columns import key_of
 from pipeline.engines.vllm.prompts.prompts import Prompt
+from pipeline.spec.job_spec import JobSpec
 
 A = TypeVar("A")
 P = TypeVar("P")
@@ -104,3 +105,9 @@ class RequestDedup(Generic[A, P]):
                 _, (_, freed) = self._answers.popitem(last=False)
                 self._bytes -= freed
         return followers
+
+
+def dedup_for(spec: JobSpec, *, pools: bool) -> RequestDedup[Any, Prompt] | None:
+    """For jobs in which equal prompts may have one answer: what is pooled, as the job says, or as a row may."""
+    by_row = {"temperature", "seed"} & spec.sampling_columns.keys() or spec.request_column is not None
+    return RequestDedup() if pools or is_deterministic(spec.sampling) or by_row else None

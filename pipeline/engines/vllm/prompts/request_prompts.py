@@ -1,0 +1,81 @@
+"""Rows that are requests, with all of their own parameters, as prompts of token ids."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.engines.arrow_text import values
+from pipeline.engines.base import RowBatch, RowFailure
+from pipeline.engines.generation import request_rows
+from pipeline.engines.generation.request_rows import FORCED_TOOLS, TEMPLATE, Parameters
+from pipeline.engines.generation.sampling import SAMPLING
+from pipeline.engines.vllm.prompts.prompts import Prompt, Prompts
+from pipeline.engines.vllm.prompts.sampling_params import JobParams
+from pipeline.spec.error_codes import MESSAGE_LIMIT, RowErrorCode
+from pipeline.spec.job_spec import JobSpec
+from storage.errors import RowError
+
+HONOURED = (frozenset(SAMPLING) - {"prompt_logprobs", "logprob_token_ids"}) | {FORCED_TOOLS, TEMPLATE}
+"""Not tools that the model may call or not: nothing here reads calls out of a text."""
+_REMEMBERED = 256
+
+
+class RequestPrompts(Prompts):
+    """Reads :data:`~pipeline.engines.generation.request_rows.SCHEMA`. Not to be shared between threads."""
+
+    def __init__(self, llm: Any, spec: JobSpec, room: int, params: JobParams) -> None:
+        super().__init__(llm, spec, room, params)
+        self._own = params
+        # Equal parameters have equal text.
+        self._template_of = functools.lru_cache(_REMEMBERED)(self._template)
+
+    def read(self, batch: RowBatch, chunk: int) -> Iterator[tuple[list[Prompt], list[RowFailure]]]:
+        """See :meth:`Prompts.read`."""
+        schema, rows = batch.columns.schema, batch.rows.tolist()
+        texts, own = (
+            values(batch.columns.column(schema.get_field_index(name)))
+            for name in (request_rows.PROMPT, request_rows.PARAMETERS)
+        )
+        for start in range(0, len(rows), chunk):
+            failures: list[RowFailure] = []
+            ready: list[tuple[Prompt, str | None]] = []
+            for row, text, parameters in zip(
+                *(column[start : start + chunk] for column in (rows, texts, own)), strict=True
+            ):
+                try:
+                    found = request_rows.decoded(parameters)
+                    made = self._made(request_rows.prompt_of(text), found)
+                    params = self._own.of_request(found)
+                except RowError as error:
+                    failures.append(RowFailure(row, error.code, error.message[:MESSAGE_LIMIT]))
+                    continue
+                is_text = isinstance(made, str)
+                ready.append((Prompt(row, [] if is_text else made, params), made if is_text else None))
+            yield self._tokenize(ready, failures), failures
+
+    def _made(self, prompt: Any, parameters: Parameters) -> Any:
+        """The prompt's text, or its tokens. Raises :class:`RowError`."""
+        if self._chat:
+            made = self._apply_chat_template(prompt, self._template_of(parameters.key))
+        elif isinstance(prompt, str):
+            made = prompt
+        else:
+            return self._valid(prompt)
+        if made in ("", []):
+            raise RowError(RowErrorCode.INVALID_VALUE, "the prompt is empty")
+        return made.lower() if self._lower_case and isinstance(made, str) else made
+
+    def _template(self, key: str) -> Any:
+        found = request_rows.decoded(key)
+        return self._chat_params_of(found.tools, found.template)
+
+    def _valid(self, tokens: list[int]) -> list[int]:
+        from vllm.exceptions import VLLMClientError
+
+        try:
+            self._renderer.validate_token_ids(tokens)
+        except VLLMClientError as error:
+            raise RowError(RowErrorCode.INVALID_VALUE, f"prompt: {error}") from None
+        return tokens
