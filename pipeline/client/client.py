@@ -60,6 +60,13 @@ class Client:
             raise InvalidSettings(f"give settings, or {', '.join(values)} by name; not both", field="settings")
         self._session = Session(settings or Settings(**values))
 
+    @classmethod
+    def over(cls, session: Session) -> Client:
+        """A client of a session that is open already."""
+        client = cls.__new__(cls)
+        client._session = session
+        return client
+
     def __enter__(self) -> Client:
         return self
 

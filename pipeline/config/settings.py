@@ -146,6 +146,9 @@ class Settings(BaseSettings):
     """How long an idle worker waits at most before it looks for work in the database although no message came."""
     tick_seconds: Annotated[float, Field(gt=0)] = 15.0
     """How often beat has lost messages, lost shards, expired jobs and garbage looked after."""
+    api_auth: Literal["keys", "off"] = "keys"
+    """Whether the gateway asks for API keys. ``off`` only on a loopback address with ``rowmill serve --embedded``;
+    every caller is then the tenant ``default`` with all scopes."""
     log_level: Annotated[LogLevel, BeforeValidator(_lower)] = "warning"
     """``debug``, ``info``, ``warning``, ``error`` or ``critical``; to standard error."""
 

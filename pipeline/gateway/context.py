@@ -1,0 +1,54 @@
+"""What all routes share: one open session, and whether this process also runs the jobs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Depends
+from starlette.requests import HTTPConnection
+
+from pipeline.client.client import Client
+from pipeline.client.session import Session
+from pipeline.config.settings import Settings
+from pipeline.process.runtime import Runtime
+from storage.objects.store import ObjectStore
+from storage.sql.database import Database
+
+
+class Gateway:
+    """The open database and object store of a gateway process. ``embedded``: it runs the jobs itself.
+
+    ``client`` sees the jobs of all tenants: a route narrows each call to the tenant of its caller.
+    """
+
+    def __init__(self, settings: Settings, *, embedded: bool = False) -> None:
+        self.settings, self.embedded = settings, embedded
+        self.session = Session(settings)
+        self.client = Client.over(self.session)
+
+    @property
+    def runtime(self) -> Runtime:
+        """Database, object store and identity of this process."""
+        return self.session.runtime
+
+    @property
+    def database(self) -> Database:
+        return self.runtime.database
+
+    @property
+    def store(self) -> ObjectStore:
+        return self.runtime.store
+
+    def close(self) -> None:
+        """Flush and hand back what runs here, and close the connections."""
+        self.session.close()
+
+
+def _of(connection: HTTPConnection) -> Gateway:
+    gateway = connection.app.state.gateway
+    assert isinstance(gateway, Gateway)
+    return gateway
+
+
+Here = Annotated[Gateway, Depends(_of)]
+"""A route's parameter: the gateway that it belongs to."""
