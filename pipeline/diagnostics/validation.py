@@ -17,10 +17,11 @@ import pyarrow.parquet as pq
 from pipeline.client.client import Client
 from pipeline.config.settings import Settings
 from pipeline.host.cpu import flags
-from pipeline.models import origin, precision, reference
+from pipeline.models import origin
 from pipeline.models.compare import Comparison, Drift, Limits
 from pipeline.models.model import Model
 from pipeline.models.resolve import resolve
+from pipeline.registry import precision, reference
 from pipeline.registry import verdict as verdicts
 from storage.errors import EngineMissing, InvalidInput, InvalidJob, InvalidModel, RowmillError
 
