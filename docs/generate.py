@@ -38,6 +38,7 @@ MACHINES: tuple[tuple[str, type[StrEnum], Mapping[Any, frozenset[Any]], frozense
     ("Request", states.RequestState, states.REQUEST, frozenset()),
     ("Fire", states.FireState, states.FIRE, frozenset()),
     ("Revision of a model", states.RevisionState, states.REVISION, frozenset()),
+    ("Batch", states.BatchState, states.BATCH, frozenset()),
 )
 """Heading, enum, table, and the states in which it rests although the table leads on."""
 

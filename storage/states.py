@@ -1,4 +1,4 @@
-"""The states of jobs, shards, attempts, requests and models, and one table per entity that says who may follow whom.
+"""The states of jobs, shards, attempts, requests, models and batches, with one table each of who may follow whom.
 
 Everything that moves a row between states asks :func:`check` first; an illegal move raises and changes nothing.
 The diagrams in ``docs/reference/states.md`` are generated from these tables.
@@ -119,7 +119,28 @@ class RevisionState(StrEnum):
     """It was active and another one took its place, or it was withdrawn. A rollback makes it active again."""
 
 
-S = TypeVar("S", JobState, ShardState, AttemptState, RequestState, FireState, RevisionState)
+class BatchState(StrEnum):
+    """A batch of the gateway, in the words of OpenAI's Batch API. Its rows are computed by one job."""
+
+    VALIDATING = "validating"
+    """Created. Its file is checked line by line, and its job is planned."""
+    IN_PROGRESS = "in_progress"
+    """Its job is planned: rows are computed, or wait for a worker."""
+    FINALIZING = "finalizing"
+    """Every row has an answer or an error; the output is written."""
+    CANCELLING = "cancelling"
+    """Somebody cancelled it. Its job is wound down, and what is finished is written."""
+    COMPLETED = "completed"
+    """Every line of its file has a line in the output file or in the error file."""
+    FAILED = "failed"
+    """Its file, or what it asks for, cannot be run: ``errors`` says why. No line was computed."""
+    CANCELLED = "cancelled"
+    """Ended by a user. Finished lines are in the output file, the others in the error file."""
+    EXPIRED = "expired"
+    """Ended by its completion window. Finished lines are in the output file, the others in the error file."""
+
+
+S = TypeVar("S", JobState, ShardState, AttemptState, RequestState, FireState, RevisionState, BatchState)
 Table = Mapping[S, frozenset[S]]
 
 
@@ -175,9 +196,22 @@ REVISION: Table[RevisionState] = _table(  # type: ignore[assignment]
     active="retired",
     retired="validated active",
 )
+BATCH: Table[BatchState] = _table(  # type: ignore[assignment]
+    validating="in_progress failed cancelling expired",
+    in_progress="finalizing cancelling expired",
+    finalizing="completed cancelling expired",
+    cancelling="cancelled",
+    completed="",
+    failed="",
+    cancelled="",
+    expired="",
+)
 
 TERMINAL_JOB = frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED})
 """States in which a job rests: its output is final and nothing runs. Only a retry leaves them."""
+
+TERMINAL_BATCH = frozenset(state for state, targets in BATCH.items() if not targets)
+"""States that a batch never leaves."""
 
 OPEN_SHARD = frozenset({ShardState.READY, ShardState.RUNNING})
 """States in which a shard still has work to come."""
@@ -191,6 +225,7 @@ def _table_of(state: S) -> Table[S]:
         RequestState: REQUEST,  # type: ignore[dict-item]
         FireState: FIRE,  # type: ignore[dict-item]
         RevisionState: REVISION,  # type: ignore[dict-item]
+        BatchState: BATCH,  # type: ignore[dict-item]
     }
     return tables[type(state)]  # type: ignore[return-value]
 

@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from pipeline.config import sources
-from pipeline.spec import json_text
+from pipeline.spec import job_spec, json_text
 from storage import redaction, urls
 from storage.errors import InvalidSettings
 from storage.records import LONGEST_POSTPONEMENT_SECONDS
@@ -48,6 +48,11 @@ def _without_credentials(value: str) -> str:
 
 def _database(value: str) -> str:
     urls.database_url(value)
+    return value
+
+
+def _window(value: str) -> str:
+    job_spec.bounded(value)
     return value
 
 
@@ -136,6 +141,20 @@ class Settings(BaseSettings):
     map_retention_days: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 7.0
     """Rows of ``client.map``, with their results and jobs, that no call has used for so long are deleted by the next
     call of it."""
+    files_dir: Annotated[str, AfterValidator(_without_credentials)] | None = None
+    """Where the gateway keeps uploaded files and the output of batches: a folder, or a URL. ``None`` is ``files`` below
+    ``data_dir``. In a fleet it has to be set, to a place that all gateways and workers reach."""
+    completion_windows: Annotated[tuple[Annotated[str, AfterValidator(_window)], ...], Field(min_length=1)] = ("24h",)
+    """What a batch of the gateway may say as its ``completion_window``."""
+    max_batch_requests: Annotated[int, Field(ge=1)] = 10_000_000
+    """Most lines of a batch's file."""
+    max_file_bytes: Annotated[int, Field(ge=1)] = 100 * 2**30
+    """Largest file that the gateway takes."""
+    max_line_bytes: Annotated[int, Field(ge=1)] = 256 * 2**20
+    """Longest line of a batch's file."""
+    batch_flush_seconds: Annotated[float, Field(gt=0)] = 1.0
+    """Finished requests (jobs with a ``request_column``, batches) are flushed at least this often, so that counts move
+    while they run. The smaller of this and ``flush_seconds`` counts."""
     max_failures: Annotated[int, Field(ge=1)] = 4
     """Failures after which a shard is given up."""
     max_losses: Annotated[int, Field(ge=1)] = 8
@@ -171,6 +190,10 @@ class Settings(BaseSettings):
     @property
     def effective_map_dir(self) -> str:
         return (self.map_dir or str(self.data_dir.absolute() / "map")).rstrip("/")
+
+    @property
+    def effective_files_dir(self) -> str:
+        return (self.files_dir or str(self.data_dir.absolute() / "files")).rstrip("/")
 
     @classmethod
     def settings_customise_sources(

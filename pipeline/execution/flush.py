@@ -37,6 +37,10 @@ class Flusher:
         self._unflushed, self._shard_id = attempt.runtime.unflushed, attempt.claim.shard.id
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="rowmill-flush")
         self._pool.submit(int)  # starts its thread: an interpreter that is ending starts none, and has yet to flush
+        settings = attempt.runtime.settings
+        self._seconds = settings.flush_seconds
+        if attempt.spec.request_column is not None:  # somebody may be following a batch
+            self._seconds = min(self._seconds, settings.batch_flush_seconds)
         self._pending: Future[PartFile] | None = None
         self._seq = 0
         self._clear()
@@ -62,7 +66,7 @@ class Flusher:
         if (
             2 * len(self._rows) >= settings.flush_rows
             or self._bytes >= settings.flush_bytes
-            or time.monotonic() - self._since >= settings.flush_seconds
+            or time.monotonic() - self._since >= self._seconds
         ):
             self._begin()
 

@@ -7,9 +7,10 @@ the request is answered (:mod:`pipeline.requests.body`).
 from __future__ import annotations
 
 import codecs
+import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ MOST_ERRORS = 1_000
 _FIELDS = ("custom_id", "method", "url", "body")
 _BLOCK = 2**20
 _DIGITS = 400
+_NAMES = 1024
 
 
 class FaultCode(StrEnum):
@@ -35,6 +37,7 @@ class FaultCode(StrEnum):
     MISSING_REQUIRED_PARAMETER = "missing_required_parameter"
     INVALID_URL = "invalid_url"
     DUPLICATE_CUSTOM_ID = "duplicate_custom_id"
+    MODEL_NOT_FOUND = "model_not_found"
     MODEL_MISMATCH = "model_mismatch"
     STREAMING_UNSUPPORTED = "streaming_unsupported"
     EMPTY_FILE = "empty_file"
@@ -122,13 +125,16 @@ def scan(
     several_models: bool = False,
     most_lines: int | None = None,
     line_bytes: int = LINE_BYTES,
+    known_model: Callable[[str], bool] | None = None,
 ) -> Report:
     """Check the envelopes of a whole file, given by :func:`physical_lines`.
 
     ``endpoint``: the one that every line must have; ``None``: that of the first line. ``several_models``: lines may
-    name different models. One fault for each line at most. Memory: 16 bytes and their set for each line.
+    name different models. ``known_model``: whether there is a model of that name; it is asked once per name. One fault
+    for each line at most. Memory: 16 bytes and their set for each line.
     """
     report, seen = Report(endpoint=endpoint), _Seen()
+    is_known = None if known_model is None else functools.lru_cache(_NAMES)(known_model)
     for number, line in lines:
         report.n_lines += 1
         if most_lines is not None and report.n_lines > most_lines:
@@ -136,7 +142,7 @@ def scan(
             report.add(Fault(FaultCode.TOO_MANY_TASKS, message, number))
             return report
         fault = (
-            _fault(line, report, seen, several_models)
+            _fault(line, report, seen, several_models, is_known)
             if line is not None
             else (FaultCode.INVALID_REQUEST, f"the line is longer than {line_bytes:,} bytes", None)
         )
@@ -162,9 +168,10 @@ class _Seen:
 
 
 _Found = tuple[FaultCode, str, str | None]
+_Known = Callable[[str], bool] | None
 
 
-def _fault(line: bytes, report: Report, seen: _Seen, several_models: bool) -> _Found | None:
+def _fault(line: bytes, report: Report, seen: _Seen, several_models: bool, is_known: _Known) -> _Found | None:
     try:
         value = _parsed(line)
     except ValueError as error:
@@ -177,7 +184,7 @@ def _fault(line: bytes, report: Report, seen: _Seen, several_models: bool) -> _F
     return (
         _of_the_name(value["custom_id"], seen)
         or _of_the_url(value, report)
-        or _of_the_body(value["body"], report, several_models)
+        or _of_the_body(value["body"], report, several_models, is_known)
     )
 
 
@@ -223,7 +230,7 @@ def _of_the_url(value: Mapping[str, Any], report: Report) -> _Found | None:
     return None
 
 
-def _of_the_body(body: Any, report: Report, several_models: bool) -> _Found | None:
+def _of_the_body(body: Any, report: Report, several_models: bool, is_known: _Known) -> _Found | None:
     if not isinstance(body, dict):
         return FaultCode.INVALID_REQUEST, "body must be an object", "body"
     assert report.endpoint is not None
@@ -235,6 +242,8 @@ def _of_the_body(body: Any, report: Report, several_models: bool) -> _Found | No
         return FaultCode.INVALID_REQUEST, "body.model must be the name of a model", "body.model"
     if body.get("stream"):
         return FaultCode.STREAMING_UNSUPPORTED, "a batch cannot stream; remove stream", "body.stream"
+    if is_known is not None and not is_known(model):
+        return FaultCode.MODEL_NOT_FOUND, f"there is no model {model[:100]!r} here", "body.model"
     report.models.setdefault(model)
     if not several_models and model != (first := next(iter(report.models))):
         return FaultCode.MODEL_MISMATCH, f"the line names model {model!r}, and the batch {first!r}", "body.model"

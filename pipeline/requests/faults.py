@@ -17,7 +17,10 @@ _OF_A_REQUEST = frozenset(
         RowErrorCode.INVALID_UTF8,
     }
 )
+NOT_COMPUTED = "server_error"
+"""The code of a request that got no answer because the service gave it up."""
 _SERVER = {
+    NOT_COMPUTED: 500,
     RowErrorCode.ENGINE_REFUSED: 500,
     RowErrorCode.NOT_FINITE: 500,
     RowErrorCode.INVALID_OUTPUT: 500,

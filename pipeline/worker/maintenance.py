@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from pipeline.batches.drive import collect_files
 from pipeline.jobs import deletion
 from pipeline.process.runtime import Runtime, is_alive
 from pipeline.result_cache import cache
 from pipeline.schedules.fire import fire_schedules
 from storage import failpoints
 from storage.errors import IllegalTransition, Interrupted, RowmillError
+from storage.files import batches
 from storage.fleet import clock_steps, garbage, job_lookup, workers
 from storage.fleet.garbage import Garbage
 from storage.queue import jobs, reaper
@@ -80,6 +82,8 @@ def recover_local(runtime: Runtime) -> Reaped:
     dead = [w.id for w in workers.on_host(runtime.database, runtime.worker.host) if not is_alive(w)]
     gone = [*dead, *workers.unknown_owners(runtime.database)]
     found = reaper.reap_owners(runtime.database, gone, max_losses=runtime.settings.max_losses, actor=runtime.actor)
+    if gone:
+        batches.free_leases(runtime.database, gone)
     for worker_id in dead:
         workers.unregister(runtime.database, worker_id)
     return found
@@ -176,9 +180,10 @@ def tick(runtime: Runtime) -> list[str]:
 
 
 def clean(runtime: Runtime) -> None:
-    """The steps of a round that can wait: garbage, and jobs past their retention."""
+    """The steps of a round that can wait: garbage, jobs past their retention, files that are deleted or expired."""
     apart(collect_garbage, runtime)
     apart(delete_jobs, runtime)
+    apart(collect_files, runtime)
 
 
 def _look_after_shards(runtime: Runtime) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 
+from pipeline.batches.drive import drive
 from pipeline.config.settings import Settings
 from pipeline.engines.base import Cancellation
 from pipeline.execution.attempt import execute
@@ -34,7 +35,10 @@ log = logging.getLogger(__name__)
 DRAINING = "the worker is draining"
 PLANNERS = 2
 PUBLISHERS = 2
-"""How many of a process's threads plan, and publish, at most: a long conversion or copy leaves the others free."""
+DRIVERS = 2
+"""How many of a process's threads plan, publish, and drive batches, at most: a long conversion or copy leaves the
+others free."""
+_BATCHES = "batches"
 HEARTBEAT_SECONDS = 10.0
 """A third of the lease at most. A drain that somebody asks for is noticed this late; a cancel sooner (``leases``)."""
 
@@ -87,6 +91,7 @@ class Worker:
         if CONTROL_QUEUE in queues:
             pollers[PLAN] = Poller("planning", self._plan, count=PLANNERS, longest=settings.poll_seconds)
             pollers[FINALIZE] = Poller("publishing", self._finalize, count=PUBLISHERS, longest=settings.poll_seconds)
+            pollers[_BATCHES] = Poller("batches", self._drive_batches, count=DRIVERS, longest=settings.poll_seconds)
             every = settings.tick_seconds
             pollers[TICK] = Poller("tick", self._tick_when_due, count=1, first=every, longest=every)
         return pollers
@@ -100,8 +105,9 @@ class Worker:
         """A message came that says ``name`` (``storage.broker``): look now."""
         if name == TICK:
             self._tick_asked = True
-        if name in self._pollers:
-            self._pollers[name].wake()
+        for poller in (name, _BATCHES) if name in (PLAN, FINALIZE) else (name,):
+            if poller in self._pollers:
+                self._pollers[poller].wake()
 
     @property
     def takes_messages(self) -> bool:
@@ -128,6 +134,13 @@ class Worker:
                 self.wakeups.finalize()
                 self.wake_up(FINALIZE)
         return found
+
+    def _drive_batches(self) -> bool:
+        moved = drive(self.runtime, stopped=self._draining.is_set)
+        if moved:
+            self.wakeups.plan()
+            self._pollers[PLAN].wake()
+        return moved
 
     def run(self, queue: str) -> None:
         """Claim one shard of ``queue`` and take it to the end of its attempt."""

@@ -10,6 +10,8 @@ import sqlalchemy as sa
 
 from storage.deaths import Step
 from storage.sql.column_types import Id, Json, Text
+from storage.sql.file_tables import batch as batch
+from storage.sql.file_tables import file as file
 from storage.sql.key_tables import api_key as api_key
 from storage.sql.key_tables import api_key_event as api_key_event
 from storage.sql.registry_tables import model as model
