@@ -1,1 +1,0 @@
-"""Files and batches of the gateway, in SQL."""

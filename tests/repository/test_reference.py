@@ -55,8 +55,10 @@ def test_it_runs_as_make_docs_runs_it() -> None:
 def test_every_move_is_drawn(generate: Any) -> None:
     page = generate.states_page()
     drawings = page.split("```mermaid")[1:]
-    machines = (states.JOB, states.SHARD, states.ATTEMPT, states.REQUEST, states.FIRE, states.REVISION)
-    tables: tuple[Mapping[Any, frozenset[Any]], ...] = machines
+    tables: tuple[Mapping[Any, frozenset[Any]], ...] = (
+        *(states.JOB, states.SHARD, states.ATTEMPT, states.REQUEST, states.FIRE, states.REVISION),
+        states.BATCH,
+    )
     assert len(drawings) == len(tables)
     for drawing, moves in zip(drawings, tables, strict=True):
         drawn = {

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from storage import states
 from storage.errors import IllegalTransition
-from storage.states import AttemptState, FireState, JobState, RequestState, RevisionState, ShardState
+from storage.states import AttemptState, BatchState, FireState, JobState, RequestState, RevisionState, ShardState
 
 TABLES: dict[type[StrEnum], Mapping[Any, frozenset[Any]]] = {
     JobState: states.JOB,
@@ -23,6 +23,7 @@ TABLES: dict[type[StrEnum], Mapping[Any, frozenset[Any]]] = {
     RequestState: states.REQUEST,
     FireState: states.FIRE,
     RevisionState: states.REVISION,
+    BatchState: states.BATCH,
 }
 ENTITIES = {
     JobState: "job",
@@ -31,6 +32,7 @@ ENTITIES = {
     RequestState: "request",
     FireState: "fire",
     RevisionState: "revision",
+    BatchState: "batch",
 }
 START: dict[type[StrEnum], Any] = {
     JobState: JobState.VALIDATING,
@@ -39,6 +41,7 @@ START: dict[type[StrEnum], Any] = {
     RequestState: RequestState.PENDING,
     FireState: FireState.PENDING,
     RevisionState: RevisionState.DRAFT,
+    BatchState: BatchState.VALIDATING,
 }
 every_machine = pytest.mark.parametrize("kind", list(TABLES), ids=lambda kind: ENTITIES[kind])
 pairs = [(kind, a, b) for kind in TABLES for a in kind for b in kind]
