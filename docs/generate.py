@@ -211,7 +211,7 @@ def engine_options_page() -> str:
 
 
 def client_page() -> str:
-    parts = [ORIGIN.format(source="`pipeline/client/client.py` and `job_handle.py`"), "# The Python client", CLIENT]
+    parts = [ORIGIN.format(source="`pipeline/client/client.py` and `handle.py`"), "# The Python client", CLIENT]
     for cls in (Client, JobHandle):
         rows = []
         for name, member in vars(cls).items():

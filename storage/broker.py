@@ -22,6 +22,8 @@ CONTROL_QUEUE = "control"
 """Planning, publishing and maintenance. Shards wait on a queue named after their engine."""
 PAUSE_SECONDS = 5.0
 """For how long nothing is sent after the broker did not answer: finding that out may take a thread seconds."""
+CONNECT_SECONDS, ANSWER_SECONDS = 2.0, 5.0
+"""How long a broker may take to accept a connection, and to answer."""
 PLAN, RUN, FINALIZE, TICK = "rowmill.plan", "rowmill.run", "rowmill.finalize", "rowmill.tick"
 
 
@@ -39,8 +41,8 @@ class Wakeups:
                 task_serializer="json",
                 task_ignore_result=True,
                 task_default_queue=CONTROL_QUEUE,
-                broker_connection_timeout=2.0,
-                brokertransport_options=transport_options(broker_url),
+                broker_connection_timeout=CONNECT_SECONDS,
+                broker_transport_options=transport_options(broker_url),
             )
 
     def plan(self) -> None:
@@ -101,5 +103,5 @@ def transport_options(broker_url: str) -> dict[str, Any]:
     Everything else that is asked of a broker, each of them can do.
     """
     if broker_url.startswith(("redis", "sentinel")):
-        return {"socket_connect_timeout": 2.0, "socket_timeout": 5.0}
+        return {"socket_connect_timeout": CONNECT_SECONDS, "socket_timeout": ANSWER_SECONDS}
     return {}

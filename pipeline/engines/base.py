@@ -34,6 +34,7 @@ from storage.errors import (
     RowError,
     TransientError,
 )
+from storage.redaction import redact_known
 from storage.storable import storable
 
 if TYPE_CHECKING:
@@ -87,14 +88,15 @@ class RowBatch:
 
 @dataclass(frozen=True, slots=True)
 class RowFailure:
-    """One row that cannot be computed. ``code`` is a ``RowErrorCode``; ``message`` is made storable."""
+    """One row that cannot be computed. ``code`` is a ``RowErrorCode``; ``message`` is made storable, and the
+    secrets of the settings are hidden in it."""
 
     row: int
     code: str
     message: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "message", storable(self.message))
+        object.__setattr__(self, "message", storable(redact_known(self.message)))
 
 
 @dataclass(frozen=True, slots=True)

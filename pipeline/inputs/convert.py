@@ -1,4 +1,7 @@
-"""JSONL, CSV and Arrow IPC become Parquet chunks below the job's work folder, streaming; a rerun is harmless."""
+"""Converts JSONL, CSV, Arrow IPC, Delta and Iceberg to Parquet chunks below the job's work folder, as a stream.
+
+It may be run again: the chunks have the same names and contents.
+"""
 
 from __future__ import annotations
 

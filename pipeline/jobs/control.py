@@ -1,4 +1,4 @@
-"""The two ways to interfere with a job: cancel and retry."""
+"""Cancel a job, or retry it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Publishing: winners become ``data/part-*.parquet``, then ``_manifest.json``, then ``_SUCCESS``.
+"""Finalizing: committed shard files become ``data/part-*.parquet``, then ``_manifest.json``, then ``_SUCCESS``.
 
-Every step converges when it is run again, so a finalizer that dies is simply followed by another.
+Every step may be run again, so that another finalizer can go on when one dies.
 """
 
 from __future__ import annotations

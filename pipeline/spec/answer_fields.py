@@ -1,4 +1,4 @@
-"""The result columns of the text tasks, as the output contract has them: for engines, and for planning."""
+"""Name and type of each task's result columns, for engines and for planning. An engine may add its own (``tensor``)."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ class RowErrorCode(StrEnum):
     UNREADABLE_URI = "unreadable_uri"
     """The row names a file that is not there, cannot be read, or lies outside what the operator allows."""
     PROMPT_TOO_LONG = "prompt_too_long"
-    """The prompt, with one token of an answer, does not fit into the model's context."""
+    """The prompt is longer than the model accepts, and ``overlong`` neither truncates nor splits it. In generate and
+    chat one token of the answer must fit too."""
     WRONG_TYPE = "wrong_type"
     """A tensor's element type cannot be converted to the graph's without loss."""
     WRONG_SHAPE = "wrong_shape"

@@ -1,4 +1,4 @@
-"""The result columns that are known without a model, and whether they go with the columns that are kept. Pure."""
+"""Checks that no two columns of an output have one name. The columns themselves are in ``answer_fields``. Pure."""
 
 from __future__ import annotations
 

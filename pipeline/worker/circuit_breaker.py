@@ -14,15 +14,16 @@ HOLD_SECONDS = 5.0
 LONGEST_HOLD_SECONDS = 60.0
 
 
-class Unfit:
-    """Per queue: twice as long after each failure in a row that was this worker's own; forgotten after a success."""
+class CircuitBreaker:
+    """Stops claiming from a queue after failures that this worker caused: twice as long after each one in a row. A
+    success closes it."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._lock = threading.Lock()
         self._queues: dict[str, tuple[float, float]] = {}
 
-    def note(self, queue: str, fit: bool) -> None:
+    def record(self, queue: str, fit: bool) -> None:
         """An attempt has ended: ``fit`` unless what failed may be this worker alone."""
         with self._lock:
             if fit:
@@ -32,7 +33,7 @@ class Unfit:
             hold = min(2 * last, LONGEST_HOLD_SECONDS)
             self._queues[queue] = hold, self._now() + hold
 
-    def held_back(self, queue: str) -> bool:
+    def is_open(self, queue: str) -> bool:
         """Whether nothing is to be claimed from the queue yet."""
         with self._lock:
             return queue in self._queues and self._now() < self._queues[queue][1]

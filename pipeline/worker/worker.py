@@ -21,7 +21,7 @@ from pipeline.output.finalize import finalize_job
 from pipeline.process.heartbeat import WATCH_SECONDS, LeaseKeeper
 from pipeline.process.runtime import Runtime, start
 from pipeline.worker import maintenance
-from pipeline.worker.circuit_breaker import Unfit
+from pipeline.worker.circuit_breaker import CircuitBreaker
 from pipeline.worker.coalesce import Gate
 from pipeline.worker.polling import Poller
 from storage.broker import CONTROL_QUEUE, FINALIZE, PLAN, RUN, TICK, Wakeups
@@ -66,7 +66,7 @@ class Worker:
         self._draining = threading.Event()
         self._asked_to_drain = False
         self._flush = Cancellation()
-        self._unfit = Unfit()
+        self._breaker = CircuitBreaker()
         self._planning, self._publishing, self._ticking = Gate(PLANNERS), Gate(PUBLISHERS), Gate(1)
         self._keeper = LeaseKeeper(
             self.runtime.database,
@@ -148,7 +148,7 @@ class Worker:
 
     def _run(self, queues: Collection[str]) -> bool:
         database, settings = self.runtime.database, self.runtime.settings
-        queues = [queue for queue in queues if not self._unfit.held_back(queue)]
+        queues = [queue for queue in queues if not self._breaker.is_open(queue)]
         if self._draining.is_set() or not queues:
             return False
         claim = claims.claim(
@@ -174,7 +174,7 @@ class Worker:
         log.info("%s begins: %d rows to compute", what, len(claim.todo))
         began = time.monotonic()
         fit = execute(self.runtime, claim, self._keeper, self._flush, others=True)
-        self._unfit.note(job.queue, fit)
+        self._breaker.record(job.queue, fit)
         seconds = time.monotonic() - began
         if log.isEnabledFor(logging.INFO):
             with suppress(TransientError):

@@ -263,7 +263,8 @@ def suspects(attempt: sa.Row[Any], *, opens: bool) -> dict[str, Any]:
 
 
 def fail_job(database: Database, claim: Claim, error: str, *, stats: Mapping[str, Any] | None = None) -> None:
-    """End the attempt, and its whole job, because no retry can help: its input changed, its model is broken."""
+    """Fail the shard, and begin to stop its job: another attempt cannot help, since the input changed or the model is
+    broken. The finalizer then moves the job to ``failed``; ``job retry`` may open it again."""
     with database.write() as connection:
         job = locked_job(database, connection, claim.job.id)
         held = held_row(database, connection, claim)

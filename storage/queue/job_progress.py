@@ -1,4 +1,4 @@
-"""What its shards make of a job: the counts, the move to finalizing after the last one, and the limit of failed rows.
+"""Updates a job when its shards end: the counts, the move to finalizing after the last one, the limit of failed rows.
 
 The job's row is locked before any of its shards' rows (see :func:`locked_job`).
 """
@@ -64,7 +64,8 @@ def close_shard(
 
 
 def fail_whole(connection: sa.Connection, job: sa.Row[Any], error: str, actor: str) -> None:
-    """Wind the locked ``job`` down as failed, unless it is being wound down already."""
+    """Move the locked ``job`` to ``cancelling`` because it failed, unless it is there. The finalizer makes it
+    ``failed``."""
     state = JobState(job.state)
     if state in (JobState.QUEUED, JobState.IN_PROGRESS):
         data = {"reason": "failed", "error": error}
