@@ -24,6 +24,12 @@ _LOCAL = ("file", "local")
 WORK_FOLDER = ".rowmill"
 """Holds what is not final. Hidden, so that no reader takes it for data."""
 
+WRAPPERS = frozenset({
+    "asynclocal", "asyncwrapper", "blockcache", "cached", "data", "dir", "filecache", "generic", "libarchive",
+    "reference", "simplecache", "tar", "zip",
+})  # fmt: skip
+"""Protocols of fsspec that open other file systems, local ones too: never opened."""
+
 
 def protocol(uri: str) -> str:
     """The scheme of a URL in lower case; ``"file"`` for a plain path."""

@@ -19,6 +19,7 @@ from pipeline.spec.request_fields import RequestFields, check_requests
 from pipeline.spec.text_options import TextFields
 from pipeline.spec.values import (
     MOST_ITEMS,
+    NUMBER,
     STORED,
     AnyText,
     Filled,
@@ -156,7 +157,7 @@ class JobSpec(TextFields, RequestFields):
     video_column: Name | None = None
     """generate, chat: a column of videos, one in each row. Each is bytes, a URI, ``struct<bytes, path>``, or a list of
     images, which are its frames."""
-    video_frame_rate: Annotated[float, Field(gt=0, le=1_000, allow_inf_nan=False)] | None = None
+    video_frame_rate: Annotated[float, Field(gt=0, le=1_000, allow_inf_nan=False), NUMBER] | None = None
     """Frames per second of a ``video_column`` of frames; 1 by default."""
     adapters: dict[Filled, Annotated[Filled, rule(no_credentials)]] = {}
     """generate, chat: a LoRA adapter and its directory. A single one serves every row, unless ``adapter_column`` is

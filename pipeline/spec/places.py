@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import re
 
-from storage.locations import protocol
+from storage.locations import WRAPPERS, protocol
 from storage.redaction import holds_credentials
 
 _NOWHERE = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:/*\s*$")
 """A scheme and nothing else: what is left of ``s3://$BUCKET`` when the variable is not set."""
 _IN_ONE_PROCESS = frozenset({"memory"})
-_READ_ONLY = frozenset(
-    {"blockcache", "cached", "data", "filecache", "gist", "git", "github", "http", "https", "libarchive", "reference"}
-    | {"simplecache", "tar", "zip"}
-)
+_READ_ONLY = frozenset({"gist", "git", "github", "http", "https"})
 """Schemes of URLs where fsspec writes nothing, or nothing that can be renamed, listed and deleted."""
 _ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
 """``s3:/bucket``, which as a path would be a folder called ``s3:``."""
@@ -45,6 +42,11 @@ def plain_place(uri: str) -> None:
         raise ValueError(f"{uri!r} chains filesystems with '::', which is refused; give one plain path or URL")
     if protocol(uri) == "file":
         _path_of_this_machine(uri)
+    if protocol(uri) in WRAPPERS:
+        raise ValueError(
+            f"{uri!r} reaches through to another file system, which no worker opens; give the path or URL of what lies "
+            "there"
+        )
     if protocol(uri) in _IN_ONE_PROCESS:
         raise ValueError(
             f"{uri!r} is in the memory of one process, and is lost with it; give a folder or an object store"

@@ -77,6 +77,13 @@ def _whole(value: Any) -> Any:
         return value
 
 
+def _number(value: Any) -> Any:
+    """Whatever the type takes for a number, but not true and false, which Python counts as 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, not {value}")  # noqa: TRY004 - pydantic knows this one
+    return value
+
+
 def a_time_for_a_row(seconds: float) -> None:
     """Raise ``ValueError`` for a limit that no row could keep, or that none could reach."""
     if not SHORTEST_ROW_SECONDS <= seconds <= LONGEST_ROW_SECONDS:
@@ -98,7 +105,9 @@ Name = Annotated[AnyText, Field(min_length=1)]
 """A column or an input of a graph: names of others, which may hold blanks, and even a NUL."""
 Whole = Annotated[int, BeforeValidator(_whole), Field(ge=-MOST - 1, le=MOST)]
 """A whole number of 64 bits."""
-RowSeconds = Annotated[float, rule(a_time_for_a_row)]
+NUMBER = BeforeValidator(_number)
+"""For a ``float`` that is given as a number."""
+RowSeconds = Annotated[float, NUMBER, rule(a_time_for_a_row)]
 """Seconds that one row may take."""
 
 

@@ -14,7 +14,7 @@ from storage.errors import (
     StorageFull,
     Unreachable,
 )
-from storage.locations import protocol
+from storage.locations import WRAPPERS, protocol
 from storage.objects.retry import chain, response_code, status_of, type_names
 
 E = TypeVar("E", bound=RowmillError)
@@ -43,11 +43,6 @@ _CLIENTS = frozenset({
 """Errors of client libraries that are no ``OSError``."""
 STORES = frozenset({"file", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "http", "https", "memory"})
 """Protocols that are opened without being asked for in ``storage_options``."""
-WRAPPERS = frozenset({
-    "asynclocal", "asyncwrapper", "blockcache", "cached", "data", "dir", "filecache", "generic", "libarchive",
-    "reference", "simplecache", "tar", "zip",
-})  # fmt: skip
-"""Protocols of fsspec that open other file systems, local ones too: never opened."""
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import fsspec
 
-from storage.objects.errors import STORES, WRAPPERS, bad_options, no_filesystem, not_opened
+from storage.locations import WRAPPERS
+from storage.objects.errors import STORES, bad_options, no_filesystem, not_opened
 
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "s3": {

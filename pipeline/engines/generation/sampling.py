@@ -29,13 +29,15 @@ from pipeline.engines.generation.validators import (
 )
 from storage.errors import InvalidJob
 
+_MOST_ANSWERS = 16_384
+"""To one prompt; vLLM's own limit."""
 SAMPLING: Mapping[str, Check] = MappingProxyType(
     {
-        "n": at_least(1),
+        "n": ("a whole number from 1 to 16384", lambda value: INT[1](value) and 1 <= value <= _MOST_ANSWERS),
         "presence_penalty": within("from -2 to 2", lambda value: -2 <= value <= 2),
         "frequency_penalty": within("from -2 to 2", lambda value: -2 <= value <= 2),
         "repetition_penalty": within("above 0", lambda value: value > 0),
-        "temperature": within("of at least 0", lambda value: value >= 0),
+        "temperature": within("from 0 to 2", lambda value: 0 <= value <= 2),
         "watermarking": or_none(FLAG),
         "top_p": within("above 0 and at most 1", lambda value: 0 < value <= 1),
         "top_k": at_least(-1),
@@ -51,7 +53,10 @@ SAMPLING: Mapping[str, Check] = MappingProxyType(
         "include_stop_str_in_output": FLAG,
         "structured_outputs": or_none(MAPPING),
         "logit_bias": or_none(TOKEN_BIAS),
-        "allowed_token_ids": or_none(TOKEN_IDS),
+        "allowed_token_ids": (
+            "a list of at least one token id, or null",
+            lambda value: value is None or (TOKEN_IDS[1](value) and len(value) > 0),
+        ),
         "extra_args": or_none(MAPPING),
         "bad_words": or_none(TEXTS),
         "skip_reading_prefix_cache": or_none(FLAG),

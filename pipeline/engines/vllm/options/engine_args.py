@@ -21,6 +21,7 @@ from pipeline.engines.generation.validators import (
     unknown_name,
     within,
 )
+from pipeline.engines.vllm.options.option_types import OPTION_TYPES
 from storage.errors import InvalidJob
 
 OWN_OPTIONS: Mapping[str, Check] = MappingProxyType(
@@ -67,9 +68,9 @@ ENGINE_CHECKS: Mapping[str, Check] = MappingProxyType(
         "pipeline_parallel_size": COUNT,
         "data_parallel_size": COUNT,
         "kv_cache_memory_bytes": COUNT,
+        "max_loras": COUNT,
         "gpu_memory_utilization": within("above 0 and at most 1", lambda value: 0 < value <= 1),
         "seed": INT,
-        "dtype": TEXT,
         "quantization": or_none(TEXT),
         "tokenizer": TEXT,
         "enforce_eager": FLAG,
@@ -79,7 +80,7 @@ ENGINE_CHECKS: Mapping[str, Check] = MappingProxyType(
         "disable_log_stats": FLAG,
     }
 )
-"""Values checked at submit; the other engine options are checked by vLLM when the engine starts."""
+"""Options with a range of their own, or no plain type in vLLM; :data:`OPTION_TYPES` has the types of the others."""
 
 ENGINE_REFUSED: Mapping[str, str] = MappingProxyType(
     {
@@ -170,6 +171,6 @@ def check_engine_options(options: Mapping[str, Any]) -> None:
         if name not in ENGINE_FIELDS and name not in OWN_OPTIONS:
             known = (ENGINE_FIELDS - ENGINE_REFUSED.keys()) | OWN_OPTIONS.keys()
             raise InvalidJob(unknown_name("engine options", name, known), field=field)
-        check = OWN_OPTIONS.get(name) or ENGINE_CHECKS.get(name)
+        check = OWN_OPTIONS.get(name) or ENGINE_CHECKS.get(name) or OPTION_TYPES.get(name)
         if check is not None:
             refuse_wrong(field, check, value)

@@ -1,11 +1,12 @@
 """Whether vLLM's engine options fit each other and the model: what its ``config.json`` can tell, before anything loads.
 
-Static like :mod:`vllm_options`, for the same reason. Only what vLLM 0.32 is certain to refuse is refused here; what
+Static like :mod:`engine_args`, for the same reason. Only what vLLM 0.32 is certain to refuse is refused here; what
 depends on the machine (memory, number of GPUs) is for the worker that loads it.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -13,34 +14,46 @@ from typing import Any
 from pipeline.models.model import Model
 from storage.errors import InvalidJob
 
-CHOICES: Mapping[str, tuple[str, ...]] = {
-    "dtype": ("auto", "half", "float16", "bfloat16", "float", "float32"),
-    "kv_cache_dtype": (
-        "auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc", "fp8_ds_mla", "nvfp4_ds_mla",
-        "turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc", "ultraquant_4bit",
-        "int4_per_token_head", "int8_per_token_head", "fp8_per_token_head", "nvfp4", "nvfp4_4over6",
-    ),
-    "performance_mode": ("balanced", "interactivity", "throughput"),
-    "scheduling_policy": ("fcfs", "priority"),
-}  # fmt: skip
-MAPPINGS = ("speculative_config", "kv_transfer_config", "hf_overrides", "override_generation_config")
 ALLOW_LONG = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
+TOKEN_IDS = ("stop_token_ids", "allowed_token_ids", "logprob_token_ids", "logit_bias")
+"""Sampling parameters that name tokens of the model's vocabulary."""
+MAX_LOGPROBS = 20
+"""vLLM's default for its option ``max_logprobs``."""
+ALL = -1
+"""As a number of log probabilities: those of the whole vocabulary."""
 
 
 def validate_model_config(model: Model, options: Mapping[str, Any]) -> None:
     """Raise :class:`InvalidJob`, naming the option, for what vLLM would refuse only after minutes of loading."""
-    for name, choices in CHOICES.items():
-        if name in options and options[name] not in choices:
-            raise _refuse(name, f"must be one of {', '.join(choices)}, not {options[name]!r}")
-    for name in MAPPINGS:
-        if options.get(name) is not None and not isinstance(options[name], Mapping):
-            raise _refuse(name, f"must be a mapping, not {options[name]!r}")
     _check_batch(options)
     # Overrides change what the configuration file says.
     if model.config and "hf_overrides" not in options:
         config = model.config.get("text_config") or model.config
         _check_length(config, options)
         _check_parallel(config, options)
+
+
+def check_sampling_limits(model: Model, sampling: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raise :class:`InvalidJob` for sampling that vLLM refuses with this model and these options, in every row."""
+    config = (model.config or {}).get("text_config") or model.config or {}
+    size = None if "hf_overrides" in options else config.get("vocab_size")
+    most = options.get("max_logprobs")
+    most = MAX_LOGPROBS if most is None else most
+    for name in ("logprobs", "prompt_logprobs"):
+        wanted = sampling.get(name)
+        if wanted is not None and most >= 0 and (wanted > most or (wanted == ALL and most < (size or math.inf))):
+            asked = "the whole vocabulary" if wanted == ALL else wanted
+            raise InvalidJob(
+                f"{asked} is more than the engine's limit, {most}; raise it with the engine option max_logprobs",
+                field=f"sampling.{name}",
+            )
+    for name in TOKEN_IDS:
+        beyond = [token for token in sampling.get(name) or () if isinstance(size, int) and int(token) >= size]
+        if beyond:
+            raise InvalidJob(
+                f"token id {beyond[0]} is not in the model's vocabulary of {size} (vocab_size in its config.json)",
+                field=f"sampling.{name}",
+            )
 
 
 def _refuse(name: str, why: str) -> InvalidJob:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import pyarrow as pa
 import pytest
@@ -16,7 +18,7 @@ from pipeline.engines.generation.sampling import SAMPLING, SAMPLING_REFUSED
 from pipeline.engines.vllm import pooling
 from pipeline.engines.vllm.engine import VllmEngine
 from pipeline.engines.vllm.options.engine_args import ENGINE_CHECKS, ENGINE_FIELDS, ENGINE_REFUSED, OWN_OPTIONS
-from pipeline.engines.vllm.options.model_fit import CHOICES, MAPPINGS
+from pipeline.engines.vllm.options.option_types import CHOICES, OPTION_TYPES
 from pipeline.models.model import Model
 from pipeline.spec.job_spec import JobSpec, parse
 from storage.errors import EngineMissing, InvalidInput, InvalidJob, InvalidModel
@@ -81,11 +83,16 @@ def test_check_names_the_columns_that_are_read(spec: JobSpec, columns: tuple[str
         ({"max_tokens": 0}, "sampling.max_tokens", "at least 1"),
         ({"min_tokens": 20, "max_tokens": 10}, "sampling.min_tokens", "more than max_tokens"),
         ({"min_tokens": 17}, "sampling.min_tokens", "which is 16"),
-        ({"temperature": -0.1}, "sampling.temperature", "at least 0"),
+        ({"temperature": -0.1}, "sampling.temperature", "from 0 to 2"),
+        ({"temperature": 2.1}, "sampling.temperature", "from 0 to 2"),
         ({"top_p": 0}, "sampling.top_p", "above 0 and at most 1"),
         ({"top_p": 1.5}, "sampling.top_p", "above 0 and at most 1"),
         ({"top_k": 1.5}, "sampling.top_k", "whole number"),
-        ({"n": 0}, "sampling.n", "at least 1"),
+        ({"n": 0}, "sampling.n", "from 1 to 16384"),
+        ({"n": 20_000}, "sampling.n", "from 1 to 16384"),
+        ({"allowed_token_ids": []}, "sampling.allowed_token_ids", "at least one token id"),
+        ({"logprobs": 21}, "sampling.logprobs", "engine option max_logprobs"),
+        ({"prompt_logprobs": -1}, "sampling.prompt_logprobs", "the whole vocabulary is more"),
         ({"n": 2, "temperature": 0}, "sampling.n", "not more than one answer"),
         ({"stop": [""]}, "sampling.stop", "non-empty"),
         ({"stop_token_ids": [1, "2"]}, "sampling.stop_token_ids", "token ids"),
@@ -143,6 +150,14 @@ def test_sampling_passes(sampling: dict[str, Any]) -> None:
         ({"max_num_seqs": "64"}, "engine_options.max_num_seqs", "whole number"),
         ({"gpu_memory_utilization": 1.2}, "engine_options.gpu_memory_utilization", "at most 1"),
         ({"enforce_eager": "yes"}, "engine_options.enforce_eager", "true or false"),
+        ({"enable_lora": "no"}, "engine_options.enable_lora", "true or false"),
+        ({"max_loras": 0}, "engine_options.max_loras", "at least 1"),
+        ({"max_logprobs": 2.5}, "engine_options.max_logprobs", "a whole number"),
+        ({"cpu_offload_gb": "4GB"}, "engine_options.cpu_offload_gb", "a number"),
+        ({"revision": 5}, "engine_options.revision", "text"),
+        ({"limit_mm_per_prompt": 2}, "engine_options.limit_mm_per_prompt", "a mapping"),
+        ({"moe_backend": "fast"}, "engine_options.moe_backend", "one of auto, triton"),
+        ({"max_lora_rank": True}, "engine_options.max_lora_rank", "one of 1, 8"),
         ({"model": "other"}, "engine_options.model", "the job's own model"),
         ({"skip_tokenizer_init": True}, "engine_options.skip_tokenizer_init", "tokenizer is needed"),
         ({"_api_process_count": 2}, "engine_options._api_process_count", "no such engine option"),
@@ -352,6 +367,25 @@ def test_options_that_may_fit_pass(options: dict[str, Any], config: dict[str, An
     assert VllmEngine.check(make_spec(engine_options=options), model, SCHEMA) == ("text",)
 
 
+@pytest.mark.parametrize("name", ["stop_token_ids", "allowed_token_ids", "logprob_token_ids", "logit_bias"])
+def test_tokens_are_those_of_the_models_vocabulary(name: str) -> None:
+    model = dataclasses.replace(SMALL, config={**SMALL.config, "vocab_size": 100})
+    made = {99: 1.5} if name == "logit_bias" else [99]
+    VllmEngine.check(make_spec(sampling={name: made}), model, SCHEMA)
+    beyond = {"100": 1.5} if name == "logit_bias" else [5, 100]
+    caught = refusal(make_spec(sampling={name: beyond}), model)
+    assert (caught.field, "token id 100 is not in the model's vocabulary of 100" in caught.message) == (
+        f"sampling.{name}",
+        True,
+    )
+
+
+def test_more_log_probabilities_are_an_engines_option() -> None:
+    model = dataclasses.replace(SMALL, config={**SMALL.config, "vocab_size": 100})
+    for wanted, most in ((21, 21), (-1, -1), (-1, 100)):
+        VllmEngine.check(make_spec(sampling={"logprobs": wanted}, engine_options={"max_logprobs": most}), model, SCHEMA)
+
+
 def test_without_vllm_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.engines.base import EngineContext
 
@@ -373,25 +407,35 @@ def test_check_loads_neither_vllm_nor_torch() -> None:
     assert done.stdout == "set()\n", done.stderr
 
 
+def annotated(kind: Any, names: dict[str, Any]) -> Any:
+    """A field's type without "or None"; its choices as a tuple, if it has some; ``None`` for what is not plain."""
+    if isinstance(kind, str):
+        with contextlib.suppress(NameError):  # one that is imported for type checkers only
+            kind = eval(kind, names)
+    several = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    kinds = [each for each in several if each is not NoneType]
+    if len(kinds) > 1:
+        return None
+    if get_origin(kinds[0]) is Literal:
+        return get_args(kinds[0]) + (None,) * (len(several) - 1)
+    return get_origin(kinds[0]) or kinds[0]
+
+
 @pytest.mark.vllm
 def test_the_tables_are_those_of_the_installed_vllm() -> None:
-    from vllm.config.cache import CacheDType
-    from vllm.config.model import ModelDType
-    from vllm.config.scheduler import SchedulerPolicy
-    from vllm.config.vllm import PerformanceMode
+    from vllm.engine import arg_utils
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.sampling_params import SamplingParams
 
-    assert CHOICES.keys() | set(MAPPINGS) <= ENGINE_FIELDS - ENGINE_REFUSED.keys()
-    assert CHOICES["dtype"] == get_args(ModelDType)
-    assert CHOICES["kv_cache_dtype"] == get_args(CacheDType)
-    assert CHOICES["performance_mode"] == get_args(PerformanceMode)
-    assert CHOICES["scheduling_policy"] == get_args(SchedulerPolicy)
-    fields = {field.name for field in dataclasses.fields(AsyncEngineArgs) if not field.name.startswith("_")}
-    assert fields == ENGINE_FIELDS
-    assert ENGINE_REFUSED.keys() <= fields
-    assert ENGINE_CHECKS.keys() <= fields - ENGINE_REFUSED.keys()
-    assert not OWN_OPTIONS.keys() & fields
+    fields = {field.name: field.type for field in dataclasses.fields(AsyncEngineArgs) if not field.name.startswith("_")}
+    assert fields.keys() == ENGINE_FIELDS
+    assert ENGINE_REFUSED.keys() <= ENGINE_FIELDS
+    assert ENGINE_CHECKS.keys() | OPTION_TYPES.keys() <= ENGINE_FIELDS - ENGINE_REFUSED.keys()
+    assert not OWN_OPTIONS.keys() & ENGINE_FIELDS
+    types = {name: annotated(fields[name], vars(arg_utils)) for name in ENGINE_FIELDS}
+    typed = ENGINE_FIELDS - ENGINE_REFUSED.keys() - ENGINE_CHECKS.keys()
+    assert {name: kind for name in typed if isinstance(kind := types[name], tuple)} == CHOICES
+    assert {name for name in typed if types[name] in (bool, int, float, str, dict)} <= OPTION_TYPES.keys()
     parameters = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
     assert SAMPLING.keys() | SAMPLING_REFUSED.keys() == parameters
     assert not SAMPLING.keys() & SAMPLING_REFUSED.keys()
