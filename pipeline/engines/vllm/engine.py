@@ -25,7 +25,7 @@ from pipeline.engines.vllm.metrics import Measures
 from pipeline.engines.vllm.options import chat_template
 from pipeline.engines.vllm.options import permissions as vllm_permissions
 from pipeline.engines.vllm.options.engine_args import OWN_OPTIONS, check_engine_options
-from pipeline.engines.vllm.options.model_fit import check_sampling_limits, validate_model_config
+from pipeline.engines.vllm.options.model_fit import validate_model_config
 from pipeline.engines.vllm.options.model_support import check_model
 from pipeline.engines.vllm.options.placement import VllmPlacement
 from pipeline.engines.vllm.pooling import PooledRows, Pooling, prompt_of
@@ -105,8 +105,7 @@ class VllmEngine(VllmPlacement):
         check_model(model, spec, pools=pools)
         check_sampling(spec.sampling)
         check_engine_options(spec.engine_options)
-        validate_model_config(model, spec.engine_options)
-        check_sampling_limits(model, spec.sampling, spec.engine_options)
+        validate_model_config(model, spec.engine_options, spec.sampling)
         cached_rows.check(spec)
         if pools:
             pooling.check(spec, model)

@@ -23,9 +23,10 @@ ALL = -1
 """As a number of log probabilities: those of the whole vocabulary."""
 
 
-def validate_model_config(model: Model, options: Mapping[str, Any]) -> None:
-    """Raise :class:`InvalidJob`, naming the option, for what vLLM would refuse only after minutes of loading."""
+def validate_model_config(model: Model, options: Mapping[str, Any], sampling: Mapping[str, Any]) -> None:
+    """Raise :class:`InvalidJob`, naming the field, for what vLLM would refuse only after minutes of loading."""
     _check_batch(options)
+    _check_sampling(model, sampling, options)
     # Overrides change what the configuration file says.
     if model.config and "hf_overrides" not in options:
         config = model.config.get("text_config") or model.config
@@ -33,7 +34,7 @@ def validate_model_config(model: Model, options: Mapping[str, Any]) -> None:
         _check_parallel(config, options)
 
 
-def check_sampling_limits(model: Model, sampling: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+def _check_sampling(model: Model, sampling: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Raise :class:`InvalidJob` for sampling that vLLM refuses with this model and these options, in every row."""
     config = (model.config or {}).get("text_config") or model.config or {}
     size = None if "hf_overrides" in options else config.get("vocab_size")
