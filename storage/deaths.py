@@ -40,7 +40,7 @@ _PHRASES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Toll:
+class FailureCounts:
     """A shard's counters afterwards. ``opens``: a search for a poison row begins, among all rows that are left."""
 
     crashes: int
@@ -52,7 +52,7 @@ class Toll:
         return self.crashes >= MOST_CRASHES or self.losses >= max_losses + (self.crashes >= CAREFUL_AFTER)
 
 
-def after_crash(crashes: int, losses: int, *, progress: bool, alone: bool) -> Toll:
+def after_crash(crashes: int, losses: int, *, progress: bool, alone: bool) -> FailureCounts:
     """The engine, or the whole process, died with rows inside. ``alone``: the rows that were inside are known.
 
     A crash that narrows the search costs no loss. ``progress``: the attempt had flushed a row that was computed.
@@ -60,20 +60,20 @@ def after_crash(crashes: int, losses: int, *, progress: bool, alone: bool) -> To
     crashes += 1
     opens = crashes >= CAREFUL_AFTER and not alone and not progress
     losses = 0 if progress else losses if alone else losses + 1
-    return Toll(crashes, losses, opens)
+    return FailureCounts(crashes, losses, opens)
 
 
-def after_loss(step: Step, crashes: int, losses: int, *, progress: bool, alone: bool) -> Toll:
+def after_loss(step: Step, crashes: int, losses: int, *, progress: bool, alone: bool) -> FailureCounts:
     """The process died at ``step``, or its lease ran out.
 
     Progress makes up for it: a shard that is flushed a little further each time gets through, however often its worker
     dies. Whoever waits for another shard dies of that one.
     """
     if step is Step.WAITING:
-        return Toll(crashes, losses)
+        return FailureCounts(crashes, losses)
     searching = crashes >= CAREFUL_AFTER
     if progress and not searching:
-        return Toll(0, 0)
+        return FailureCounts(0, 0)
     if step is Step.COMPUTING:
         return after_crash(crashes, losses, progress=progress, alone=alone)
-    return Toll(crashes, 0 if progress else losses + 1)
+    return FailureCounts(crashes, 0 if progress else losses + 1)

@@ -194,7 +194,7 @@ def measure_idle() -> None:
         rates = []
         for name, call, every in (
             ("tick of beat", worker.tick, settings.tick_seconds),
-            ("heartbeat", worker._keeper.beat, settings.lease_seconds / 3),
+            ("heartbeat", worker._keeper.heartbeat, settings.lease_seconds / 3),
             ("wake-up in vain", lambda: worker.run("fake"), None),
         ):
             counts.clear()

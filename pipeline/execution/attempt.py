@@ -61,7 +61,7 @@ def execute(
     fit = True
     measures = Measures()
     failpoints.hit("claim.taken")
-    cancel = keeper.hold(claim)
+    cancel = keeper.register(claim)
     forget = interrupt.on_cancel(lambda: cancel.cancel(interrupt.reason or "interrupted"))
     try:
         _run(runtime, claim, cancel, measures)
@@ -93,7 +93,7 @@ def execute(
             _fail(runtime, claim, text, measures, crash=isinstance(error, _DiedRunning))
     finally:
         forget()
-        keeper.drop(claim)
+        keeper.unregister(claim)
     return fit
 
 

@@ -17,8 +17,8 @@ import pyarrow as pa
 
 from pipeline.inputs import row_groups, table_formats
 from pipeline.inputs.convert import KEY_CHARS, Converter, key_of
-from pipeline.inputs.disk_list import Spool
-from pipeline.inputs.formats import Format, Kind, format_of, is_beside_the_point
+from pipeline.inputs.disk_list import DiskBackedList
+from pipeline.inputs.formats import Format, Kind, format_of, is_not_data_file
 from pipeline.inputs.row_groups import InputFile
 from pipeline.inputs.schema import UnifiedSchema
 from pipeline.spec.text_options import TextOptions, TextSpec
@@ -68,8 +68,8 @@ class Inputs:
     Sources and row groups lie on disk, so that planning takes no more memory than the names of the files do.
     """
 
-    sources: Spool[Source]
-    files: Spool[InputFile]
+    sources: DiskBackedList[Source]
+    files: DiskBackedList[InputFile]
     schema: pa.Schema
     originals: list[tuple[str, str]]
     unreadable: Mapping[str, str] = field(default_factory=dict)
@@ -85,7 +85,7 @@ class Inputs:
         if limit is None and sample is None:
             return self
         ranges = [(0, limit)] if limit is not None else row_groups.sample_ranges(self.rows, sample or 0)
-        return replace(self, files=Spool(row_groups.select(self.files, ranges)))
+        return replace(self, files=DiskBackedList(row_groups.select(self.files, ranges)))
 
 
 Processed = Callable[[Sequence[str]], set[tuple[str, str]]]
@@ -149,8 +149,8 @@ def _read(store: ObjectStore, spec: InputSpec, found: Sequence[tuple[_File, Form
     unified = UnifiedSchema()
     converter = Converter(store, TextOptions.of(spec, spec.wanted_columns), work_dir_uri)
     files = list(_parquet_files(store, found, converter))
-    sources: Spool[Source] = Spool()
-    groups: Spool[InputFile] = Spool()
+    sources: DiskBackedList[Source] = DiskBackedList()
+    groups: DiskBackedList[InputFile] = DiskBackedList()
     unreadable = dict(converter.unreadable)
     for idx, (file, stats) in enumerate(zip(files, _footers(store, files), strict=True)):
         unified.add(stats.schema, file.origin, stats.orders)
@@ -165,7 +165,9 @@ def _read(store: ObjectStore, spec: InputSpec, found: Sequence[tuple[_File, Form
         unreadable.setdefault(item.name, _NOT_ASKED_FOR)
     keys = dict.fromkeys(key for file in files for key in file.partition if key not in unified)
     if any(key not in keys for file in files for key in file.partition):
-        sources = Spool(replace(s, partition={k: v for k, v in s.partition.items() if k in keys}) for s in sources)
+        sources = DiskBackedList(
+            replace(s, partition={k: v for k, v in s.partition.items() if k in keys}) for s in sources
+        )
     fields = [*unified.resolved(partial(_range_of, store, files)), *left_out]
     fields = [_typed(item) for item in fields] if any(file.converted for file in files) else fields
     partition = [pa.field(key, _partition_type(key, sources)) for key in keys]
@@ -315,7 +317,7 @@ def _data_files(
     store: ObjectStore, infos: Sequence[ObjectInfo], pattern: str, notify: Callable[[str], None]
 ) -> Sequence[ObjectInfo]:
     """Without what is evidently no data, such as a ``readme.txt``, unless that is all there is or asked for by name."""
-    passed = [info.uri for info in infos if info.uri != pattern and is_beside_the_point(store, info.uri)]
+    passed = [info.uri for info in infos if info.uri != pattern and is_not_data_file(store, info.uri)]
     if not passed or len(passed) == len(infos):
         return infos
     known = frozenset(passed)

@@ -11,7 +11,7 @@ T = TypeVar("T")
 _PAGE = 256
 
 
-class Spool(Generic[T]):
+class DiskBackedList(Generic[T]):
     """Items in the order in which they were added. Plain data only; the file goes with the object."""
 
     def __init__(self, items: Iterable[T] = ()) -> None:
@@ -42,7 +42,7 @@ class Spool(Generic[T]):
         return self._page(page)[within] if page < len(self._pages) else self._tail[within]
 
     def __eq__(self, other: Any) -> bool:
-        if not isinstance(other, Spool):
+        if not isinstance(other, DiskBackedList):
             return NotImplemented
         return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
 

@@ -98,7 +98,7 @@ def format_of(store: ObjectStore, uri: str) -> Format:
     return Format(named)
 
 
-def is_beside_the_point(store: ObjectStore, uri: str) -> bool:
+def is_not_data_file(store: ObjectStore, uri: str) -> bool:
     """Whether a file in a folder of data is evidently none itself (``readme.txt``): no format of ours, none of others.
 
     Names without a suffix are left to :func:`format_of`: warehouses write data under such.

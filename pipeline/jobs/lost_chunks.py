@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipeline.inputs import discovery
 from pipeline.inputs.discovery import Inputs
-from pipeline.inputs.disk_list import Spool
+from pipeline.inputs.disk_list import DiskBackedList
 from pipeline.inputs.row_groups import InputFile
 from pipeline.output.destination import outputs_gone
 from pipeline.planning import repartition
@@ -80,8 +80,8 @@ class _Maker:
 
     def _regroup(self, originals: Sequence[Source], chunks: Sequence[Source]) -> None:
         store, plan, spec = self._store, self._plan, self._spec
-        files = Spool(InputFile(item.idx, parquet.stats(store, item.uri).row_groups) for item in originals)
-        found = Inputs(Spool(originals), files, plan.schema, []).narrowed(limit=spec.limit, sample=spec.sample)
+        files = DiskBackedList(InputFile(item.idx, parquet.stats(store, item.uri).row_groups) for item in originals)
+        found = Inputs(DiskBackedList(originals), files, plan.schema, []).narrowed(limit=spec.limit, sample=spec.sample)
         columns = [name for name in plan.schema.names if name in {*plan.columns, *plan.keep}]
         try:
             rows = repartition.JobRows(store, found, columns, self._limits, self._going_on)

@@ -26,7 +26,7 @@ from storage import locations
 from storage.errors import InputChanged, InvalidInput, InvalidJob, QuotaExceeded, RowmillError
 from storage.objects import output_probe
 from storage.queue import jobs, schedules
-from storage.queue.schedule_fires import Taken
+from storage.queue.schedule_fires import ConsumedFiles
 from storage.records import Job, ShardPlan
 
 
@@ -65,7 +65,7 @@ def plan_job(runtime: Runtime, job: Job, interrupt: Cancellation | None = None, 
     except InvalidJob as error:
         refuse_job(runtime, job, error)
         raise
-    taken = None if schedule_id is None else Taken(schedule_id, tuple(prepared.found.originals))
+    taken = None if schedule_id is None else ConsumedFiles(schedule_id, tuple(prepared.found.originals))
     return store_plan(runtime, job, prepared, taken)
 
 
@@ -123,7 +123,7 @@ def _reordered(context: PlanContext, prepared: Prepared) -> Prepared:
     return replace(prepared, record=replace(record, part_rows=made.part_rows), in_order=made)
 
 
-def store_plan(runtime: Runtime, job: Job, prepared: Prepared, taken: Taken | None = None) -> Job:
+def store_plan(runtime: Runtime, job: Job, prepared: Prepared, taken: ConsumedFiles | None = None) -> Job:
     """Cut the shards and store them with the plan; returns the job, which can be claimed from now on.
 
     ``taken``: the files of an incremental schedule that it takes. Raises :class:`QuotaExceeded` after recording the

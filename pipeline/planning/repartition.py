@@ -19,9 +19,9 @@ from pyroaring import BitMap
 
 from pipeline.inputs import row_groups
 from pipeline.inputs.discovery import Inputs
-from pipeline.inputs.disk_list import Spool
+from pipeline.inputs.disk_list import DiskBackedList
 from pipeline.planning import shard_plan
-from pipeline.planning.spill import RowSpill
+from pipeline.planning.spill import PartitionedSpill
 from pipeline.prefix import range_partition
 from pipeline.prefix.keys import KEY_BYTES, key_columns, keys
 from pipeline.spec.job_spec import JobSpec
@@ -57,8 +57,8 @@ class Regrouped:
     ``part_rows``: how many rows a file of the output gets.
     """
 
-    chunks: Spool[Source]
-    shards: Spool[ShardPlan]
+    chunks: DiskBackedList[Source]
+    shards: DiskBackedList[ShardPlan]
     part_rows: int
 
 
@@ -135,21 +135,21 @@ def regroup(rows: JobRows, spec: JobSpec, work_dir_uri: str) -> Regrouped:
 
     names = list(dict.fromkeys([*rows.columns, *key_columns(spec)]))
     schema = rows.schema
-    with RowSpill(schema, len(cuts) + 1, limits.n_bytes) as spill:
+    with PartitionedSpill(schema, len(cuts) + 1, limits.n_bytes) as spill:
         for numbers, batch in rows.read(names):
-            piles = np.array(
+            partitions = np.array(
                 range_partition.cluster_of(keys(batch.select(list(key_columns(spec)))), cuts), dtype=np.int64
             )
-            spill.put(numbers, piles, batch.select(list(rows.columns)))
+            spill.put(numbers, partitions, batch.select(list(rows.columns)))
         failpoints.hit("plan.spilled")
         key = _key(found, spec, rows.columns, cuts)
-        chunks: Spool[Source] = Spool()
-        shards: Spool[ShardPlan] = Spool()
+        chunks: DiskBackedList[Source] = DiskBackedList()
+        shards: DiskBackedList[ShardPlan] = DiskBackedList()
         row_start = 0
-        for pile in range(len(cuts) + 1):
+        for partition in range(len(cuts) + 1):
             rows.going_on()
             uri = locations.prefix_chunk(work_dir_uri, len(chunks), key)
-            held = _write(store, uri, schema, spill.take(pile))
+            held = _write(store, uri, schema, spill.take(partition))
             if held is None:
                 continue
             failpoints.hit("plan.chunk")
@@ -171,27 +171,27 @@ def regroup_again(rows: JobRows, chunks: Sequence[Source]) -> None:
 
     Errors as in :func:`regroup`.
     """
-    with RowSpill(rows.schema, len(chunks), rows.limits.n_bytes) as spill:
-        piles = _Piles([chunk.rows or BitMap() for chunk in chunks])
+    with PartitionedSpill(rows.schema, len(chunks), rows.limits.n_bytes) as spill:
+        partitions = _Partitions([chunk.rows or BitMap() for chunk in chunks])
         for numbers, batch in rows.read(rows.columns):
-            of = piles.of(numbers)
+            of = partitions.of(numbers)
             mine = of >= 0
             spill.put(numbers[mine], of[mine], batch.filter(pa.array(mine)))
-        for pile, chunk in enumerate(chunks):
+        for partition, chunk in enumerate(chunks):
             rows.going_on()
-            _write(rows.store, chunk.uri, rows.schema, spill.take(pile))
+            _write(rows.store, chunk.uri, rows.schema, spill.take(partition))
 
 
-class _Piles:
+class _Partitions:
     """Which of some sets of rows each row belongs to, looked up a window of neighbouring rows at a time."""
 
-    def __init__(self, piles: Sequence[BitMap]) -> None:
-        self._piles = piles
+    def __init__(self, partitions: Sequence[BitMap]) -> None:
+        self._partitions = partitions
         self._first = 0
         self._window = np.empty(0, dtype=np.int64)
 
     def of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The number of each row's pile, -1 for none. ``rows`` follow each other, and those that were asked before."""
+        """The number of each row's partition, -1 for none. ``rows`` follow each other, and those asked before."""
         found = []
         while len(rows):
             if not 0 <= rows[0] - self._first < len(self._window):
@@ -204,8 +204,8 @@ class _Piles:
     def _look(self, first: int) -> None:
         self._first, self._window = first, np.full(_WINDOW, -1, dtype=np.int64)
         here = BitMap(range(first, min(first + _WINDOW, MOST_ROWS)))
-        for number, pile in enumerate(self._piles):
-            self._window[np.array((pile & here).to_array(), dtype=np.int64) - first] = number
+        for number, partition in enumerate(self._partitions):
+            self._window[np.array((partition & here).to_array(), dtype=np.int64) - first] = number
 
 
 def _key(found: Inputs, spec: JobSpec, columns: Sequence[str], cuts: Sequence[bytes]) -> str:
@@ -219,15 +219,15 @@ def _key(found: Inputs, spec: JobSpec, columns: Sequence[str], cuts: Sequence[by
 
 
 def _write(
-    store: ObjectStore, uri: str, schema: pa.Schema, pile: Iterator[tuple[npt.NDArray[np.int64], pa.Table]]
+    store: ObjectStore, uri: str, schema: pa.Schema, partition: Iterator[tuple[npt.NDArray[np.int64], pa.Table]]
 ) -> BitMap | None:
-    """The rows that were written, or ``None``, and no file, when the pile is empty."""
+    """The rows that were written, or ``None``, and no file, when the partition is empty."""
     held = BitMap()
-    first = next(pile, None)
+    first = next(partition, None)
     if first is None:
         return None
     with parquet.writer(store, uri, schema, keep_existing=True) as file:
-        for rows, table in (first, *pile):
+        for rows, table in (first, *partition):
             held |= BitMap(rows.astype(np.uint32))
             file.write(table)
     return held

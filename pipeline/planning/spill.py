@@ -1,4 +1,4 @@
-"""Rows waiting on disk, in piles: put in as they come, taken out pile by pile, in the order they were put in."""
+"""Rows that wait on disk in partitions: added in any order, read back one partition at a time, first in first out."""
 
 from __future__ import annotations
 
@@ -16,37 +16,38 @@ from storage.objects.errors import explain
 from storage.parquet.arrow_schemas import takeable
 
 ROW, PILE = "__row", "__pile"
-"""Columns that are put before the others: the number that each row came with, and its pile."""
+"""Columns that are put before the others: the number that each row came with, and its partition."""
 FAN_OUT = 128
 """Most stretches of one round. Each has a schema of its own: with 8 MiB a round, one for every 60 KiB."""
 
 
-class RowSpill:
-    """Piles ``0`` to ``n - 1`` in one temporary file, which goes with the object, however the process ends.
+class PartitionedSpill:
+    """Partitions ``0`` to ``n - 1`` in one temporary file, which goes with the object, however the process ends.
 
-    Rows are gathered in memory up to ``n_bytes`` bytes, then sorted by pile (which takes as much again) and appended to
-    the file, compressed with LZ4. Each pile's rows of such a round are a stretch, which costs 16 bytes of memory and
-    some hundred of the file; so more piles than ``FAN_OUT`` are written as groups of neighbours, and a group is dealt
-    out to a file of its own when the first of its piles is taken. Raises :class:`~storage.errors.StorageFull` when the
-    disk is full.
+    Rows are gathered in memory up to ``n_bytes`` bytes, then sorted by partition (which takes as much again) and
+    appended to the file, compressed with LZ4. Each partition's rows of such a round are a stretch, which costs 16 bytes
+    of memory and some hundred of the file. So more partitions than ``FAN_OUT`` are written as groups of neighbours, and
+    a group is dealt out to a file of its own when the first of its partitions is taken.
+
+    Raises :class:`~storage.errors.StorageFull` when the disk is full.
     """
 
-    def __init__(self, schema: pa.Schema, n_piles: int, n_bytes: int) -> None:
+    def __init__(self, schema: pa.Schema, n_partitions: int, n_bytes: int) -> None:
         self._given = schema
         self._schema = pa.schema([pa.field(ROW, pa.int64()), pa.field(PILE, pa.int64()), *takeable(schema)])
         self._limit = n_bytes
-        self._n_piles = n_piles
-        self._group = -(-n_piles // FAN_OUT)
-        """Piles in a group."""
+        self._n_partitions = n_partitions
+        self._group = -(-n_partitions // FAN_OUT)
+        """Partitions in a group."""
         self._file = tempfile.TemporaryFile(prefix="rowmill-rows-")  # noqa: SIM115 - lives as long as the object
-        self._stretches = [array("q") for _ in range(-(-n_piles // self._group))]
+        self._stretches = [array("q") for _ in range(-(-n_partitions // self._group))]
         """By group: where each stretch begins and how long it is, in turn."""
         self._batches: list[pa.RecordBatch] = []
         self._bytes = 0
-        self._dealt: tuple[int, RowSpill] | None = None
+        self._dealt: tuple[int, PartitionedSpill] | None = None
         """The group that was dealt out last."""
 
-    def __enter__(self) -> RowSpill:
+    def __enter__(self) -> PartitionedSpill:
         return self
 
     def __exit__(
@@ -60,27 +61,27 @@ class RowSpill:
         if self._dealt is not None:
             self._dealt[1].close()
 
-    def put(self, rows: npt.NDArray[np.int64], piles: npt.NDArray[np.int64], columns: pa.RecordBatch) -> None:
-        """Add rows: their numbers, the pile of each, and their columns."""
+    def put(self, rows: npt.NDArray[np.int64], partitions: npt.NDArray[np.int64], columns: pa.RecordBatch) -> None:
+        """Add rows: their numbers, the partition of each, and their columns."""
         if not len(rows):
             return
         arrays = [
             column.cast(field.type) for column, field in zip(columns.columns, list(self._schema)[2:], strict=True)
         ]
         self._batches.append(
-            pa.RecordBatch.from_arrays([pa.array(rows), pa.array(piles), *arrays], schema=self._schema)
+            pa.RecordBatch.from_arrays([pa.array(rows), pa.array(partitions), *arrays], schema=self._schema)
         )
         self._bytes += columns.nbytes
         if self._bytes >= self._limit:
             self._write_out()
 
-    def take(self, pile: int) -> Iterator[tuple[npt.NDArray[np.int64], pa.Table]]:
-        """A pile's rows, in the order in which they came, a stretch at a time. Nothing may be put in afterwards.
+    def take(self, partition: int) -> Iterator[tuple[npt.NDArray[np.int64], pa.Table]]:
+        """A partition's rows, in the order in which they came, a stretch at a time. Nothing may be put in afterwards.
 
         Neighbours are best taken one after the other, each to its end: what was dealt out is kept for one group.
         """
         self._write_out()
-        group = pile // self._group
+        group = partition // self._group
         if self._group == 1:
             for rows, _, table in self._read(group):
                 yield rows, table.cast(self._given)
@@ -89,12 +90,15 @@ class RowSpill:
         if self._dealt is None or self._dealt[0] != group:
             if self._dealt is not None:
                 self._dealt[1].close()
-            self._dealt = group, RowSpill(self._given, min(self._group, self._n_piles - first), self._limit)
-            for rows, piles, table in self._read(group):
+            self._dealt = (
+                group,
+                PartitionedSpill(self._given, min(self._group, self._n_partitions - first), self._limit),
+            )
+            for rows, partitions, table in self._read(group):
                 for batch in table.to_batches():
-                    self._dealt[1].put(rows[: len(batch)], piles[: len(batch)] - first, batch)
-                    rows, piles = rows[len(batch) :], piles[len(batch) :]
-        yield from self._dealt[1].take(pile - first)
+                    self._dealt[1].put(rows[: len(batch)], partitions[: len(batch)] - first, batch)
+                    rows, partitions = rows[len(batch) :], partitions[len(batch) :]
+        yield from self._dealt[1].take(partition - first)
 
     def _read(self, group: int) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], pa.Table]]:
         stretches = self._stretches[group]

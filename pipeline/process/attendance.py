@@ -11,7 +11,7 @@ from pipeline.spec.status import JobStatus
 from storage.broker import CONTROL_QUEUE
 from storage.errors import TransientError
 from storage.fleet import attendance, workers
-from storage.fleet.workers import Seen
+from storage.fleet.workers import WorkerStatus
 from storage.records import Job
 from storage.states import JobState
 
@@ -60,6 +60,6 @@ def _with(status: JobStatus, message: str) -> str:
     return message if status.message is None else f"{message}; {status.message}"
 
 
-def _lives(runtime: Runtime, seen: Seen) -> bool:
+def _lives(runtime: Runtime, seen: WorkerStatus) -> bool:
     """On this host a process can be looked for; of another one only its heartbeats are seen."""
     return is_alive(seen.worker) if seen.worker.host == runtime.worker.host else seen.state != "silent"

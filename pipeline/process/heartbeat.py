@@ -70,7 +70,7 @@ class LeaseKeeper:
         self._stop.set()
         self._thread.join()
 
-    def hold(self, claim: Claim) -> Cancellation:
+    def register(self, claim: Claim) -> Cancellation:
         """Keep this claim's lease from now on. The cancellation fires when the attempt has to stop."""
         cancellation = Cancellation()
         with self._lock:
@@ -78,7 +78,7 @@ class LeaseKeeper:
             self._jobs[claim.shard.id, claim.attempt_no] = claim.job.id
         return cancellation
 
-    def drop(self, claim: Claim) -> None:
+    def unregister(self, claim: Claim) -> None:
         """The attempt has ended."""
         with self._lock:
             self._held.pop((claim.shard.id, claim.attempt_no), None)
@@ -91,7 +91,7 @@ class LeaseKeeper:
         for cancellation in held:
             cancellation.cancel(reason)
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """One round: renew, and stop what has to stop."""
         with self._lock:
             held = dict(self._held)
@@ -105,7 +105,7 @@ class LeaseKeeper:
                 held[key].cancel(JOB_STOPPING)
         self._alive()
 
-    def look(self) -> None:
+    def poll_cancellation(self) -> None:
         """Stop the attempts whose jobs are being wound down."""
         with self._lock:
             held, jobs = dict(self._held), dict(self._jobs)
@@ -121,10 +121,10 @@ class LeaseKeeper:
         while not self._stop.wait(self._watch):
             try:
                 if self._watch < self._pause and time.monotonic() < due:
-                    self.look()
+                    self.poll_cancellation()
                     continue
                 due = time.monotonic() + self._pause
-                self.beat()
+                self.heartbeat()
                 if self._tick is not None:
                     self._tick()
             except (TransientError, CommitUnknown) as error:

@@ -22,7 +22,7 @@ from pipeline.spec.job_spec import parse
 from storage import failpoints
 from storage.errors import CommitUnknown, IllegalTransition, RowmillError, TransientError
 from storage.queue import schedules
-from storage.queue.schedules import Decided
+from storage.queue.schedules import DueFire
 from storage.records import Fire, Schedule
 from storage.redaction import redact_text
 from storage.states import FireState, JobState
@@ -67,7 +67,7 @@ def _bring_back(runtime: Runtime) -> None:
                 schedules.advance(runtime.database, schedule, [], next_at)
 
 
-def _decide(runtime: Runtime, schedule: Schedule, clock: float) -> tuple[list[Decided], float]:
+def _decide(runtime: Runtime, schedule: Schedule, clock: float) -> tuple[list[DueFire], float]:
     times = CronTimes(schedule.cron, schedule.tz)
     room = MOST_WAITING - schedules.count_pending(runtime.database, schedule.id)
     found = due(
@@ -80,12 +80,12 @@ def _decide(runtime: Runtime, schedule: Schedule, clock: float) -> tuple[list[De
     )
     if found.late is not None:
         reason = f"noticed {clock - found.late:,.0f} s late, and misfire_grace is {schedule.misfire_grace:,.0f} s"
-        return [Decided(found.late, FireState.SKIPPED, reason, found.missed)], found.next_at
+        return [DueFire(found.late, FireState.SKIPPED, reason, found.missed)], found.next_at
     if room <= 0:
         reason = f"{MOST_WAITING} earlier fires still wait for their job"
-        return [Decided(found.run[-1], FireState.SKIPPED, reason, found.missed)], found.next_at
+        return [DueFire(found.run[-1], FireState.SKIPPED, reason, found.missed)], found.next_at
     first = found.run[0]
-    return [Decided(at, missed=found.missed if at == first else 0) for at in found.run], found.next_at
+    return [DueFire(at, missed=found.missed if at == first else 0) for at in found.run], found.next_at
 
 
 def _submit(runtime: Runtime, schedule: Schedule, fire: Fire) -> str | None:

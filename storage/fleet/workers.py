@@ -44,7 +44,7 @@ class Worker:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class WorkerStatus:
     """A worker as the database knows it. ``silent_seconds``: since its last heartbeat, by the database's clock.
 
     ``warm``: the engines it has loaded (``key``, ``engine``, ``model``, ``bytes``); ``holds``: ids of its shards.
@@ -114,7 +114,7 @@ def touch(
     trouble: str | None = None,
     dropped_messages: int = 0,
 ) -> bool | None:
-    """Say that the worker is alive, and how it is: see :class:`Seen`; and whether it is draining by itself.
+    """Say that the worker is alive, and how it is: see :class:`WorkerStatus`; and whether it is draining by itself.
 
     Returns whether it is to drain (it said so, or somebody asked for it); ``None`` when nobody knows the worker.
     """
@@ -158,7 +158,7 @@ def find(database: Database, id_or_part: str) -> str:
     return found[0]
 
 
-def listed(database: Database) -> list[Seen]:
+def listed(database: Database) -> list[WorkerStatus]:
     """Every worker that is known, by host and start, with the shards that it holds."""
     table, shard = tables.worker, tables.shard
     with database.read() as connection:
@@ -169,7 +169,7 @@ def listed(database: Database) -> list[Seen]:
             sa.select(shard.c.lease_owner, shard.c.id).where(shard.c.state == ShardState.RUNNING).order_by(shard.c.id)
         ).all()
     return [
-        Seen(
+        WorkerStatus(
             worker=_worker(row),
             started_at=row.started_at,
             silent_seconds=max(0.0, row.silent),

@@ -13,23 +13,23 @@ MOST = 4
 
 
 @dataclass(frozen=True, slots=True)
-class _Parked:
+class _OpenReader:
     key: Hashable
     position: int
     reader: Any
 
 
-class Parked:
+class OpenReaderCache:
     """Safe to share between threads; a reader is handed to one taker only. Readers have a ``close``."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._items: list[_Parked] = []  # the longest parked first
+        self._items: list[_OpenReader] = []  # the longest kept first
 
     def park(self, key: Hashable, position: int, reader: Any) -> None:
         """Keep a reader that goes on at ``position``; the one that was kept longest may have to go for it."""
         with self._lock:
-            self._items.append(_Parked((os.getpid(), key), position, reader))
+            self._items.append(_OpenReader((os.getpid(), key), position, reader))
             gone = self._items[:-MOST]
             self._items = self._items[-MOST:]
         for item in gone:
@@ -47,7 +47,7 @@ class Parked:
         return best.reader
 
     def close(self) -> None:
-        """Close what is parked."""
+        """Close the readers."""
         with self._lock:
             items, self._items = self._items, []
         for item in items:

@@ -24,7 +24,7 @@ from storage.objects.info import ObjectInfo, check_name, exactly, listed, local_
 from storage.objects.local_files import OnConflict
 from storage.objects.new_file import NewFile, NewLocalFile, NewRemoteFile, Written
 from storage.objects.range_reader import RangeReader
-from storage.objects.reader_cache import Parked
+from storage.objects.reader_cache import OpenReaderCache
 from storage.objects.retry import response_code, retrying
 
 __all__ = ["NewFile", "ObjectInfo", "ObjectStore", "Written"]
@@ -55,12 +55,12 @@ class ObjectStore:
         self._retry_seconds = retry_seconds
         self._filesystems: dict[tuple[int, str], Any] = {}
         self._lock = threading.Lock()
-        self.parked = Parked()
+        self.open_readers = OpenReaderCache()
         """Parquet readers that stopped within a file, for the shard that goes on there."""
 
     def close(self) -> None:
         """Let go of files that were left open. The store can still be used."""
-        self.parked.close()
+        self.open_readers.close()
 
     def stat(self, uri: str) -> ObjectInfo | None:
         """The object's size and etag; ``None`` when there is none (a folder is none)."""

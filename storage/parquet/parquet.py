@@ -117,7 +117,7 @@ def _read_file(
 ) -> Iterator[tuple[RowIds, pa.RecordBatch]]:
     key = (source.uri, source.etag, tuple(target.names), tuple(map(str, target.types)), batch_rows, batch_bytes)
     _check_unchanged(store, source)
-    reader: Readable | None = store.parked.take(key, pieces[0][1].row_lo)
+    reader: Readable | None = store.open_readers.take(key, pieces[0][1].row_lo)
     if reader is None:
         reader = _open(store, source, target, batch_rows, batch_bytes)
     try:
@@ -145,7 +145,7 @@ def _read_file(
     end = last.row_lo + last.row_n
     if end < reader.footer.num_rows:
         # The next shard often goes on here: it need not decode, or fetch, the row group from its start.
-        store.parked.park(key, end, reader)
+        store.open_readers.park(key, end, reader)
     else:
         reader.close()
 

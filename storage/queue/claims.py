@@ -49,12 +49,12 @@ def claim(
     the fence, sets the lease and opens the attempt.
     """
     with database.write() as connection:
-        lane = None
+        flow = None
         if job_id is not None:
             found = fair_queue.next_of_job(database, connection, job_id, queues)
         else:
             chosen = fair_queue.next_shard(database, connection, queues=queues, warm=warm, keep=keep)
-            found, lane = chosen or (None, None)
+            found, flow = chosen or (None, None)
         if found is None:
             return None
         number = found.attempt_no + 1
@@ -81,8 +81,8 @@ def claim(
         )
         _mark_started(database, connection, found.job_id, owner)
         claimed = _read_claim(connection, found.id, number, owner)
-        if lane is not None:
-            fair_queue.charge(database, connection, lane, len(claimed.todo))
+        if flow is not None:
+            fair_queue.charge(database, connection, flow, len(claimed.todo))
         return claimed
 
 

@@ -1,8 +1,8 @@
 """Which shard a claim takes: highest priority, fair share between tenants, a warm engine, longest due.
 
-Ready shards that are alike in queue, priority, tenant and engine make a *lane*; within one, the longest due comes
-first. A claim reads the front of every lane by one look-up each in ``ix_shard_ready``, so that its cost grows with the
-lanes and not with the shards.
+Ready shards that are alike in queue, priority, tenant and engine make a *flow*; within one, the longest due comes
+first. A claim reads the front of every flow by one look-up each in ``ix_shard_ready``, so that its cost grows with the
+flows and not with the shards.
 
 Fair share is start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996), without a queue of arrivals: a tenant's
 claim starts at ``max(vtime, V)`` and ends ``rows / weight`` later, which is its next ``vtime``; the least start goes
@@ -36,7 +36,7 @@ from storage.states import JobState, ShardState
 AFFINITY_SECONDS = 300.0
 """How long a shard may be passed over for those of the same tenant whose engine is warm. After that it goes first."""
 _FRONT = 8
-"""Lanes tried before all of them are asked for: the first is taken unless other claimers hold what is left in it."""
+"""Flows tried before all of them are asked for: the first is taken unless other claimers hold what is left in it."""
 
 _READY: sa.ColumnClause[str] = sa.literal_column(f"'{ShardState.READY}'")
 _RUNNING: sa.ColumnClause[str] = sa.literal_column(f"'{ShardState.RUNNING}'")
@@ -45,8 +45,8 @@ _CLAIMABLE = (JobState.QUEUED, JobState.IN_PROGRESS)
 
 
 @dataclass(frozen=True, slots=True)
-class Lane:
-    """A lane with a shard that is due, of a tenant that may have one more running.
+class Flow:
+    """A flow with a shard that is due, of a tenant that may have one more running.
 
     ``start`` is where the claim starts in virtual time, ``floor`` the least start of its queue and priority.
     ``contested``: another tenant waits there as well. ``capped``: the tenant has a ``max_running``.
@@ -69,27 +69,27 @@ def next_shard(
     queues: Collection[str] | None,
     warm: Collection[str],
     keep: Collection[str] = (),
-) -> tuple[sa.Row[Any], Lane] | None:
-    """The row of the shard to claim, locked, and its lane; ``None`` when nothing may be claimed now.
+) -> tuple[sa.Row[Any], Flow] | None:
+    """The row of the shard to claim, locked, and its flow; ``None`` when nothing may be claimed now.
 
     ``queues`` are those to serve (``None``: all), ``warm`` the keys of the engines that are loaded here, ``keep`` of
-    those whose loading has not paid off yet: their lanes go before another tenant's turn.
+    those whose loading has not paid off yet: their flows go before another tenant's turn.
     """
     shard = tables.shard
     for limit in (_FRONT, None):
-        found = due_lanes(connection, queues=queues, warm=warm, keep=keep, limit=limit)
-        for lane in found:
+        found = due_flows(connection, queues=queues, warm=warm, keep=keep, limit=limit)
+        for flow in found:
             row = _take(
                 database,
                 connection,
-                lane.tenant if lane.capped else None,
-                shard.c.queue == lane.queue,
-                shard.c.priority == lane.priority,
-                shard.c.tenant == lane.tenant,
-                shard.c.engine_key == lane.engine_key,
+                flow.tenant if flow.capped else None,
+                shard.c.queue == flow.queue,
+                shard.c.priority == flow.priority,
+                shard.c.tenant == flow.tenant,
+                shard.c.engine_key == flow.engine_key,
             )
             if row is not None:
-                return row, lane
+                return row, flow
         if limit is None or len(found) < limit:
             return None
     return None
@@ -111,22 +111,22 @@ def next_of_job(
     return _take(database, connection, capped, *where)
 
 
-def charge(database: Database, connection: sa.Connection, lane: Lane, rows: int) -> None:
+def charge(database: Database, connection: sa.Connection, flow: Flow, rows: int) -> None:
     """Move the tenant on by the ``rows`` it was given, if others waited. The claim's last statement.
 
     So claimers of one tenant wait for each other's COMMIT at most.
     """
-    if not lane.contested:
+    if not flow.contested:
         return
     share, tenant = tables.tenant_share, tables.tenant
     cost = sa.cast(max(1, rows), sa.Double()) / tenant.c.weight
     first = sa.select(
         tenant.c.name,
-        sa.literal(lane.queue, Text()),
-        sa.literal(lane.priority, sa.Integer()),
-        sa.literal(lane.start, sa.Double()) + cost,
-        sa.literal(lane.floor, sa.Double()),
-    ).where(tenant.c.name == lane.tenant)
+        sa.literal(flow.queue, Text()),
+        sa.literal(flow.priority, sa.Integer()),
+        sa.literal(flow.start, sa.Double()) + cost,
+        sa.literal(flow.floor, sa.Double()),
+    ).where(tenant.c.name == flow.tenant)
     insert = sqlite.insert if database.sqlite else postgresql.insert
     statement = insert(share).from_select(
         [share.c.tenant, share.c.queue, share.c.priority, share.c.vtime, share.c.vstart], first
@@ -135,9 +135,9 @@ def charge(database: Database, connection: sa.Connection, lane: Lane, rows: int)
         statement.on_conflict_do_update(
             index_elements=[share.c.queue, share.c.priority, share.c.tenant],
             set_={
-                "vtime": _greatest(share.c.vtime, lane.start)
-                + sa.select(cost).where(tenant.c.name == lane.tenant).scalar_subquery(),
-                "vstart": _greatest(share.c.vstart, lane.floor),
+                "vtime": _greatest(share.c.vtime, flow.start)
+                + sa.select(cost).where(tenant.c.name == flow.tenant).scalar_subquery(),
+                "vstart": _greatest(share.c.vstart, flow.floor),
             },
         )
     )
@@ -190,25 +190,25 @@ def _running(name: sa.ColumnElement[str]) -> sa.ScalarSelect[int]:
     return query.where(shard.c.state == _RUNNING, shard.c.tenant == name).scalar_subquery()
 
 
-def due_lanes(
+def due_flows(
     connection: sa.Connection,
     *,
     queues: Collection[str] | None,
     warm: Collection[str],
     keep: Collection[str] = (),
     limit: int | None = None,
-) -> list[Lane]:
-    """The lanes that may be claimed from, best first, at most ``limit`` of them."""
+) -> list[Flow]:
+    """The flows that may be claimed from, best first, at most ``limit`` of them."""
     if queues is not None and not queues:
         return []
     names = {f"queue_{number}": queue for number, queue in enumerate(sorted(set(queues or ())))}
     values: dict[str, Any] = {**names, "warm": sorted(warm), "keep": sorted(keep), "affinity": AFFINITY_SECONDS}
     if limit is not None:
         values["front"] = limit
-    query = _lanes_query(None if queues is None else len(names), limit is not None)
+    query = _flows_query(None if queues is None else len(names), limit is not None)
     found = connection.execute(query, values).all()
     return [
-        Lane(
+        Flow(
             row.queue,
             row.priority,
             row.tenant,
@@ -223,46 +223,46 @@ def due_lanes(
 
 
 @lru_cache(maxsize=64)
-def _lanes_query(n_queues: int | None, limited: bool) -> sa.Select[Any]:
-    lane, tenant, share = _fronts(n_queues), tables.tenant, tables.tenant_share
+def _flows_query(n_queues: int | None, limited: bool) -> sa.Select[Any]:
+    flow, tenant, share = _fronts(n_queues), tables.tenant, tables.tenant_share
     clock = sa.select(now()).scalar_subquery()
     stood = sa.select(share.c.queue, share.c.priority, sa.func.max(share.c.vstart).label("vstart"))
     stands = stood.group_by(share.c.queue, share.c.priority).subquery("virtual")
     virtual = sa.func.coalesce(stands.c.vstart, 0.0)
     vtime = sa.func.coalesce(share.c.vtime, 0.0)
     start = sa.case((vtime > virtual, vtime), else_=virtual)
-    same = [lane.c.queue, lane.c.priority]
+    same = [flow.c.queue, flow.c.priority]
     rank = sa.case(
-        (lane.c.run_after < clock - sa.bindparam("affinity", type_=sa.Double()), 0),
-        (lane.c.engine_key.in_(sa.bindparam("warm", expanding=True)), 1),
+        (flow.c.run_after < clock - sa.bindparam("affinity", type_=sa.Double()), 0),
+        (flow.c.engine_key.in_(sa.bindparam("warm", expanding=True)), 1),
         else_=2,
     )
-    kept = sa.case((lane.c.engine_key.in_(sa.bindparam("keep", expanding=True)), 0), else_=1)
+    kept = sa.case((flow.c.engine_key.in_(sa.bindparam("keep", expanding=True)), 0), else_=1)
     due = (
         sa.select(
-            lane,
+            flow,
             start.label("start"),
             sa.func.min(start).over(partition_by=same).label("floor"),
             kept.label("kept"),
             rank.label("rank"),
             tenant.c.max_running,
-            sa.func.min(lane.c.tenant).over(partition_by=same).label("first_tenant"),
-            sa.func.max(lane.c.tenant).over(partition_by=same).label("last_tenant"),
+            sa.func.min(flow.c.tenant).over(partition_by=same).label("first_tenant"),
+            sa.func.max(flow.c.tenant).over(partition_by=same).label("last_tenant"),
         )
         .select_from(
-            lane.outerjoin(tenant, tenant.c.name == lane.c.tenant)
+            flow.outerjoin(tenant, tenant.c.name == flow.c.tenant)
             .outerjoin(
                 share,
                 sa.and_(
-                    share.c.queue == lane.c.queue,
-                    share.c.priority == lane.c.priority,
-                    share.c.tenant == lane.c.tenant,
+                    share.c.queue == flow.c.queue,
+                    share.c.priority == flow.c.priority,
+                    share.c.tenant == flow.c.tenant,
                 ),
             )
-            .outerjoin(stands, sa.and_(stands.c.queue == lane.c.queue, stands.c.priority == lane.c.priority))
+            .outerjoin(stands, sa.and_(stands.c.queue == flow.c.queue, stands.c.priority == flow.c.priority))
         )
-        .where(lane.c.run_after <= clock)
-        .where(sa.or_(tenant.c.max_running.is_(None), _running(lane.c.tenant) < tenant.c.max_running))
+        .where(flow.c.run_after <= clock)
+        .where(sa.or_(tenant.c.max_running.is_(None), _running(flow.c.tenant) < tenant.c.max_running))
         .subquery("due")
     )
     ahead = due.c.start - due.c.floor
@@ -272,7 +272,7 @@ def _lanes_query(n_queues: int | None, limited: bool) -> sa.Select[Any]:
 
 
 def _fronts(n_queues: int | None) -> sa.CTE:
-    """The first shard of every lane of the queues, by hopping over the index (a loose index scan)."""
+    """The first shard of every flow of the queues, by hopping over the index (a loose index scan)."""
     job, here = tables.job, tables.shard.alias("s")
     if n_queues is None:
         asked = sa.select(job.c.queue.label("queue")).where(job.c.state.in_(_CLAIMABLE)).distinct().subquery("asked")
@@ -281,24 +281,24 @@ def _fronts(n_queues: int | None) -> sa.CTE:
         asked = (sa.union_all(*each) if len(each) > 1 else each[0]).subquery("asked")
     columns = (here.c.id, here.c.queue, here.c.priority, here.c.tenant, here.c.engine_key, here.c.run_after)
     first = sa.select(*columns).join_from(asked, here, here.c.id == _first_id(asked.c.queue))
-    lanes = first.cte("lane", recursive=True)
-    after = sa.select(*columns).join_from(lanes, here, here.c.id == _first_id(lanes.c.queue, lanes))
-    return lanes.union_all(after)
+    flows = first.cte("flow", recursive=True)
+    after = sa.select(*columns).join_from(flows, here, here.c.id == _first_id(flows.c.queue, flows))
+    return flows.union_all(after)
 
 
 def _first_id(queue: sa.ColumnElement[str], after: sa.CTE | None = None) -> sa.ScalarSelect[str]:
     shard = tables.shard.alias("n")
-    lane = (shard.c.priority, shard.c.tenant, shard.c.engine_key)
+    flow = (shard.c.priority, shard.c.tenant, shard.c.engine_key)
     query = sa.select(shard.c.id).where(shard.c.state == _READY)
     if after is None:
         # Not "=": after an ANALYZE of a small table SQLite would then make an index of its own, for each query.
         query = query.where(shard.c.queue.between(queue, queue))
     else:
         query = query.where(shard.c.queue == queue)
-        # Made so that SQLite (3.40) seeks past the lane instead of reading through it: it compares rows by the whole
+        # Made so that SQLite (3.40) seeks past the flow instead of reading through it: it compares rows by the whole
         # index only where the right side has no affinity (expressions, not columns), and begins at equal ones.
         nothing = sa.literal_column("''", sa.Text())
         never: sa.ColumnClause[float] = sa.literal_column("1e300", sa.Double())
         last = (after.c.priority + sa.literal_column("0"), after.c.tenant + nothing, after.c.engine_key + nothing)
-        query = query.where(sa.tuple_(*lane, shard.c.run_after) > sa.tuple_(*last, never))
-    return query.order_by(shard.c.queue, *lane, shard.c.run_after, shard.c.id).limit(1).scalar_subquery()
+        query = query.where(sa.tuple_(*flow, shard.c.run_after) > sa.tuple_(*last, never))
+    return query.order_by(shard.c.queue, *flow, shard.c.run_after, shard.c.id).limit(1).scalar_subquery()

@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 
 from storage.errors import Conflict, IllegalTransition, NotFound
 from storage.queue import schedule_fires
-from storage.queue.schedule_fires import Taken
+from storage.queue.schedule_fires import ConsumedFiles
 from storage.records import Event, FireKey, Job, ShardPlan, Source
 from storage.sql import row_mapping, tables
 from storage.sql.database import Database, now, pack
@@ -152,7 +152,7 @@ def set_planned(
     sources: Iterable[Source],
     shards: Iterable[ShardPlan],
     actor: str,
-    taken: Taken | None = None,
+    taken: ConsumedFiles | None = None,
 ) -> Job:
     """Store the plan and its shards, and queue the job: one transaction, so a job is planned or not, never half.
 

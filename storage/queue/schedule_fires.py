@@ -16,7 +16,7 @@ from storage.states import FireState
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class ConsumedFiles:
     """The files (URI and etag) that the job of an incremental schedule takes: processed, once the job has completed."""
 
     schedule_id: str
@@ -43,7 +43,7 @@ def submitted(connection: sa.Connection, key: FireKey, job_id: str) -> None:
         raise IllegalTransition("fire", "unlocked", FireState.SUBMITTED, "it was not pending")
 
 
-def take(connection: sa.Connection, job_id: str, taken: Taken, chunk: int = 500) -> None:
+def take(connection: sa.Connection, job_id: str, taken: ConsumedFiles, chunk: int = 500) -> None:
     """Note the files that a job takes, in the transaction that stores its plan."""
     rows = [{"job_id": job_id, "schedule_id": taken.schedule_id, "uri": uri, "etag": etag} for uri, etag in taken.files]
     for start in range(0, len(rows), chunk):

@@ -22,7 +22,7 @@ _CHUNK = 500
 
 
 @dataclass(frozen=True, slots=True)
-class Decided:
+class DueFire:
     """A fire to be recorded: as ``pending``, or as ``skipped`` for ``reason``. ``missed``: see :class:`Fire`."""
 
     fire_at: float
@@ -145,7 +145,7 @@ def _with_clock(database: Database, which: sa.ColumnElement[bool]) -> list[tuple
         return [(row_mapping.schedule(row), float(row.clock)) for row in connection.execute(query)]
 
 
-def advance(database: Database, schedule: Schedule, fires: Sequence[Decided], next_at: float) -> bool:
+def advance(database: Database, schedule: Schedule, fires: Sequence[DueFire], next_at: float) -> bool:
     """Record what came due and move on to ``next_at``, in one transaction.
 
     ``False``, and nothing has changed, when the schedule is not as it was read: another tick was faster, or it was

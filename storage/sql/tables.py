@@ -192,8 +192,8 @@ shard = sa.Table(
     postgresql_with={"fillfactor": "70"},
 )
 
-# A claim reads one row off the front of one of these, however many shards there are. The first is read lane by lane
-# (storage.queue.fair_queue), all of it ascending so that one row comparison leads from a lane to the next.
+# A claim reads one row off the front of one of these, however many shards there are. The first is read flow by flow
+# (storage.queue.fair_queue), all of it ascending so that one row comparison leads from a flow to the next.
 _READY_ORDERS = {
     "ix_shard_ready": (shard.c.queue, shard.c.priority, shard.c.tenant, shard.c.engine_key),
     "ix_shard_ready_of_job": (shard.c.job_id, shard.c.priority.desc()),

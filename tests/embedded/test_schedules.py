@@ -25,7 +25,7 @@ from pipeline.worker.worker import Worker
 from storage.errors import Conflict, InvalidJob, NotFound, Unreachable
 from storage.fleet import job_lookup
 from storage.queue import jobs, schedules
-from storage.queue.schedules import Decided
+from storage.queue.schedules import DueFire
 from storage.records import Fire, Job
 from storage.sql import tables
 from storage.states import FireState, JobState
@@ -77,7 +77,7 @@ class House:
         """The schedule comes due at noon of a day of March 2026, and one tick sees to it."""
         found = self.client.schedules.get(name)
         at = NOON + (day - 1) * DAY
-        assert schedules.advance(self.runtime.database, found, [Decided(at)], FAR)
+        assert schedules.advance(self.runtime.database, found, [DueFire(at)], FAR)
         self.tick()
         return self.fire(day, name)
 
@@ -148,7 +148,7 @@ def test_a_tick_that_is_late_does_nothing(house: House) -> None:
     stale = house.client.schedules.get("daily")
     fire = house.come_due(1)
     before = house.client.schedules.get("daily")
-    assert not schedules.advance(house.runtime.database, stale, [Decided(NOON + 5 * DAY)], NOON + 6 * DAY)
+    assert not schedules.advance(house.runtime.database, stale, [DueFire(NOON + 5 * DAY)], NOON + 6 * DAY)
     assert house.client.schedules.get("daily") == before
     house.run(fire)
     pending = replace(fire, state=FireState.PENDING, job_id=None, job_state=None)
@@ -394,7 +394,7 @@ def test_a_quota_that_is_used_up_is_recorded_and_stops_nobody(house: House) -> N
     house.add("lucky")
     for name, tenant in (("unlucky", "small"), ("lucky", "default")):
         found = house.client.schedules.get(name, tenant)
-        assert schedules.advance(database, found, [Decided(NOON)], FAR)
+        assert schedules.advance(database, found, [DueFire(NOON)], FAR)
     house.tick()
     (unlucky,) = house.client.schedules.fires("unlucky", "small")
     assert (unlucky.state, unlucky.job_id) == (FireState.FAILED, None)

@@ -37,6 +37,7 @@ class Spec:
     output: str
     encoding: str | None = None
     csv_delimiter: str | None = None
+    request_column: str | None = None
     csv_types: str = "auto"
     csv_schema: Mapping[str, str] = field(default_factory=dict)
     wanted_columns: frozenset[str] | None = None

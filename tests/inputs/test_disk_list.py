@@ -5,23 +5,23 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.inputs.disk_list import _PAGE, Spool
+from pipeline.inputs.disk_list import _PAGE, DiskBackedList
 
 
 @given(st.integers(0, 3 * _PAGE), st.integers(0, 3 * _PAGE))
 def test_a_spool_is_a_list(count: int, also: int) -> None:
     items = [(n, "x" * (n % 7)) for n in range(count)]
-    spool = Spool(items)
+    spool = DiskBackedList(items)
     assert len(spool) == count
     assert list(spool) == items == list(spool)
     for index in {0, count // 2, count - 1, -1} if count else ():
         assert spool[index] == items[index]
-    assert (spool == Spool(range(also))) == (count == also == 0)
-    assert spool == Spool(items)
+    assert (spool == DiskBackedList(range(also))) == (count == also == 0)
+    assert spool == DiskBackedList(items)
 
 
 def test_it_can_grow_while_it_is_read() -> None:
-    spool = Spool(range(2 * _PAGE))
+    spool = DiskBackedList(range(2 * _PAGE))
     for item in spool:
         if item < _PAGE:
             spool.append(2 * _PAGE + item)

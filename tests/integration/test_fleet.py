@@ -25,7 +25,7 @@ import yaml
 from pipeline import Client
 from pipeline.config.settings import Settings
 from storage.fleet import workers
-from storage.fleet.workers import Seen
+from storage.fleet.workers import WorkerStatus
 from storage.states import AttemptState, JobState, ShardState
 from tests.conftest import S3
 from tests.faults.driver import REPOSITORY, Process, environment, wait_until
@@ -66,12 +66,12 @@ class Fleet:
         self._stack.enter_context(process)
         return process
 
-    def row(self, process: Process) -> Seen | None:
+    def row(self, process: Process) -> WorkerStatus | None:
         """What the database knows of the worker in this process."""
         assert process.running(), f"it has ended:\n{process.err}"
         return next((seen for seen in workers.listed(self.database) if seen.worker.pid == process.pid), None)
 
-    def registered(self, process: Process) -> Seen:
+    def registered(self, process: Process) -> WorkerStatus:
         return wait_until(lambda: self.row(process), "the worker's registration", deadline=DEADLINE)  # type: ignore[return-value]
 
     def rowmill(self, *arguments: str) -> subprocess.CompletedProcess[str]:

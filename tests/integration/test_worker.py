@@ -16,7 +16,7 @@ import pytest
 from pipeline.config.settings import Settings
 from pipeline.process.runtime import start as start_runtime
 from storage.fleet import workers
-from storage.fleet.workers import Seen
+from storage.fleet.workers import WorkerStatus
 from storage.sql import tables
 from storage.sql.database import now
 from storage.states import AttemptState, JobState
@@ -34,7 +34,7 @@ def start(world: World, *arguments: str, **settings: Any) -> Process:
     return world._started(command, "worker", world.settings.model_copy(update=settings))
 
 
-def known(world: World) -> list[Seen]:
+def known(world: World) -> list[WorkerStatus]:
     return workers.listed(world.database)
 
 
@@ -80,11 +80,11 @@ def test_one_command_plans_runs_and_publishes_even_when_every_slot_is_taken(
     assert beat.running()
 
 
-def alive(world: World) -> list[Seen]:
+def alive(world: World) -> list[WorkerStatus]:
     return [seen for seen in known(world) if Path(f"/proc/{seen.worker.pid}").exists()]
 
 
-def roles_of(world: World) -> dict[tuple[str, ...], Seen]:
+def roles_of(world: World) -> dict[tuple[str, ...], WorkerStatus]:
     return {seen.worker.queues: seen for seen in alive(world)}
 
 

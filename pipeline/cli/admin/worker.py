@@ -15,7 +15,7 @@ from pipeline.cli.exec_module import become
 from storage.errors import EngineMissing, InvalidJob, InvalidSettings, NotFound, Unreachable, WaitTimeout
 
 if TYPE_CHECKING:
-    from storage.fleet.workers import Seen
+    from storage.fleet.workers import WorkerStatus
     from storage.sql.database import Database
 
 app = typer.Typer(help="Workers of a fleet: start, list, drain.", no_args_is_help=True)
@@ -152,7 +152,7 @@ def list_workers(invocation: Invocation) -> None:
     output.emit(output.table(columns, lines, right=("slots", "shards")))
 
 
-def _worker(seen: Seen) -> dict[str, Any]:
+def _worker(seen: WorkerStatus) -> dict[str, Any]:
     worker = seen.worker
     return {
         "id": worker.id,
@@ -215,7 +215,7 @@ def drain(
         invocation.notice("no workers")
 
 
-def _wait(known: Callable[[], dict[str, Seen]], asked: list[str], timeout: float | None) -> None:
+def _wait(known: Callable[[], dict[str, WorkerStatus]], asked: list[str], timeout: float | None) -> None:
     deadline = None if timeout is None else time.monotonic() + timeout
     while left := [seen for worker_id, seen in known().items() if worker_id in asked]:
         if dead := [f"{seen.worker.id} {why}" for seen in left if (why := _death(seen))]:
@@ -226,7 +226,7 @@ def _wait(known: Callable[[], dict[str, Seen]], asked: list[str], timeout: float
         time.sleep(_POLL_SECONDS)
 
 
-def _death(seen: Seen) -> str | None:
+def _death(seen: WorkerStatus) -> str | None:
     """What there is to say of a worker that is dead, or seems to be; ``None`` of one that lives."""
     import platform
 
@@ -271,7 +271,7 @@ def health(invocation: Invocation) -> int:
     return errors.OK if healthy else errors.ERROR
 
 
-def _health(seen: Seen) -> str:
+def _health(seen: WorkerStatus) -> str:
     said = f"{seen.worker.id}  {seen.state}"
     if seen.state == "silent":
         return f"{said}: no work can be had, it gave no sign of life for {output.duration(seen.silent_seconds)}"

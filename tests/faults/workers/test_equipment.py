@@ -127,7 +127,7 @@ def test_a_worker_that_is_told_to_end_while_an_engine_loads(world: World, how: s
             worker.flush()
         else:
             world.client.job(job_id).cancel()
-            worker._keeper.beat()
+            worker._keeper.heartbeat()
         thread.join(60)
         assert not thread.is_alive()
     finally:

@@ -151,7 +151,9 @@ def test_the_next_slice_of_a_row_group_goes_on_where_the_last_one_ended(tmp_path
         read([found], [(0, 400_000, 10)], store=store)
     assert values_of(read([found], [(0, 1_000_000, 10)], store=store)) == list(range(1_000_000, 1_000_010))
     read([found], [(0, 2_900_000, 100_000)], store=store)
-    assert store.parked.take((found.uri, found.etag, ("a",), 1000, 2**24), 3_000_000) is None, "nothing is left of it"
+    assert store.open_readers.take((found.uri, found.etag, ("a",), 1000, 2**24), 3_000_000) is None, (
+        "nothing is left of it"
+    )
 
 
 def test_only_a_few_readers_are_left_open(tmp_path: Path) -> None:

@@ -113,9 +113,9 @@ def test_a_heartbeat_tells_held_from_lost_from_stopping(database: Database) -> N
 def test_a_cancel_is_seen_between_heartbeats(database: Database) -> None:
     one, two = planned_job(database, shards=1), planned_job(database, shards=1)
     keeper = LeaseKeeper(database, worker_id=OWNER, lease_seconds=LEASE, watch_seconds=0.01)
-    held = [keeper.hold(take(database, job)) for job in (one, two)]
+    held = [keeper.register(take(database, job)) for job in (one, two)]
     jobs.request_stop(database, two.id, "cancelled", actor="test")
-    keeper.look()
+    keeper.poll_cancellation()
     assert [cancel.reason for cancel in held] == [None, JOB_STOPPING]
     assert claims.stopping(database, {one.id, two.id, "nobody"}) == {two.id}
 
