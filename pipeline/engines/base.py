@@ -50,6 +50,7 @@ __all__ = [
     "EngineMissing",
     "FeedsGraphs",
     "FitsModels",
+    "GivesNotices",
     "InvalidInput",
     "InvalidJob",
     "InvalidModel",
@@ -278,6 +279,16 @@ class ChecksRequests(Protocol):
 
         ``check`` covers it too. Raises :class:`~storage.errors.InvalidJob`.
         """
+        ...
+
+
+@runtime_checkable
+class GivesNotices(Protocol):
+    """An engine class that can tell what of a request works, and is hardly meant."""
+
+    @classmethod
+    def notices(cls, spec: JobSpec, model: Model) -> Iterable[str]:
+        """Sentences for the user, at submit. The request has passed ``check_request``. Loads nothing."""
         ...
 
 

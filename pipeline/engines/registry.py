@@ -16,6 +16,7 @@ import pyarrow as pa
 from pipeline.engines.base import (
     ChecksRequests,
     Engine,
+    GivesNotices,
     NamesResults,
     NeedsOfHost,
     NeedsPackage,
@@ -168,6 +169,12 @@ def check_request(name: str, spec: JobSpec, model: Model) -> None:
         raise InvalidJob(f"engine {name!r} carries no state from row to row; leave it out", field="sequence")
     if issubclass(kind, ChecksRequests) and _goes_with(kind, "check_request", "check"):
         kind.check_request(spec, model)
+
+
+def notices(name: str, spec: JobSpec, model: Model) -> Iterable[str]:
+    """What the engine has to say about a request that passed :func:`check_request`."""
+    kind = engine_class(name)
+    return kind.notices(spec, model) if issubclass(kind, GivesNotices) else ()
 
 
 def check(name: str, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:

@@ -44,6 +44,7 @@ def estimate(runtime: Runtime, fields: dict[str, Any]) -> Estimate:
     """Read the input's footers as planning would, and store nothing. Raises :class:`InvalidJob` and its kin."""
     request = preflight.request_of(runtime, fields)
     spec = request.spec
+    _notice(runtime, request)
     work = locations.work_dir(spec.output, f"estimate-{secrets.token_hex(8)}")
     try:
         found = discovery.discover(runtime.store, spec, work)
@@ -59,6 +60,11 @@ def estimate(runtime: Runtime, fields: dict[str, Any]) -> Estimate:
         engine=request.engine,
         columns=columns.read,
     )
+
+
+def _notice(runtime: Runtime, request: preflight.Request) -> None:
+    for notice in registry.notices(request.engine, request.spec, request.model):
+        runtime.notify(notice)
 
 
 def submit_job(
@@ -79,6 +85,7 @@ def submit_job(
         return same
     is_new = live is None and not jobs.has_key(runtime.database, spec.tenant, spec.idempotency_key)
     if is_new:
+        _notice(runtime, request)
         if not plan and fire is None and runtime.settings.broker_url is not None:
             preflight.check_in_fleet(runtime, request)
         else:

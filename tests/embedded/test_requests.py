@@ -12,8 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from onnx import helper, numpy_helper
 from openai.types import Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from pipeline import Client
 from pipeline.config.settings import Settings
@@ -22,6 +26,7 @@ from pipeline.requests import job
 from pipeline.spec.job_spec import JobSpec, Task
 from storage.errors import InvalidInput, InvalidJob
 from storage.states import JobState
+from tests.engines.onnx.support import FLOAT, INT64, graph, value
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 
@@ -127,6 +132,64 @@ def test_lists_of_prompts_and_inputs_are_one_response_each(client: Client, tmp_p
     assert bodies[1]["usage"] == {"prompt_tokens": 2, "total_tokens": 2}
     assert len(short["embedding"]) == 2
     assert np.linalg.norm(short["embedding"]) == pytest.approx(1)
+
+
+def tiny_encoder(folder: Path) -> str:
+    """A graph that looks up a vector for each token of at most 8, and the tokenizer beside it."""
+    words = {word: at for at, word in enumerate(["[PAD]", "[UNK]", "one", "two", "three", "words", "here", "word"])}
+    table = np.random.default_rng(0).standard_normal((len(words), 6)).astype(np.float32)
+    path = graph(
+        folder / "model.onnx",
+        [helper.make_node("Gather", ["table", "input_ids"], ["last_hidden_state"])],
+        [value("input_ids", INT64, ["n", "s"])],
+        [value("last_hidden_state", FLOAT, ["n", "s", table.shape[1]])],
+        [numpy_helper.from_array(table, "table")],
+    )
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 8}))
+    return str(path)
+
+
+def test_an_encoder_embeds_each_input_as_it_does_a_row(client: Client, tmp_path: Path) -> None:
+    """On ONNX Runtime: the vectors of a column of texts, request by request; what does not fit fails its own."""
+    texts = ["one", "two words", "three words here"]
+    model = tiny_encoder(tmp_path / "model")
+    pq.write_table(pa.table({"text": texts}), tmp_path / "texts.parquet")
+    job: dict[str, Any] = {"model": model, "task": "embed", "pooling": "mean", "normalize": True}
+    client.run(input=str(tmp_path / "texts.parquet"), output=str(tmp_path / "plain"), column="text", **job)
+    wanted = rows(tmp_path / "plain")
+    vectors = np.array([row["embedding"] for row in wanted], np.float32)
+    too_long = "word " * 50
+    source = batch_file(
+        tmp_path / "inputs.jsonl",
+        line("a", EMBEDDINGS, input=texts[0]),
+        line("b", EMBEDDINGS, input=texts[::-1], encoding_format="base64"),
+        line("c", EMBEDDINGS, input=texts[1], dimensions=4),
+        line("d", EMBEDDINGS, input=[texts[2], too_long]),
+        line("e", EMBEDDINGS, input=""),
+        line("f", EMBEDDINGS, input=texts[1], dimensions=10_000),
+    )
+    for overlong, failing in {"error": "def", "truncate": "ef"}.items():
+        out = tmp_path / overlong
+        done = client.run(input=source, output=str(out), openai_lines=True, overlong=overlong, shard_rows=4, **job)
+        assert done.rows_failed == len(failing)
+        found = {row["custom_id"]: row for row in rows(out)}
+        assert [name for name, row in found.items() if row["error"]] == list(failing)
+        assert [each["custom_id"] for each in lines_of(out / "openai/errors.jsonl")] == list(failing)
+        bodies = {name: json.loads(row["response"]) for name, row in found.items() if not row["error"]}
+        single = CreateEmbeddingResponse.model_validate(bodies["a"])
+        assert single.data[0].embedding == pytest.approx(vectors[0], abs=1e-6)
+        assert single.usage.prompt_tokens == wanted[0]["prompt_tokens"]
+        assert found["a"]["embedding"] == pytest.approx(vectors[0], abs=1e-6)
+        packed = [np.frombuffer(base64.b64decode(item["embedding"]), "<f4") for item in bodies["b"]["data"]]
+        assert np.stack(packed) == pytest.approx(vectors[::-1], abs=1e-6)
+        assert bodies["b"]["usage"]["total_tokens"] == sum(row["prompt_tokens"] for row in wanted)
+        short = vectors[1, :4] / np.linalg.norm(vectors[1, :4])
+        assert found["c"]["embedding"] == pytest.approx(short, abs=1e-6)
+        if overlong == "truncate":
+            assert bodies["d"]["usage"]["prompt_tokens"] == wanted[2]["prompt_tokens"] + 8
 
 
 @pytest.mark.parametrize("kind", ["text", "bytes", "struct", "json", "dictionary"])

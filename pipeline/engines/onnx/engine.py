@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from pipeline.engines.base import Cancellation, EngineContext, Permissions, ResultBatch, RowBatch
+from pipeline.engines.model_config import prompt_notices
 from pipeline.engines.model_config.image import read as read_image_folder
 from pipeline.engines.model_config.text import TextFolder
 from pipeline.engines.onnx import checks
@@ -81,6 +82,11 @@ class OnnxEngine(checks.OnnxPlacement):
             return checks.check_any_columns(spec, schema)
         mode = checks.settled_mode(spec, options, signature, schema)
         return checks.check_tensor_columns(spec, options, signature, mode, schema)
+
+    @classmethod
+    def notices(cls, spec: JobSpec, model: Model) -> Iterator[str]:
+        """See :class:`~pipeline.engines.base.GivesNotices`."""
+        return prompt_notices.notices(spec, model)
 
     @classmethod
     def settle(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> Mapping[str, Any]:

