@@ -219,9 +219,8 @@ def convert_again(
 ) -> None:
     """Write those of ``chunks`` again that are ``missing``, with the rows they had.
 
-    ``chunks`` are all that :func:`discover` made below ``work_dir_uri``, in order. Files of the input that are new
-    since then are passed over. Raises :class:`InvalidInput` when one that missing chunks were made of is gone, or is
-    not as it was.
+    ``chunks`` are all that :func:`discover` made below ``work_dir_uri``, in order. Newer files of the input are passed
+    over. Raises :class:`InvalidInput` when a file that missing chunks were made of is gone or was changed.
     """
     keys = {locations.chunk_key(uri)[:KEY_CHARS] for uri in chunks}
     files = []
