@@ -42,7 +42,8 @@ from pipeline.engines.vllm.requests.admission import AdmissionLimit
 from pipeline.engines.vllm.requests.dedup import dedup_for, dedup_keys, is_deterministic
 from pipeline.engines.vllm.requests.media_budget import MediaMemoryBudget, media_bytes
 from pipeline.engines.vllm.requests.outcome import Finished, Outcome
-from pipeline.engines.vllm.requests.requests import TOKEN_BYTES, Requests, Waiting
+from pipeline.engines.vllm.requests.requests import Requests
+from pipeline.engines.vllm.requests.waiting import TOKEN_BYTES, WaitingLimits
 from pipeline.host.memory import memory_bytes
 from pipeline.models.model import Model
 from pipeline.prefix.order import Backlog, Lengths
@@ -193,16 +194,16 @@ class VllmEngine(VllmPlacement):
             self._window,
             work,
             backlog=self._backlog(spec, lengths),
-            waiting=Waiting(rows_waiting, bytes_waiting, whole=spec.order == "prefix"),
+            limits=WaitingLimits(rows_waiting, bytes_waiting, whole=spec.order == "prefix"),
             lengths=lengths,
-            once=dedup_for(spec, pools=spec.task in pooling.TASKS),
+            dedup=dedup_for(spec, pools=spec.task in pooling.TASKS),
             dedup_key=dedup_keys(pools=spec.task in pooling.TASKS, is_deterministic=is_deterministic(spec.sampling)),
             room=self._room,
             timeout=spec.request_timeout,
         )
         measures = Measures(running.gauges)
         reuse = self._reuse(running, spec, schema)
-        reading = (requests, rows, batches, measures, reuse)
+        reading = (requests.exchange, rows, batches, measures, reuse)
         threads = [
             threading.Thread(target=read_rows, args=reading, name="vllm-read", daemon=True),
             threading.Thread(target=requests.feed, name="vllm-feed", daemon=True),

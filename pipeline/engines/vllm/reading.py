@@ -10,14 +10,14 @@ from pipeline.engines.vllm.cached_rows import CacheLookup
 from pipeline.engines.vllm.metrics import Measures
 from pipeline.engines.vllm.pooling import PooledRows
 from pipeline.engines.vllm.prompts.prompts import Prompt, Prompts
-from pipeline.engines.vllm.requests.requests import Requests
+from pipeline.engines.vllm.requests.exchange import Exchange
 
 CHUNK = 64
 """Most rows that are rendered and tokenized at a time."""
 
 
 def read_rows(
-    requests: Requests,
+    exchange: Exchange,
     prompts: Prompts | PooledRows,
     batches: Iterable[RowBatch],
     measures: Measures,
@@ -27,12 +27,12 @@ def read_rows(
 
     def hand_over(made: list[Prompt], failures: list[RowFailure]) -> bool:
         if reuse is None:
-            return requests.offer(made, failures)
-        return requests.offer(reuse.partition_hits(made), failures) and give_found()
+            return exchange.offer(made, failures)
+        return exchange.offer(reuse.partition_hits(made), failures) and give_found()
 
     def give_found(*, last: bool = False) -> bool:
         for found in reuse.read_hits(last=last) if reuse is not None else ():
-            if not (requests.give(found) if isinstance(found, ResultBatch) else requests.offer(found, [])):
+            if not (exchange.give(found) if isinstance(found, ResultBatch) else exchange.offer(found, [])):
                 return False
         return True
 
@@ -50,6 +50,6 @@ def read_rows(
         if not give_found(last=True):
             return
     except BaseException as error:  # it is raised in the thread that reads the results
-        requests.end_offering(error)
+        exchange.end_offering(error)
     else:
-        requests.end_offering()
+        exchange.end_offering()

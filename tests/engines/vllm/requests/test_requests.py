@@ -25,7 +25,8 @@ from pipeline.engines.vllm.requests.admission import AdmissionLimit
 from pipeline.engines.vllm.requests.dedup import RequestDedup, dedup_keys
 from pipeline.engines.vllm.requests.media_budget import MediaMemoryBudget
 from pipeline.engines.vllm.requests.outcome import LOGPROB_BYTES, Finished
-from pipeline.engines.vllm.requests.requests import Requests, Waiting
+from pipeline.engines.vllm.requests.requests import Requests
+from pipeline.engines.vllm.requests.waiting import WaitingLimits
 from pipeline.prefix.order import Backlog, Lengths
 from storage.errors import Blame, EngineDead
 from tests.faults.driver import wait_until
@@ -114,7 +115,7 @@ class Call:
         window: AdmissionLimit,
         *,
         rows: int = 100,
-        once: bool = False,
+        dedup: bool = False,
         is_deterministic: bool = True,
         timeout: float | None = None,
     ) -> None:
@@ -124,9 +125,9 @@ class Call:
             window,
             "work",
             backlog=Backlog(),
-            waiting=Waiting(rows, 2**20),
+            limits=WaitingLimits(rows, 2**20),
             lengths=Lengths(16),
-            once=RequestDedup() if once else None,
+            dedup=RequestDedup() if dedup else None,
             dedup_key=dedup_keys(pools=False, is_deterministic=is_deterministic),
             room=MediaMemoryBudget(2**20, lambda made: 1),
             timeout=timeout,
@@ -156,10 +157,10 @@ def answer(text: str = "x", **fields: Any) -> Any:
 def test_only_rows_that_were_inside_are_to_blame_for_a_death(engine: Scripted) -> None:
     window = AdmissionLimit(requests=8, tokens=1000)
     with Call(engine, window) as guilty, Call(engine, window) as innocent:
-        guilty.offer(prompts(2), [])
+        guilty.exchange.offer(prompts(2), [])
         wait_until(lambda: len(engine.queues) == 2)
         engine.die()
-        innocent.offer(prompts(1), [])
+        innocent.exchange.offer(prompts(1), [])
         for requests, blame in ((innocent, Blame.OTHERS), (guilty, Blame.OWN)):
             with pytest.raises(EngineDead) as caught:
                 list(requests.results())
@@ -169,13 +170,13 @@ def test_only_rows_that_were_inside_are_to_blame_for_a_death(engine: Scripted) -
 def test_an_engine_that_dies_empty_is_nobodys_fault_and_one_that_is_closed_is_not_theirs(engine: Scripted) -> None:
     window = AdmissionLimit(requests=8, tokens=1000)
     with Call(engine, window) as first, Call(engine, window) as second:
-        first.offer(prompts(2), [])
+        first.exchange.offer(prompts(2), [])
         wait_until(lambda: len(engine.queues) == 2)
         first._abandon()
         engine.put(answer())
         wait_until(lambda: not engine.inside)
         engine.die()
-        second.offer(prompts(1), [])
+        second.exchange.offer(prompts(1), [])
         with pytest.raises(EngineDead) as caught:
             list(second.results())
         assert caught.value.blame is Blame.NOBODY
@@ -185,10 +186,10 @@ def test_an_engine_that_dies_empty_is_nobodys_fault_and_one_that_is_closed_is_no
 
 
 def test_a_request_that_takes_too_long_is_aborted_and_the_others_go_on(engine: Scripted) -> None:
-    with Call(engine, AdmissionLimit(requests=8, tokens=1000), once=True, timeout=0.2) as requests:
+    with Call(engine, AdmissionLimit(requests=8, tokens=1000), dedup=True, timeout=0.2) as requests:
         same = [Prompt(row, [7], params=None) for row in (0, 1)]  # the second follows the first
-        requests.offer(same, [])
-        requests.end_offering()
+        requests.exchange.offer(same, [])
+        requests.exchange.end_offering()
         outcomes = [outcome for some in requests.results() for outcome in some]
         assert [type(outcome) for outcome in outcomes] == [RowFailure, RowFailure]
         assert {outcome.code for outcome in outcomes} == {"request_timeout"}
@@ -197,8 +198,8 @@ def test_a_request_that_takes_too_long_is_aborted_and_the_others_go_on(engine: S
         assert engine.inside == 0
     with Call(engine, AdmissionLimit(requests=8, tokens=1000), timeout=3600.0) as requests:
         engine.queues.clear()
-        requests.offer(prompts(2), [])
-        requests.end_offering()
+        requests.exchange.offer(prompts(2), [])
+        requests.exchange.end_offering()
         wait_until(lambda: len(engine.queues) == 2)
         engine.put(answer())
         assert all(isinstance(outcome, Finished) for some in requests.results() for outcome in some)
@@ -207,14 +208,14 @@ def test_a_request_that_takes_too_long_is_aborted_and_the_others_go_on(engine: S
 
 def test_the_windows_tokens_are_kept_to(engine: Scripted) -> None:
     with Call(engine, AdmissionLimit(requests=64, tokens=100)) as requests:
-        requests.offer(prompts(64, tokens=30), [])
+        requests.exchange.offer(prompts(64, tokens=30), [])
         wait_until(lambda: len(engine.queues) == 4)
-        assert requests._place.tokens == 120  # reached, with the last of them
-        requests.offer(prompts(1, tokens=500, first=64), [])
-        requests.end_offering()
+        assert requests.exchange._ticket.tokens == 120  # reached, with the last of them
+        requests.exchange.offer(prompts(1, tokens=500, first=64), [])
+        requests.exchange.end_offering()
         seen = 0
         for some in _answered(engine, requests):
-            assert requests._place.tokens < 100 + 500  # the window, and the prompt with which it was reached
+            assert requests.exchange._ticket.tokens < 100 + 500  # the window, and the prompt with which it was reached
             seen += len(some)
         assert seen == 65
 
@@ -222,7 +223,7 @@ def test_the_windows_tokens_are_kept_to(engine: Scripted) -> None:
 def _answered(engine: Scripted, requests: Requests) -> Iterator[list[Any]]:
     results = requests.results()
     while True:
-        wait_until(lambda: engine.queues or requests._over())
+        wait_until(lambda: engine.queues or requests.exchange._has_something())
         engine.put(answer())
         some = next(results, None)
         if some is None:
@@ -232,11 +233,11 @@ def _answered(engine: Scripted, requests: Requests) -> Iterator[list[Any]]:
 
 def test_what_has_finished_when_a_call_is_cancelled_is_handed_over(engine: Scripted) -> None:
     with Call(engine, AdmissionLimit(requests=8, tokens=1000)) as requests:
-        requests.offer(prompts(4), [])
+        requests.exchange.offer(prompts(4), [])
         wait_until(lambda: len(engine.queues) == 4)
         done = list(engine.queues)[:3]
         engine.put(answer(), *done)
-        wait_until(lambda: len(requests._finished) == 3)
+        wait_until(lambda: len(requests.exchange._finished) == 3)
         requests.stop()
         assert [len(some) for some in requests.results()] == [3]
 
@@ -244,28 +245,29 @@ def test_what_has_finished_when_a_call_is_cancelled_is_handed_over(engine: Scrip
 def test_a_number_that_fits_into_no_message_is_the_rows_error_and_leaves_nothing_behind(engine: Scripted) -> None:
     engine.refuse = OverflowError("Python int too large to convert to C unsigned long")
     with Call(engine, AdmissionLimit(requests=8, tokens=1000)) as requests:
-        requests.offer(prompts(1), [])
-        requests.end_offering()
+        requests.exchange.offer(prompts(1), [])
+        requests.exchange.end_offering()
         [[failure]] = requests.results()
         assert isinstance(failure, RowFailure) and failure.code == "engine_refused"
         assert engine.aborted == list(engine.queues)
 
 
 def test_rows_that_follow_another_count_and_keep_no_tokens(engine: Scripted) -> None:
-    with Call(engine, AdmissionLimit(requests=8, tokens=1000), rows=4, once=True) as requests:
+    with Call(engine, AdmissionLimit(requests=8, tokens=1000), rows=4, dedup=True) as requests:
         same = [Prompt(row, [7] * 50) for row in range(4)]
-        requests.offer(same, [])
+        requests.exchange.offer(same, [])
         wait_until(lambda: len(engine.queues) == 1)
-        assert requests._once is not None
-        [followers] = requests._once._followers.values()
+        waiting = requests.exchange._waiting
+        assert waiting._dedup is not None
+        [followers] = waiting._dedup._followers.values()
         assert [(prompt.row, prompt.tokens) for prompt in followers] == [(1, []), (2, []), (3, [])]
-        assert not requests._full()
-        requests.offer([Prompt(4, [7] * 50)], [])
-        assert requests._full()
-        requests.end_offering()
+        assert not waiting.full
+        requests.exchange.offer([Prompt(4, [7] * 50)], [])
+        assert waiting.full
+        requests.exchange.end_offering()
         engine.put(answer())
         assert sorted(done.prompt.row for some in requests.results() for done in some) == [0, 1, 2, 3, 4]
-        assert not requests._full()
+        assert not waiting.full
 
 
 def test_media_are_let_go_when_vllm_has_them(engine: Scripted) -> None:
@@ -283,8 +285,8 @@ def test_media_are_let_go_when_vllm_has_them(engine: Scripted) -> None:
         return make
 
     with Call(engine, AdmissionLimit(requests=8, tokens=1000)) as requests:
-        requests.offer([Prompt(0, [], make=made_of(Tensor()))], [])
-        requests.end_offering()
+        requests.exchange.offer([Prompt(0, [], make=made_of(Tensor()))], [])
+        requests.exchange.end_offering()
         wait_until(lambda: engine.queues)
         engine.call(asyncio.sleep(0)).result()
         wait_until(lambda: gc.collect() >= 0 and [ref() for ref in alive] == [None, None])
@@ -317,11 +319,11 @@ def test_only_rows_whose_answers_are_settled_are_run_once(engine: Scripted) -> N
         Params(SimpleNamespace(temperature=temperature, seed=None), key=str(temperature)) for temperature in (1.0, 0.0)
     )
     rows = [None, None, drawn, drawn, greedy, greedy]
-    with Call(engine, AdmissionLimit(requests=8, tokens=1000), once=True, is_deterministic=False) as requests:
-        requests.offer([Prompt(row, [1], params) for row, params in enumerate(rows)], [])
+    with Call(engine, AdmissionLimit(requests=8, tokens=1000), dedup=True, is_deterministic=False) as requests:
+        requests.exchange.offer([Prompt(row, [1], params) for row, params in enumerate(rows)], [])
         wait_until(lambda: len(engine.queues) == 5)
         engine.put(answer())
-        requests.end_offering()
+        requests.exchange.end_offering()
         found = [outcome.prompt.row for outcomes in requests.results() for outcome in outcomes]  # type: ignore[union-attr]
     assert sorted(found) == list(range(6))
 
