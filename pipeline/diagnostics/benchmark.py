@@ -31,14 +31,23 @@ one two three four five six seven eight nine ten first last more less very too a
 
 @runtime_checkable
 class Benchmarked(Protocol):
-    """An engine that measures itself. Where it has a class attribute ``makes_up``, it measures the tasks named there
-    and no others, on prompts of its own making."""
+    """An engine that measures itself."""
 
     def benchmark(self, spec: JobSpec, batches: Iterator[RowBatch]) -> Mapping[str, Any] | None:
         """Measure on ``batches``, keep the fastest way for later jobs, and tell: ``chosen``, how it will run, and
         ``trials``, each with ``layout``, ``rows_per_second``, ``ratio`` and ``chosen``; or, for what is not chosen
         among but told, ``speeds`` (see :mod:`pipeline.engines.vllm.benchmark`). ``None``: nothing to measure.
         """
+        ...
+
+
+@runtime_checkable
+class MakesUpPrompts(Protocol):
+    """An engine class that measures itself on prompts of its own making."""
+
+    @classmethod
+    def made_up_tasks(cls) -> frozenset[Task]:
+        """The tasks that it measures; no others."""
         ...
 
 
@@ -71,7 +80,7 @@ def benchmark(
     text = task in (Task.EMBED, Task.CLASSIFY, Task.SCORE)
     if not issubclass(kind, Benchmarked):
         raise InvalidJob(f"engine {name!r} has no measurement of its own", field="engine")
-    own: frozenset[Task] | None = getattr(kind, "makes_up", None)
+    own = kind.made_up_tasks() if issubclass(kind, MakesUpPrompts) else None
     if own is not None and task not in own:
         can = ", ".join(sorted(own))
         raise InvalidJob(f"engine {name!r} is measured with task {can}, not {task}", field="task")

@@ -19,6 +19,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.engines.optional_parts import (
+    CachesAnswers,
+    CarriesState,
+    MeasuresMemory,
+    Restarts,
+    SharesInstances,
+    TimesOutRequests,
+)
 from pipeline.models.model import Model
 from pipeline.spec.answer_fields import fields_of
 from pipeline.spec.error_codes import RowErrorCode
@@ -42,7 +50,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Blame",
+    "CachesAnswers",
     "Cancellation",
+    "CarriesState",
     "ChecksRequests",
     "Engine",
     "EngineContext",
@@ -55,12 +65,14 @@ __all__ = [
     "InvalidJob",
     "InvalidModel",
     "JobSpec",
+    "MeasuresMemory",
     "Model",
     "NamesResults",
     "NamesTasks",
     "NeedsOfHost",
     "NeedsPackage",
     "Permissions",
+    "Restarts",
     "RestrictsOptions",
     "ResultBatch",
     "RowBatch",
@@ -69,9 +81,11 @@ __all__ = [
     "RowFailure",
     "RowIds",
     "SettlesOptions",
+    "SharesInstances",
     "SuggestsSlots",
     "Task",
     "Template",
+    "TimesOutRequests",
     "TransientError",
     "fields_of",
 ]
@@ -209,13 +223,7 @@ class Engine(Protocol):
     rebuilt, :class:`~storage.errors.TransientError` when a retry may help, :class:`~storage.errors.InvalidJob` (from
     ``check`` and ``load``) when no retry can help.
 
-    Five parts may be left out. ``shared_tasks: ClassVar[frozenset[Task]]``: tasks that one instance does, whichever of
-    them it was made for, so that they share it. ``cached_tasks``, likewise: tasks whose answers it keeps across jobs
-    in the context's ``results``, where a job asks for it (``JobSpec.cache``). ``times_out_requests: ClassVar[bool]``:
-    whether it aborts a row after ``JobSpec.request_timeout``; a job that asks for it is refused otherwise.
-    ``memory_bytes() -> int | None``: resident memory of the processes that it has started, now; what this process grew
-    by while it loaded is measured by its host. ``worn: bool``, a property: when true after a lease, the engine is
-    closed once nobody uses it, and made anew for whoever asks next.
+    What an engine may do beyond this has small protocols of its own, found by ``isinstance`` and ``issubclass``.
     """
 
     name: ClassVar[str]
@@ -378,8 +386,13 @@ class NeedsPackage(Protocol):
 
 @runtime_checkable
 class FeedsGraphs(Protocol):
-    """A loaded engine that can tell what it feeds its model's graph: for calibration."""
+    """An engine that can tell what it feeds its model's graph: for calibration."""
+
+    @classmethod
+    def feeding_options(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The options to make the engine with for that, from those of a job."""
+        ...
 
     def feeds(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[Mapping[str, Any]]:
-        """What the graph is fed for these rows, batch by batch: graph input → array."""
+        """Once loaded: what the graph is fed for these rows, batch by batch: graph input → array."""
         ...

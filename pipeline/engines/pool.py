@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from pipeline.engines import registry
-from pipeline.engines.base import Cancellation, Engine, EngineContext
+from pipeline.engines.base import Cancellation, Engine, EngineContext, MeasuresMemory, Restarts
 from pipeline.models.model import Model
 from pipeline.models.resolve import resolve
 from pipeline.spec.job_spec import Task
@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.1
 """How often a lease that waits looks whether it was cancelled."""
 
-PAID_OFF = 10.0
-"""Loading an engine has paid off once it worked this many times as long: at most a tenth of the time is loading."""
+LOAD_AMORTISATION = 10.0
+"""The load of an engine is amortised once it worked this many times as long: at most a tenth of the time is loading."""
 
 
 class LeaseCancelled(Exception):
@@ -38,7 +38,7 @@ class _Entry:
     """One engine. ``users`` counts its leases; ``used`` orders entries by their last one.
 
     ``grown``: bytes by which this process grew while it was loaded; ``expected``: its weights, until it is loaded.
-    ``paid_off``: when its loading will have, by the monotonic clock.
+    ``amortised_at``: when its load is amortised, by the monotonic clock.
     """
 
     key: str
@@ -46,7 +46,7 @@ class _Entry:
     model: Model
     expected: int = 0
     grown: int = 0
-    paid_off: float = float("inf")
+    amortised_at: float = float("inf")
     users: int = 0
     used: int = 0
     closing: bool = False
@@ -59,8 +59,7 @@ class _Entry:
         """What it takes of the host's memory: as the engine tells, else as measured, else as the files say."""
         if not self.loaded.is_set():
             return self.expected
-        measure = getattr(self.engine, "memory_bytes", None)
-        told = measure() if measure is not None else None
+        told = self.engine.memory_bytes() if isinstance(self.engine, MeasuresMemory) else None
         return self.grown + int(told or 0)
 
 
@@ -69,7 +68,7 @@ class EnginePool:
 
     At most ``max_engines`` stay loaded, because each of them may take most of a device's memory, and at most
     ``memory_bytes`` of the host's resident memory are theirs: the growth of this process while an engine loads, and
-    what the engine says of its own processes (``memory_bytes()``, which an engine need not have). A GPU's memory is
+    what the engine says of its own processes (:class:`MeasuresMemory`). A GPU's memory is
     not measured. An engine in use is never closed: when all are, the pool grows past its limits and shrinks again as
     leases end; nor is the last one, however large.
     """
@@ -139,10 +138,10 @@ class EnginePool:
         with self._lock:
             return tuple(self._entries)
 
-    def unpaid_keys(self) -> tuple[str, ...]:
-        """Those of :meth:`warm_keys` whose loading has not paid off yet (``PAID_OFF``): a change would be waste."""
+    def sticky_keys(self) -> tuple[str, ...]:
+        """Those of :meth:`warm_keys` whose load is not amortised yet (``LOAD_AMORTISATION``): to keep at work."""
         with self._lock:
-            return tuple(key for key, entry in self._entries.items() if entry.paid_off > self._now())
+            return tuple(key for key, entry in self._entries.items() if entry.amortised_at > self._now())
 
     def warm(self) -> list[dict[str, Any]]:
         """What is loaded now, for people and for whoever chooses shards: ``key``, ``engine``, ``model``, ``bytes``."""
@@ -210,7 +209,7 @@ class EnginePool:
         try:
             entry.engine.load()
             self._check_unchanged(entry.model)
-            entry.paid_off = self._now() + PAID_OFF * (self._now() - began)
+            entry.amortised_at = self._now() + LOAD_AMORTISATION * (self._now() - began)
             entry.grown = max(0, _resident() - before)
         except BaseException as error:  # raised by every lease that waits for this load
             entry.failure = error
@@ -226,10 +225,10 @@ class EnginePool:
             raise InvalidModel(f"{model.name} changed while it was loaded; submit a new job", field="model")
 
     def _leave(self, entry: _Entry) -> None:
-        worn = bool(getattr(entry.engine, "worn", False))
+        restart = isinstance(entry.engine, Restarts) and entry.engine.needs_restart()
         with self._lock:
             entry.users -= 1
-            if worn and self._entries.get(entry.key) is entry:
+            if restart and self._entries.get(entry.key) is entry:
                 log.warning("engine %s is started again: its memory has grown too much", entry.engine.name)
                 self._condemn(entry)
             doomed = self._surplus()

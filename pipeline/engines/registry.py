@@ -14,6 +14,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.engines.base import (
+    CachesAnswers,
+    CarriesState,
     ChecksRequests,
     Engine,
     GivesNotices,
@@ -23,7 +25,9 @@ from pipeline.engines.base import (
     Permissions,
     RestrictsOptions,
     SettlesOptions,
+    SharesInstances,
     SuggestsSlots,
+    TimesOutRequests,
 )
 from pipeline.models.model import Model
 from pipeline.spec.answer_fields import names_of
@@ -163,10 +167,17 @@ def _refuse_missing(name: str, needs: Mapping[str, str], offers: Collection[Coll
 def check_request(name: str, spec: JobSpec, model: Model) -> None:
     """Refuse what cannot work whatever the input holds, as far as the engine says. Raises :class:`InvalidJob`."""
     kind = engine_class(name)
-    if spec.cache != "off" and spec.task not in getattr(kind, "cached_tasks", frozenset()):
-        raise InvalidJob(f"engine {name!r} keeps no answers of task '{spec.task}'; leave it off", field="cache")
-    if spec.sequence is not None and not getattr(kind, "carries_state", False):
-        raise InvalidJob(f"engine {name!r} carries no state from row to row; leave it out", field="sequence")
+    task = spec.task
+    if spec.cache != "off" and not (issubclass(kind, CachesAnswers) and task in kind.cached_tasks()):
+        raise InvalidJob(f"engine {name!r} keeps no answers of task '{task}'; leave it off", field="cache")
+    if spec.sequence is not None and not (issubclass(kind, CarriesState) and task in kind.stateful_tasks()):
+        raise InvalidJob(
+            f"engine {name!r} carries no state from row to row of task '{task}'; leave it out", field="sequence"
+        )
+    if spec.request_timeout is not None and not (issubclass(kind, TimesOutRequests) and task in kind.timed_tasks()):
+        raise InvalidJob(
+            f"engine {name!r} aborts no single rows of task '{task}'; leave it out", field="request_timeout"
+        )
     if issubclass(kind, ChecksRequests) and _goes_with(kind, "check_request", "check"):
         kind.check_request(spec, model)
 
@@ -225,7 +236,8 @@ def engine_key(name: str, model: Model, task: Task, options: Mapping[str, Any]) 
 def shared_tasks(name: str, task: Task) -> frozenset[Task]:
     """The tasks that one loaded instance does, whichever of them it was made for; ``task`` is always among them.
 
-    An engine class may name them in ``shared_tasks``; without it, each task has an instance of its own.
+    An engine class may name them (:class:`SharesInstances`); without it, each task has an instance of its own.
     """
-    shared: frozenset[Task] = getattr(engine_class(name), "shared_tasks", frozenset())
+    kind = engine_class(name)
+    shared = kind.shared_tasks() if issubclass(kind, SharesInstances) else frozenset()
     return shared if task in shared else frozenset({task})

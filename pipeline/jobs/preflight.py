@@ -86,8 +86,6 @@ def request_of(runtime: Runtime, fields: Mapping[str, Any]) -> Request:
         raise InvalidJob(f"engine {engine!r} writes no traces; {those} does", field="profile")
     registry.check_permissions(engine, spec.engine_options, allowed)
     requests.check_request(engine, spec, model)
-    if spec.request_timeout is not None and not getattr(registry.engine_class(engine), "times_out_requests", False):
-        raise InvalidJob(f"engine {engine!r} aborts no single rows; leave it out", field="request_timeout")
     if allowed.own_machine:
         registry.check_host(engine, spec.engine_options)
     registered = None if revision is None else runtime.models.kept(revision)

@@ -23,7 +23,7 @@ GENERATED = frozenset({Task.GENERATE, Task.CHAT})
 NEEDS = {
     Task.GENERATE: "an autoregressive model with its weights",
     Task.CHAT: "an autoregressive model with its weights",
-    Task.EMBED: "an encoder (engine 'vllm' embeds with decoders, too)",
+    Task.EMBED: "an encoder",
     Task.CLASSIFY: "a classifier of texts, or of images as an ONNX graph",
     Task.SCORE: "a sequence classifier",
     Task.TENSOR: "an ONNX graph",
@@ -43,7 +43,8 @@ def tasks_of(model: Model) -> frozenset[Task]:
         tasks |= {Task.EMBED}
     if not model.architectures:
         # A bare graph, or a configuration that does not say: the graph itself decides, when the engine reads it.
-        tasks |= {Task.EMBED, Task.CLASSIFY, Task.SCORE}
+        if model.onnx_files or model.weights:
+            tasks |= {Task.EMBED, Task.CLASSIFY, Task.SCORE}
     elif any(name.endswith("ForSequenceClassification") for name in model.architectures):
         tasks |= {Task.CLASSIFY, Task.SCORE}
     elif model.autoregressive:
@@ -59,7 +60,10 @@ def kind_of(model: Model) -> str:
     """What the model is, for messages: its first architecture, or that it is a graph."""
     name = model.architectures[0] if model.architectures else ""
     if not name:
-        return "an ONNX graph" if model.onnx_files else "a model whose config.json names no architecture"
+        if model.onnx_files:
+            return "an ONNX graph"
+        what = "a model whose config.json names no architecture"
+        return what if model.weights else f"{what}, without weights and without a graph"
     article = "an" if name[0] in "AEIOU" else "a"
     return f"{article} {name}" + (", as an ONNX graph only" if model.onnx_files and not model.weights else "")
 

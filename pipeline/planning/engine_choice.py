@@ -25,7 +25,7 @@ def choose(task: Task, engine_asked: str, model: Model) -> str:
     if engine_asked == AUTO:
         found = _first_fitting(task, model)
         if found is None:
-            raise _unfit(task, model, tasks_of(model))
+            raise _unfit(task, model, tasks_of(model), _able(task, model))
         return found
     kind = registry.engine_class(engine_asked)
     if task not in kind.tasks:
@@ -56,6 +56,17 @@ def _first_fitting(task: Task, model: Model) -> str | None:
     return None
 
 
-def _unfit(task: Task, model: Model, can: frozenset[Task]) -> InvalidModel:
+def _able(task: Task, model: Model) -> str | None:
+    """The first engine that runs the task on the model when it is asked for by name."""
+    for name in registry.names_with(NamesTasks):
+        kind = registry.engine_class(name)
+        if issubclass(kind, NamesTasks) and task in kind.tasks & kind.tasks_with(model):
+            return name
+    return None
+
+
+def _unfit(task: Task, model: Model, can: frozenset[Task], able: str | None = None) -> InvalidModel:
     what = f"it can {listed(can)}" if can else "none of the tasks fits it"
+    if able is not None:
+        what += f"; engine '{able}' does {task} with it if you name it"
     return InvalidModel(f"task '{task}' needs {NEEDS[task]}; {model.name} is {kind_of(model)}: {what}", field="model")

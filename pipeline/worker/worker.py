@@ -157,7 +157,7 @@ class Worker:
             lease_seconds=settings.lease_seconds,
             queues=queues,
             warm=self.runtime.engines.warm_keys(),
-            keep=self.runtime.engines.unpaid_keys(),
+            keep=self.runtime.engines.sticky_keys(),
         )
         if claim is None:
             return False

@@ -13,7 +13,7 @@ import pytest
 from pipeline import Client, JobSpec
 from pipeline.config.settings import Settings
 from pipeline.engines import registry
-from pipeline.engines.base import Cancellation
+from pipeline.engines.base import Cancellation, TimesOutRequests
 from pipeline.engines.fake.engine import FakeEngine
 from storage.errors import Conflict, Interrupted, InvalidJob
 from storage.objects.store import ObjectStore
@@ -167,8 +167,8 @@ def test_an_engine_that_aborts_no_rows_refuses_the_timeout(
     for wrong in (0, -1, 1e-9, 1e9, float("inf"), float("nan")):
         with pytest.raises(InvalidJob, match=r"request_timeout: .* is no time limit for a row; give 0\.001 to 604800"):
             client.submit(**{**job, "request_timeout": wrong})
-    monkeypatch.setattr(FakeEngine, "times_out_requests", False)
+    monkeypatch.setattr(FakeEngine, "timed_tasks", lambda: frozenset())
     with pytest.raises(InvalidJob, match="aborts no single rows") as caught:
         client.submit(**job)
     assert caught.value.field == "request_timeout"
-    assert not hasattr(registry.engine_class("onnx"), "times_out_requests")
+    assert not issubclass(registry.engine_class("onnx"), TimesOutRequests)

@@ -44,12 +44,42 @@ class Watched(FakeEngine):
         self.log.append(("close", self.digest))
 
 
+class Measured(Watched):
+    """One whose size a test decides, by the model's digest."""
+
+    sizes: dict[str, int] = {}
+
+    def memory_bytes(self) -> int | None:
+        return self.sizes.get(self.digest, 40)
+
+
+class Sharing(Watched):
+    """One instance generates and chats."""
+
+    @classmethod
+    def shared_tasks(cls) -> frozenset[Task]:
+        return frozenset({Task.GENERATE, Task.CHAT})
+
+
+class Restarting(Watched):
+    """It has to be made anew when a test says so."""
+
+    due = False
+
+    def needs_restart(self) -> bool:
+        return self.due
+
+
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
-    monkeypatch.setattr(registry, "BUILT_IN", {"fake": f"{__name__}:Watched"})
+    use(monkeypatch, Watched)
     Watched.log = []
     Watched.on_load = lambda self: None
     yield Watched.log
+
+
+def use(monkeypatch: pytest.MonkeyPatch, kind: type[Watched]) -> None:
+    monkeypatch.setattr(registry, "BUILT_IN", {"fake": f"{__name__}:{kind.__name__}"})
 
 
 def pool(max_engines: int = 1) -> EnginePool:
@@ -96,22 +126,40 @@ def test_the_warm_keys_are_those_that_jobs_carry(log: list[tuple[str, str]]) -> 
         assert engines.warm_keys() == ()
 
 
-def test_a_load_has_paid_off_after_ten_times_as_long(log: list[tuple[str, str]]) -> None:
+def test_a_load_is_amortised_after_ten_times_as_long(log: list[tuple[str, str]]) -> None:
     clock = [100.0]
     engines = EnginePool(EngineContext(Path("unused")), now=lambda: clock[0])
 
     def slow(_: Watched) -> None:
-        assert len(engines.unpaid_keys()) == 1
+        assert len(engines.sticky_keys()) == 1
         clock[0] += 3.0
 
     Watched.on_load = slow
     with lease(engines):
         pass
     clock[0] += 29.0
-    assert engines.unpaid_keys() == engines.warm_keys()
+    assert engines.sticky_keys() == engines.warm_keys()
     clock[0] += 2.0
-    assert engines.unpaid_keys() == ()
+    assert engines.sticky_keys() == ()
     assert len(engines.warm_keys()) == 1
+
+
+def test_an_engine_that_asks_for_it_is_made_anew_once_nobody_uses_it(
+    log: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, Restarting)
+    engines = pool()
+    with lease(engines) as first, lease(engines) as again:
+        assert again is first
+    monkeypatch.setattr(Restarting, "due", True)
+    with lease(engines) as user:
+        with lease(engines) as other:
+            assert user is other is first
+        assert log == [("load", "d")], "it is in use"
+    assert log == [("load", "d"), ("close", "d")]
+    monkeypatch.setattr(Restarting, "due", False)
+    with lease(engines) as new:
+        assert new is not first
 
 
 def test_two_shards_share_one_engine(log: list[tuple[str, str]]) -> None:
@@ -392,7 +440,8 @@ def test_a_pool_of_none_is_refused() -> None:
 def test_a_memory_budget_closes_idle_engines_longest_ago_first(
     log: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Watched, "memory_bytes", lambda self: 100 if self.digest == "f" else 40, raising=False)
+    use(monkeypatch, Measured)
+    monkeypatch.setattr(Measured, "sizes", {"f": 100})
     monkeypatch.setattr(pool_module, "_resident", lambda: 0)
     engines = EnginePool(EngineContext(Path("unused")), 9, memory_bytes=90)
     for model in (MODEL, OTHER, MODEL):
@@ -413,7 +462,7 @@ def test_a_memory_budget_closes_idle_engines_longest_ago_first(
 def test_weights_on_disk_are_expected_in_memory_before_they_are_loaded(
     log: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(Watched, "memory_bytes", lambda self: 40, raising=False)
+    use(monkeypatch, Measured)
     monkeypatch.setattr(pool_module, "_resident", lambda: 0)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"0" * 60)
@@ -438,7 +487,7 @@ def test_tasks_that_share_an_instance_load_one(log: list[tuple[str, str]], monke
     engines = pool(2)
     with engines.lease("fake", MODEL, Task.GENERATE, {}), engines.lease("fake", MODEL, Task.CHAT, {}):
         assert len(log) == 2, "the fake engine does not say that they share"
-    monkeypatch.setattr(Watched, "shared_tasks", frozenset({Task.GENERATE, Task.CHAT}), raising=False)
+    use(monkeypatch, Sharing)
     engines = pool(2)
     with engines.lease("fake", MODEL, Task.GENERATE, {}) as one, engines.lease("fake", MODEL, Task.CHAT, {}) as other:
         assert one is other

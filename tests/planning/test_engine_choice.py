@@ -30,7 +30,7 @@ BERT = model("BertModel", weights=WEIGHTS)
 CLASSIFIER = model("BertForSequenceClassification", weights=WEIGHTS)
 BARE = Model(name="g.onnx", path=Path("g.onnx"), digest="0", onnx_files=(Path("g.onnx"),))
 FAKE = Model(name="fake", path=None, digest="0")
-EMBED = "task 'embed' needs an encoder (engine 'vllm' embeds with decoders, too);"
+EMBED = "task 'embed' needs an encoder;"
 
 CAN: list[tuple[str, Model, str]] = [
     ("causal", LLAMA, "generate chat"),
@@ -58,6 +58,8 @@ CAN: list[tuple[str, Model, str]] = [
     ("tagger with a graph", model("BertForTokenClassification", onnx_files=GRAPH), "tensor"),
     ("bare graph", BARE, "embed classify score tensor"),
     ("configuration that does not say", model(weights=WEIGHTS), "embed classify score"),
+    ("a folder of sentence-transformers alone", model(sentence_transformer=True), "embed"),
+    ("configuration without weights and graph", model(), ""),
 ]
 
 
@@ -89,7 +91,10 @@ def test_a_model_does_what_fits_it(kind: str, what: Model, can: str, task: Task)
         (
             Task.EMBED,
             LLAMA,
-            f"{EMBED} m is a LlamaForCausalLM: it can generate and chat",
+            (
+                f"{EMBED} m is a LlamaForCausalLM: it can generate and chat; "
+                "engine 'vllm' does embed with it if you name it"
+            ),
         ),
         (Task.TENSOR, BERT, "task 'tensor' needs an ONNX graph; m is a BertModel: it can embed"),
         (
@@ -104,6 +109,14 @@ def test_a_model_does_what_fits_it(kind: str, what: Model, can: str, task: Task)
             Task.EMBED,
             model("AlbertForQuestionAnswering"),
             f"{EMBED} m is an AlbertForQuestionAnswering: none of the tasks fits it",
+        ),
+        (
+            Task.EMBED,
+            model(),
+            (
+                f"{EMBED} m is a model whose config.json names no architecture, without weights and without a graph: "
+                "none of the tasks fits it"
+            ),
         ),
         (
             Task.GENERATE,
@@ -200,6 +213,7 @@ def test_auto_asks_other_engines_after_its_own() -> None:
     assert engine_choice.choose(Task.GENERATE, "auto", LLAMA) == "vllm"
     assert engine_choice.choose(Task.GENERATE, "auto", BERT) == "plugged"
     assert engine_choice.choose(Task.TENSOR, "auto", BERT) == "plugged"
+    assert engine_choice.choose(Task.GENERATE, "auto", model()) == "plugged"
     with pytest.raises(InvalidModel, match="none of the tasks fits it"):
         engine_choice.choose(Task.CHAT, "auto", model("AlbertForQuestionAnswering"))
 

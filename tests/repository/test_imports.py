@@ -150,6 +150,7 @@ def test_type_checkers_see_the_same_names() -> None:
 
 @pytest.mark.parametrize("package", ["pipeline", "storage", "tasks", "migrations"])
 def test_package_files_are_empty(package: str) -> None:
+    promised = {ROOT / "pipeline/__init__.py", ROOT / "pipeline/engines/fake/__init__.py"}
     for path in (ROOT / package).rglob("__init__.py"):
-        if path != ROOT / "pipeline/__init__.py":
+        if path not in promised:
             assert path.read_text() == "", f"{path.relative_to(ROOT)} is not empty"

@@ -150,10 +150,11 @@ def _feeds(invocation: Invocation, model: Model, rows: Path, fields: dict[str, A
     name, *_ = registry.names_with(FeedsGraphs)
     spec = parse({**fields, "input": str(rows), "output": "none", "model": model.name, "engine": name})
     columns = registry.check(name, spec, model, batch.schema)
-    options = {"sessions": 1, **registry.settled(name, spec, model, batch.schema).engine_options}
+    spec = registry.settled(name, spec, model, batch.schema)
     context = EngineContext(invocation.loaded.settings.cache_dir, invocation.notice)
-    engine = registry.engine_class(name)(model, spec.task, options, context)
-    assert isinstance(engine, FeedsGraphs)
+    kind = registry.engine_class(name)
+    assert issubclass(kind, FeedsGraphs)
+    engine = kind(model, spec.task, kind.feeding_options(spec.engine_options), context)
     try:
         engine.load()
         yield from engine.feeds(spec, [RowBatch(np.arange(batch.num_rows), batch.select(list(columns)))])

@@ -39,13 +39,17 @@ class FakeEngine:
     """See the module, and :class:`pipeline.engines.fake.faults.FakeOptions` for what can be made to go wrong."""
 
     name: ClassVar[str] = "fake"
-    times_out_requests: ClassVar[bool] = True
     tasks: ClassVar[frozenset[Task]] = frozenset(Task)
 
     @classmethod
     def fits(cls, task: Task, model: Model) -> bool:
         """See :class:`~pipeline.engines.base.FitsModels`: the model ``fake``, which has no files."""
         return model.path is None
+
+    @classmethod
+    def timed_tasks(cls) -> frozenset[Task]:
+        """See :class:`~pipeline.engines.base.TimesOutRequests`."""
+        return cls.tasks
 
     def __init__(self, model: Model, task: Task, options: Mapping[str, Any], context: EngineContext) -> None:
         self._options = fake_faults.parse(options)

@@ -33,7 +33,7 @@ from storage.errors import InvalidInput, InvalidJob, InvalidModel
 
 class OnnxPlacement:
     """When a job runs on ONNX Runtime, and what that takes of a machine: see the protocols of
-    :mod:`pipeline.engines.base`, ``FitsModels``, ``NamesTasks`` and ``NeedsPackage``."""
+    :mod:`pipeline.engines.base`, ``FitsModels``, ``NamesTasks``, ``NeedsPackage`` and ``CarriesState``."""
 
     tasks: ClassVar[frozenset[Task]] = frozenset({Task.EMBED, Task.CLASSIFY, Task.SCORE, Task.TENSOR})
 
@@ -51,6 +51,11 @@ class OnnxPlacement:
     def package(cls) -> tuple[str, str]:
         """See :class:`~pipeline.engines.base.NeedsPackage`."""
         return "onnxruntime", "rowmill[onnx], or rowmill[onnx-gpu] where there is a GPU"
+
+    @classmethod
+    def stateful_tasks(cls) -> frozenset[Task]:
+        """See :class:`~pipeline.engines.base.CarriesState`: graphs whose state the option ``state`` names."""
+        return frozenset({Task.TENSOR})
 
 
 def choose_graph(model: Model, options: OnnxOptions) -> Path | None:

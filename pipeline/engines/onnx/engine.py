@@ -48,8 +48,6 @@ class OnnxEngine(checks.OnnxPlacement):
 
     name: ClassVar[str] = "onnx"
 
-    carries_state: ClassVar[bool] = True
-
     def __init__(self, model: Model, task: Task, options: Mapping[str, Any], context: EngineContext) -> None:
         self._model = model
         self._task = task
@@ -260,6 +258,11 @@ class OnnxEngine(checks.OnnxPlacement):
             return None
         autotune.write(self._context.cache_dir, self._key, tuned)
         return tuned.told()
+
+    @classmethod
+    def feeding_options(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See :class:`~pipeline.engines.base.FeedsGraphs`. One session is enough: nothing is run."""
+        return {"sessions": 1, **options}
 
     def feeds(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[Feed]:
         """What the graph is fed for these rows, batch by batch: graph input → array. For calibration."""

@@ -70,10 +70,6 @@ class VllmEngine(VllmPlacement):
     """
 
     name: ClassVar[str] = "vllm"
-    times_out_requests: ClassVar[bool] = True
-    shared_tasks: ClassVar[frozenset[Task]] = frozenset({Task.GENERATE, Task.CHAT})
-    cached_tasks: ClassVar[frozenset[Task]] = VllmPlacement.tasks
-    makes_up: ClassVar[frozenset[Task]] = frozenset({Task.GENERATE})
 
     def __init__(self, model: Model, task: Task, options: Mapping[str, Any], context: EngineContext) -> None:
         self._model, self._task, self._options, self._context = model, task, dict(options), context
@@ -301,9 +297,8 @@ class VllmEngine(VllmPlacement):
             self.infer, self._loaded(), self._model, self.stats(), spec, self._context.notify
         )
 
-    @property
-    def worn(self) -> bool:
-        """The memory of the engine's processes has grown past its limit (vllm#52089): it is to be started again."""
+    def needs_restart(self) -> bool:
+        """See :class:`~pipeline.engines.base.Restarts`: its processes' memory has grown past its limit (vllm#52089)."""
         return self._growth.exceeded
 
     def memory_bytes(self) -> int | None:

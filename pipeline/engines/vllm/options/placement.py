@@ -19,7 +19,8 @@ _DECODERS = frozenset(
 
 class VllmPlacement:
     """See the protocols of :mod:`pipeline.engines.base`: ``FitsModels``, ``NamesTasks``, ``SuggestsSlots``,
-    ``NeedsPackage``, ``GivesNotices``."""
+    ``NeedsPackage``, ``GivesNotices``, ``SharesInstances``, ``CachesAnswers``, ``TimesOutRequests``; and of
+    :mod:`pipeline.diagnostics.benchmark`: ``MakesUpPrompts``."""
 
     tasks: ClassVar[frozenset[Task]] = GENERATED | _POOLED
 
@@ -50,6 +51,26 @@ class VllmPlacement:
     def notices(cls, spec: JobSpec, model: Model) -> Iterator[str]:
         """See :class:`~pipeline.engines.base.GivesNotices`."""
         return prompt_notices.notices(spec, model)
+
+    @classmethod
+    def shared_tasks(cls) -> frozenset[Task]:
+        """What generates is one instance."""
+        return GENERATED
+
+    @classmethod
+    def cached_tasks(cls) -> frozenset[Task]:
+        """All of its tasks."""
+        return cls.tasks
+
+    @classmethod
+    def timed_tasks(cls) -> frozenset[Task]:
+        """All of its tasks: vLLM aborts single requests."""
+        return cls.tasks
+
+    @classmethod
+    def made_up_tasks(cls) -> frozenset[Task]:
+        """The speed of prefill and decode is that of generation."""
+        return frozenset({Task.GENERATE})
 
 
 def _embeds_by_decoding(model: Model) -> bool:

@@ -46,10 +46,10 @@ def test_an_engine_that_has_grown_and_one_that_is_stuck(pool: EnginePool, tmp_pa
         first = cast(VllmEngine, engine)
         assert first._running is not None
         (core,) = (psutil.Process(pid) for pid in first._running.pids)
-        assert not first.worn
+        assert not first.needs_restart()
         assert len(run(engine, spec, [support.texts("a")])) == 1
         # Whoever holds it goes on with it.
-        assert first.worn and core.is_running()
+        assert first.needs_restart() and core.is_running()
         assert len(run(engine, spec, [support.texts("b")])) == 1
     assert not core.is_running()
 

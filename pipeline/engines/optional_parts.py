@@ -1,0 +1,69 @@
+"""Small optional protocols of engines: what they do beyond every engine's part, asked of the class or of an instance.
+
+They are promised from :mod:`pipeline.engines.base`, where the others are.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from pipeline.spec.job_spec import Task
+
+
+@runtime_checkable
+class SharesInstances(Protocol):
+    """An engine class whose instances do several tasks, whichever of them they were made for."""
+
+    @classmethod
+    def shared_tasks(cls) -> frozenset[Task]:
+        """The tasks that share one loaded instance. Each other task has an instance of its own."""
+        ...
+
+
+@runtime_checkable
+class CachesAnswers(Protocol):
+    """An engine class that keeps answers across jobs in the context's ``results``, where ``JobSpec.cache`` asks."""
+
+    @classmethod
+    def cached_tasks(cls) -> frozenset[Task]:
+        """The tasks whose answers it keeps. A job of another task that asks for it is refused."""
+        ...
+
+
+@runtime_checkable
+class TimesOutRequests(Protocol):
+    """An engine class that can abort single rows."""
+
+    @classmethod
+    def timed_tasks(cls) -> frozenset[Task]:
+        """The tasks whose rows it aborts after ``JobSpec.request_timeout``. Others that ask for it are refused."""
+        ...
+
+
+@runtime_checkable
+class CarriesState(Protocol):
+    """An engine class that carries state from row to row of a sequence (``JobSpec.sequence``)."""
+
+    @classmethod
+    def stateful_tasks(cls) -> frozenset[Task]:
+        """The tasks in which it does. A job of another task that asks for it is refused."""
+        ...
+
+
+@runtime_checkable
+class MeasuresMemory(Protocol):
+    """An engine that has processes of its own."""
+
+    def memory_bytes(self) -> int | None:
+        """Resident memory of these processes now, in bytes; ``None``: not known. What the host's process grew by while
+        the engine loaded is measured by the host."""
+        ...
+
+
+@runtime_checkable
+class Restarts(Protocol):
+    """An engine that may have to be made anew while it works."""
+
+    def needs_restart(self) -> bool:
+        """Asked after each lease. When true, the engine is closed once nobody uses it, and made anew for the next."""
+        ...
