@@ -22,9 +22,13 @@ import pyarrow as pa
 from pipeline.engines.optional_parts import (
     CachesAnswers,
     CarriesState,
+    FitsModels,
     MeasuresMemory,
+    NamesTasks,
+    NeedsPackage,
     Restarts,
     SharesInstances,
+    SuggestsSlots,
     TimesOutRequests,
 )
 from pipeline.models.model import Model
@@ -337,50 +341,6 @@ class NeedsOfHost(Protocol):
 
         Raises :class:`~storage.errors.EngineMissing` where the library is not there.
         """
-        ...
-
-
-@runtime_checkable
-class FitsModels(Protocol):
-    """An engine class that ``engine="auto"`` may choose."""
-
-    @classmethod
-    def fits(cls, task: Task, model: Model) -> bool:
-        """Whether this engine is the one to run ``task`` on ``model``, by what is in the model's directory.
-
-        The engines of Rowmill are asked first, then those of other distributions by name; the first that fits is
-        chosen. Loads nothing.
-        """
-        ...
-
-
-@runtime_checkable
-class NamesTasks(Protocol):
-    """An engine class that knows, before it is loaded, which of its tasks a model can do."""
-
-    @classmethod
-    def tasks_with(cls, model: Model) -> frozenset[Task]:
-        """The tasks that it runs on ``model`` when it is asked for by name. Others are refused at submit."""
-        ...
-
-
-@runtime_checkable
-class SuggestsSlots(Protocol):
-    """An engine class that is faster with several shards of a process at a time."""
-
-    @classmethod
-    def default_slots(cls) -> int:
-        """How many shards a process runs at a time where no setting says so; 1 or more."""
-        ...
-
-
-@runtime_checkable
-class NeedsPackage(Protocol):
-    """An engine class that cannot be loaded without a package that its own distribution does not bring."""
-
-    @classmethod
-    def package(cls) -> tuple[str, str]:
-        """The module that has to be importable, and what to install for it: (``"vllm"``, ``"rowmill[vllm]"``)."""
         ...
 
 
