@@ -23,8 +23,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from benchmarks.environments import Peer, working
-from benchmarks.memory import ROWMILL
-from benchmarks.rows_workloads import WORKLOADS
+from benchmarks.jobs.memory import ROWMILL
+from benchmarks.rows.workloads import WORKLOADS
 
 PEERS = {"daft": Peer(("daft==0.7.26", "onnxruntime", "numpy", "pyarrow"))}
 TARGETS = {"mlp": 2.0, "wide": 1.5}
@@ -55,7 +55,7 @@ def run(command: Sequence[str], environment: dict[str, str]) -> tuple[float, flo
 
 
 def commands(peers: dict[str, list[str]], settings: Sequence[str]) -> dict[str, list[str]]:
-    script = Path(__file__).parent / "peers" / "rows.py"
+    script = Path(__file__).parents[1] / "peers" / "rows.py"
     own = [str(ROWMILL), "run", "--quiet", *(part for item in settings for part in ("--setting", item))]
     return {"bare": [sys.executable, str(script), "bare"], "rowmill": own} | peers
 

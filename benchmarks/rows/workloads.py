@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks.memory import write_input
+from benchmarks.jobs.memory import write_input
 
 CHUNK = 65_536
 """Rows of a row group."""
