@@ -197,6 +197,14 @@ class RowException:
 
 
 @dataclass(frozen=True, slots=True)
+class Computed:
+    """What there is to count of rows beside their number: ``tokens`` by kind, and the rows that have failed."""
+
+    tokens: Mapping[str, int]
+    exceptions: tuple[RowException, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
     """One entry of the audit trail: ``type`` is ``"job.queued"``, ``"shard.running"``, ``"shard.flush"``, …"""
 

@@ -96,7 +96,8 @@ class Settings(BaseSettings):
     lease_seconds: Annotated[float, Field(gt=0)] = 60.0
     """A worker silent for this long may lose its shards. Heartbeats come at a third of it."""
     flush_rows: Annotated[int, Field(ge=1)] = 8192
-    """Most finished rows that a crash can cost. Half as many make a resume point, while the other half gathers."""
+    """Most finished rows that a crash can cost. Half as many make a resume point, while the other half gathers. Where
+    it is not set, rows that took no more than five seconds make none: a crash can cost these five seconds."""
     flush_seconds: Annotated[float, Field(gt=0)] = 30.0
     """Finished rows are flushed at least this often."""
     flush_bytes: Annotated[int, Field(ge=1)] = 64 * 2**20
@@ -111,7 +112,7 @@ class Settings(BaseSettings):
     drain_grace_seconds: Annotated[float, Field(ge=0)] = 20.0
     """A worker that was asked to end lets its shards run on this long; then it flushes and hands them back."""
     read_batch_rows: Annotated[int, Field(ge=1)] = 1024
-    """Most rows read at a time."""
+    """Most rows read at a time. Where it is not set, engines whose rows are small take more of them at a time."""
     read_batch_bytes: Annotated[int, Field(ge=1)] = 16 * 2**20
     """Most uncompressed bytes read at a time, estimated from the footers."""
     read_ahead_bytes: Annotated[int, Field(ge=0)] = 32 * 2**20
@@ -177,6 +178,11 @@ class Settings(BaseSettings):
             return self.database_url
         path = str(self.data_dir / "rowmill.db").replace("%", "%25").replace("?", "%3F")
         return f"sqlite:///{path}"
+
+    @property
+    def copy_batch_rows(self) -> int:
+        """Most rows at a time where they are only copied, and bytes are the limit that counts."""
+        return self.read_batch_rows if "read_batch_rows" in self.model_fields_set else 65_536
 
     @property
     def again_seconds(self) -> float:

@@ -271,6 +271,16 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class ReadsMany(Protocol):
+    """An engine, loaded, whose rows are small: it may be handed more of them at a time than others."""
+
+    @property
+    def batch_rows(self) -> int | None:
+        """Most rows in a batch, where the setting ``read_batch_rows`` is not set; ``None``: as for every engine."""
+        ...
+
+
+@runtime_checkable
 class RestrictsOptions(Protocol):
     """An engine class with options that need the operator's leave: they run code, or reach beyond job and model."""
 

@@ -6,15 +6,19 @@ import pyarrow as pa
 from pyroaring import BitMap
 
 from pipeline.execution.attempt_context import AttemptContext
+from pipeline.execution.flush import Whole
 from pipeline.execution.part_repair import forget_damaged
-from pipeline.output import assemble
+from pipeline.output import assemble, owner
 from pipeline.output.destination import published
 from storage.errors import CorruptFile
 from storage.records import OUTPUT_SEQ, PartFile
 
 
-def assemble_shard(attempt: AttemptContext, schema: pa.Schema, flushed: list[PartFile]) -> PartFile:
-    """Write and verify the shard's file from the parts of earlier attempts and those ``flushed`` by this one.
+def assemble_shard(
+    attempt: AttemptContext, schema: pa.Schema, flushed: list[PartFile], whole: Whole | None = None
+) -> PartFile:
+    """Write and verify the shard's file from the parts of earlier attempts and those ``flushed`` by this one, or from
+    all its results, which were not.
 
     ``schema`` is the engine's, of the results. Raises :class:`CorruptFile` when a part no longer holds what was
     flushed: its rows are then computed again by the next attempt.
@@ -22,7 +26,10 @@ def assemble_shard(attempt: AttemptContext, schema: pa.Schema, flushed: list[Par
     parts = (*attempt.claim.parts, *flushed)
     try:
         with attempt.measures.spent("write_seconds"):
-            return _assemble(attempt, schema, parts)
+            if whole is not None:
+                owner.check(attempt.runtime, attempt.claim.job)
+                attempt.measures.flushed(whole.results.num_rows, 0.0)
+            return _assemble(attempt, schema, parts, None if whole is None else whole.results)
     except CorruptFile as error:
         lost = forget_damaged(attempt.runtime, attempt.claim, parts)
         if not lost:
@@ -30,7 +37,9 @@ def assemble_shard(attempt: AttemptContext, schema: pa.Schema, flushed: list[Par
         raise CorruptFile(f"{error}; {lost} flushed rows have to be computed again") from error
 
 
-def _assemble(attempt: AttemptContext, schema: pa.Schema, parts: tuple[PartFile, ...]) -> PartFile:
+def _assemble(
+    attempt: AttemptContext, schema: pa.Schema, parts: tuple[PartFile, ...], results: pa.Table | None
+) -> PartFile:
     claim, plan, store, settings = attempt.claim, attempt.plan, attempt.runtime.store, attempt.runtime.settings
     shard = claim.shard
     assembled = assemble.assemble(
@@ -44,9 +53,10 @@ def _assemble(attempt: AttemptContext, schema: pa.Schema, parts: tuple[PartFile,
         slices=shard.slices,
         row_n=shard.row_n,
         parts=parts,
+        results=results,
         base=claim.base if plan.part_rows else published(store, claim.job.output_uri, shard.idx, claim.base),
         partial=False,
-        batch_rows=settings.read_batch_rows,
+        batch_rows=settings.copy_batch_rows,
         batch_bytes=settings.read_batch_bytes,
     )
     store.verify(assembled.written)

@@ -8,7 +8,7 @@ from contextlib import closing
 import numpy as np
 from pyroaring import BitMap
 
-from pipeline.engines.base import Cancellation, Engine, ResultBatch, RowBatch, RowFailure
+from pipeline.engines.base import Cancellation, Engine, ReadsMany, ResultBatch, RowBatch, RowFailure
 from pipeline.execution.attempt_context import AttemptContext
 from pipeline.execution.completeness import Ledger, only
 from pipeline.execution.flush import Flusher
@@ -56,15 +56,21 @@ class EngineCalls:
         attempt = self._attempt
         # Closed here and now when a flush fails: what it has inside the engine must not go on.
         with closing(results):  # type: ignore[type-var]
-            for batch in attempt.measures.waiting(results):
-                attempt.measures.add(batch.measured)
-                if not len(batch.rows) and not batch.failures:
-                    continue
-                rows, failed = self._ledger.settle(batch)
-                self._flusher.add(batch, rows, failed)
+            try:
+                for batch in attempt.measures.waiting(results):
+                    attempt.measures.add(batch.measured)
+                    if not len(batch.rows) and not batch.failures:
+                        continue
+                    rows, failed = self._ledger.settle(batch)
+                    self._flusher.add(batch, rows, failed)
+                    if not asked & self._ledger.pending:
+                        # Before the engine goes on: if it dies now, no row was inside.
+                        self._flusher.drain_unless_whole()
+                    attempt.steps.answered(rows)
+            except BaseException:
                 if not asked & self._ledger.pending:
-                    self._flusher.drain()  # before the engine goes on: if it dies now, no row was inside
-                attempt.steps.answered(rows)
+                    self._flusher.drain()  # the engine broke after its last answer
+                raise
 
     def _sequence_rows(self, column: str) -> SequenceRows:
         claim, settings = self._attempt.claim, self._attempt.runtime.settings
@@ -80,6 +86,9 @@ class EngineCalls:
 
     def _read(self, only: BitMap) -> ReadAhead:
         claim, plan, settings = self._attempt.claim, self._attempt.plan, self._attempt.runtime.settings
+        batch_rows = settings.read_batch_rows
+        if isinstance(self._engine, ReadsMany) and "read_batch_rows" not in settings.model_fields_set:
+            batch_rows = self._engine.batch_rows or batch_rows
         batches = parquet.read(
             self._attempt.runtime.store,
             claim.sources,
@@ -87,7 +96,7 @@ class EngineCalls:
             schema=plan.schema,
             columns=plan.columns,
             only=only,
-            batch_rows=settings.read_batch_rows,
+            batch_rows=batch_rows,
             batch_bytes=settings.read_batch_bytes,
         )
         return ReadAhead((RowBatch(rows, columns) for rows, columns in batches), settings.read_ahead_bytes)

@@ -2,12 +2,17 @@
 
 Writing happens in a thread of its own, so that the engine goes on meanwhile; at most one flush is under way, which
 bounds the memory to two buffers, and what a crash costs to ``flush_rows``, twice what one file holds.
+
+Rows that come fast are cheap to compute again, and a resume point costs as much as thousands of them: then a crash may
+cost ``CHEAP_SECONDS``, and each file holds what came in half of them. A shard that is done within them needs no file:
+its output is written from memory, and its commit is its only transaction.
 """
 
 from __future__ import annotations
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
 
 import pyarrow as pa
@@ -21,9 +26,22 @@ from pipeline.spec.error_codes import RowErrorCode
 from storage import failpoints
 from storage.parquet import parquet
 from storage.queue import attempts, job_progress
-from storage.records import PartFile, RowException
+from storage.records import Computed, PartFile, RowException
 from storage.sql.retry import retry_write
 from storage.sql.tables import TOKENS
+
+CHEAP_SECONDS = 5.0
+"""Rows that took no longer than this need no resume point, unless the operator has set ``flush_rows``."""
+_FAILURE_BYTES = 512
+"""About what a failed row takes in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """All results of a shard, in order: ``results`` in the layout of a part file, and what there is to count."""
+
+    results: pa.Table
+    counts: Computed
 
 
 class Flusher:
@@ -43,6 +61,7 @@ class Flusher:
             self._seconds = min(self._seconds, settings.batch_flush_seconds)
         self._pending: Future[PartFile] | None = None
         self._seq = 0
+        self._exact = "flush_rows" in attempt.runtime.settings.model_fields_set
         self._clear()
         self.parts: list[PartFile] = []
 
@@ -61,13 +80,11 @@ class Flusher:
         self._rows |= rows
         self._failed |= failed
         self._bytes += 0 if results.values is None else results.values.nbytes
+        self._bytes += _FAILURE_BYTES * len(results.failures)
         self._unflushed[self._shard_id] = len(self._rows)
-        settings = self._attempt.runtime.settings
-        if (
-            2 * len(self._rows) >= settings.flush_rows
-            or self._bytes >= settings.flush_bytes
-            or time.monotonic() - self._since >= self._seconds
-        ):
+        settings, seconds = self._attempt.runtime.settings, time.monotonic() - self._since
+        many = 2 * len(self._rows) >= settings.flush_rows and (self._exact or 2 * seconds >= CHEAP_SECONDS)
+        if many or self._bytes >= settings.flush_bytes or seconds >= self._seconds:
             self._begin()
 
     def drain(self) -> None:
@@ -75,6 +92,30 @@ class Flusher:
         if self._buffer:
             self._begin()
         self._settle()
+
+    def drain_unless_whole(self) -> None:
+        """Like :meth:`drain`, but a shard that is whole in memory is left there, for :meth:`take_whole`."""
+        if not self._is_whole():
+            self.drain()
+
+    def take_whole(self) -> Whole | None:
+        """The results of all rows of the shard, where none was flushed; then none needs to be. Otherwise ``None``."""
+        if not self._is_whole():
+            return None
+        buffer = self._buffer
+        self._clear()
+        return Whole(assemble.result_table(self._schema, buffer), Computed(_count_tokens(buffer), _exceptions(buffer)))
+
+    def _is_whole(self) -> bool:
+        """Whether all of the shard is here, and cheap: what a crash before the commit would cost.
+
+        Only of a first attempt: one that follows a failure makes progress by resume points, whatever it dies of. Nor
+        where ``flush_rows`` is set: then a shard's rows are flushed before its engine goes on.
+        """
+        claim = self._attempt.claim
+        afresh = claim.attempt_no == 1 and claim.base is None and claim.shard.select is None and not self._exact
+        whole = afresh and self._seq == 0 and len(self._rows) == claim.shard.row_n > 0
+        return whole and time.monotonic() - self._since < min(CHEAP_SECONDS, self._seconds)
 
     def _clear(self) -> None:
         self._buffer: list[ResultBatch] = []
@@ -116,11 +157,7 @@ class Flusher:
             rows=rows,
             failed=failed,
         )
-        exceptions = [
-            RowException(failure.row, str(failure.code), failure.message)
-            for batch in buffer
-            for failure in batch.failures
-        ]
+        exceptions = _exceptions(buffer)
         tokens = _count_tokens(buffer)
         poison = sum(exception.code == RowErrorCode.POISON_ROW for exception in exceptions)
         self._attempt.record(attempts.flush, part, tokens=tokens, exceptions=exceptions, n_poison=poison)
@@ -129,6 +166,12 @@ class Flusher:
         if failed and claim.job.spec.get("max_failed_rows") is not None:
             retry_write(lambda: job_progress.stop_if_too_many_failed(runtime.database, claim.job.id, runtime.actor))
         return part
+
+
+def _exceptions(buffer: list[ResultBatch]) -> tuple[RowException, ...]:
+    return tuple(
+        RowException(failure.row, str(failure.code), failure.message) for batch in buffer for failure in batch.failures
+    )
 
 
 def _count_tokens(buffer: list[ResultBatch]) -> dict[str, int]:

@@ -38,6 +38,7 @@ def run_shard(attempt: AttemptContext, engine: Engine) -> None:
         calls = EngineCalls(attempt, profile.engine, flusher)
         run_rounds(attempt, calls, flusher, turn)
         attempt.check_lease()
+        whole = flusher.take_whole()
         flusher.drain()
         attempt.steps.begin(Step.FINISHING)
         profiled = profile.finish()
@@ -46,9 +47,10 @@ def run_shard(attempt: AttemptContext, engine: Engine) -> None:
             return
         calls.check_complete()
         attempt.check_adapters()  # again: the engine loaded them meanwhile
-        output = assemble_shard(attempt, schema, flusher.parts)
+        output = assemble_shard(attempt, schema, flusher.parts, whole)
         failpoints.hit("commit.assembled")
-        attempt.record(attempts.commit, output, stats={**_stats(attempt, profile.engine), **profiled})
+        stats, computed = {**_stats(attempt, profile.engine), **profiled}, None if whole is None else whole.counts
+        attempt.record(attempts.commit, output, stats=stats, computed=computed)
         failpoints.hit("commit.done")
 
 

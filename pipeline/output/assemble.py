@@ -159,11 +159,13 @@ def assemble(
     partial: bool,
     batch_rows: int,
     batch_bytes: int,
+    results: pa.Table | None = None,
 ) -> Assembled:
     """Merge part files into one file of the shard's rows in order: one output row for each input row.
 
     ``parts`` are oldest first: of a row that two of them hold, the later one counts. ``base`` is the output of an
-    earlier generation and counts where no part holds a row. Kept columns are read from the input again. Memory: one
+    earlier generation and counts where no part holds a row. ``results`` are all rows of a shard that has no file yet,
+    from :func:`result_table`. Kept columns are read from the input again. Memory: one
     batch of each part that covers the row being written, and a row group of the output.
 
     Raises :class:`CorruptFile` when a file is not what was flushed or, unless ``partial``, when a row is in none of
@@ -171,6 +173,8 @@ def assemble(
     """
     files = ([base] if base is not None else []) + list(parts)
     held = BitMap().union(*(file.rows for file in files)) if files else BitMap()
+    if results is not None:
+        held = BitMap(results.column(0).to_numpy())
     if held and held.max() >= row_n:
         raise CorruptFile(f"a part file of a shard of {row_n} rows claims to hold row {held.max()}")
     missing = ranges(BitMap(range(row_n)) - held)
@@ -189,6 +193,8 @@ def assemble(
         layout = (len(keep), False) if file is base else (1, True)
         if owned:
             runs.append(Run(file.uri, owned, _reader(store, file, *layout, stored, batch_rows, share, whole)))
+    if results is not None:
+        runs.append(Run(target_uri, held, _in_memory(results, stored, batch_rows)))
     kept = None
     if keep:
         only = held if missing else None
@@ -217,6 +223,13 @@ def assemble(
         if n_rows != len(held):
             raise CorruptFile(f"{len(held)} rows were flushed for {target_uri}, and {n_rows} were found")
     return Assembled(file_out.written, n_rows, len(failed), failed, missing)
+
+
+def _in_memory(
+    results: pa.Table, stored: pa.Schema, batch_rows: int
+) -> Iterator[tuple[npt.NDArray[np.int64], pa.RecordBatch]]:
+    for batch in results.to_batches(batch_rows):
+        yield batch.column(0).to_numpy(), pa.RecordBatch.from_arrays(batch.columns[1:], schema=stored)
 
 
 def _readable(

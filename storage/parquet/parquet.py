@@ -256,6 +256,16 @@ def writer(store: ObjectStore, uri: str, schema: pa.Schema, *, keep_existing: bo
     return ParquetOutput(store.create(uri, on_conflict="keep" if keep_existing else "replace"), schema)
 
 
+def _tried_as_dictionaries(schema: pa.Schema) -> list[str]:
+    """The columns, by Parquet's paths, all but vectors: their numbers hardly repeat, and are looked up in vain."""
+    names = {arrow_schemas.ITEM: "list.element", arrow_schemas.ENTRY: "key_value"}
+    return [
+        ".".join(names.get(name, name) for name in path)
+        for path, kind in arrow_schemas.leaves(schema)
+        if not (pa.types.is_floating(kind) and arrow_schemas.ITEM in path)
+    ]
+
+
 class ParquetOutput:
     """See :func:`writer`."""
 
@@ -271,6 +281,7 @@ class ParquetOutput:
                 cast(IO[bytes], file),
                 schema,
                 compression="zstd",
+                use_dictionary=cast(bool, _tried_as_dictionaries(schema)),  # the stubs know no list
                 write_page_checksum=True,
                 metadata_collector=self._footers,
             )

@@ -14,7 +14,7 @@ from pyroaring import BitMap
 from storage.deaths import CAREFUL_AFTER, Step, after_crash
 from storage.errors import CommitUnknown, LeaseLost, Unreachable
 from storage.queue.job_progress import close_shard, fail_whole, locked_job
-from storage.records import Claim, PartFile, RowException
+from storage.records import Claim, Computed, PartFile, RowException
 from storage.sql import tables
 from storage.sql.database import Database, now, pack, unpack
 from storage.sql.transitions import move_attempt, move_shard, record
@@ -67,37 +67,8 @@ def _flush(
         held = held_row(database, connection, claim)
         if _is_flushed(connection, claim, part):
             return  # an earlier COMMIT, whose answer was lost, landed after all
-        done, failed = unpack(held.done_bm) | part.rows, unpack(held.failed_bm) | part.failed
         connection.execute(tables.part_file.insert().values(shard_id=claim.shard.id, **_columns(part)))
-        room = ROW_EXCEPTIONS_KEPT - held.n_failed
-        if exceptions and room > 0:
-            connection.execute(
-                tables.row_exception.insert(),
-                [
-                    {"shard_id": claim.shard.id, "row_idx": item.row, "code": item.code, "message": item.message}
-                    for item in exceptions[:room]
-                ],
-            )
-        shard = tables.shard
-        connection.execute(
-            shard.update()
-            .where(shard.c.id == claim.shard.id)
-            .values(
-                done_bm=pack(done),
-                failed_bm=pack(failed),
-                n_done=len(done),
-                n_failed=len(failed),
-                # Progress forgives crashes, but not those of a search, nor what ``end_search`` noted.
-                n_crash=held.n_crash if held.n_crash >= CAREFUL_AFTER - 1 else 0,
-                **{name: shard.c[name] + count for name, count in tokens.items()},
-            )
-        )
-        attempt = tables.attempt
-        connection.execute(
-            attempt.update()
-            .where(attempt.c.shard_id == claim.shard.id, attempt.c.attempt_no == claim.attempt_no)
-            .values(rows_computed=attempt.c.rows_computed + len(part.rows), n_poison=attempt.c.n_poison + n_poison)
-        )
+        _count(connection, claim, held, part, tokens, exceptions, n_poison)
         record(
             connection,
             claim.job.id,
@@ -107,6 +78,48 @@ def _flush(
             attempt_no=claim.attempt_no,
             data={"seq": part.seq, "rows": len(part.rows), "failed": len(part.failed), "bytes": part.n_bytes},
         )
+
+
+def _count(
+    connection: sa.Connection,
+    claim: Claim,
+    held: sa.Row[Any],
+    part: PartFile,
+    tokens: Mapping[str, int],
+    exceptions: Sequence[RowException],
+    n_poison: int,
+) -> None:
+    """Count the rows of a file that this attempt has computed: they are durable with this transaction."""
+    done, failed = unpack(held.done_bm) | part.rows, unpack(held.failed_bm) | part.failed
+    room = ROW_EXCEPTIONS_KEPT - held.n_failed
+    if exceptions and room > 0:
+        connection.execute(
+            tables.row_exception.insert(),
+            [
+                {"shard_id": claim.shard.id, "row_idx": item.row, "code": item.code, "message": item.message}
+                for item in exceptions[:room]
+            ],
+        )
+    shard = tables.shard
+    connection.execute(
+        shard.update()
+        .where(shard.c.id == claim.shard.id)
+        .values(
+            done_bm=pack(done),
+            failed_bm=pack(failed),
+            n_done=len(done),
+            n_failed=len(failed),
+            # Progress forgives crashes, but not those of a search, nor what ``end_search`` noted.
+            n_crash=held.n_crash if held.n_crash >= CAREFUL_AFTER - 1 else 0,
+            **{name: shard.c[name] + count for name, count in tokens.items()},
+        )
+    )
+    attempt = tables.attempt
+    connection.execute(
+        attempt.update()
+        .where(attempt.c.shard_id == claim.shard.id, attempt.c.attempt_no == claim.attempt_no)
+        .values(rows_computed=attempt.c.rows_computed + len(part.rows), n_poison=attempt.c.n_poison + n_poison)
+    )
 
 
 def note(database: Database, claim: Claim, step: Step, alone: BitMap | None = None) -> None:
@@ -138,8 +151,17 @@ def end_search(database: Database, claim: Claim) -> None:
         connection.execute(shard.update().where(shard.c.id == claim.shard.id).values(**values))
 
 
-def commit(database: Database, claim: Claim, output: PartFile, *, stats: Mapping[str, Any]) -> JobState:
+def commit(
+    database: Database,
+    claim: Claim,
+    output: PartFile,
+    *,
+    stats: Mapping[str, Any],
+    computed: Computed | None = None,
+) -> JobState:
     """Make ``output`` the shard's final file; the last shard in moves its job to ``finalizing``.
+
+    ``computed``: what is to be counted of its rows, where none of them has been flushed before.
 
     Returns the job's state afterwards. Raises :class:`LeaseLost` when fenced (the attempt is then superseded), and
     :class:`Unreachable` when the outcome of the COMMIT was lost and reading again shows that it did not take effect:
@@ -150,6 +172,9 @@ def commit(database: Database, claim: Claim, output: PartFile, *, stats: Mapping
             job = locked_job(database, connection, claim.job.id)
             held = held_row(database, connection, claim)
             connection.execute(tables.part_file.insert().values(shard_id=claim.shard.id, **_columns(output)))
+            if computed is not None:
+                _count(connection, claim, held, output, computed.tokens, computed.exceptions, 0)
+                held = held_row(database, connection, claim)
             if len(output.failed) > held.n_failed:
                 # Rows that were computed, and whose kept columns hold what no output may.
                 values = {"failed_bm": pack(output.failed), "n_failed": len(output.failed)}

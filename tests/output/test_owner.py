@@ -47,12 +47,12 @@ def client_of(tmp_path: Path, cache_dir: Path) -> Iterator[Make]:
 
 @pytest.fixture
 def mine(client_of: Make) -> Client:
-    return client_of("mine")
+    return client_of("mine", flush_rows=20)  # so that there are part files
 
 
 @pytest.fixture
 def theirs(client_of: Make) -> Client:
-    return client_of("theirs")
+    return client_of("theirs", flush_rows=20)
 
 
 @pytest.fixture

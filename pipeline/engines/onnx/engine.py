@@ -25,12 +25,13 @@ from pipeline.engines.onnx.runtime import options as onnx_options
 from pipeline.engines.onnx.runtime import signature as onnx_graph
 from pipeline.engines.onnx.runtime.autotune import Bench
 from pipeline.engines.onnx.runtime.calibration_feeds import Feed, feeds
-from pipeline.engines.onnx.runtime.graph_cache import Graphs
+from pipeline.engines.onnx.runtime.graph_cache import Graphs, n_bytes
 from pipeline.engines.onnx.runtime.layout import Layout
 from pipeline.engines.onnx.runtime.ort import import_runtime, installed
 from pipeline.engines.onnx.runtime.run import CancelScope
 from pipeline.engines.onnx.runtime.session_pool import SessionPool, memory_for_copies
 from pipeline.engines.onnx.runtime.stream import PreparedRows, sample, stream
+from pipeline.engines.onnx.tensor.small_rows import READ_ROWS, are_small
 from pipeline.engines.onnx.tensor.tensor_model import TensorModel, tensor_results
 from pipeline.models.export import Exported, exported
 from pipeline.models.model import Model
@@ -66,6 +67,12 @@ class OnnxEngine(checks.OnnxPlacement):
         self._key = ""
         self._layout_from = "default"
         self._profile: Path | None = None
+        self._small = False
+
+    @property
+    def batch_rows(self) -> int | None:
+        """See :class:`pipeline.engines.base.ReadsMany`."""
+        return READ_ROWS if self._small else None
 
     @classmethod
     def check(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:
@@ -180,7 +187,9 @@ class OnnxEngine(checks.OnnxPlacement):
             else:
                 # As check saw it: ONNX Runtime's inference may know more of the shapes than the file says.
                 mode = onnx_graph.row_mode(onnx_graph.of_file(graph) or signature, options.row_mode)
-                self._tensor = TensorModel(signature, mode, pool, options, notify, onnx_graph.index_limits(graph))
+                limits, small = onnx_graph.index_limits(graph), are_small(signature, mode, n_bytes(graph))
+                self._small = small and not options.masks and not options.state
+                self._tensor = TensorModel(signature, mode, pool, options, notify, limits, small=self._small)
         except BaseException:
             self.close()
             raise

@@ -435,3 +435,22 @@ def test_scan_names_damage_in_our_own_files(tmp_path: Path) -> None:
         list(batches)
     with pytest.raises(CorruptFile, match="not a readable"):
         parquet.scan(pa.BufferReader(bytes(content[:500])), "f", batch_rows=100, batch_bytes=2**20)
+
+
+def test_vectors_are_not_tried_as_dictionaries_and_all_else_is(tmp_path: Path) -> None:
+    """Their numbers hardly repeat. What repeats is small in the file, at any depth."""
+    columns = {
+        "a.b": pa.array(["q", "q"]),
+        "y": pa.array([1.0, 1.0]),
+        "x": pa.array([[1.0, 2.0]] * 2, pa.list_(pa.float32(), 2)),
+        "ids": pa.array([[1], [1]]),
+        "s": pa.array([{"f": 1.0, "v": [1.0], "t": "z"}] * 2),
+        "m": pa.array([[("k", 1.0)]] * 2, pa.map_(pa.string(), pa.float64())),
+    }
+    with parquet.writer(ObjectStore(), str(tmp_path / "a.parquet"), (table := pa.table(columns)).schema) as file:
+        file.write(table)
+    footer = pq.read_metadata(tmp_path / "a.parquet")
+    chunks = (footer.row_group(0).column(at) for at in range(footer.num_columns))
+    plain = {chunk.path_in_schema for chunk in chunks if "RLE_DICTIONARY" not in chunk.encodings}
+    assert plain == {"x.list.element", "s.v.list.element"}
+    assert pq.read_table(tmp_path / "a.parquet").equals(table)

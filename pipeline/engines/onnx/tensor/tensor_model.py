@@ -16,6 +16,7 @@ from pipeline.engines.onnx.runtime.options import OnnxOptions
 from pipeline.engines.onnx.runtime.session_pool import Array, BoundRunner, RunFailed, SessionPool
 from pipeline.engines.onnx.runtime.signature import Dim, GraphValue, RowMode, Signature, fixed_batch
 from pipeline.engines.onnx.runtime.stream import Batch, Indices, PreparedRows, bisect, record_batch
+from pipeline.engines.onnx.tensor import small_rows
 from pipeline.engines.onnx.tensor.arrow_types import lossless, tensor_kind
 from pipeline.engines.onnx.tensor.batch_check import BatchInvarianceCheck
 from pipeline.engines.onnx.tensor.batching import Batching
@@ -66,8 +67,11 @@ class TensorModel:
         options: OnnxOptions,
         notify: Callable[[str], None],
         limits: Mapping[str, int],
+        *,
+        small: bool = False,
     ) -> None:
-        """``limits``: graph input → rows of the table that it indexes (see :func:`.onnx_graph.index_limits`)."""
+        """``limits``: graph input → rows of the table that it indexes (see :func:`.onnx_graph.index_limits`).
+        ``small``: whether its rows are (see :mod:`.small_rows`)."""
         self._signature = signature
         self._options = options
         self._limits = limits
@@ -75,7 +79,8 @@ class TensorModel:
         self._notify = notify
         self._lock = threading.Lock()
         self._fixed = fixed_batch(signature) if mode == "stack" else None
-        self._max_batch = min(options.max_batch, self._fixed or options.max_batch)
+        most = small_rows.ROWS if small and "max_batch" not in options.model_fields_set else options.max_batch
+        self._max_batch = min(most, self._fixed or most)
         self._sample: dict[str, Array] | None = None
         self.counts: Counter[str] = Counter()
         self._mode = mode
