@@ -10,6 +10,7 @@ from starlette.requests import HTTPConnection
 from pipeline.client.client import Client
 from pipeline.client.session import Session
 from pipeline.config.settings import Settings
+from pipeline.gateway.batch_driver import BatchDriver
 from pipeline.process.runtime import Runtime
 from storage.objects.store import ObjectStore
 from storage.sql.database import Database
@@ -25,6 +26,8 @@ class Gateway:
         self.settings, self.embedded = settings, embedded
         self.session = Session(settings)
         self.client = Client.over(self.session)
+        self.batches = BatchDriver(self.runtime, self.wake)
+        self.batches.start()
 
     @property
     def runtime(self) -> Runtime:
@@ -39,8 +42,13 @@ class Gateway:
     def store(self) -> ObjectStore:
         return self.runtime.store
 
+    def wake(self) -> None:
+        """A job was queued: whoever runs jobs looks at once."""
+        self.session.wakeups.plan()
+
     def close(self) -> None:
         """Flush and hand back what runs here, and close the connections."""
+        self.batches.stop()
         self.session.close()
 
 
