@@ -53,7 +53,7 @@ def write(runtime: Runtime, batch: Batch, file: File, job: Job | None, *, missin
         def put(line: bytes, *, failed: bool) -> None:
             if failed not in open_files:
                 file_id = places.output_file_id(batch.id, failed=failed)
-                writing = stack.enter_context(store.create(places.file_uri(settings, file_id)))
+                writing = stack.enter_context(store.stream(places.file_uri(settings, file_id)))
                 open_files[failed] = (file_id, writing)
             open_files[failed][1].write(line)
 

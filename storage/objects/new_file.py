@@ -8,6 +8,7 @@ import os
 import tempfile
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -149,3 +150,31 @@ class NewRemoteFile(NewFile):
         if n_bytes != self._n_bytes:
             raise RowmillError(f"{self.uri} has {n_bytes} bytes after an upload of {self._n_bytes}")
         return Written(self.uri, self._n_bytes, self._hash.hexdigest(), etag)
+
+
+class NewStreamedFile(NewFile):
+    """Sent to a remote store in parts while it is written, and completed at the end: no local disk is needed.
+
+    ``opened`` opens fsspec's file, which completes nothing before its ``commit``. What a process that dies leaves
+    behind are the parts of an upload that was never completed; the store's own rules for these delete them.
+    """
+
+    def __init__(self, uri: str, opened: Callable[[], Any], etag: Callable[[], str]) -> None:
+        self._opened, self._etag = opened, etag
+        super().__init__(uri)
+
+    def _open(self) -> tuple[IO[bytes], Path]:
+        return self._opened(), Path()
+
+    def _publish(self) -> Written:
+        remote: Any = self._file
+        remote.close()
+        remote.commit()
+        return Written(self.uri, self._n_bytes, self._hash.hexdigest(), self._etag())
+
+    def _discard(self) -> None:
+        remote: Any = self._file
+        if self._written is None:
+            with suppress(OSError):  # whoever could not send it, may not be able to take it back either
+                remote.discard()
+            remote.closed = True  # else it sends what it holds when it is collected

@@ -22,7 +22,7 @@ from storage.objects import filesystems, listing, local_files
 from storage.objects.errors import explain
 from storage.objects.info import ObjectInfo, check_name, exactly, listed, local_info, remote_info
 from storage.objects.local_files import OnConflict
-from storage.objects.new_file import NewFile, NewLocalFile, NewRemoteFile, Written
+from storage.objects.new_file import NewFile, NewLocalFile, NewRemoteFile, NewStreamedFile, Written
 from storage.objects.range_reader import RangeReader
 from storage.objects.reader_cache import OpenReaderCache
 from storage.objects.retry import response_code, retrying
@@ -34,6 +34,8 @@ T = TypeVar("T")
 RETRY_SECONDS = 60.0
 """How long one operation is tried again before it counts as unreachable."""
 _CHUNK = 2**20
+_PART_BYTES = 16 * 2**20
+"""S3 takes 10,000 parts of a file."""
 _DELETERS = 8
 _MARK = "rowmill-put"
 _THERE_ALREADY = ("PreconditionFailed", "412")
@@ -142,6 +144,20 @@ class ObjectStore:
         if on_conflict == "fail":
             raise ValueError("only put_bytes creates conditionally at a remote store")
         return NewRemoteFile(uri, partial(self._upload, uri, on_conflict))
+
+    def stream(self, uri: str) -> NewFile:
+        """Like :meth:`create`; a remote file is sent in parts while it is written, and takes no room on this machine.
+
+        An error in the midst of it ends it: unlike :meth:`create` it cannot begin again.
+        """
+        uri = normalize(uri)
+        if protocol(uri) in ("file", "memory"):
+            return self.create(uri)
+
+        def opened() -> Any:
+            return self._filesystem(uri).open(self._path(uri), "wb", block_size=_PART_BYTES, autocommit=False)
+
+        return NewStreamedFile(uri, opened, lambda: self.info(uri).etag)
 
     def upload(self, path: str, uri: str, *, part_bytes: int) -> None:
         """Upload a local file of two times ``part_bytes`` or more in parts of that size, where the store is S3.

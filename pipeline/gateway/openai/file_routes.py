@@ -122,7 +122,7 @@ async def _upload(request: Request, gateway: Gateway, caller: Caller) -> File:
         files.begin, database, file_id=file_id, tenant=caller.tenant, purpose=Purpose.BATCH, uri=uri
     )
     try:
-        writing = await run_in_threadpool(gateway.store.create, uri)
+        writing = await run_in_threadpool(gateway.store.stream, uri)
         form = UploadForm(request.headers.get("content-type", ""), writing.write, settings.max_file_bytes)
         async for piece in request.stream():
             await run_in_threadpool(form.feed, piece)

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
@@ -305,6 +306,27 @@ def test_a_change_by_another_process_is_seen(place: Place) -> None:
 
 
 # -- local files
+
+
+@pytest.mark.parametrize("size", [0, 5, 17 * 2**20])
+def test_a_streamed_file_is_there_whole_or_not_at_all(place: Place, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    if not place.root.startswith("memory:"):
+        monkeypatch.setattr(tempfile, "mkstemp", lambda **values: pytest.fail("spooled to this machine"))
+    place.put("a", b"earlier")
+    content = b"x" * size
+    for target in (place("a"), place("b")):
+        with place.store.stream(target) as file:
+            file.write(content)
+            assert place.store.exists(target) == (target == place("a"))
+        assert file.written.n_bytes == size
+        place.store.verify(file.written)
+    with pytest.raises(ZeroDivisionError), place.store.stream(place("c")) as file:
+        file.write(content)
+        raise ZeroDivisionError
+    given_up = place.store.stream(place("c"))
+    given_up.write(content)
+    given_up.close()
+    assert [item.uri for item in place.store.find(place("*"))] == [place("a"), place("b")]
 
 
 @pytest.fixture
