@@ -13,6 +13,7 @@ from pipeline.config.settings import Settings
 from pipeline.gateway.batch_driver import BatchDriver
 from pipeline.process.runtime import Runtime
 from storage.objects.store import ObjectStore
+from storage.records import Job
 from storage.sql.database import Database
 
 
@@ -26,7 +27,7 @@ class Gateway:
         self.settings, self.embedded = settings, embedded
         self.session = Session(settings)
         self.client = Client.over(self.session)
-        self.batches = BatchDriver(self.runtime, self.wake)
+        self.batches = BatchDriver(self.runtime, self.wake, self._run)
         self.batches.start()
 
     @property
@@ -45,6 +46,10 @@ class Gateway:
     def wake(self) -> None:
         """A job was queued: whoever runs jobs looks at once."""
         self.session.wakeups.plan()
+
+    def _run(self, job: Job) -> None:
+        if self.embedded:
+            self.session.start(job.id)
 
     def close(self) -> None:
         """Flush and hand back what runs here, and close the connections."""
