@@ -12,11 +12,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import sqlalchemy as sa
 import uvicorn
 from openai.types import Batch
 
+from pipeline.batches import places
 from pipeline.config.settings import Settings
 from pipeline.gateway.app import create_app
+from storage.sql import tables
 from storage.tenants import keys, tenants
 
 CHAT: Any = "/v1/chat/completions"
@@ -280,14 +283,21 @@ def test_files(client: openai.OpenAI) -> None:
     ],
 )
 def test_uploads_that_are_refused_leave_nothing(
-    server: tuple[str, Any], other: openai.OpenAI, name: str, content: bytes, status: int
+    server: tuple[str, Any],
+    other: openai.OpenAI,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    content: bytes,
+    status: int,
 ) -> None:
-    folder = Path(server[1].settings.effective_files_dir)
-    before = sorted(folder.rglob("*"))
+    monkeypatch.setattr(places, "new_id", lambda kind: f"{kind}-refused")
+    gateway = server[1]
     with pytest.raises(openai.APIStatusError) as refused:
         other.files.create(file=(name, content), purpose="batch")
     assert refused.value.status_code == status and refused.value.param == "file"
-    assert sorted(folder.rglob("*")) == before
+    assert not list(Path(gateway.settings.effective_files_dir).rglob("*refused*"))
+    with gateway.database.read() as connection:
+        assert connection.execute(sa.select(tables.file).where(tables.file.c.id == "file-refused")).first() is None
 
 
 def test_a_form_that_ends_too_soon(server: tuple[str, Any], client: openai.OpenAI) -> None:
