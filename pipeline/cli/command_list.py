@@ -31,12 +31,16 @@ COMMANDS = {
         "pipeline.cli.doctor:doctor",
         "Check what is installed, and what really works here: engines, providers, database, broker, directories.",
     ),
+    "serve": _Entry(
+        "pipeline.cli.admin.serve:serve", "Serve the HTTP API; with --embedded, run its jobs too. Until it is stopped."
+    ),
     "job": _Entry("pipeline.cli.job.submit:app", "Jobs: submit, list, show, wait, cancel, retry."),
     "schedule": _Entry("pipeline.cli.admin.schedule:app", "Schedules: jobs that are submitted again and again."),
     "worker": _Entry("pipeline.cli.admin.worker:app", "Workers of a fleet: start, list, drain."),
     "config": _Entry("pipeline.cli.config:app", "The settings of this machine and directory."),
     "db": _Entry("pipeline.cli.admin.db:app", "The database."),
     "tenant": _Entry("pipeline.cli.admin.tenant:app", "Tenants: shares, limits, use."),
+    "key": _Entry("pipeline.cli.admin.key:app", "API keys of tenants: create, list, revoke, rotate."),
     "admin": _Entry("pipeline.cli.admin.maintenance:app", "For operators: queues, lost shards, garbage."),
     "model": _Entry(
         "pipeline.cli.model.group:app", "Models: register, prove, activate; export to ONNX, quantize, benchmark."

@@ -17,6 +17,7 @@ from pipeline.boundary import Limit, Moment, Text, Whole, boundary, own
 from pipeline.client import frame_jobs
 from pipeline.client.failed_rows import row_status
 from pipeline.client.handle import JobHandle, state_named
+from pipeline.client.keys import Keys
 from pipeline.client.session import Session
 from pipeline.config.settings import Settings
 from pipeline.engines.base import Cancellation
@@ -90,6 +91,11 @@ class Client:
     def models(self) -> Models:
         """Registered models: add, list, activate, roll back."""
         return Models(self._runtime.models, person())
+
+    @property
+    def keys(self) -> Keys:
+        """API keys of the gateway: create, list, revoke, rotate."""
+        return Keys(self._runtime, person())
 
     def on_notice(self, callback: Callable[[str], None]) -> None:
         """Hand what is worth a line (a path that a registered name hides, a download) to ``callback`` from now on."""

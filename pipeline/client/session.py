@@ -133,6 +133,8 @@ class Session:
         with self._lock:
             if self._closed or process_end.ending.is_set():
                 raise Interrupted(f"job {job_id} was not started: its process is ending")
+            # A server that runs for months starts many.
+            self._running = {key: item for key, item in self._running.items() if not item.done.is_set()}
             background = self._running[job_id] = Background(runtime, job_id, self._ended)
             process_end.add(self)
             background.start()

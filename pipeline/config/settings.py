@@ -166,6 +166,9 @@ class Settings(BaseSettings):
     """How long an idle worker waits at most before it looks for work in the database although no message came."""
     tick_seconds: Annotated[float, Field(gt=0)] = 15.0
     """How often beat has lost messages, lost shards, expired jobs and garbage looked after."""
+    job_uri_prefixes: tuple[Annotated[str, Field(min_length=1), AfterValidator(_without_credentials)], ...] = ()
+    """Places below which jobs that come over HTTP may read and write: folders, buckets. ``{tenant}`` in one stands for
+    the tenant of the caller's key. None are allowed by default."""
     api_auth: Literal["keys", "off"] = "keys"
     """Whether the gateway asks for API keys. ``off`` only on a loopback address with ``rowmill serve --embedded``;
     every caller is then the tenant ``default`` with all scopes."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import Depends
+from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from pipeline.gateway.context import Here
@@ -34,8 +36,13 @@ class Caller:
         return f"key:{self.key_id}" if self.key_id else "gateway"
 
 
-def _caller(gateway: Here, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> Caller:
+def _caller(
+    request: Request, gateway: Here, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+) -> Caller:
     if gateway.settings.api_auth == "off":
+        if not _is_loopback(request.url.hostname or ""):
+            # A web page may have its own name resolve to this machine; its requests then carry that name.
+            raise ApiError(403, "without keys only a loopback address may be called", code="wrong_host")
         return Caller(EVERYBODY, None, frozenset(Scope))
     if given is None:
         raise ApiError(
@@ -49,6 +56,12 @@ def _caller(gateway: Here, given: Annotated[HTTPAuthorizationCredentials | None,
         what = "was revoked" if key.revoked_at is not None else "has expired"
         raise ApiError(401, f"this API key {what}", code="invalid_api_key", headers=_CHALLENGE)
     return Caller(key.tenant, key.id, key.scopes)
+
+
+def _is_loopback(host: str) -> bool:
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def _with(scope: Scope) -> Callable[[Caller], Caller]:

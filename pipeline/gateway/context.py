@@ -11,9 +11,9 @@ from pipeline.client.client import Client
 from pipeline.client.session import Session
 from pipeline.config.settings import Settings
 from pipeline.gateway.batch_driver import BatchDriver
+from pipeline.gateway.job_runner import JobRunner
 from pipeline.process.runtime import Runtime
 from storage.objects.store import ObjectStore
-from storage.records import Job
 from storage.sql.database import Database
 
 
@@ -27,7 +27,11 @@ class Gateway:
         self.settings, self.embedded = settings, embedded
         self.session = Session(settings)
         self.client = Client.over(self.session)
-        self.batches = BatchDriver(self.runtime, self.wake, self._run)
+        self.runner: JobRunner | None = None
+        if embedded:
+            self.runner = JobRunner(self.session)
+            self.runner.start()
+        self.batches = BatchDriver(self.runtime, self.wake, lambda job: self.wake())
         self.batches.start()
 
     @property
@@ -46,14 +50,14 @@ class Gateway:
     def wake(self) -> None:
         """A job was queued: whoever runs jobs looks at once."""
         self.session.wakeups.plan()
-
-    def _run(self, job: Job) -> None:
-        if self.embedded:
-            self.session.start(job.id)
+        if self.runner is not None:
+            self.runner.wake()
 
     def close(self) -> None:
         """Flush and hand back what runs here, and close the connections."""
         self.batches.stop()
+        if self.runner is not None:
+            self.runner.stop()
         self.session.close()
 
 

@@ -106,7 +106,10 @@ def submit_job(
     _own_output(runtime, job, spec)
     if prepared is None or must_reorder(runtime, prepared):
         return job
-    return store_plan(runtime, job, prepared)
+    try:
+        return store_plan(runtime, job, prepared)
+    except IllegalTransition:  # somebody who runs what is queued was faster: planned, or stopped
+        return jobs.get(runtime.database, job.id)
 
 
 def _same_work(runtime: Runtime, request: preflight.Request, live: Job | None) -> Job | None:

@@ -44,23 +44,28 @@ class RowFiles:
     def _allowed(self, uri: str) -> str:
         if not self._prefixes:
             raise InvalidInput(f"{uri} is not read: the operator's setting uri_prefixes allows no place")
-        path = normalize(uri)
-        kind = protocol(path)
-        if kind in ("http", "https"):
+        if protocol(normalize(uri)) in ("http", "https"):
             raise InvalidInput(f"{uri} is not read: rows may not name web addresses")
-        if kind == "file":
-            # Links are followed first: the check is on the file that would be read.
-            real = Path(path).resolve()
-            allowed = any(
-                protocol(prefix) == "file" and real.is_relative_to(Path(prefix).resolve()) for prefix in self._prefixes
-            )
-            path = str(real)
-        else:
-            steps = ".." in path.split("/")
-            allowed = not steps and any(path == prefix or path.startswith(prefix + "/") for prefix in self._prefixes)
-        if not allowed:
+        path = inside(uri, self._prefixes)
+        if path is None:
             raise InvalidInput(f"{uri} lies outside the places that the operator's setting uri_prefixes allows")
         return path
+
+
+def inside(uri: str, prefixes: Sequence[str]) -> str | None:
+    """``uri`` made absolute, its links followed, where it lies below one of the normalized ``prefixes``.
+
+    Raises :class:`~storage.errors.InvalidJob` for a chained URL.
+    """
+    path = normalize(uri)
+    if protocol(path) == "file":
+        # Links are followed first: the check is on the file that would be read.
+        real = Path(path).resolve()
+        below = (protocol(prefix) == "file" and real.is_relative_to(Path(prefix).resolve()) for prefix in prefixes)
+        return str(real) if any(below) else None
+    steps = ".." in path.split("/")
+    below = (path == prefix or path.startswith(prefix + "/") for prefix in prefixes)
+    return path if not steps and any(below) else None
 
 
 def granted(settings: Settings) -> Permissions:

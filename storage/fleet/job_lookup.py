@@ -10,7 +10,7 @@ from storage.errors import NotFound
 from storage.records import Job
 from storage.sql import row_mapping, tables
 from storage.sql.database import Database
-from storage.states import JobState
+from storage.states import TERMINAL_JOB, JobState
 
 SHORT = 8
 """Characters at the end of an id that are shown in its place. They are random; the beginning is the time, which jobs
@@ -20,8 +20,8 @@ _LENGTHS = (SHORT, 12, 17, 22)
 _NAMED = 5
 
 
-def find(database: Database, part: str) -> Job:
-    """The one job whose id is ``part``, or begins or ends with it.
+def find(database: Database, part: str, *, tenant: str | None = None) -> Job:
+    """The one job (of a tenant) whose id is ``part``, or begins or ends with it.
 
     Raises :class:`NotFound` when there is none, or more than one.
     """
@@ -29,6 +29,8 @@ def find(database: Database, part: str) -> Job:
         raise NotFound("a job's id is missing: it is empty, which would fit every job")
     job = tables.job
     there = sa.select(job).where(job.c.deleted_at.is_(None))
+    if tenant is not None:
+        there = there.where(job.c.tenant == tenant)
     fits = sa.or_(job.c.id.startswith(part, autoescape=True), job.c.id.endswith(part, autoescape=True))
     with database.read() as connection:
         exact = connection.execute(there.where(job.c.id == part)).first()
@@ -102,3 +104,18 @@ def listed(
     query = sa.select(job).where(*wanted).order_by(job.c.id.desc()).limit(limit)
     with database.read() as connection:
         return [row_mapping.job(row) for row in connection.execute(query)]
+
+
+def live(database: Database, *, without: Sequence[str] = (), limit: int) -> list[str]:
+    """Ids of jobs that have not ended: the highest priority first, then the oldest."""
+    job = tables.job
+    # Written out, as the partial index has them.
+    ended: list[sa.ColumnElement[str]] = [sa.literal_column(f"'{state}'") for state in sorted(TERMINAL_JOB)]
+    query = (
+        sa.select(job.c.id)
+        .where(job.c.state.not_in(ended), job.c.deleted_at.is_(None), job.c.id.not_in(without))
+        .order_by(job.c.priority.desc(), job.c.id)
+        .limit(limit)
+    )
+    with database.read() as connection:
+        return list(connection.execute(query).scalars())

@@ -52,6 +52,18 @@ class ApiKey:
         """Whether it may be used at a time in Unix seconds."""
         return self.revoked_at is None and (self.expires_at is None or at < self.expires_at)
 
+    def to_json(self) -> dict[str, Any]:
+        """What may be told of a key, as plain JSON values."""
+        return {
+            "id": self.id,
+            "tenant": self.tenant,
+            "prefix": self.prefix,
+            "scopes": sorted(self.scopes),
+            "created_at": self.created_at,
+            "expires_at": self.expires_at,
+            "revoked_at": self.revoked_at,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class KeyEvent:

@@ -73,7 +73,10 @@ def change(database: Database, name: str, **values: Any) -> Tenant:
 
 
 def remove(database: Database, name: str) -> None:
-    """Forget a tenant and what it has used. Its ended jobs stay. Raises :class:`Conflict` while it has live jobs."""
+    """Forget a tenant and what it has used, and end its API keys. Its ended jobs stay.
+
+    Raises :class:`Conflict` while it has live jobs.
+    """
     with database.write() as connection:
         if _locked(database, connection, name) is None:
             raise _unknown(name)
@@ -86,6 +89,11 @@ def remove(database: Database, name: str) -> None:
             (tables.tenant, "name"),
         ):
             connection.execute(table.delete().where(table.c[column] == name))
+        # A tenant that gets the name later must not be reached by them.
+        key = tables.api_key
+        connection.execute(
+            key.update().where(key.c.tenant == name, key.c.revoked_at.is_(None)).values(revoked_at=now())
+        )
 
 
 def get(database: Database, name: str) -> Tenant:

@@ -4,4 +4,8 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
+from pipeline.gateway.native import jobs, operate, schedules
+
 router = APIRouter()
+for room in (jobs, schedules, operate):
+    router.include_router(room.router)
