@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from storage.fleet.workers import Seen
+from storage.fleet.workers import WorkerStatus
 from storage.records import Attempt, Event, Fire, Schedule
 from storage.registry.records import Revision
 
@@ -54,7 +54,7 @@ def fire(item: Fire) -> dict[str, Any]:
     }
 
 
-def worker(seen: Seen) -> dict[str, Any]:
+def worker(seen: WorkerStatus) -> dict[str, Any]:
     item = seen.worker
     return {
         "id": item.id,
