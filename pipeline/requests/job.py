@@ -51,8 +51,9 @@ def honoured(kind: type[Engine], spec: JobSpec) -> frozenset[str]:
     if spec.task is Task.EMBED:
         return frozenset()
     if not issubclass(kind, AnswersRequests):
+        those = ", ".join(repr(name) for name in registry.names_with(AnswersRequests) if name != "fake")
         raise InvalidJob(
-            f"engine {kind.name!r} does not answer requests of {endpoint_of(spec)}; 'vllm' does", field="engine"
+            f"engine {kind.name!r} does not answer requests of {endpoint_of(spec)}; {those} does", field="engine"
         )
     return kind.request_parameters()
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.result_cache.index import ENTRY_BYTES, Index, Places, split
+from pipeline.result_cache.index import ENTRY_BYTES, Index, SegmentOffsets, split
 from pipeline.result_cache.keys import namespace
 from storage import failpoints
 from storage.errors import CorruptFile, InvalidInput
@@ -183,16 +183,16 @@ class ResultCache:
         """Find nothing and keep nothing from now on."""
         self.index, self._writes = Index(), False
 
-    def find(self, keys: Sequence[bytes]) -> Places:
+    def find(self, keys: Sequence[bytes]) -> SegmentOffsets:
         """int64 [n]: where the answers may be, or -1. Nothing is read."""
         return self.index.find(keyed_segments.hashes(keys))
 
-    def read(self, keys: Sequence[bytes], places: Places) -> Iterator[tuple[list[int], pa.RecordBatch]]:
-        """The answers at places that :meth:`find` gave for keys: (which, by position; as many rows of values).
+    def read(self, keys: Sequence[bytes], offsets: SegmentOffsets) -> Iterator[tuple[list[int], pa.RecordBatch]]:
+        """The answers at offsets that :meth:`find` gave for keys: (which, by position; as many rows of values).
 
         Each row group is read once. What turns out to be another's answer, to be gone or to be damaged does not come.
         """
-        numbers, rows = split(np.asarray(places, np.int64))
+        numbers, rows = split(np.asarray(offsets, np.int64))
         for number in np.unique(numbers):
             at = np.flatnonzero(numbers == number)
             at = at[np.argsort(rows[at], kind="stable")]

@@ -285,5 +285,5 @@ def test_without_a_task_other_input_is_refused(client: Client, tmp_path: Path) -
 
 def test_an_engine_that_answers_no_requests_says_so() -> None:
     spec = JobSpec(input=("-",), output="-", model="-", task=Task.CHAT, request_column="body")
-    with pytest.raises(InvalidJob, match="does not answer requests"):
+    with pytest.raises(InvalidJob, match=r"does not answer requests of .*; 'vllm' does"):
         job.honoured(registry.engine_class("onnx"), spec)

@@ -32,7 +32,7 @@ def test_finds_what_a_dictionary_finds(steps: list[tuple[list[int], bool]], othe
 
 def test_an_index_is_as_large_as_it_says() -> None:
     index = Index().with_segments([(0, np.arange(1000, dtype=np.uint64))])
-    assert index._hashes.nbytes + index._places.nbytes == 1000 * ENTRY_BYTES
+    assert index._hashes.nbytes + index._offsets.nbytes == 1000 * ENTRY_BYTES
 
 
 PARTS = st.lists(st.binary(max_size=6), max_size=4)

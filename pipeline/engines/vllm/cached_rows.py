@@ -123,12 +123,12 @@ class CacheLookup:
         rows = [list(group) for _, group in groupby(prompts, lambda prompt: prompt.row // self._per_row)]
         keys = [self._key(row) for row in rows]
         asked = [key for key in keys if key is not None]
-        places = iter(self._cache.find(asked).tolist())
+        offsets = iter(self._cache.find(asked).tolist())
         run: list[Prompt] = []
         for row, key in zip(rows, keys, strict=True):
-            place = -1 if key is None else next(places)
-            if key is not None and place >= 0:
-                self._aside.append((key, place, row))
+            offset = -1 if key is None else next(offsets)
+            if key is not None and offset >= 0:
+                self._aside.append((key, offset, row))
                 self._tokens += sum(len(prompt.tokens) for prompt in row)
                 continue
             run += self._missed(row, key)
@@ -143,7 +143,7 @@ class CacheLookup:
         aside, self._aside, self._tokens = self._aside, [], 0
         keys = [key for key, _, _ in aside]
         left = set(range(len(aside)))
-        answers = self._cache.read(keys, np.array([place for _, place, _ in aside], np.int64))
+        answers = self._cache.read(keys, np.array([offset for _, offset, _ in aside], np.int64))
         while True:
             began = time.monotonic()
             which, values = next(answers, (None, None))
