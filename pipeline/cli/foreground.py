@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypedDict
 
-from pipeline.cli import errors, output
+from pipeline.cli import errors, output, streams
 from pipeline.cli.command import Invocation, say
 from pipeline.cli.interrupts import InterruptWatch, end_now
 from pipeline.cli.without_pandas import hide_pandas
@@ -80,11 +80,14 @@ def foreground(invocation: Invocation, work: Callable[[Client, Hooks], JobStatus
             invocation.failure_details["job"] = seen[-1].to_json() if seen else None
             raise Interrupted(_interrupted(error, seen)) from error
     measures = measured(seen[0] if seen else status, status, time.monotonic() - began)
-    if invocation.as_json:
-        more = {} if whole is None else {"all_rows": whole}
-        output.emit_json({"job": status.to_json(), "run": measures, "failed_codes": dict(codes.most_common()), **more})
-    else:
-        output.emit(summary(status, codes, measures))
+    with streams.reader_may_leave():
+        if invocation.as_json:
+            more = {} if whole is None else {"all_rows": whole}
+            document = {"job": status.to_json(), "run": measures, "failed_codes": dict(codes.most_common()), **more}
+            output.emit_json(document)
+        else:
+            output.emit(summary(status, codes, measures))
+    if not invocation.as_json:
         if whole is not None:
             invocation.notice(describe_projected(whole))
         if status.message and not invocation.quiet:

@@ -6,14 +6,13 @@ import contextlib
 import errno
 import io
 import os
-import re
 import sys
+from collections.abc import Iterator
 
+from pipeline.spec.words import is_terminal_size
 from storage.errors import RowmillError
 
 STDIN, STDOUT, STDERR = range(3)
-_SIZE = re.compile(r"[1-9][0-9]{0,3}", re.ASCII)
-"""Columns or lines of a terminal."""
 
 
 class OutputError(RowmillError):
@@ -35,7 +34,7 @@ def prepare() -> None:
     """
     for name in ("COLUMNS", "LINES"):
         # Without a number that can be one, the terminal is asked; libraries show nothing in 0 columns, or stumble.
-        if not _SIZE.fullmatch(os.environ.get(name, "1")):
+        if not is_terminal_size(os.environ.get(name, "1")):
             del os.environ[name]
     for number in (STDIN, STDOUT, STDERR):
         try:
@@ -70,6 +69,16 @@ def write(text: str) -> None:
     except OSError as error:
         discard(STDOUT)
         raise OutputError(error) from error
+
+
+@contextlib.contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Around the result of work that is done: when nobody reads it (``| true``), the exit code still says how the work
+    ended."""
+    try:
+        yield
+    except BrokenPipeError:
+        discard(STDOUT)
 
 
 def discard(number: int) -> None:

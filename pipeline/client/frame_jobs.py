@@ -69,7 +69,7 @@ def keep(runtime: Runtime, data: object) -> Frame:
     store, root = runtime.store, runtime.settings.effective_map_dir
     reader = frames.reader_of(data)
     fresh = f"{root}/new-{int(time.time())}-{secrets.token_hex(4)}.parquet"
-    written = frames.write(store, fresh, reader)
+    written = frames.write(store, fresh, reader, once=isinstance(data, pa.RecordBatchReader))
     folder = f"{root}/{written.sha256[:32]}"
     uri = f"{folder}/input.parquet"
     _mark(runtime, folder)

@@ -7,6 +7,7 @@ that the file's hash tells frames apart by their content.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from typing import IO, Any, cast
@@ -121,27 +122,31 @@ def _plain_type(kind: Any) -> Any:
     return kind
 
 
-def write(store: ObjectStore, uri: str, reader: pa.RecordBatchReader) -> Written:
-    """Write all rows to ``uri``. Memory: a batch of the reader, and a row group."""
+def write(store: ObjectStore, uri: str, reader: pa.RecordBatchReader, *, once: bool = False) -> Written:
+    """Write all rows to ``uri``. Memory: a batch of the reader, and a row group.
+
+    ``once``: the reader was handed in by the caller, who may have read it already. Warns when it gives no batch.
+    """
     schema = pa.schema([plain(field) for field in reader.schema], metadata=cast(Any, reader.schema.metadata))
     with (
         store.create(uri) as file,
         pq.ParquetWriter(cast(IO[bytes], file), schema, compression="zstd", write_page_checksum=True) as writer,
     ):
-        for group in _groups(_steps(reader), schema):
+        for group in _groups(_steps(reader, once=once), schema):
             writer.write_table(group, row_group_size=max(1, group.num_rows))
     return file.written
 
 
-def _steps(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
+def _steps(reader: pa.RecordBatchReader, *, once: bool) -> Iterator[pa.Table]:
     """All rows, ``_STEP_ROWS`` at a time."""
     waiting: deque[pa.RecordBatch] = deque()
-    rows = 0
+    rows, read = 0, False
     while True:
         with _explained():
             batch = next(reader, None)
         if batch is None:
             break
+        read = True
         waiting.append(batch)
         rows += batch.num_rows
         while rows >= _STEP_ROWS:
@@ -149,6 +154,12 @@ def _steps(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
             rows -= _STEP_ROWS
     if rows:
         yield _taken(waiting, rows)
+    if once and not read:
+        # Arrow does not tell a reader at its end from one without rows.
+        warnings.warn(
+            "data: the RecordBatchReader gave no rows; it can be read only once, so if it has been, hand in a new one",
+            stacklevel=2,
+        )
 
 
 def _taken(waiting: deque[pa.RecordBatch], rows: int) -> pa.Table:

@@ -16,7 +16,7 @@ from typing import Any, Protocol, Self
 
 from pipeline.spec.rates import Rates, describe, describe_shortly, doing, waits
 from pipeline.spec.status import JobStatus, Phase
-from pipeline.spec.words import duration, printable
+from pipeline.spec.words import duration, is_terminal_size, printable
 from storage.redaction import redact_text
 from storage.states import JobState
 
@@ -108,7 +108,9 @@ def console(**options: Any) -> Any:
         def on_broken_pipe(self) -> None:
             self.quiet = True
 
-    return Unheard(stderr=True, markup=False, emoji=False, highlight=False, **options)
+    # Of a size that is none, Rich makes a terminal of no columns, or stumbles.
+    environ = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES") or is_terminal_size(v)}
+    return Unheard(stderr=True, markup=False, emoji=False, highlight=False, _environ=environ, **options)
 
 
 class Bar(Silent):

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
+
+_SIZE = re.compile(r"[1-9][0-9]{0,3}", re.ASCII)
+
+
+def is_terminal_size(text: str) -> bool:
+    """Whether the text can be ``COLUMNS`` or ``LINES`` of a terminal: a whole number from 1 to 9999."""
+    return _SIZE.fullmatch(text) is not None
 
 
 def printable(value: object) -> str:

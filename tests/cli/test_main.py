@@ -156,6 +156,28 @@ def test_a_size_that_no_terminal_has_is_forgotten(monkeypatch: pytest.MonkeyPatc
     assert ("COLUMNS" in os.environ) is kept
 
 
+def test_a_run_whose_result_nobody_reads_ends_as_its_job_did(rowmill: Rowmill) -> None:
+    (rowmill.home / "rows.jsonl").write_text('{"text": "good"}\n{"text": "bad"}\n')
+    options = ("-m", "fake", "-t", "generate", "-p", "{text}", "--set", "fail_rows_matching=bad", "-q")
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            rowmill.command("run", "rows.jsonl", "-o", "out", *options),
+            cwd=rowmill.home,
+            env=rowmill.environment,
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert done.returncode == 4, done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_closed_pipe_ends_quietly(rowmill: Rowmill) -> None:
     reader, writer = subprocess.PIPE, subprocess.PIPE
     process = subprocess.Popen(

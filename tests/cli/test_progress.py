@@ -221,3 +221,11 @@ def test_lines_tell_a_change_of_phase_at_once(status: Make) -> None:
     lines.update(status(rows_total=5, phase=Phase.LOADING, phase_seconds=2.0))
     lines.update(status(rows_total=5, phase=Phase.COMPUTING))
     assert written == ["in_progress: loading the engine for 0.0 s, 0 of 5 rows (0%)", "in_progress: 0 of 5 rows (0%)"]
+
+
+@pytest.mark.parametrize("size", ["0", "\u00b2", "-5"])
+def test_a_terminal_of_no_size_is_asked_for_its_own(monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+    monkeypatch.setenv("COLUMNS", size)
+    assert progress.console().width >= 1
+    monkeypatch.setenv("COLUMNS", "40")
+    assert progress.console().width == 40

@@ -136,6 +136,13 @@ def test_frames_without_rows(client: Client) -> None:
     assert found.schema.names[-1] == "error"
 
 
+def test_a_reader_that_was_read_before_is_no_silent_table_without_rows(client: Client) -> None:
+    reader = TABLE.to_reader()
+    reader.read_all()
+    with pytest.warns(UserWarning, match="gave no rows; it can be read only once"):
+        assert client.map(reader, **GENERATE).num_rows == 0
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [

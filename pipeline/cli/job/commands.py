@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli import errors, output
+from pipeline.cli import errors, output, streams
 from pipeline.cli.command import Invocation, command, say
 from pipeline.cli.foreground import Hooks, foreground
 from pipeline.cli.job.errors import list_errors
@@ -378,8 +378,9 @@ def watch(invocation: Invocation, job: JobId) -> int:
 
 
 def _end(invocation: Invocation, status: JobStatus) -> int:
-    if invocation.as_json:
-        output.emit_json({"job": status.to_json()})
-    else:
-        output.emit(output.pairs(describe(status)))
+    with streams.reader_may_leave():
+        if invocation.as_json:
+            output.emit_json({"job": status.to_json()})
+        else:
+            output.emit(output.pairs(describe(status)))
     return errors.exit_code(status)

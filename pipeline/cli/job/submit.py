@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli import errors, output
+from pipeline.cli import errors, output, streams
 from pipeline.cli.command import Invocation, command
 from pipeline.cli.job.commands import app, wait_until_ended
 from pipeline.cli.job.fields import with_job_fields
@@ -33,10 +33,11 @@ def submit(
         if wait:
             return wait_until_ended(invocation, handle)
         status = handle.status()
-    if invocation.as_json:
-        output.emit_json({"job": status.to_json()})
-    else:
-        output.emit(status.id)
+    with streams.reader_may_leave():
+        if invocation.as_json:
+            output.emit_json({"job": status.to_json()})
+        else:
+            output.emit(status.id)
     if invocation.loaded.settings.broker_url is None:
         invocation.notice(
             f"no broker_url is set, so no worker will take it; to run it here: rowmill job wait {status.id}"
