@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.batches import places
+from pipeline.batches import places, validation
 from pipeline.batches.drive import collect_files, drive
 from pipeline.client.session import Session
 from pipeline.config.settings import Settings
@@ -26,7 +27,7 @@ CHAT = "/v1/chat/completions"
 
 @pytest.fixture
 def session(tmp_path: Path) -> Iterator[Session]:
-    opened = Session(Settings(data_dir=tmp_path / "data", cache_dir=tmp_path / "cache"))
+    opened = Session(Settings(data_dir=tmp_path / "data", cache_dir=tmp_path / "cache", read_batch_rows=2))
     yield opened
     opened.close()
 
@@ -74,6 +75,15 @@ def to_the_end(session: Session, batch: Batch) -> Batch:
         if batch.terminal:
             return batch
     raise AssertionError(f"batch {batch.id} is still {batch.state}")
+
+
+def wait_until(holds: Callable[[], bool], what: str) -> None:
+    pause = threading.Event()
+    for _ in range(600):
+        if holds():
+            return
+        pause.wait(0.05)
+    raise AssertionError(f"it never came to be that {what}")
 
 
 def lines_of(session: Session, batch: Batch, file_id: str | None) -> list[dict[str, Any]]:
@@ -162,6 +172,30 @@ def test_a_cancelled_batch_has_each_line_once(session: Session, rounds: int) -> 
     assert ended.n_failed == 3
     again = batches.request_cancel(session.runtime.database, "acme", batch.id)
     assert again.state is BatchState.CANCELLED
+
+
+def test_a_batch_that_is_cancelled_in_the_middle_keeps_what_it_finished(
+    session: Session, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fields = validation._fields
+    reached = tmp_path / "reached"
+    options = {"gate_file": str(tmp_path / "never"), "gate_after_rows": 2, "touch_after_rows": (2, str(reached))}
+
+    def gated(*given: Any) -> dict[str, Any]:
+        return {**fields(*given), "engine_options": options}
+
+    monkeypatch.setattr(validation, "_fields", gated)
+    batch = create(session, upload(session, "\n".join(line(f"r{n}") for n in range(4))).id)
+    drive(session.runtime)
+    drive(session.runtime, lambda job: session.start(job.id))
+    drive(session.runtime, lambda job: session.start(job.id))
+    wait_until(reached.exists, "two rows are computed")
+    batches.request_cancel(session.runtime.database, "acme", batch.id)
+    ended = to_the_end(session, batch)
+    assert ended.state is BatchState.CANCELLED
+    assert names(lines_of(session, ended, ended.output_file_id)) == ["r0", "r1"]
+    assert names(lines_of(session, ended, ended.error_file_id)) == ["r2", "r3"]
+    assert (ended.n_total, ended.n_completed, ended.n_failed) == (4, 2, 2)
 
 
 def test_an_expired_batch_has_each_line_once(session: Session) -> None:
