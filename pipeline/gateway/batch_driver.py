@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pipeline.batches.drive import drive
 from pipeline.process.runtime import Runtime
 from pipeline.worker.polling import Poller
-from storage.records import Job
 
 _LONGEST_SECONDS = 1.0
 _DRIVERS = 2
@@ -15,10 +14,10 @@ _DRIVERS = 2
 
 
 class BatchDriver:
-    """``planned`` is called after batches have moved, and ``run`` for each batch whose job has to go on."""
+    """``planned`` is called after batches have moved: their jobs may wait for somebody to run them."""
 
-    def __init__(self, runtime: Runtime, planned: Callable[[], object], run: Callable[[Job], object]) -> None:
-        self._runtime, self._planned, self._run = runtime, planned, run
+    def __init__(self, runtime: Runtime, planned: Callable[[], object]) -> None:
+        self._runtime, self._planned = runtime, planned
         self._stopped = False
         self._drivers = Poller("batches", self._drive, count=_DRIVERS, longest=_LONGEST_SECONDS)
 
@@ -36,7 +35,7 @@ class BatchDriver:
         self._drivers.join()
 
     def _drive(self) -> bool:
-        moved = drive(self._runtime, self._run, stopped=lambda: self._stopped)
+        moved = drive(self._runtime, stopped=lambda: self._stopped)
         if moved:
             self._planned()
         return moved

@@ -31,7 +31,7 @@ class Gateway:
         if embedded:
             self.runner = JobRunner(self.session)
             self.runner.start()
-        self.batches = BatchDriver(self.runtime, self.wake, lambda job: self.wake())
+        self.batches = BatchDriver(self.runtime, self.wake)
         self.batches.start()
 
     @property
