@@ -14,7 +14,9 @@ from pipeline.batches import places, validation
 from pipeline.batches.drive import collect_files, drive
 from pipeline.client.session import Session
 from pipeline.config.settings import Settings
+from pipeline.worker.worker import Worker
 from storage import failpoints
+from storage.broker import CONTROL_QUEUE
 from storage.errors import Conflict, IllegalTransition, NotFound
 from storage.files import batches, files
 from storage.files.records import Batch, File, Purpose
@@ -112,6 +114,20 @@ def test_a_batch_is_completed_with_its_lines_in_order(session: Session) -> None:
     usage = [item["response"]["body"]["usage"] for item in good]
     assert ended.input_tokens == sum(item["prompt_tokens"] for item in usage) > 0
     assert ended.output_tokens == sum(item["completion_tokens"] for item in usage) > 0
+
+
+def test_a_worker_takes_batches_to_their_end(session: Session) -> None:
+    batch = create(session, upload(session, line("a")).id)
+    worker = Worker(session.runtime.settings, engines=["fake"], queues=[CONTROL_QUEUE, "fake"], slots=1)
+    worker.start()
+    try:
+        wait_until(lambda: batches.get(worker.runtime.database, "acme", batch.id).terminal, "the batch has ended")
+    finally:
+        worker.drain(0)
+        worker.close()
+    ended = batches.get(session.runtime.database, "acme", batch.id)
+    assert ended.state is BatchState.COMPLETED
+    assert names(lines_of(session, ended, ended.output_file_id)) == ["a"]
 
 
 def test_a_batch_whose_lines_all_fail_completes_without_an_output_file(session: Session) -> None:
