@@ -23,6 +23,7 @@ from storage.errors import InvalidInput
 from storage.objects.store import ObjectInfo, ObjectStore
 from storage.parquet import arrow_schemas, parquet
 from storage.parquet.batches import readable, unfolded
+from storage.parquet.below_nulls import masked
 from storage.parquet.parquet import ParquetOutput
 
 CHUNK_BYTES = 256 * 2**20
@@ -166,23 +167,15 @@ def _plain_type(kind: Any) -> Any:
 def _valid(batch: pa.RecordBatch) -> pa.RecordBatch:
     """The batch, checked. Raises ``pa.ArrowInvalid``.
 
-    What lies below a null struct may be anything: pyarrow leaves an index into no category at all there.
+    What lies below a null struct or list may be anything: pyarrow leaves an index into no category at all there.
     """
     try:
         batch.validate(full=True)
     except pa.ArrowInvalid:
-        columns = [_masked(column) for column in batch.columns]
+        columns = [masked(column) for column in batch.columns]
         batch = pa.RecordBatch.from_arrays(columns, schema=batch.schema)
         batch.validate(full=True)
     return batch
-
-
-def _masked(column: Any) -> Any:
-    """A struct's nulls are nulls of its fields, too."""
-    if not pa.types.is_struct(column.type):
-        return column
-    fields = [_masked(child) for child in column.flatten()]
-    return pa.StructArray.from_arrays(fields, fields=list(column.type), mask=column.is_null())
 
 
 def _plain(table: pa.Table, positions: Sequence[int]) -> pa.Table:

@@ -98,9 +98,15 @@ def test_any_table_comes_back(client: Client, data: Any) -> None:
         _check(client, given, Path(home), shard_rows, order, parquet=write is written)
 
 
+NO_CATEGORY = pa.DictionaryArray.from_arrays(pa.array([0] * 6, pa.uint16()), pa.array([], pa.string()), safe=False)
 FOUND: dict[str, Any] = {
     "no category at all below a null struct": pa.array(
         [None], pa.struct([("a", pa.dictionary(pa.int8(), pa.string()))])
+    ),
+    "no category at all below null lists below a null struct": pa.StructArray.from_arrays(
+        [pa.FixedSizeListArray.from_arrays(NO_CATEGORY, 3, mask=pa.array([True, False]))],
+        ["a"],
+        mask=pa.array([False, True]),
     ),
     "lists of nulls beside what is stored otherwise": pa.array([[None] * 3, [], [None] * 3], pa.large_list(pa.null())),
     "list views of seconds": pa.array([None], pa.list_(pa.list_view(pa.timestamp("s")))),
