@@ -50,7 +50,8 @@ def _map(column: Any) -> Any:
     slots = pa.array(np.arange(ends[-1] if len(ends) else 0) + np.repeat(offsets[:-1] - (ends - lengths), lengths))
     keys, items = masked(column.keys.take(slots)), masked(column.items.take(slots))
     starts = pa.array(np.append(0, ends), pa.int32())
-    return pa.MapArray.from_arrays(starts, keys, items, type=column.type, mask=column.is_null())
+    made: Any = pa.MapArray
+    return made.from_arrays(starts, keys, items, type=column.type, mask=column.is_null())
 
 
 def _nulls(column: Any) -> npt.NDArray[np.bool_]:
