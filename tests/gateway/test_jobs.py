@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from starlette.testclient import TestClient
 
+from pipeline.client.client import Client
 from pipeline.config.settings import Settings
+from pipeline.gateway.app import create_app
 from pipeline.gateway.context import Gateway
 from storage import failpoints
 from tests.gateway.conftest import NewKey
@@ -160,3 +163,15 @@ def test_a_job_that_is_planned_elsewhere_meanwhile_is_submitted(
     failpoints.arm("submit.inserted", run_it_first)
     job = submit(web, key("submit"), spec_of(tmp_path, name))
     assert (seen, job["state"]) == (["completed"], "completed")
+
+
+def test_a_job_that_an_earlier_process_left_is_run(settings: Settings, tmp_path: Path) -> None:
+    with Client(settings=settings) as client:
+        left = client.submit(start=False, **spec_of(tmp_path)).id
+    with TestClient(create_app(settings, embedded=True)) as web:
+        gateway = web.app.state.gateway  # type: ignore[attr-defined]
+        ended = threading.Event()
+        while not ended.wait(0.05):
+            if gateway.client.job(left).status().terminal:
+                ended.set()
+        assert gateway.client.job(left).status().rows_done == 5
