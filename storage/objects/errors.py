@@ -125,15 +125,17 @@ def _refusal(uri: str, reason: str, writing: bool) -> InvalidJob:
     return InvalidInput(f"cannot read {uri}: {reason}")
 
 
-def not_opened(uri: str, name: str) -> InvalidJob:
-    """Our error for a protocol that is not opened unless the operator says so."""
+def not_opened(uri: str, name: str, *, known: bool) -> InvalidJob:
+    """Our error for a protocol that is not opened unless the operator says so; another machine may open one that is
+    ``known`` to fsspec."""
     remedy = (
         f"it would reach through to other file systems; give the URL of what lies there, without {name}://"
         if name in WRAPPERS
         else f"local paths, {', '.join(f'{known}://' for known in sorted(STORES - {'file', 'memory'}))} are; another "
         f"file system of fsspec is once the setting storage_options.{name} is there"
     )
-    return _elsewhere(InvalidJob(f"{uri}: {name}:// is not opened: {remedy}"))
+    error = InvalidJob(f"{uri}: {name}:// is not opened: {remedy}")
+    return _elsewhere(error) if known else error
 
 
 def no_filesystem(uri: str, name: str, error: Exception) -> InvalidJob:

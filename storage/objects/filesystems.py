@@ -29,7 +29,7 @@ def opened(uri: str, name: str, options: Mapping[str, Mapping[str, Any]]) -> Any
     :class:`~storage.errors.InvalidSettings` for options that it does not take.
     """
     if name in WRAPPERS or (name not in STORES and name not in options):
-        raise not_opened(uri, name)
+        raise not_opened(uri, name, known=name in fsspec.available_protocols())
     try:
         kind = fsspec.get_filesystem_class(name)
     except (ImportError, ValueError) as error:

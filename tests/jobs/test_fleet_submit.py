@@ -67,6 +67,8 @@ def plan(client: Client) -> list[str]:
         ({"input": "rows.jsonl", "prompt": "{txt}"}, "prompt"),
         ({"input": "broken.parquet"}, "input"),
         ({"output": "in.parquet/out"}, "output"),
+        ({"input": "s4://bucket/in.parquet"}, "input"),
+        ({"output": "nosuch://bucket/out"}, "output"),
         ({"model": "nowhere"}, "model"),
     ],
 )
