@@ -32,7 +32,8 @@ COMMANDS = {
         "Check what is installed, and what really works here: engines, providers, database, broker, directories.",
     ),
     "serve": _Entry(
-        "pipeline.cli.admin.serve:serve", "Serve the HTTP API; with --embedded, run its jobs too. Until it is stopped."
+        "pipeline.cli.admin.serve:serve",
+        "Serve the HTTP API: /api/v1 (jobs), /v1 (OpenAI's batch API), /docs. Runs until it is stopped.",
     ),
     "job": _Entry("pipeline.cli.job.submit:app", "Jobs: submit, list, show, wait, cancel, retry."),
     "schedule": _Entry("pipeline.cli.admin.schedule:app", "Schedules: jobs that are submitted again and again."),

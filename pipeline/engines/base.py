@@ -76,6 +76,7 @@ __all__ = [
     "NeedsOfHost",
     "NeedsPackage",
     "Permissions",
+    "ReadsMany",
     "Restarts",
     "RestrictsOptions",
     "ResultBatch",
