@@ -20,6 +20,7 @@ from pipeline.engines.vllm import cached_rows, pooling
 from pipeline.engines.vllm.cached_rows import CacheLookup
 from pipeline.engines.vllm.generate_results import Answer, Answers, RequestAnswers
 from pipeline.engines.vllm.learnt_lengths import LearntLengths
+from pipeline.engines.vllm.loaded import LoadedVllm
 from pipeline.engines.vllm.memory_growth import MemoryGrowth
 from pipeline.engines.vllm.metrics import Measures
 from pipeline.engines.vllm.options import chat_template
@@ -38,13 +39,10 @@ from pipeline.engines.vllm.prompts.prompts import Prompt, Prompts, check_columns
 from pipeline.engines.vllm.prompts.request_prompts import HONOURED, RequestPrompts
 from pipeline.engines.vllm.prompts.sampling_params import JobParams
 from pipeline.engines.vllm.reading import read_rows
-from pipeline.engines.vllm.requests.admission import AdmissionLimit
 from pipeline.engines.vllm.requests.dedup import dedup_for, dedup_keys, is_deterministic
-from pipeline.engines.vllm.requests.media_budget import MediaMemoryBudget, media_bytes
 from pipeline.engines.vllm.requests.outcome import Finished, Outcome
 from pipeline.engines.vllm.requests.requests import Requests
 from pipeline.engines.vllm.requests.waiting import TOKEN_BYTES, WaitingLimits
-from pipeline.host.memory import memory_bytes
 from pipeline.models.model import Model
 from pipeline.prefix.order import Backlog, Lengths
 from pipeline.spec.answer_fields import fields_of
@@ -53,10 +51,6 @@ from storage.errors import Blame, EngineDead, EngineMissing, InvalidJob, Invalid
 
 RESULTS = 4096
 """Most rows of a batch of results."""
-WINDOW_TOKENS = 2**22
-"""Most prompt tokens inside vLLM where its cache does not hold half as many: some 150 MiB in its processes."""
-MEDIA_WINDOW_SHARE, MEDIA_WINDOW_BYTES = 1 / 16, 4 * 2**30
-"""Of the machine's memory, and at most: prepared media inside vLLM."""
 BESIDE = ("torch", "transformers")
 """Packages whose versions are reported with vLLM's."""
 
@@ -73,12 +67,10 @@ class VllmEngine(VllmPlacement):
 
     def __init__(self, model: Model, task: Task, options: Mapping[str, Any], context: EngineContext) -> None:
         self._model, self._task, self._options, self._context = model, task, dict(options), context
-        self._running: RunningVllm | None = None
+        self._live: LoadedVllm | None = None
         self._adapters = LoadedAdapters(context.cache_dir)
         self._versions: dict[str, str] = {}
         self._lock = threading.Lock()
-        self._window = AdmissionLimit(1, 1)
-        self._room = MediaMemoryBudget(1, media_bytes)
         self._learnt = LearntLengths()
         self._rows = {"succeeded": 0, "failed": 0}
         self._counts: Counter[str] = Counter()
@@ -142,12 +134,9 @@ class VllmEngine(VllmPlacement):
         if self._task in pooling.TASKS:
             options |= pooling.ARGUMENTS
         stall = float(self._options.get("stall_seconds", STALL_SECONDS))
-        self._running = RunningVllm(str(self._model.path), options, stall)
-        self._window = self._sized(self._running)
-        room = min(MEDIA_WINDOW_BYTES, MEDIA_WINDOW_SHARE * memory_bytes())
-        self._room = MediaMemoryBudget(int(self._options.get("media_window_bytes", room)), media_bytes)
+        self._live = loaded = LoadedVllm.of(RunningVllm(str(self._model.path), options, stall), self._options)
         try:
-            self._check_loaded(self._running)
+            self._check_loaded(loaded.running)
         except BaseException:
             self.close()
             raise
@@ -155,7 +144,7 @@ class VllmEngine(VllmPlacement):
     def result_schema(self, spec: JobSpec) -> pa.Schema:
         """See :meth:`Engine.result_schema`."""
         if spec.task in pooling.TASKS:
-            return Pooling(self._loaded(), spec.task).schema(spec)
+            return Pooling(self._loaded().running, spec.task).schema(spec)
         return pa.schema(fields_of(spec) if spec.request_column is None else request_rows.fields())
 
     def infer(self, spec: JobSpec, batches: Iterable[RowBatch], cancel: Cancellation) -> Iterator[ResultBatch]:
@@ -163,7 +152,8 @@ class VllmEngine(VllmPlacement):
 
         Raises :class:`InvalidJob`, before the first row, for sampling parameters that vLLM refuses for this model.
         """
-        running = self._loaded()
+        loaded = self._loaded()
+        running = loaded.running
         rows: PooledRows | Prompts
         reader: PooledRows | Answers
         if spec.task in pooling.TASKS:
@@ -183,18 +173,18 @@ class VllmEngine(VllmPlacement):
         rows_waiting, bytes_waiting = self._context.order_rows, self._context.order_bytes
         if media_columns.columns_of(spec):
             # They are sorted by nothing: no more wait than run.
-            rows_waiting = min(rows_waiting, self._window.requests)
+            rows_waiting = min(rows_waiting, loaded.window.requests)
         requests = Requests(
             running,
             params,
-            self._window,
+            loaded.window,
             work,
             backlog=self._backlog(spec, lengths),
             limits=WaitingLimits(rows_waiting, bytes_waiting, whole=spec.order == "prefix"),
             lengths=lengths,
             dedup=dedup_for(spec, pools=spec.task in pooling.TASKS),
             dedup_key=dedup_keys(pools=spec.task in pooling.TASKS, is_deterministic=is_deterministic(spec.sampling)),
-            room=self._room,
+            room=loaded.room,
             timeout=spec.request_timeout,
         )
         measures = Measures(running.gauges)
@@ -256,7 +246,8 @@ class VllmEngine(VllmPlacement):
     def stats(self) -> dict[str, Any]:
         """See :meth:`Engine.stats`. Counts since ``load``: ``tokens`` went through the engine, ``copied`` did not,
         since another row had the same prompt. Tokens of rows that were aborted are in neither."""
-        running = self._loaded()
+        loaded = self._loaded()
+        running = loaded.running
         config = running.config
         with self._lock:
             rows, counts = dict(self._rows), Counter(self._counts)
@@ -270,9 +261,9 @@ class VllmEngine(VllmPlacement):
                 "max_model_len": config.model_config.max_model_len,
                 "max_num_seqs": config.scheduler_config.max_num_seqs,
                 "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
-                "window": self._window.requests,
-                "window_tokens": self._window.tokens,
-                "media_window_bytes": self._room.n_bytes,
+                "window": loaded.window.requests,
+                "window_tokens": loaded.window.tokens,
+                "media_window_bytes": loaded.room.n_bytes,
                 "dtype": str(config.model_config.dtype).removeprefix("torch."),
                 "enforce_eager": bool(config.model_config.enforce_eager),
                 "enable_prefix_caching": bool(config.cache_config.enable_prefix_caching),
@@ -294,7 +285,7 @@ class VllmEngine(VllmPlacement):
     def benchmark(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Mapping[str, Any] | None:
         """See :class:`pipeline.diagnostics.benchmark.Benchmarked`: the speed of prefill and decode."""
         return vllm_benchmark.benchmark(
-            self.infer, self._loaded(), self._model, self.stats(), spec, self._context.notify
+            self.infer, self._loaded().running, self._model, self.stats(), spec, self._context.notify
         )
 
     def needs_restart(self) -> bool:
@@ -303,35 +294,24 @@ class VllmEngine(VllmPlacement):
 
     def memory_bytes(self) -> int | None:
         """Resident memory of the engine's processes, and of the processes that they started."""
-        running = self._running
-        return None if running is None else running.memory_bytes()
+        live = self._live
+        return None if live is None else live.running.memory_bytes()
 
     def close(self) -> None:
         """See :meth:`Engine.close`. A call of ``infer`` that is still going raises :class:`EngineDead`."""
-        running, self._running = self._running, None
-        self._room.close()
-        if running is not None:
-            running.stop()
+        live, self._live = self._live, None
+        if live is not None:
+            live.close()
 
-    def _loaded(self) -> RunningVllm:
-        if self._running is None:
+    def _loaded(self) -> LoadedVllm:
+        if self._live is None:
             raise EngineDead("the vLLM engine is not loaded", blame=Blame.OTHERS)
-        return self._running
-
-    def _sized(self, running: RunningVllm) -> AdmissionLimit:
-        config = running.config
-        cached = (config.cache_config.num_gpu_blocks or 0) * (config.cache_config.block_size or 0)
-        # The scheduler's are a single engine's, of which there is one for each rank; the blocks are all of them.
-        ranks = config.parallel_config.data_parallel_size
-        return AdmissionLimit(
-            int(self._options.get("window", 2 * config.scheduler_config.max_num_seqs * ranks)),
-            int(self._options.get("window_tokens", max(WINDOW_TOKENS * ranks, 2 * cached))),
-        )
+        return self._live
 
     def _backlog(self, spec: JobSpec, lengths: Lengths) -> Backlog[Prompt]:
         if spec.order == "input":
             return Backlog()
-        cache = self._loaded().config.cache_config
+        cache = self._loaded().running.config.cache_config
         cached = cache.enable_prefix_caching and not spec.sampling.get("skip_reading_prefix_cache")
         block = cache.block_size * TOKEN_BYTES if cached else 0
 

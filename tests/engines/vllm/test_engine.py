@@ -112,7 +112,7 @@ def engine(loaded: VllmEngine) -> Iterator[VllmEngine]:
 
 
 def inside(engine: VllmEngine) -> int:
-    running = engine._running
+    running = engine._loaded().running
     assert running is not None
     return int(running.llm.get_num_unfinished_requests())
 
@@ -124,8 +124,7 @@ def inside(engine: VllmEngine) -> int:
 def test_threads_of_the_model_stay_on_a_core_each(engine: VllmEngine) -> None:
     batch = support.texts(*support.PROMPTS)
     assert len(run(engine, support.make_spec(sampling=support.GREEDY), [batch])) == len(support.PROMPTS)
-    assert engine._running is not None
-    (process,) = engine._running._processes.values()
+    (process,) = engine._loaded().running._processes.values()
     allowed = {}
     for thread in process.threads():
         with contextlib.suppress(ProcessLookupError):  # it has ended
@@ -191,8 +190,7 @@ def test_answers_are_those_of_vllm_itself(engine: VllmEngine, beside: Beside, ta
         spec = support.make_spec("chat", column="talk")
         kind = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
         batch = support.column(pa.array(support.CONVERSATIONS, kind), "talk")
-    assert engine._running is not None
-    prompts = [p for ready, _ in Prompts(engine._running.llm, spec, room=1).read(batch, 5) for p in ready]
+    prompts = [p for ready, _ in Prompts(engine._loaded().running.llm, spec, room=1).read(batch, 5) for p in ready]
     assert [prompt.tokens for prompt in prompts] == [tokens for tokens, *_ in expected]
     answers = run(engine, spec, [batch])
     for row, (tokens, text, made, reason) in enumerate(expected):
@@ -245,7 +243,7 @@ def test_sampling_reaches_vllm(engine: VllmEngine) -> None:
     plain = answer(max_tokens=8)
     assert plain["completion_tokens"] == 8
     assert answer(max_tokens=8, stop=plain["output"][2])["output"] == plain["output"][:2]
-    token = engine._running.llm.get_tokenizer()("a", add_special_tokens=False)["input_ids"][0]  # type: ignore[union-attr]
+    token = engine._loaded().running.llm.get_tokenizer()("a", add_special_tokens=False)["input_ids"][0]
     # As JSON has it: the token is text.
     assert answer(max_tokens=4, logit_bias={str(token): 100})["output"] == "aaaa"
     assert answer(max_tokens=None, ignore_eos=True)["finish_reason"] == "length"
@@ -333,7 +331,7 @@ def test_the_same_prompt_is_run_once(engine: VllmEngine) -> None:
 @pytest.mark.parametrize("order", ["auto", "input"])
 def test_prompts_that_begin_alike_run_together(engine: VllmEngine, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are put into vLLM in that order; the answers are the same, whatever the order."""
-    llm = engine._running.llm  # type: ignore[union-attr]
+    llm = engine._loaded().running.llm
     added: list[int] = []
     original = llm.add_request
 
@@ -472,9 +470,8 @@ def test_what_only_vllm_can_judge_is_refused_before_the_first_row(
 
 
 def test_a_model_without_a_chat_template(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert engine._running is not None
-    monkeypatch.setattr(engine._running.llm.get_tokenizer(), "chat_template", None)
-    prompts = Prompts(engine._running.llm, support.make_spec("chat", prompt="{text}"), room=1)
+    monkeypatch.setattr(engine._loaded().running.llm.get_tokenizer(), "chat_template", None)
+    prompts = Prompts(engine._loaded().running.llm, support.make_spec("chat", prompt="{text}"), room=1)
     with pytest.raises(InvalidModel, match="no chat template"):
         prompts.check_chat_template()
 
@@ -587,7 +584,7 @@ def test_models_that_vllm_cannot_load(llama: Model, tmp_path: Path) -> None:
 
 def test_a_dead_engine_process(loaded: VllmEngine) -> None:
     """Calls that wait raise, later calls raise, and closing leaves nothing. The last test: it kills the engine."""
-    running = loaded._running
+    running = loaded._loaded().running
     assert running is not None
     (core,) = running.pids
     family = [

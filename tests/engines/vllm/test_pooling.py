@@ -307,9 +307,8 @@ def test_models_that_do_not_do_the_task(
         (classifier, Task.EMBED, "it pools for classify"),
         (classifier, Task.SCORE, "one label; this one has 3"),
     ]:
-        assert engine._running is not None
         with pytest.raises(InvalidModel, match=words):
-            Pooling(engine._running, task)
+            Pooling(engine._loaded().running, task)
 
 
 @pytest.mark.parametrize("kind", ["embed", "pairs", "classify", "score"])

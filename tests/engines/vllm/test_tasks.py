@@ -227,7 +227,7 @@ def test_log_probabilities(folder: Path, engine: VllmEngine, reference: Referenc
     found = answers(engine, make_spec(sampling=asked))
     wanted = expected(folder, reference, name)
     same(found, wanted)
-    tokenizer = engine._running.llm.get_tokenizer()  # type: ignore[union-attr]
+    tokenizer = engine._loaded().running.llm.get_tokenizer()
     for answer, known in zip(found, wanted, strict=True):
         many = answer["logprobs"] if name == "several" else [answer["logprobs"]]
         assert len(many) == len(known["logprobs"])
@@ -342,8 +342,7 @@ def test_numbers_that_fit_into_no_message_fail_alone(engine: VllmEngine) -> None
     found = answers(engine, spec, columns(text=["a"] * 2, m=[2.0, 1e20]))
     assert found[0]["completion_tokens"] == 2
     assert found[1].code == RowErrorCode.INVALID_VALUE and "64 bits" in found[1].message
-    assert engine._running is not None
-    assert engine._running.llm.get_num_unfinished_requests() == 0
+    assert engine._loaded().running.llm.get_num_unfinished_requests() == 0
 
 
 def test_bad_tokens_fail_alone(engine: VllmEngine) -> None:

@@ -44,8 +44,7 @@ def test_an_engine_that_has_grown_and_one_that_is_stuck(pool: EnginePool, tmp_pa
 
     with lease() as engine:
         first = cast(VllmEngine, engine)
-        assert first._running is not None
-        (core,) = (psutil.Process(pid) for pid in first._running.pids)
+        (core,) = (psutil.Process(pid) for pid in first._loaded().running.pids)
         assert not first.needs_restart()
         assert len(run(engine, spec, [support.texts("a")])) == 1
         # Whoever holds it goes on with it.
@@ -56,8 +55,7 @@ def test_an_engine_that_has_grown_and_one_that_is_stuck(pool: EnginePool, tmp_pa
     with lease() as engine:
         assert engine is not first
         second = cast(VllmEngine, engine)
-        assert second._running is not None
-        (pid,) = second._running.pids
+        (pid,) = second._loaded().running.pids
         caught: list[EngineDead] = []
 
         def call() -> None:

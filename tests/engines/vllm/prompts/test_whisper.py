@@ -58,10 +58,10 @@ def own(engine: VllmEngine, samples: Any) -> Any:
     async def ask() -> Any:
         prompt = {"prompt": PROMPT, "multi_modal_data": {"audio": (samples, RATE)}}
         params = SamplingParams(**GREEDY)
-        *_, last = [part async for part in engine._loaded().llm.generate(prompt, params, f"own-{id(samples)}")]
+        *_, last = [part async for part in engine._loaded().running.llm.generate(prompt, params, f"own-{id(samples)}")]
         return last
 
-    return engine._loaded().call(ask()).result(60)
+    return engine._loaded().running.call(ask()).result(60)
 
 
 def test_transcripts(engine: VllmEngine) -> None:

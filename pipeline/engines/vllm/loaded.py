@@ -1,0 +1,45 @@
+"""What loading a vLLM engine makes, and closing it ends: its processes, and the bounds of the work inside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.engines.vllm.process.process import RunningVllm
+from pipeline.engines.vllm.requests.admission import AdmissionLimit
+from pipeline.engines.vllm.requests.media_budget import MediaMemoryBudget, media_bytes
+from pipeline.host.memory import memory_bytes
+
+WINDOW_TOKENS = 2**22
+"""Most prompt tokens inside vLLM where its cache does not hold half as many: some 150 MiB in its processes."""
+MEDIA_WINDOW_SHARE, MEDIA_WINDOW_BYTES = 1 / 16, 4 * 2**30
+"""Of the machine's memory, and at most: prepared media inside vLLM."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedVllm:
+    """``window``: the requests that may be inside ``running``; ``room``: the bytes of their media."""
+
+    running: RunningVllm
+    window: AdmissionLimit
+    room: MediaMemoryBudget
+
+    @classmethod
+    def of(cls, running: RunningVllm, options: Mapping[str, Any]) -> LoadedVllm:
+        """Bounds as the engine's options have them, else as vLLM's scheduler and cache and the machine's memory do."""
+        config = running.config
+        cached = (config.cache_config.num_gpu_blocks or 0) * (config.cache_config.block_size or 0)
+        # The scheduler's are a single engine's, of which there is one for each rank; the blocks are all of them.
+        ranks = config.parallel_config.data_parallel_size
+        window = AdmissionLimit(
+            int(options.get("window", 2 * config.scheduler_config.max_num_seqs * ranks)),
+            int(options.get("window_tokens", max(WINDOW_TOKENS * ranks, 2 * cached))),
+        )
+        room = min(MEDIA_WINDOW_BYTES, MEDIA_WINDOW_SHARE * memory_bytes())
+        return cls(running, window, MediaMemoryBudget(int(options.get("media_window_bytes", room)), media_bytes))
+
+    def close(self) -> None:
+        """End the processes, and the threads that prepare media."""
+        self.room.close()
+        self.running.stop()
