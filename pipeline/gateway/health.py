@@ -57,7 +57,7 @@ def _database(gateway: Gateway) -> None:
 def _object_store(gateway: Gateway) -> None:
     store = ObjectStore(gateway.settings.storage_options, retry_seconds=_STORE_SECONDS)
     try:
-        store.exists(f"{gateway.settings.effective_map_dir}/ready")
+        store.exists(f"{gateway.settings.effective_files_dir}/ready")
     finally:
         store.close()
 

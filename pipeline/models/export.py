@@ -156,9 +156,7 @@ def _export(folder: Path, kind: Kind, work: Path, versions: dict[str, str], *, c
             _trace(wrapped, inputs, output, work / GRAPH, exporter)
             difference = _difference(wrapped, inputs, work / GRAPH, masked=kind == "encoder")
         except Exception as error:  # whatever an exporter raises means: try the other one, or give up with its words
-            notes.append(
-                f"{exporter}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-            )
+            notes.append(f"{exporter}: {type(error).__name__}: {_first_line(str(error))}")
             continue
         if difference <= TOLERANCE:
             report = _Report(exporter, difference, TOLERANCE, kind, inputs, (output,), OPSET, versions, tuple(notes))
@@ -166,6 +164,11 @@ def _export(folder: Path, kind: Kind, work: Path, versions: dict[str, str], *, c
             return
         notes.append(f"{exporter}: differs from PyTorch by {difference:.2e}, more than {TOLERANCE:.0e}")
     raise InvalidModel(f"{folder} cannot be exported to ONNX: {'; '.join(notes)}")
+
+
+def _first_line(text: str) -> str:
+    """Of an exporter's message, without the colours that PyTorch puts in for a terminal."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text).strip().partition("\n")[0]
 
 
 @contextlib.contextmanager
