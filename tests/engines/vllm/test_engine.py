@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,8 @@ class TestVllm(EngineContract):
     @pytest.fixture
     def engine(self, engine: VllmEngine, case: str, monkeypatch: pytest.MonkeyPatch) -> Engine:  # type: ignore[override]
         if case == "small window":
-            monkeypatch.setattr(engine, "_window", AdmissionLimit(3, 10**6))
+            loaded = replace(engine._loaded(), window=AdmissionLimit(3, 10**6))
+            monkeypatch.setattr(engine, "_loaded", lambda: loaded)
         return engine
 
     @pytest.fixture

@@ -443,7 +443,7 @@ class StorageMachine(RuleBasedStateMachine):
         table = tables.job
         with self.database.read() as connection:
             until = dict(connection.execute(sa.select(table.c.id, table.c.finalize_until)).all())
-        return sorted(found, key=lambda job: (until[job.id] or 0.0, job.id))
+        return sorted(found, key=lambda job: (until[job.id] is not None, until[job.id] or 0.0, job.id))
 
     @precondition(lambda self: self.jobs)
     @rule(pick=st.integers(0, 9), reason=st.sampled_from(["cancelled", "expired"]), sure=st.integers(0, 2))

@@ -136,6 +136,9 @@ def test_old_jobs_are_due_and_unfinished_deletions_come_back(
     assert deletion.unfinished(database, limit=9) == []  # whoever marked it is at it
     monkeypatch.setattr(deletion, "LEFT_ALONE_SECONDS", -1.0)
     deletion.mark(database, young.id)
+    with database.write() as connection:  # two times within one tick of the clock would have no order
+        earlier = tables.job.c.deleted_at - 1.0
+        connection.execute(tables.job.update().where(tables.job.c.id == young.id).values(deleted_at=earlier))
     deletion.postpone(database, old.id)
     assert [job.id for job in deletion.unfinished(database, limit=9)] == [young.id, old.id]
     assert jobs.get(database, live.id).id == live.id
