@@ -8,7 +8,7 @@ import hypothesis
 
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "default")
 _SHARE = 4
-"""By default a test tries one in so many of the examples that it has in the thorough profile."""
+"""By default a test tries one in this many of the examples that it has in the thorough profile."""
 
 
 def examples(thorough: int) -> int:

@@ -57,7 +57,7 @@ def tolerance(single: Numbers, exact: Numbers) -> float:
 
 
 def shows_share(rows: int, disagreements: int, share: float) -> bool:
-    """Whether so many rows show, with 95% confidence (exact, one-sided), that at least ``share`` of all rows agree.
+    """Whether ``rows`` rows show, with 95% confidence (exact, one-sided), that at least ``share`` of all agree.
 
     0.99 needs 299 rows without a disagreement.
     """

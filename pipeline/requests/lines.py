@@ -20,7 +20,7 @@ def output_line(job_id: str, custom_id: str, body: str) -> bytes:
     """The line of a request that was answered. ``body``: the response as JSON text."""
     head = {"id": line_id(job_id, custom_id), "custom_id": custom_id}
     response = {"status_code": 200, "request_id": _request_id(job_id, custom_id)}
-    # The body is JSON already, and long: it is put in as it is.
+    # The body is JSON already, and long: it is inserted without parsing it again.
     text = json.dumps(head, ensure_ascii=False)[:-1]
     inside = json.dumps(response)[:-1]
     return f'{text}, "response": {inside}, "body": {body}}}, "error": null}}\n'.encode()

@@ -251,7 +251,7 @@ def id_of(connection: sa.Connection, model: Owned) -> str:
 
 
 def refreshed(connection: sa.Connection, revision: Revision) -> Revision:
-    """The revision as it is now. Raises :class:`NotFound` when it was removed."""
+    """The stored revision. Raises :class:`NotFound` when it was removed."""
     return _by_id(connection, revision.id)
 
 

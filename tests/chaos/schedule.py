@@ -65,7 +65,7 @@ class PlannedTimetable:
 
 @dataclass(frozen=True)
 class End:
-    """How one run of a script ends, so many seconds after it began to wait."""
+    """How one run of a script ends, and how many seconds after it began to wait."""
 
     how: str
     after: float

@@ -61,6 +61,9 @@ def test_a_job_from_submit_to_its_rows(web: TestClient, gateway: Gateway, key: N
     assert web.get(f"{at}/errors", headers=both).json()["errors"] == []
     assert web.get(f"{at}/events", headers=both).json()["events"][0]["type"] == "job.validating"
     assert [item["state"] for item in web.get(f"{at}/attempts", headers=both).json()["attempts"]] == ["succeeded"]
+    assert web.get(f"{at}/attempts", headers=both).json()["attempts"][0]["computed"] > 0, (
+        "the names are those of --json"
+    )
     assert web.post(f"{at}/cancel", headers=both).json()["job"]["state"] == "completed"
     assert web.delete(at, headers=both).json() == {"deleted": job["id"]}
     assert web.get(at, headers=both).status_code == 404

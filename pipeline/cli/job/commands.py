@@ -16,6 +16,7 @@ from pipeline.cli.foreground import Hooks, foreground
 from pipeline.cli.job.errors import list_errors
 from pipeline.cli.job.ids import JobId, JobIds
 from pipeline.cli.job.listing import list_jobs
+from pipeline.client import documents
 from pipeline.client.progress import progress
 from pipeline.process.metrics import derived
 from pipeline.spec.status import JobStatus
@@ -52,8 +53,8 @@ def show(
     with invocation.client() as client:
         handle = client.job(job)
         status, measured = handle.status(), handle.measured()
-        tried = [_attempt(item) for item in handle.attempts()] if attempts else []
-        happened = [_event(item) for item in handle.events()] if events else []
+        tried = [documents.attempt(item) for item in handle.attempts()] if attempts else []
+        happened = [documents.event(item) for item in handle.events()] if events else []
         pieces = [_shard(item, handle.regrouped) for item in handle.shards()] if shards else []
     if invocation.as_json:
         more: dict[str, Any] = {"shards": pieces} if shards else {}
@@ -174,34 +175,6 @@ def _shard(item: Any, regrouped: bool) -> dict[str, Any]:
         "failures": item.n_fail,
         "losses": item.n_lost,
         "error": item.error,
-    }
-
-
-def _attempt(item: Any) -> dict[str, Any]:
-    ended = item.ended_at
-    return {
-        "shard": item.shard_id,
-        "attempt": item.attempt_no,
-        "state": str(item.state),
-        "resumed": item.rows_resumed,
-        "computed": item.rows_computed,
-        "seconds": None if ended is None else round(ended - item.started_at, 3),
-        "worker": item.worker_id,
-        "error": item.error,
-        "started_at": item.started_at,
-        "ended_at": ended,
-        "stats": dict(item.stats),
-    }
-
-
-def _event(item: Any) -> dict[str, Any]:
-    return {
-        "at": item.at,
-        "type": item.type,
-        "shard": item.shard_id,
-        "attempt": item.attempt_no,
-        "actor": item.actor,
-        "data": dict(item.data),
     }
 
 

@@ -1,4 +1,4 @@
-"""Records as JSON documents. The names are those of the command line's ``--json``."""
+"""Records as JSON documents: those that only the HTTP API shows in this form."""
 
 from __future__ import annotations
 
@@ -6,34 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from storage.fleet.workers import WorkerStatus
-from storage.records import Attempt, Event, Fire, Schedule
+from storage.records import Fire, Schedule
 from storage.registry.records import Revision
-
-
-def attempt(item: Attempt) -> dict[str, Any]:
-    return {
-        "shard": item.shard_id,
-        "attempt": item.attempt_no,
-        "state": str(item.state),
-        "worker": item.worker_id,
-        "started_at": item.started_at,
-        "ended_at": item.ended_at,
-        "rows_resumed": item.rows_resumed,
-        "rows_computed": item.rows_computed,
-        "error": item.error,
-        "stats": dict(item.stats),
-    }
-
-
-def event(item: Event) -> dict[str, Any]:
-    return {
-        "at": item.at,
-        "type": item.type,
-        "shard": item.shard_id,
-        "attempt": item.attempt_no,
-        "actor": item.actor,
-        "data": dict(item.data or {}),
-    }
 
 
 def schedule(item: Schedule) -> dict[str, Any]:

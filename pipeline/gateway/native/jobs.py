@@ -7,10 +7,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Header, Path, Query
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.client import documents
 from pipeline.client.handle import JobHandle
 from pipeline.gateway.auth import Caller, Reader, Submitter
 from pipeline.gateway.context import Gateway, Here
-from pipeline.gateway.native import documents
 from pipeline.gateway.native.admission import admitted
 from pipeline.spec.values import MOST
 from storage.errors import InvalidJob
