@@ -23,7 +23,7 @@ from pipeline.jobs.status_query import job_status
 from pipeline.process.attendance import with_attendance
 from pipeline.process.runtime import Runtime
 from pipeline.worker import embedded
-from pipeline.worker.maintenance import apart
+from pipeline.worker.maintenance import run_step
 from storage import locations
 from storage.errors import InvalidJob, InvalidSettings
 from storage.fleet import job_lookup
@@ -105,7 +105,7 @@ def prune(runtime: Runtime) -> None:
     cutoff = now - 86_400 * runtime.settings.map_retention_days
     for folder, used in _last_used(runtime).items():
         if used < cutoff:
-            apart(_remove, runtime, folder)
+            run_step(_remove, runtime, folder)
     abandoned = []
     for item in runtime.store.find(f"{root}/new-*.parquet", changing=True):
         began = re.search(r"/new-(\d+)-", item.uri)

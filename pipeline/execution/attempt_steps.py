@@ -24,7 +24,7 @@ class AttemptSteps:
         self._database, self._claim = database, claim
         self._lock = threading.Lock()
         self._step = Step.LOADING
-        self._alone = False
+        self._isolated = False
         self._inside = BitMap()
 
     def begin(self, step: Step) -> None:
@@ -39,13 +39,13 @@ class AttemptSteps:
         yield
         self.begin(Step.IDLE)
 
-    def handing(self, batches: Iterator[RowBatch], asked: BitMap, *, alone: bool) -> Iterator[RowBatch]:
-        """Hand ``batches`` to an engine. With ``alone`` every batch is noted, so that only rows inside are blamed:
-        those of ``asked``, since others are there for their sake."""
-        self._alone, self._inside = alone, BitMap()
+    def handing(self, batches: Iterator[RowBatch], asked: BitMap, *, isolated: bool) -> Iterator[RowBatch]:
+        """Hand ``batches`` to an engine. With ``isolated`` every batch is noted, so that only rows inside are blamed:
+        those of ``asked``, since the others run only because these need them."""
+        self._isolated, self._inside = isolated, BitMap()
         for batch in batches:
             with self._lock:
-                if alone:
+                if isolated:
                     self._inside |= BitMap(np.asarray(batch.rows, dtype=np.uint32)) & asked
                     self._step = Step.COMPUTING
                     self._note(Step.COMPUTING, self._inside)
@@ -57,7 +57,7 @@ class AttemptSteps:
         """The engine has given the results of these rows, and they are flushed if they are the last ones inside."""
         with self._lock:
             self._inside -= rows
-            if self._alone and not self._inside:
+            if self._isolated and not self._inside:
                 self._to(Step.IDLE)
 
     def _to(self, step: Step) -> None:
@@ -65,6 +65,6 @@ class AttemptSteps:
             self._step = step
             self._note(step, None)
 
-    def _note(self, step: Step, alone: BitMap | None) -> None:
-        """Write a step, and the rows that are inside the engine alone (``None``: not known)."""
-        retry_write(lambda: attempts.note(self._database, self._claim, step, alone))
+    def _note(self, step: Step, inside: BitMap | None) -> None:
+        """Write a step, and the rows that are isolated inside the engine (``None``: not known)."""
+        retry_write(lambda: attempts.note(self._database, self._claim, step, inside))

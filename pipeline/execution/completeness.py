@@ -28,14 +28,17 @@ def only(results: Iterator[ResultBatch], rows: BitMap) -> Iterator[ResultBatch]:
             yield replace(batch, rows=batch.rows[wanted], values=values, failures=failures)
 
 
-class Ledger:
-    """The rows still owed by one ``infer`` call. ``pending`` shrinks as results come."""
+class PendingRows:
+    """The rows that have no result yet. ``rows`` shrinks as results come."""
 
     def __init__(self, rows: Iterable[int]) -> None:
-        self.pending = BitMap(rows)
+        self.rows = BitMap(rows)
 
-    def settle(self, results: ResultBatch) -> tuple[BitMap, BitMap]:
-        """Take the rows of ``results`` off; returns (all of them, the failed ones). Raises :class:`BrokenEngine`."""
+    def accept(self, results: ResultBatch) -> tuple[BitMap, BitMap]:
+        """The rows of ``results`` are no longer pending; returns (all of them, the failed ones).
+
+        Raises :class:`BrokenEngine`.
+        """
         count = len(results.rows)
         if (0 if results.values is None else results.values.num_rows) != count:
             raise BrokenEngine(f"an engine returned {count} row ids with a batch of another length")
@@ -43,13 +46,15 @@ class Ledger:
         rows = BitMap(np.asarray(results.rows, dtype=np.uint32)) | failed
         if len(rows) != count + len(results.failures):
             raise BrokenEngine("an engine answered a row twice in one batch")
-        strange = rows - self.pending
+        strange = rows - self.rows
         if strange:
-            raise BrokenEngine(f"an engine answered row {strange[0]} of the shard, which it did not owe")
-        self.pending -= rows
+            raise BrokenEngine(
+                f"an engine answered row {strange[0]} of the shard, which was not asked for, or had its answer"
+            )
+        self.rows -= rows
         return rows, failed
 
-    def close(self) -> None:
+    def check_complete(self) -> None:
         """Raise :class:`BrokenEngine` if an answer is missing."""
-        if self.pending:
-            raise BrokenEngine(f"an engine left {len(self.pending)} rows unanswered, row {self.pending[0]} first")
+        if self.rows:
+            raise BrokenEngine(f"an engine left {len(self.rows)} rows unanswered, row {self.rows[0]} first")

@@ -10,7 +10,7 @@ from pyroaring import BitMap
 
 from pipeline.engines.base import Cancellation, Engine, ReadsMany, ResultBatch, RowBatch, RowFailure
 from pipeline.execution.attempt_context import AttemptContext
-from pipeline.execution.completeness import Ledger, only
+from pipeline.execution.completeness import PendingRows, only
 from pipeline.execution.flush import Flusher
 from pipeline.execution.prefetch import ReadAhead
 from pipeline.planning.sequences import SequenceRows
@@ -25,32 +25,32 @@ class EngineCalls:
     def __init__(self, attempt: AttemptContext, engine: Engine, flusher: Flusher) -> None:
         self._attempt, self._flusher = attempt, flusher
         self._engine = answering(engine, attempt.spec)
-        self._ledger = Ledger(attempt.claim.todo)
+        self._pending = PendingRows(attempt.claim.todo)
         self._sequences = None if attempt.spec.sequence is None else self._sequence_rows(attempt.spec.sequence)
 
     @property
     def pending(self) -> BitMap:
         """The rows of the claim that have no result yet."""
-        return self._ledger.pending
+        return self._pending.rows
 
-    def infer(self, rows: BitMap, cancel: Cancellation, *, alone: bool = False) -> None:
-        """Run ``rows`` on the engine, until ``cancel`` fires. With ``alone``, the database knows which are inside."""
+    def infer(self, rows: BitMap, cancel: Cancellation, *, isolated: bool = False) -> None:
+        """Run ``rows`` on the engine, until ``cancel`` fires. With ``isolated``, the rows inside are noted first."""
         if not rows:
             return
         attempt = self._attempt
         needed = rows if self._sequences is None else self._sequences.with_earlier(rows)
         with closing(self._read(needed)) as batches:
-            handed = attempt.steps.handing(attempt.measures.reading(batches), rows, alone=alone)
+            handed = attempt.steps.handing(attempt.measures.reading(batches), rows, isolated=isolated)
             results = self._engine.infer(attempt.spec, handed, cancel)
             self._accept(results if needed == rows else only(results, rows), rows)
 
-    def give_up(self, rows: BitMap) -> None:
+    def quarantine(self, rows: BitMap) -> None:
         """Give ``rows`` an error instead of a result: they kill the engine, and are not run again."""
         self._accept(_poisoned(rows), rows)
 
     def check_complete(self) -> None:
         """Raise :class:`BrokenEngine` if a row of the claim has no result."""
-        self._ledger.close()
+        self._pending.check_complete()
 
     def _accept(self, results: Iterator[ResultBatch], asked: BitMap) -> None:
         attempt = self._attempt
@@ -61,14 +61,14 @@ class EngineCalls:
                     attempt.measures.add(batch.measured)
                     if not len(batch.rows) and not batch.failures:
                         continue
-                    rows, failed = self._ledger.settle(batch)
+                    rows, failed = self._pending.accept(batch)
                     self._flusher.add(batch, rows, failed)
-                    if not asked & self._ledger.pending:
+                    if not asked & self._pending.rows:
                         # Before the engine goes on: if it dies now, no row was inside.
                         self._flusher.drain_unless_whole()
                     attempt.steps.answered(rows)
             except BaseException:
-                if not asked & self._ledger.pending:
+                if not asked & self._pending.rows:
                     self._flusher.drain()  # the engine broke after its last answer
                 raise
 

@@ -48,7 +48,7 @@ class JobRunner(threading.Thread):
             try:
                 if time.monotonic() >= tick_at:
                     tick_at = time.monotonic() + self._session.runtime.settings.tick_seconds
-                    maintenance.tick(self._session.runtime)
+                    maintenance.run_maintenance(self._session.runtime)
                 self._look()
             except RowmillError as error:
                 log.warning("looking for jobs failed, the next round tries again: %s", error)

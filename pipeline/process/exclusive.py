@@ -1,7 +1,7 @@
-"""Rounds of one process run side by side, or one of them alone: who runs alone when the engine dies is to blame.
+"""A readers-writer lock of one process whose readers can be preempted: shards share the engine, or one has it alone.
 
-An engine, and the process, are shared by the shards in flight. While a row that kills them is searched for, nothing
-else may be inside, or a crash says nothing of the rows that were noted as running alone.
+All shards in flight share an engine and the process. During the search for a row that kills them, nothing else may be
+inside the engine: else a crash says nothing about the rows that were noted as isolated.
 """
 
 from __future__ import annotations
@@ -15,75 +15,81 @@ from pipeline.engines.base import Cancellation
 
 Waiting = Callable[[], AbstractContextManager[object]]
 
-MAKING_ROOM = "another shard of this process has to run alone"
+PREEMPTED = "another shard of this process has to run alone"
 
 
-class Isolation:
-    """One per process. Each attempt has a :class:`Turn`, to be closed in the thread that uses it."""
+class PreemptibleLock:
+    """One per process. Each attempt has a :class:`LockHandle`, which the thread that uses it releases."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._together: dict[Turn, Cancellation] = {}
-        self._wanting: deque[Turn] = deque()
-        """Turns that run alone (the first, once nobody runs together) or want to, in the order in which they came."""
+        self._shared: dict[LockHandle, Cancellation] = {}
+        self._wanting: deque[LockHandle] = deque()
+        """Handles that hold the lock alone (the first, once nobody shares it) or want to, in order of arrival."""
 
-    def turn(self, cancel: Cancellation, waiting: Waiting = nullcontext) -> Turn:
-        """An attempt's; ``cancel`` ends its waits, and each of them lies within a ``waiting()``."""
-        return Turn(self, cancel, waiting)
+    def handle(self, cancel: Cancellation, waiting: Waiting = nullcontext) -> LockHandle:
+        """A new handle, also usable in a ``with``; ``cancel`` ends its waits, and each lies within a ``waiting()``."""
+        return LockHandle(self, cancel, waiting)
 
 
-class Turn:
-    """One attempt's part in an :class:`Isolation`. Not for several threads."""
+class LockHandle:
+    """One attempt's access to a :class:`PreemptibleLock`. Not for several threads."""
 
-    def __init__(self, isolation: Isolation, cancel: Cancellation, waiting: Waiting) -> None:
-        self._isolation, self._cancel, self._waiting = isolation, cancel, waiting
+    def __init__(self, lock: PreemptibleLock, cancel: Cancellation, waiting: Waiting) -> None:
+        self._lock, self._cancel, self._waiting = lock, cancel, waiting
+
+    def __enter__(self) -> LockHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     @contextmanager
-    def together(self) -> Iterator[Cancellation]:
-        """Run beside the others, once nobody runs alone or wants to; until then, wait.
+    def shared(self) -> Iterator[Cancellation]:
+        """Share the lock, once nobody holds it exclusively or wants to; until then, wait.
 
-        Yields a cancellation for the round: it fires when the attempt's does, and when somebody wants to run alone.
-        Then the round has to end; it may go on afterwards with what is left.
+        Yields a cancellation for the block: it fires when the attempt's does, and when somebody wants the lock
+        exclusively. Then the block has to end; the attempt may share the lock again for the rest of its rows.
         """
-        inside = self._isolation
+        lock = self._lock
         stop = Cancellation()
-        self._wait_for(lambda: not inside._wanting)
-        with inside._changed:
-            inside._together[self] = stop
-            if inside._wanting:  # it was cancelled while it waited, or somebody came just now
-                stop.cancel(MAKING_ROOM)
+        self._wait_for(lambda: not lock._wanting)
+        with lock._changed:
+            lock._shared[self] = stop
+            if lock._wanting:  # it was cancelled while it waited, or somebody came just now
+                stop.cancel(PREEMPTED)
         forget = self._cancel.on_cancel(lambda: stop.cancel(self._cancel.reason or "cancelled"))
         try:
             yield stop
         finally:
             forget()
-            with inside._changed:
-                del inside._together[self]
-                inside._changed.notify_all()
+            with lock._changed:
+                del lock._shared[self]
+                lock._changed.notify_all()
 
-    def alone(self) -> bool:
-        """Run alone from now on, until :meth:`close`; false when cancelled while others still ran."""
-        inside = self._isolation
-        with inside._changed:
-            if self not in inside._wanting:
-                inside._wanting.append(self)
-            others = list(inside._together.values())
+    def exclusive(self) -> bool:
+        """Hold the lock alone from now on, until :meth:`release`; false when cancelled while others still shared it."""
+        lock = self._lock
+        with lock._changed:
+            if self not in lock._wanting:
+                lock._wanting.append(self)
+            others = list(lock._shared.values())
         for other in others:
-            other.cancel(MAKING_ROOM)
-        self._wait_for(lambda: inside._wanting[0] is self and not inside._together)
+            other.cancel(PREEMPTED)
+        self._wait_for(lambda: lock._wanting[0] is self and not lock._shared)
         return not self._cancel.cancelled
 
-    def close(self) -> None:
-        """Run alone no longer. Safe to call again."""
-        inside = self._isolation
-        with inside._changed:
-            if self in inside._wanting:
-                inside._wanting.remove(self)
-                inside._changed.notify_all()
+    def release(self) -> None:
+        """Hold the lock alone no longer. Safe to call again."""
+        lock = self._lock
+        with lock._changed:
+            if self in lock._wanting:
+                lock._wanting.remove(self)
+                lock._changed.notify_all()
 
     def _wait_for(self, ready: Callable[[], bool]) -> None:
-        """Until it is so, or the attempt is cancelled."""
-        changed = self._isolation._changed
+        """Wait until ``ready()``, or until the attempt is cancelled."""
+        changed = self._lock._changed
         with changed:
             if self._cancel.cancelled or ready():
                 return

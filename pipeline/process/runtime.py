@@ -19,7 +19,7 @@ from pipeline.config.settings import Settings
 from pipeline.engines import registry
 from pipeline.engines.base import EngineContext
 from pipeline.engines.pool import EnginePool
-from pipeline.process.exclusive import Isolation
+from pipeline.process.exclusive import PreemptibleLock
 from pipeline.process.permissions import RowFiles, granted
 from pipeline.registry.resolver import Resolver
 from pipeline.result_cache.cache import ResultCaches
@@ -46,7 +46,7 @@ class Runtime:
     """Made by :func:`start`, ended by :meth:`close`. ``notify`` tells the user something worth a line.
 
     ``unflushed`` counts, by shard id, the rows that this process has finished and not yet flushed: for progress only.
-    ``isolation`` lets one of the shards in flight run alone.
+    The shards in flight share ``engine_lock``; one that searches for a poison row holds it exclusively.
     """
 
     settings: Settings
@@ -56,7 +56,7 @@ class Runtime:
     worker: Worker
     notify: Callable[[str], None] = field(default=lambda message: None)
     unflushed: dict[str, int] = field(default_factory=dict)
-    isolation: Isolation = field(default_factory=Isolation)
+    engine_lock: PreemptibleLock = field(default_factory=PreemptibleLock)
     _inside: _Inside = field(default_factory=_Inside)
 
     @property

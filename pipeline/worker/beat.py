@@ -47,7 +47,7 @@ def beat_and_run(runtime: Runtime, interrupt: Cancellation) -> None:
 
 
 def _tick(runtime: Runtime) -> None:
-    maintenance.tick(runtime)
+    maintenance.run_maintenance(runtime)
     beat_health.note_round(runtime.settings)
 
 

@@ -38,7 +38,7 @@ def run_job(
     *,
     interrupt: Cancellation,
     on_progress: Callable[[JobStatus], None] = lambda status: None,
-    tick: Callable[[Runtime], object] = maintenance.tend,
+    tick: Callable[[Runtime], object] = lambda runtime: maintenance.run_maintenance(runtime, schedules=False),
 ) -> JobStatus:
     """Work on ``job`` until it has ended, in this process; meanwhile ``tick`` is called at every heartbeat.
 

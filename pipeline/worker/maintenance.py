@@ -1,7 +1,7 @@
-"""What has to happen now and then, whoever does it: mend times after a clock was set back, take back lost shards, wind
+"""What has to happen now and then, in any process: mend times after a clock was set back, take back lost shards, wind
 down expired jobs, fire schedules, and delete garbage.
 
-The steps of a round stand apart: one that fails is logged and holds up no other.
+The steps of a round do not depend on each other: one that fails is logged, and the others run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GARBAGE_SECONDS = 10.0
 _FILES_AT_ONCE = 200
 
 
-def apart(step: Callable[..., T], *arguments: object) -> T | None:
+def run_step(step: Callable[..., T], *arguments: object) -> T | None:
     """The result of one step of a round; ``None``, and a line in the log, when it fails.
 
     What ends a process (``KeyboardInterrupt`` and its kin, :class:`Interrupted`) goes through.
@@ -44,9 +44,9 @@ def apart(step: Callable[..., T], *arguments: object) -> T | None:
     except Interrupted:
         raise
     except RowmillError as error:
-        log.warning("a step of the tick failed, the next round tries again: %s", error)
+        log.warning("a step of maintenance failed, the next round tries again: %s", error)
     except Exception:
-        log.exception("a step of the tick failed, the next round tries again")
+        log.exception("a step of maintenance failed, the next round tries again")
     return None
 
 
@@ -160,34 +160,20 @@ def collect_results(runtime: Runtime) -> tuple[int, int]:
     )
 
 
-def tend(runtime: Runtime) -> None:
-    """One round, without the schedules."""
-    _look_after_shards(runtime)
-    clean(runtime)
+def run_maintenance(runtime: Runtime, *, schedules: bool = True, gc: bool = True) -> list[str]:
+    """One round: shards and jobs, and, where they are wanted, schedules and garbage.
 
-
-def urgent(runtime: Runtime) -> list[str]:
-    """One round, schedules included and garbage not; returns the submitted jobs."""
-    _look_after_shards(runtime)
-    return apart(fire_schedules, runtime) or []
-
-
-def tick(runtime: Runtime) -> list[str]:
-    """One round, for whoever sees to it that their jobs are run; returns the submitted jobs."""
-    submitted = urgent(runtime)
-    clean(runtime)
+    Returns the jobs that schedules submitted; the caller sees to it that they are run.
+    """
+    for step in (bring_back_times, reap, expire, wind_down):
+        run_step(step, runtime)
+    submitted = (run_step(fire_schedules, runtime) or []) if schedules else []
+    if gc:
+        run_gc(runtime)
     return submitted
 
 
-def clean(runtime: Runtime) -> None:
+def run_gc(runtime: Runtime) -> None:
     """The steps of a round that can wait: garbage, jobs past their retention, files that are deleted or expired."""
-    apart(collect_garbage, runtime)
-    apart(delete_jobs, runtime)
-    apart(collect_files, runtime)
-
-
-def _look_after_shards(runtime: Runtime) -> None:
-    apart(bring_back_times, runtime)
-    apart(reap, runtime)
-    apart(expire, runtime)
-    apart(wind_down, runtime)
+    for step in (collect_garbage, delete_jobs, collect_files):
+        run_step(step, runtime)

@@ -22,7 +22,6 @@ from pipeline.process.heartbeat import WATCH_SECONDS, LeaseKeeper
 from pipeline.process.runtime import Runtime, start
 from pipeline.worker import maintenance
 from pipeline.worker.circuit_breaker import CircuitBreaker
-from pipeline.worker.coalesce import Gate
 from pipeline.worker.polling import Poller
 from storage.broker import CONTROL_QUEUE, FINALIZE, PLAN, RUN, TICK, Wakeups
 from storage.errors import CommitUnknown, RowmillError, TransientError
@@ -67,7 +66,6 @@ class Worker:
         self._asked_to_drain = False
         self._flush = Cancellation()
         self._breaker = CircuitBreaker()
-        self._planning, self._publishing, self._ticking = Gate(PLANNERS), Gate(PUBLISHERS), Gate(1)
         self._keeper = LeaseKeeper(
             self.runtime.database,
             worker_id=self.runtime.worker.id,
@@ -87,10 +85,10 @@ class Worker:
         settings, pollers = self.runtime.settings, {}
         if slots:
             of_shards = [queue for queue in queues if queue != CONTROL_QUEUE]
-            pollers[RUN] = Poller("shard", lambda: self._run(of_shards), count=slots, longest=settings.poll_seconds)
+            pollers[RUN] = Poller("shard", lambda: self.run(*of_shards), count=slots, longest=settings.poll_seconds)
         if CONTROL_QUEUE in queues:
-            pollers[PLAN] = Poller("planning", self._plan, count=PLANNERS, longest=settings.poll_seconds)
-            pollers[FINALIZE] = Poller("publishing", self._finalize, count=PUBLISHERS, longest=settings.poll_seconds)
+            pollers[PLAN] = Poller("planning", self.plan, count=PLANNERS, longest=settings.poll_seconds)
+            pollers[FINALIZE] = Poller("publishing", self.finalize, count=PUBLISHERS, longest=settings.poll_seconds)
             pollers[_BATCHES] = Poller("batches", self._drive_batches, count=DRIVERS, longest=settings.poll_seconds)
             every = settings.tick_seconds
             pollers[TICK] = Poller("tick", self._tick_when_due, count=1, first=every, longest=every)
@@ -119,11 +117,8 @@ class Worker:
         self._dropped += 1
         log.warning("a message was dropped, %d since this worker began: %s", self._dropped, reason)
 
-    def plan(self) -> None:
-        """Plan every job that waits for it, and wake workers for its shards."""
-        self._planning.run(self._plan)
-
-    def _plan(self) -> bool:
+    def plan(self) -> bool:
+        """Plan every job that waits for it, and wake workers for its shards. Returns whether there was one."""
         database, found = self.runtime.database, False
         for planned in plan_queue.plan_waiting(self.runtime, self._draining.is_set, self._flush):
             found = True
@@ -142,20 +137,17 @@ class Worker:
             self._pollers[PLAN].wake()
         return moved
 
-    def run(self, queue: str) -> None:
-        """Claim one shard of ``queue`` and take it to the end of its attempt."""
-        self._run([queue])
-
-    def _run(self, queues: Collection[str]) -> bool:
+    def run(self, *queues: str) -> bool:
+        """Claim one shard of ``queues`` and take it to the end of its attempt. Returns whether there was one."""
         database, settings = self.runtime.database, self.runtime.settings
-        queues = [queue for queue in queues if not self._breaker.is_open(queue)]
-        if self._draining.is_set() or not queues:
+        takes_from = [queue for queue in queues if not self._breaker.is_open(queue)]
+        if self._draining.is_set() or not takes_from:
             return False
         claim = claims.claim(
             database,
             owner=self.runtime.worker.id,
             lease_seconds=settings.lease_seconds,
-            queues=queues,
+            queues=takes_from,
             warm=self.runtime.engines.warm_keys(),
             keep=self.runtime.engines.sticky_keys(),
         )
@@ -182,11 +174,8 @@ class Worker:
                 why = f": {ended.error}" if ended.error else ""
                 log.info("%s %s: %d rows computed in %.1f s%s", what, ended.state, ended.rows_computed, seconds, why)
 
-    def finalize(self) -> None:
-        """Publish every job whose shards have all ended."""
-        self._publishing.run(self._finalize)
-
-    def _finalize(self) -> bool:
+    def finalize(self) -> bool:
+        """Publish every job whose shards have all ended. Returns whether there was one."""
         found = False
         while not self._draining.is_set():
             try:
@@ -199,33 +188,26 @@ class Worker:
             log.info("job %s of tenant %s %s: %d rows", job.id, job.tenant, job.state, job.rows_done)
         return found
 
-    def tick(self) -> None:
-        """Maintenance, and a wake-up for everything that waits: lost messages are made good here.
-
-        Nothing, when a round began less than half of ``tick_seconds`` ago, here or elsewhere: beats may be several,
-        and wake-ups that nobody took pile up.
-        """
-        self._ticking.run(self._tick)
-
     def _tick_when_due(self) -> bool:
         """Asked for by beat; or, since that message may not come, by itself when a round is overdue."""
         asked, self._tick_asked = self._tick_asked, False
-        every = self.runtime.settings.tick_seconds
-        self._tick(every / 2 if asked else every)
+        self.tick(overdue=not asked)
         return False
 
-    def _tick(self, every: float | None = None) -> None:
-        runtime, apart = self.runtime, maintenance.apart
-        if not maintenance_lock.take(
-            runtime.database, every=runtime.settings.tick_seconds / 2 if every is None else every
-        ):
+    def tick(self, *, overdue: bool = False) -> None:
+        """Maintenance, and a wake-up for everything that waits: lost messages are made good here.
+
+        Nothing happens when a round began less than half of ``tick_seconds`` ago, in any process: several beats may
+        run, and messages that nobody took pile up. With ``overdue``, less than ``tick_seconds`` ago.
+        """
+        runtime = self.runtime
+        if not maintenance_lock.take(runtime.database, every=runtime.settings.tick_seconds / (1 if overdue else 2)):
             return
-        maintenance.urgent(runtime)
-        apart(workers.forget_silent, runtime.database)
-        apart(self.wake)
-        apart(self.wakeups.plan)
-        apart(self.wakeups.finalize)
-        maintenance.clean(runtime)
+        maintenance.run_maintenance(runtime, gc=False)
+        maintenance.run_step(workers.forget_silent, runtime.database)
+        for step in (self.wake, self.wakeups.plan, self.wakeups.finalize):
+            maintenance.run_step(step)
+        maintenance.run_gc(runtime)
 
     def wake(self, queues: Collection[str] | None = None) -> None:
         """Wake workers for the shards that are ready, on all queues or on some: no more than they have free slots."""

@@ -82,7 +82,7 @@ class House:
         return self.fire(day, name)
 
     def tick(self) -> list[str]:
-        return maintenance.tick(self.runtime)
+        return maintenance.run_maintenance(self.runtime)
 
     def fire(self, day: int, name: str = "daily") -> Fire:
         (found,) = [f for f in self.client.schedules.fires(name) if f.fire_at == NOON + (day - 1) * DAY]
@@ -521,7 +521,7 @@ def test_a_job_in_the_foreground_fires_nothing(house: House) -> None:
     house.write("a.parquet", "a")
     house.add()
     house.downtime("daily", NOON)
-    maintenance.tend(house.runtime)
+    maintenance.run_maintenance(house.runtime, schedules=False)
     assert house.client.schedules.fires("daily") == []
 
 

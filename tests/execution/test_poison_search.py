@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyroaring import BitMap
 
-from pipeline.execution.poison_search import PIECES, Kind, rounds
+from pipeline.execution.poison_search import PIECES, Mode, search_steps
 
 
 @given(
@@ -15,15 +15,15 @@ from pipeline.execution.poison_search import PIECES, Kind, rounds
     st.one_of(st.none(), st.sets(st.integers(0, 200))),
     st.integers(0, 20),
 )
-def test_every_row_is_in_exactly_one_round(
+def test_every_row_is_in_exactly_one_step(
     todo: set[int], searching: bool, suspect: set[int] | None, futile: int
 ) -> None:
     suspects = None if suspect is None else BitMap(suspect)
-    found = list(rounds(BitMap(todo), searching=searching, suspect=suspects, futile=futile))
-    rows = [row for turn in found for row in turn.rows]
+    found = list(search_steps(BitMap(todo), searching=searching, suspect=suspects, futile=futile))
+    rows = [row for step in found for row in step.rows]
     assert sorted(rows) == sorted(todo)
     if not searching:
-        assert [turn.kind for turn in found] == [Kind.TOGETHER]
+        assert [step.mode for step in found] == [Mode.NORMAL]
 
 
 @given(st.integers(1, 3000), st.data())
@@ -32,15 +32,15 @@ def test_the_search_ends_with_just_the_poison_rows(n: int, data: st.DataObject) 
     futile = data.draw(st.integers(0, 20))
     todo, found, suspect, crashes, searching = BitMap(range(n)), set[int](), None, 0, False
     while todo:
-        for turn in rounds(BitMap(todo), searching=searching, suspect=suspect, futile=futile):
-            suspect = turn.rows if turn.kind is Kind.ALONE else None
-            if turn.kind is Kind.POISON:
-                found |= set(turn.rows)
-            elif poison & set(turn.rows):
+        for step in search_steps(BitMap(todo), searching=searching, suspect=suspect, futile=futile):
+            suspect = step.rows if step.mode is Mode.ISOLATED else None
+            if step.mode is Mode.QUARANTINE:
+                found |= set(step.rows)
+            elif poison & set(step.rows):
                 crashes += 1
                 searching = True
                 break
-            todo -= turn.rows
+            todo -= step.rows
     assert found == poison
     # One crash to notice each poison row, then one for each division by eight: log8(3000) rounds up to 4.
     assert crashes <= len(poison) * 6
@@ -51,5 +51,5 @@ def test_poison_rows_side_by_side_do_not_hide_that_others_are_computed(n: int, d
     """Wherever they stand: one of as many searches as there are pieces begins with rows that the engine computes."""
     first = data.draw(st.integers(0, n - 1))
     poison = BitMap(range(first, min(n, first + n // 2)))
-    begins = [next(rounds(BitMap(range(n)), searching=True, suspect=None, futile=k)) for k in range(PIECES)]
-    assert any(not turn.rows & poison for turn in begins)
+    begins = [next(search_steps(BitMap(range(n)), searching=True, suspect=None, futile=k)) for k in range(PIECES)]
+    assert any(not step.rows & poison for step in begins)

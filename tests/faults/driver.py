@@ -17,7 +17,7 @@ tasks.app``):
             run, finalize. On both databases; ends on SIGTERM by ``Worker.close``.
 ``run``     the embedded mode: ``Client().run(**fields)``; prints the final status as JSON, or ends with code 3 and the
             error's class and text on stderr.
-``tick``    ``maintenance.tick`` each time a file with the next number appears: see ``_tick``.
+``tick``    ``run_maintenance`` each time a file with the next number appears: see ``_tick``.
 ``celery``  a real Celery worker or beat (PostgreSQL and Redis).
 
 ``arm`` maps a failpoint (``storage.failpoints.POINTS``) to an action, with ``@n`` for its n-th hit alone:
@@ -509,7 +509,7 @@ def _tick(gates: str, answers: str) -> int:
         answer.with_suffix(f".{number}.ready").touch()
         while not Path(f"{gates}.{number}").exists():
             time.sleep(0.001)
-        answer.write_text(json.dumps(maintenance.tick(runtime)))
+        answer.write_text(json.dumps(maintenance.run_maintenance(runtime)))
     return 0
 
 

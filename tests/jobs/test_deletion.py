@@ -82,11 +82,11 @@ def test_retention_deletes_old_jobs_and_only_these(
     _age(client)
     young = submitted(client, tmp_path, "young")
     young.wait(timeout=60)
-    maintenance.tick(client._runtime)
+    maintenance.run_maintenance(client._runtime)
     assert len(client.jobs()) == 7  # by default everything stays
     keeping = client._runtime.settings.model_copy(update={"job_retention_days": 7.0})
     with Client(settings=keeping) as operator:
-        maintenance.tend(operator._runtime)
+        maintenance.run_maintenance(operator._runtime, schedules=False)
         assert [job.id for job in operator.jobs()] == [young.id, live.id]
     assert all((tmp_path / f"old-{n}" / "_SUCCESS").exists() for n in range(5))
 

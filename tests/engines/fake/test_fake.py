@@ -18,7 +18,7 @@ import pytest
 from pipeline.engines.base import Cancellation, EngineContext, RowBatch, RowFailure
 from pipeline.engines.fake.engine import FakeEngine
 from pipeline.engines.testing import EngineContract, cancel_when, results, run, stream
-from pipeline.execution.completeness import BrokenEngine, Ledger
+from pipeline.execution.completeness import BrokenEngine, PendingRows
 from pipeline.models.model import Model
 from pipeline.models.resolve import resolve
 from pipeline.spec.job_spec import JobSpec, Task, parse
@@ -391,14 +391,14 @@ def test_shuffle_mixes_the_same_way_every_time() -> None:
     assert sorted(order()) == list(range(100))
 
 
-@pytest.mark.parametrize(("fault", "words"), [("drop_row", "unanswered"), ("double_row", "did not owe")])
+@pytest.mark.parametrize(("fault", "words"), [("drop_row", "unanswered"), ("double_row", "was not asked for")])
 def test_broken_engines_are_noticed(fault: str, words: str, mark: str) -> None:
     engine = make_engine(GENERATE, {fault: mark})
-    ledger = Ledger(range(3))
+    pending = PendingRows(range(3))
     with pytest.raises(BrokenEngine, match=words):
         for result in results(engine, GENERATE, [texts("a", mark, "c")]):
-            ledger.settle(result)
-        ledger.close()
+            pending.accept(result)
+        pending.check_complete()
 
 
 def test_stats_count_rows_and_tokens(mark: str) -> None:

@@ -20,8 +20,9 @@ from pipeline.jobs.submit import submit_job
 from pipeline.output.finalize import finalize_job
 from pipeline.process.heartbeat import LeaseKeeper
 from pipeline.process.runtime import Runtime, start
-from pipeline.worker.worker import Worker
+from pipeline.worker.worker import PLANNERS, Worker
 from storage import failpoints
+from storage.broker import PLAN
 from storage.errors import IllegalTransition, InvalidSettings, RowmillError, Unreachable
 from storage.queue import claims, jobs
 from storage.records import Job
@@ -119,7 +120,7 @@ def test_a_job_has_one_planner_for_as_long_as_it_takes(world: World) -> None:
 
 
 def test_long_plans_leave_threads_for_the_tick(world: World, worker: Worker) -> None:
-    """Of as many jobs as one likes no more are planned at a time than there are planners; none is forgotten."""
+    """However many jobs wait, as many as there are planners are planned at a time; none is forgotten."""
     ids = [waiting(world, f"out-{n}") for n in range(5)]
     go, begun = threading.Event(), []
 
@@ -128,19 +129,18 @@ def test_long_plans_leave_threads_for_the_tick(world: World, worker: Worker) -> 
         assert go.wait(60)
 
     failpoints.arm("plan.claimed", hold)
-    with ThreadPoolExecutor(5) as pool:
-        plans = [pool.submit(worker.plan) for _ in ids]
-        try:
-            wait_until(lambda: sum(plan.done() for plan in plans) == 3, "the wake-ups too many")
-            wait_until(lambda: len(begun) >= 2, "the planners")
-            worker.tick()
-            assert len(begun) == 2
-        finally:
-            go.set()
-        for plan in plans:
-            plan.result(60)
-    assert {world.job(job).state for job in ids} == {JobState.QUEUED}
+    worker.start()
+    try:
+        for _ in ids:
+            worker.wake_up(PLAN)
+        wait_until(lambda: len(begun) >= PLANNERS, "the planners")
+        worker.tick()
+        assert len(begun) == PLANNERS
+    finally:
+        go.set()
+    wait_until(lambda: {world.job(job).state for job in ids} == {JobState.QUEUED}, "the plans")
     assert len(begun) == len(ids)
+    assert len(set(begun)) == PLANNERS
 
 
 def test_a_planner_that_dies_is_followed_after_its_lease(world: World, worker: Worker) -> None:

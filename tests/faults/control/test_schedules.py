@@ -96,7 +96,7 @@ def test_16_many_ticks_in_threads(world: World) -> None:
 
     def tick(runtime: Any) -> list[str]:
         barrier.wait(60)
-        return maintenance.tick(runtime)
+        return maintenance.run_maintenance(runtime)
 
     try:
         with ThreadPoolExecutor(len(runtimes)) as pool:
