@@ -18,7 +18,7 @@ from pipeline.client.client import Client
 from pipeline.config.settings import Settings
 from pipeline.host.cpu import flags
 from pipeline.models import origin
-from pipeline.models.compare import Comparison, Drift, Limits
+from pipeline.models.compare import Comparison, Limits, OutputDiff
 from pipeline.models.model import Model
 from pipeline.models.resolve import resolve
 from pipeline.registry import precision, reference
@@ -34,8 +34,8 @@ WORST = 20
 class Request:
     """``candidate`` and ``against`` are paths; without ``against`` it is held to the checkpoint that it was made from.
 
-    ``fields`` are those of the job that reads the rows, ``limits`` what a drift may be, and ``asked`` which of them the
-    user gave. ``alternative`` is what stands in for a checkpoint that is not there.
+    ``fields`` are those of the job that reads the rows, ``limits`` how far outputs may differ, and ``asked`` which of
+    them the user gave. ``alternative`` is what stands in for a checkpoint that is not there.
     """
 
     candidate: str
@@ -150,8 +150,8 @@ def _judged(
     except (ValueError, KeyError) as error:
         broken.append(f"the results cannot be compared: {error}")
         return _report(request, against, None, broken, [], {"precision": kind, **facts})
-    drift = comparison.result()
-    broken += request.limits.broken(drift, request.asked)
+    diff = comparison.result()
+    broken += request.limits.broken(diff, request.asked)
     measured: dict[str, Any] = {"precision": kind, **facts}
     fine = expected["error"].is_null().to_numpy() & ours["error"].is_null().to_numpy()
     a, b = (_numbers(table, request, fine) for table in (ours, expected))
@@ -176,15 +176,15 @@ def _judged(
     known = origin.of(candidate).calibration
     loose = kind != "float32" or "agreement" in request.asked
     unproved = verdicts.unproved(
-        rows=drift.rows,
-        distinct=len(set(texts)) if texts else drift.rows,
+        rows=diff.rows,
+        distinct=len(set(texts)) if texts else diff.rows,
         agreement_limit=request.limits.agreement if loose else None,
-        agreement=drift.agreement,
+        agreement=diff.agreement,
         labels=len(set(expected["label"].drop_null().to_pylist())) if "label" in expected.column_names else None,
         median_cosine=None if near is None else near.median_cosine,
         calibrated=sum(origin.row_hash(list(row)) in known for row in set(texts)) if known else 0,
     )
-    return _report(request, against, drift, broken, unproved, measured)
+    return _report(request, against, diff, broken, unproved, measured)
 
 
 def _required(original: reference.Reference | None) -> reference.Reference:
@@ -295,17 +295,17 @@ def _as_path(model: str) -> str:
 def _report(
     request: Request,
     against: str | None,
-    drift: Drift | None,
+    diff: OutputDiff | None,
     broken: list[str],
     unproved: list[str],
     measured: Mapping[str, Any],
 ) -> dict[str, Any]:
     outcome = verdicts.decide(broken, unproved)
-    nothing = Drift(0, 0, None, None, None, None)
+    nothing = OutputDiff(0, 0, None, None, None, None)
     return {
         "model": request.candidate,
         "against": against or "the original pipeline, in PyTorch",
-        **(drift or nothing).to_json(),
+        **(diff or nothing).to_json(),
         **measured,
         "limits": {name: value for name, value in asdict(request.limits).items() if value is not None},
         "asked": sorted(request.asked),

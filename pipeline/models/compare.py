@@ -20,7 +20,7 @@ UNIT = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class Drift:
+class OutputDiff:
     """``rows`` were compared; in ``only_one`` more rows one of the two models gave an error and the other did not.
 
     ``max_difference``: of two numbers of the same row; ``cosine_mean``, ``cosine_min``: between the rows' vectors;
@@ -49,7 +49,7 @@ class Drift:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a drift may be; ``None`` does not look at it."""
+    """How far two outputs may differ; ``None`` does not look at it."""
 
     min_cosine: float | None = None
     mean_cosine: float | None = None
@@ -58,37 +58,37 @@ class Limits:
     relative_difference: float | None = None
     length_change: float | None = None
 
-    def broken(self, drift: Drift, required: Collection[str] = ()) -> list[str]:
+    def broken(self, diff: OutputDiff, required: Collection[str] = ()) -> list[str]:
         """What is beyond its limit, in words. Rows that only one of the models computed are never within limits.
 
         Neither are results of which nothing is measured, or nothing that one of the ``required`` limits is about.
         Vectors of unit length keep it, whatever ``length_change`` allows.
         """
-        length = UNIT if drift.unit_length and self.length_change is not None else self.length_change
+        length = UNIT if diff.unit_length and self.length_change is not None else self.length_change
         found = []
-        if drift.only_one:
-            found.append(f"{drift.only_one} rows have an error in one of the two results only")
-        if not drift.rows:
+        if diff.only_one:
+            found.append(f"{diff.only_one} rows have an error in one of the two results only")
+        if not diff.rows:
             found.append("no row was computed by both")
         held = [
-            ("min_cosine", "worst cosine", drift.cosine_min, self.min_cosine, True),
-            ("mean_cosine", "mean cosine", drift.cosine_mean, self.mean_cosine, True),
-            ("agreement", "agreement", drift.agreement, self.agreement, True),
-            ("max_difference", "largest difference", drift.max_difference, self.max_difference, False),
+            ("min_cosine", "worst cosine", diff.cosine_min, self.min_cosine, True),
+            ("mean_cosine", "mean cosine", diff.cosine_mean, self.mean_cosine, True),
+            ("agreement", "agreement", diff.agreement, self.agreement, True),
+            ("max_difference", "largest difference", diff.max_difference, self.max_difference, False),
             (
                 "relative_difference",
                 "relative difference",
-                drift.relative_difference,
+                diff.relative_difference,
                 self.relative_difference,
                 False,
             ),
-            ("length_change", "change of a vector's length", drift.length_change, length, False),
+            ("length_change", "change of a vector's length", diff.length_change, length, False),
         ]
         limited = [value for _, _, value, limit, _ in held if limit is not None]
-        if drift.rows and limited and all(value is None for value in limited):
+        if diff.rows and limited and all(value is None for value in limited):
             found.append("nothing in the results is measured by a limit")
         for field, name, value, limit, below in held:
-            if value is None and field in required and drift.rows:
+            if value is None and field in required and diff.rows:
                 found.append(f"the results have no {name}")
             if value is None or limit is None:
                 continue
@@ -193,11 +193,11 @@ class Comparison:
             self._cosines.append(np.asarray(cosines))
             self._lengths.append(np.asarray(lengths))
 
-    def result(self) -> Drift:
+    def result(self) -> OutputDiff:
         cosines = np.concatenate(self._cosines) if self._cosines else None
         lengths = np.concatenate(self._lengths) if self._lengths else None
         relative = [value for spread in self._spreads.values() if (value := spread.relative()) is not None]
-        return Drift(
+        return OutputDiff(
             rows=self._rows,
             only_one=self._only_one,
             max_difference=self._largest,

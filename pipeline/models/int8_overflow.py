@@ -25,7 +25,7 @@ PRODUCT = base64.b64decode(
 
 
 @functools.cache
-def clips(runtime: Any) -> bool:
+def overflows(runtime: Any) -> bool:
     """Whether products come out too small here: tried, with the largest numbers there are."""
     settings = runtime.SessionOptions()
     settings.intra_op_num_threads = 1
@@ -37,4 +37,4 @@ def clips(runtime: Any) -> bool:
 
 def session_config(runtime: Any) -> Mapping[str, str]:
     """What sessions that may hold a quantized graph are configured with here."""
-    return {PRECISE: "1"} if clips(runtime) else {}
+    return {PRECISE: "1"} if overflows(runtime) else {}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.models.compare import DEFAULTS, Comparison, Drift, Limits
+from pipeline.models.compare import DEFAULTS, Comparison, Limits, OutputDiff
 
 ERROR = pa.struct([("code", pa.string()), ("message", pa.string())])
 
@@ -21,7 +21,7 @@ def table(errors: list[bool] | None = None, **columns: Any) -> pa.Table:
     return pa.table({**columns, "error": pa.array([{"code": "x", "message": ""} if e else None for e in bad], ERROR)})
 
 
-def compare(a: pa.Table, b: pa.Table) -> Drift:
+def compare(a: pa.Table, b: pa.Table) -> OutputDiff:
     comparison = Comparison()
     half = len(a) // 2
     names = [name for name in a.column_names if name != "error"]

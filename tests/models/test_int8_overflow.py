@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from pipeline.models.int8_overflow import PRODUCT, clips
+from pipeline.models.int8_overflow import PRODUCT, overflows
 
 
 def test_the_graph_is_a_product_of_8_bit_numbers() -> None:
@@ -21,7 +21,7 @@ def test_the_graph_is_a_product_of_8_bit_numbers() -> None:
     assert np.array_equal(found, left.astype(np.int32) @ right.astype(np.int32))
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="what clips are x86-64's instructions")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="what overflows are x86-64's instructions")
 def test_clipped_where_there_is_no_vnni() -> None:
     flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
-    assert clips(onnxruntime) == (not flags & {"avx512_vnni", "avx_vnni"})
+    assert overflows(onnxruntime) == (not flags & {"avx512_vnni", "avx_vnni"})

@@ -37,12 +37,12 @@ def export(
 ) -> None:
     """Turn a PyTorch checkpoint of texts into a directory with an ONNX graph, checked against PyTorch."""
     from pipeline.engines.model_config import text
-    from pipeline.models import origin, variant
+    from pipeline.models import derived_model, origin
     from pipeline.models.export import exported
 
     found = _resolve(invocation, model)
     folder = text.read(found)
-    with variant.new_directory(out) as work:
+    with derived_model.new_directory(out) as work:
         done = exported(
             folder.weights,
             "encoder" if task == "embed" else "classifier",
@@ -52,8 +52,8 @@ def export(
             name=found.name,
             tokenizer=folder.tokenizer is None,
         )
-        variant.copy_files(found, work)
-        variant.copy_graph(done.graph, work)
+        derived_model.copy_files(found, work)
+        derived_model.copy_graph(done.graph, work)
         origin.write(work, found)
         if done.tokenizer is not None:
             tokenizer = work / folder.weights.relative_to(folder.root) / "tokenizer.json"
@@ -88,17 +88,17 @@ def quantize(
 
     Refused where the result is not smaller.
     """
-    from pipeline.models import origin, quantize, variant
+    from pipeline.models import derived_model, origin, quantize
     from storage.errors import InvalidJob
 
     found = _resolve(invocation, model)
-    graph = variant.graph_of(found)
+    graph = derived_model.graph_of(found)
     if calibrate is None and (task or column or pair_column or graph_input or engine_option):
         raise InvalidJob("--task, --column, --input and --set are about the rows of --calibrate", field="calibrate")
-    with variant.new_directory(out) as work:
-        variant.copy_files(found, work)
+    with derived_model.new_directory(out) as work:
+        derived_model.copy_files(found, work)
         if calibrate is None:
-            quantize.dynamic(graph, work / variant.GRAPH)
+            quantize.dynamic(graph, work / derived_model.GRAPH)
         else:
             if task is None:
                 raise InvalidJob("--calibrate needs --task, which says how its rows are read", field="task")
@@ -108,8 +108,8 @@ def quantize(
             if engine_option:
                 fields["engine_options"] = values.key_values(engine_option, "--set")
             feeds = _feeds(invocation, found, calibrate, {k: v for k, v in fields.items() if v is not None})
-            quantize.static(graph, work / variant.GRAPH, feeds)
-        before, after = quantize.check_smaller(graph, work / variant.GRAPH)
+            quantize.static(graph, work / derived_model.GRAPH, feeds)
+        before, after = quantize.check_smaller(graph, work / derived_model.GRAPH)
         origin.write(work, found, () if calibrate is None else _hashes(calibrate, column, pair_column))
     if calibrate is None:
         invocation.notice("a row's result now depends on its batch, a little: validate it on rows of yours")

@@ -18,7 +18,7 @@ from sentence_transformers.sentence_transformer import modules as st
 from examples.tiny_encoder import MAX_LENGTH, WIDTH, build_encoder
 from pipeline.engines.model_config import sentence_layers, sentence_modules, text
 from pipeline.engines.onnx.engine import OnnxEngine
-from pipeline.models import variant
+from pipeline.models import derived_model
 from pipeline.models.export import exported
 from pipeline.models.resolve import resolve
 from storage.errors import InvalidJob, InvalidModel
@@ -260,8 +260,8 @@ def test_pickled_damaged_and_missing_weights_are_refused(tmp_path: Path) -> None
 
 def test_a_copy_keeps_the_layers_and_the_digest_counts_them(tmp_path: Path, base: Path) -> None:
     path = folder(tmp_path / "model", base, spread(st.Dense(WIDTH, 20)))
-    with variant.new_directory(tmp_path / "copy") as work:
-        variant.copy_files(resolve(str(path), tmp_path), work)
+    with derived_model.new_directory(tmp_path / "copy") as work:
+        derived_model.copy_files(resolve(str(path), tmp_path), work)
         shutil.copy(path / "model.onnx", work)
     assert not (tmp_path / "copy" / "model.safetensors").exists()
     same(vectors(tmp_path / "copy", tmp_path), encode(path))

@@ -18,7 +18,7 @@ from examples.tiny_encoder import build_encoder
 from pipeline.config.settings import Settings
 from pipeline.engines.base import Cancellation
 from pipeline.engines.onnx.runtime import autotune, ort, session_pool
-from pipeline.engines.onnx.runtime import run as onnx_lane
+from pipeline.engines.onnx.runtime import run as onnx_run
 from pipeline.engines.onnx.runtime.layout import Layout
 from pipeline.engines.onnx.runtime.ort import GraphFile
 from pipeline.engines.onnx.runtime.run import CancelScope, RunTimedOut, SessionRunner
@@ -193,18 +193,18 @@ def test_loading_has_no_limit_of_seconds_and_lanes_share_the_buffers(
 ) -> None:
     limits: list[float | None] = []
 
-    class Recorded(onnx_lane.Deadline):
+    class Recorded(onnx_run.Deadline):
         def __init__(self, options: Any, seconds: float | None) -> None:
             limits.append(seconds)
             super().__init__(options, seconds)
 
-    monkeypatch.setattr(onnx_lane, "Deadline", Recorded)
+    monkeypatch.setattr(onnx_run, "Deadline", Recorded)
     path = build_encoder(tmp_path / "encoder")
     made = engine(path, job("embed"), tmp_path, row_timeout=60.0, sessions=2, lanes=2, io_binding=True)
     assert limits and set(limits) == {None}
     run(made, job("embed"), pa.record_batch({"text": ["the"]}))
     assert made._pool is not None
-    shares = [lane._kept_bytes for lane in made._pool._lanes]
+    shares = [runner._kept_bytes for runner in made._pool._runners]
     made.close()
     assert limits[-1] == 60.0
-    assert len(shares) == 4 and sum(shares) <= onnx_lane.KEPT_BYTES
+    assert len(shares) == 4 and sum(shares) <= onnx_run.KEPT_BYTES

@@ -213,13 +213,13 @@ def test_tensorrt_keeps_its_engines_where_the_operator_caches(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("clips", "given", "asked"),
+    ("overflows", "given", "asked"),
     [(True, {}, "1"), (True, {PRECISE: "0"}, "0"), (False, {}, ""), (False, {PRECISE: "1"}, "1")],
 )
 def test_exact_products_of_8_bits_are_asked_for_where_they_are_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clips: bool, given: dict[str, str], asked: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overflows: bool, given: dict[str, str], asked: str
 ) -> None:
-    monkeypatch.setattr(int8_overflow, "clips", lambda runtime: clips)
+    monkeypatch.setattr(int8_overflow, "overflows", lambda runtime: overflows)
     x, y = value("x", FLOAT, ["N"]), value("y", FLOAT, ["N"])
     file = GraphFile(graph(tmp_path / "model.onnx", [helper.make_node("Neg", ["x"], ["y"])], [x], [y]))
     session = open_session(onnxruntime, file, onnx_options.parse({"session_config": given}), [(CPU, {})], 1)

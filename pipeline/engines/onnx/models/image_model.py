@@ -39,7 +39,7 @@ CPU_BATCH = 8
 GPU_BATCH = 64
 """Images in a batch; ``max_batch`` makes it smaller."""
 WINDOW_BYTES = 32 * 2**20
-"""Encoded bytes decoded together, besides at most ``BATCHES_AHEAD`` batches."""
+"""Most encoded bytes that are decoded together; ``BATCHES_AHEAD`` batches are another limit."""
 BATCHES_AHEAD = 4
 DECODED_BYTES = 256 * 2**20
 """A window, and a batch, ends when the model's inputs take this many bytes, plus what is decoded at a time."""
@@ -168,7 +168,7 @@ class ImageModel:
             return self._own
         if self._states is None:
             raise InvalidJob(POOLED, field="pooling")
-        with self._measuring:  # not before a job asks: what a graph has besides need not be one row a picture
+        with self._measuring:  # only when a job asks: another output need not have one row per image
             if self._states not in self._shapes:
                 self._shapes[self._states] = self._measure(self._states)
         if self._shapes[self._states][1] != 3:
@@ -201,17 +201,17 @@ class ImageModel:
         for at, image in enumerate(images):
             if at not in failed:
                 sizes.setdefault(image.shape, []).append(at)
-        packs = []
+        batches = []
         for members in sizes.values():
             most = max(1, min(self.batch, DECODED_BYTES // images[members[0]].nbytes))
-            packs += [
-                self._pack(spec, rows, images, np.array(members[start : start + most], np.int64))
+            batches += [
+                self._batch(spec, rows, images, np.array(members[start : start + most], np.int64))
                 for start in range(0, len(members), most)
             ]
         self._count(rows=len(rows))
-        return PreparedRows(packs, tuple(RowFailure(int(rows[at]), *failure) for at, failure in failed.items()))
+        return PreparedRows(batches, tuple(RowFailure(int(rows[at]), *failure) for at, failure in failed.items()))
 
-    def _pack(self, spec: JobSpec, rows: Indices, images: list[Any], items: Indices) -> Batch:
+    def _batch(self, spec: JobSpec, rows: Indices, images: list[Any], items: Indices) -> Batch:
         head = self._head(spec)
 
         def compute(run: BoundRunner) -> ResultBatch:

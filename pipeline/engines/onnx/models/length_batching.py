@@ -13,7 +13,7 @@ import numpy.typing as npt
 Indices = npt.NDArray[np.int64]
 
 
-def pack(lengths: npt.ArrayLike, budget: int, max_rows: int | None = None) -> list[Indices]:
+def batches_by_length(lengths: npt.ArrayLike, budget: int, max_rows: int | None = None) -> list[Indices]:
     """Split rows into batches of similar length, longest first.
 
     ``lengths``: int [n], tokens per row. Each batch, int64 [k], holds indices into it, and its padded size,

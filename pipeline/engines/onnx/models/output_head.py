@@ -67,7 +67,7 @@ def check_layers(folder: TextFolder, used: Head, width: int | None = None) -> No
 
 
 def head(task: Task, signature: Signature) -> Head:
-    """The output that ``task`` reads, by name where exporters agree on one, else the first of a fitting rank.
+    """The output that ``task`` reads, by name where exporters agree on one; otherwise the first of a fitting rank.
 
     Raises :class:`~storage.errors.InvalidModel` when there is none, which is how a graph of the wrong kind shows.
     """
@@ -96,7 +96,7 @@ def head(task: Task, signature: Signature) -> Head:
 
 
 def label_column(config: Mapping[str, Any], width: int, named: Sequence[str] | None) -> pa.StringArray:
-    """The names of ``width`` classes: those that the job ``named``, else those of ``config.json``.
+    """The names of ``width`` classes: those that the job ``named``; without any, those of ``config.json``.
 
     Raises :class:`~storage.errors.InvalidJob` for another number of names.
     """

@@ -17,7 +17,7 @@ from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
 from pipeline.engines.model_config.sentence_layers import Normalize
 from pipeline.engines.model_config.sentence_layers import load as load_layers
 from pipeline.engines.model_config.text import TextFolder
-from pipeline.engines.onnx.models.length_batching import pack
+from pipeline.engines.onnx.models.length_batching import batches_by_length
 from pipeline.engines.onnx.models.output_head import Head, check_layers, fixed_shape, head, label_column, own_embedding
 from pipeline.engines.onnx.models.tokenizer import DistinctTexts, TextTokenizer, Tokens, distinct
 from pipeline.engines.onnx.runtime.options import OnnxOptions
@@ -159,7 +159,7 @@ class TextModel:
                 self.token_budget = max(1, budget // 2)
                 self.counts["budget_halvings"] += 1
 
-    def packs_of(self, lengths: Indices, budget: int) -> list[Indices]:
+    def batches_of(self, lengths: Indices, budget: int) -> list[Indices]:
         rows = self._options.max_batch
         if self._fixed_batch is not None:
             rows = min(rows, self._fixed_batch)
@@ -167,8 +167,8 @@ class TextModel:
             lengths = np.full_like(lengths, self._fixed_length)
         elif not self._masked:  # padding would be text to the graph, and a row's result depend on its batch
             groups = [np.flatnonzero(lengths == length) for length in np.unique(lengths)[::-1]]
-            return [group[part] for group in groups for part in pack(lengths[group], budget, rows)]
-        return pack(lengths, max(budget, self._fixed_length or 1), rows)
+            return [group[part] for group in groups for part in batches_by_length(lengths[group], budget, rows)]
+        return batches_by_length(lengths, max(budget, self._fixed_length or 1), rows)
 
     def states(self, run: BoundRunner, spec: JobSpec, tokens: Tokens, items: Indices) -> Floats:
         """The head's output for the texts ``items``, float32 [k, s, d] or [k, d]."""
@@ -319,12 +319,12 @@ class _TextJob:
         def packed(budget: int, every: int = 1) -> list[Batch]:
             # Every n-th by length: the lengths of the sample are spread as those of the window.
             some = good if every == 1 else good[np.argsort(tokens.lengths[good], kind="stable")[::every]]
-            packs = [
-                self._pack(rows, tokens, some[batch], members, bounds, budget)
-                for batch in self._model.packs_of(tokens.lengths[some], budget)
+            batches = [
+                self._batch(rows, tokens, some[batch], members, bounds, budget)
+                for batch in self._model.batches_of(tokens.lengths[some], budget)
             ]
             # Longer texts than the model takes, in pieces; no part of a sample.
-            return packs + (long if every == 1 else [])
+            return batches + (long if every == 1 else [])
 
         long = [self._pieces(rows[members[bounds[text] : bounds[text + 1]]], pieces[text]) for text in sorted(pieces)]
         return PreparedRows(packed(self._model.token_budget), tuple(failures), len(good), packed)
@@ -335,7 +335,7 @@ class _TextJob:
 
         def compute(run: BoundRunner) -> ResultBatch:
             vectors = np.zeros((len(tokens.lengths), model.vector_width(spec)), np.float32)
-            for batch in model.packs_of(tokens.lengths, model.token_budget):
+            for batch in model.batches_of(tokens.lengths, model.token_budget):
                 parts, refused = bisect(
                     lambda part: model.vectors(spec, model.states(run, spec, tokens, part), tokens.lengths[part]),
                     batch,
@@ -358,7 +358,7 @@ class _TextJob:
 
         return compute
 
-    def _pack(
+    def _batch(
         self, rows: Indices, tokens: Tokens, items: Indices, members: Indices, bounds: Indices, budget: int
     ) -> Batch:
         model, spec = self._model, self._spec

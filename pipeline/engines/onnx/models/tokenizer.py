@@ -218,7 +218,7 @@ class TextTokenizer:
             for text, encoding in zip(
                 whole, self._whole.encode_batch([text[:clip] for text in whole], add_special_tokens=False), strict=True
             ):
-                if len(encoding.ids) > 2 * limit:  # else there are few tokens in it, or far apart: as it is
+                if len(encoding.ids) > 2 * limit:  # otherwise it has few tokens, and stays whole
                     cut[text] = text[: encoding.offsets[2 * limit][1]]
         return {at: (cut.get(one, one), cut.get(two, two)) for at, (one, two) in pairs.items()}
 

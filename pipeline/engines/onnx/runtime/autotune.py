@@ -82,14 +82,14 @@ class Tuned:
 class Bench:
     """Measures layouts of one graph; ``pool`` is the one in use, with which the first layout is measured.
 
-    Raises, when ``call`` is stopped, :class:`~pipeline.engines.onnx.runtime.run.Stopped`.
+    Raises, when ``scope`` is stopped, :class:`~pipeline.engines.onnx.runtime.run.Stopped`.
     """
 
     def __init__(
-        self, graphs: Graphs, options: OnnxOptions, pool: SessionPool, sample: Sample, call: CancelScope
+        self, graphs: Graphs, options: OnnxOptions, pool: SessionPool, sample: Sample, scope: CancelScope
     ) -> None:
         self._graphs, self._options, self._pool = graphs, options, pool
-        self._sample, self._call = sample, call
+        self._sample, self._scope = sample, scope
         self._every = 1
         self._n_rows = 0
         self.trials: list[Trial] = []
@@ -179,9 +179,9 @@ class Bench:
                 if pool is not self._pool:
                     pool.close()
 
-    def _seconds(self, pool: SessionPool, packs: Sequence[Batch]) -> float:
+    def _seconds(self, pool: SessionPool, batches: Sequence[Batch]) -> float:
         began = time.perf_counter()
-        futures: list[Future[Any]] = [pool.submit(self._call, pack) for pack in packs]
+        futures: list[Future[Any]] = [pool.submit(self._scope, batch) for batch in batches]
         try:
             results = [future.result() for future in futures]
         except CancelledError:

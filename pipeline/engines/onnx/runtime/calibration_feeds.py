@@ -33,10 +33,10 @@ class _Recorder:
 
 def feeds(windows: Iterable[PreparedRows], pool: SessionPool) -> Iterator[Feed]:
     """The feeds of every batch, in order. The batches are computed, too: some are fed by what came before."""
-    call = CancelScope()
+    scope = CancelScope()
     for window in windows:
-        for pack in window.packs:
+        for batch in window.batches:
             seen: list[Feed] = []
-            work: Any = pack
-            pool.submit(call, lambda run, work=work, seen=seen: work(_Recorder(run, seen))).result()  # type: ignore[misc]
+            work: Any = batch
+            pool.submit(scope, lambda run, work=work, seen=seen: work(_Recorder(run, seen))).result()  # type: ignore[misc]
             yield from seen

@@ -54,7 +54,7 @@ class Layout:
         return asdict(self)
 
     def obeying(self, options: OnnxOptions) -> Layout:
-        """The same with what the options fix."""
+        """This layout, with the values that the options fix."""
         names = ("sessions", "lanes", "threads", "token_budget", "io_binding")
         return replace(self, **{n: v for n in names if (v := getattr(options, n)) is not None})
 
@@ -66,7 +66,7 @@ def fixed(options: OnnxOptions, *, text: bool) -> bool:
 
 
 def rivals(base: Layout, options: OnnxOptions, cores: int, copies: int, *, on_cpu: bool) -> Iterator[Layout]:
-    """Other ways to spread batches over ``cores``, of which at most ``copies`` sessions fit into memory."""
+    """Other ways to spread batches over ``cores``. At most ``copies`` sessions fit into memory."""
     ways: list[tuple[int, int, int]] = []
     if on_cpu:
         ways = [(cores, 1, 1), (1, cores, 1), (1, 1, cores)]

@@ -58,7 +58,7 @@ _IN_ML_DTYPES = {
 
 
 def dtype_of(name: str) -> np.dtype[Any] | None:
-    """The numpy type of a narrow element type; ``None`` for other names, and where ``ml_dtypes`` is missing."""
+    """The numpy type of one of these element types; ``None`` for other names, and where ``ml_dtypes`` is missing."""
     if name not in CARRIERS:
         return None
     try:
@@ -75,22 +75,22 @@ def _names() -> dict[np.dtype[Any], str]:
     return {dtype: name for name, dtype in found.items() if dtype is not None}
 
 
-def is_narrow(dtype: np.dtype[Any]) -> bool:
-    """True for the types of this module. Numpy's own are told apart without importing anything."""
+def is_low_precision(dtype: np.dtype[Any]) -> bool:
+    """True for the types of this module. Numpy's own types are recognised without an import."""
     return dtype.isbuiltin != 1 and dtype in _names()
 
 
 def carrier(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The type of the column that holds such elements: the type itself, unless it is narrow."""
-    return np.dtype(CARRIERS[_names()[dtype]]) if is_narrow(dtype) else dtype
+    """The type of the column that holds such elements: other types hold their own."""
+    return np.dtype(CARRIERS[_names()[dtype]]) if is_low_precision(dtype) else dtype
 
 
 def is_float(dtype: np.dtype[Any]) -> bool:
-    """True for every type with a fraction or an exponent, narrow ones included."""
+    """True for every type with a fraction or an exponent, these included."""
     return carrier(dtype).kind == "f"
 
 
-def is_narrow_type(name: str) -> bool:
+def is_low_precision_type(name: str) -> bool:
     """Whether ONNX Runtime's name of a value's type, such as ``tensor(bfloat16)``, is one of this module's."""
     return name.removeprefix("tensor(").removesuffix(")") in CARRIERS
 
@@ -118,7 +118,7 @@ def bind(binding: Any, name: str, array: Array) -> None:
     if array.dtype == np.object_:
         binding.bind_ortvalue_input(name, strings(array))
         return
-    if not is_narrow(array.dtype):
+    if not is_low_precision(array.dtype):
         binding.bind_cpu_input(name, array)
         return
     kind = _names()[array.dtype]

@@ -45,7 +45,8 @@ class StateInput(BaseModel):
 
 
 class OnnxOptions(BaseModel):
-    """How ONNX Runtime runs the graph. ``None``: as ``rowmill model benchmark`` measured, else by the machine."""
+    """How ONNX Runtime runs the graph. ``None``: what ``rowmill model benchmark`` found fastest; unmeasured, what the
+    machine suggests."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

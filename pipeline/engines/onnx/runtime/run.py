@@ -1,4 +1,4 @@
-"""One run of a graph: stoppable from any thread, with ONNX Runtime's refusals told apart, into kept buffers on demand.
+"""One run of a graph: any thread can stop it, refusals have types of their own, and its buffers may be kept.
 
 Read in ONNX Runtime 1.31 and measured on its CPU build: ``RunOptions.terminate`` ends a run within 0.3 s and latches,
 so every run gets options of its own; what ``run`` returns is not copied; an output bound with another shape than the
@@ -23,14 +23,14 @@ Array = npt.NDArray[Any]
 T = TypeVar("T")
 
 KEPT_BYTES = 256 * 2**20
-"""Most bytes of input and output buffers that the lanes of a model keep together; each has its share, and gives up
-first what it used longest ago."""
+"""Most bytes of input and output buffers that a model's runners keep together. Each has an equal share, and drops the
+least recently used buffers first."""
 QUIET = 4  # only what ends the process: a refused row is reported by us, not on stderr
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
 
 class Stopped(Exception):
-    """The call that this run belongs to was cancelled or closed."""
+    """The ``infer`` call that this run belongs to was cancelled or closed."""
 
 
 class RunFailed(Exception):
@@ -79,8 +79,8 @@ class CancelScope:
     """Everything that one ``infer`` has running, so that it can be stopped from any thread."""
 
     def __init__(self, *, timed: bool = True) -> None:
-        """``timed``: whether a lane's limit of seconds holds for its runs. The very first ones of a session do not
-        count: a device compiles its kernels then."""
+        """``timed``: whether ``row_timeout`` applies to its runs. It does not apply to the first run of a session,
+        in which a device compiles its kernels."""
         self.timed = timed
         self._lock = threading.Lock()
         self._running: set[Any] = set()
@@ -115,7 +115,7 @@ class _IoBuffers:
 
 
 class SessionRunner:
-    """A session, driven by one thread at a time; other lanes may drive the same session at the same time.
+    """Runs a session from one thread at a time. Other runners may run the same session at the same time.
 
     With ``binding``, :meth:`run_one` keeps input and output buffers on ``device`` (the one of number ``device_id``),
     one set for each combination of shapes, bound once.
@@ -143,53 +143,53 @@ class SessionRunner:
         kinds = {value.type for value in [*session.get_inputs(), *session.get_outputs()]}
         strings = "tensor(string)" in kinds
         # ONNX Runtime binds no strings of numpy's. The detour is for graphs that can be fed in no other way.
-        self._bindable = not strings or any(map(low_precision.is_narrow_type, kinds))
+        self._bindable = not strings or any(map(low_precision.is_low_precision_type, kinds))
         self._device, self._device_id = device, device_id
-        self._slots: OrderedDict[Any, _IoBuffers] = OrderedDict()
+        self._buffers: OrderedDict[Any, _IoBuffers] = OrderedDict()
         self.binding = binding and not strings
         self.kept_runs = 0
 
-    def run(self, feed: Mapping[str, Array], call: CancelScope) -> list[Array]:
+    def run(self, feed: Mapping[str, Array], scope: CancelScope) -> list[Array]:
         """Outputs in graph order. Raises :class:`Stopped`, or :class:`RunFailed` when the runtime refuses the feed
         (:class:`RunTimedOut` when it took too long)."""
-        return self._guarded(call, lambda options: self._fresh(feed, options))
+        return self._guarded(scope, lambda options: self._fresh(feed, options))
 
     def run_one(
-        self, feed: Mapping[str, Array], output: str, shape: tuple[int, ...] | None, call: CancelScope
+        self, feed: Mapping[str, Array], output: str, shape: tuple[int, ...] | None, scope: CancelScope
     ) -> Array:
         """The output ``output`` alone, which is to have the shape ``shape`` (``None``: not known).
 
-        It may be a kept buffer, which the lane's next run overwrites: copy what is to last. Raises as :meth:`run`.
+        The result may be a kept buffer, which the next run overwrites: copy it to keep it. Raises as :meth:`run`.
         """
         if self.binding and shape is not None and self._outputs[output] in _FLOATS:
             try:
-                return self._guarded(call, lambda options: self._kept(feed, output, shape, options))
+                return self._guarded(scope, lambda options: self._kept(feed, output, shape, options))
             except RunTimedOut:
                 raise
             except RunFailed:
-                # The feed, or an output that does not have the shape it should: the plain run tells them apart.
-                found = self._guarded(call, lambda options: self._new(feed, output, options))
+                # The feed was refused, or the output has another shape: a plain run shows which.
+                found = self._guarded(scope, lambda options: self._new(feed, output, options))
                 self.binding = False
-                self._slots.clear()
+                self._buffers.clear()
                 return found
-        return self._guarded(call, lambda options: self._new(feed, output, options))
+        return self._guarded(scope, lambda options: self._new(feed, output, options))
 
-    def _guarded(self, call: CancelScope, work: Callable[[Any], T]) -> T:
+    def _guarded(self, scope: CancelScope, work: Callable[[Any], T]) -> T:
         options = self._runtime.RunOptions()
         options.log_severity_level = QUIET
-        deadline = Deadline(options, self._seconds if call.timed else None)
-        call.enter(options)
+        deadline = Deadline(options, self._seconds if scope.timed else None)
+        scope.enter(options)
         try:
             with deadline:
                 return work(options)
         except self._refusals as error:
-            if call.stopped:
+            if scope.stopped:
                 raise Stopped from None
             if deadline.expired:
                 raise RunTimedOut(f"the run took longer than row_timeout, {self._seconds:g} s") from error
             raise RunFailed(str(error)) from error
         finally:
-            call.leave(options)
+            scope.leave(options)
 
     def _new(self, feed: Mapping[str, Array], output: str, options: Any) -> Array:
         return np.asarray(self.session.run([output], dict(feed), options)[0])
@@ -207,20 +207,20 @@ class SessionRunner:
 
     def _kept(self, feed: Mapping[str, Array], output: str, shape: tuple[int, ...], options: Any) -> Array:
         key = (output, shape, *((name, array.shape) for name, array in feed.items()))
-        slot = self._slots.get(key)
-        if slot is None:
-            slot = self._slots[key] = self._slot(feed, output, shape)
-            held = sum(each.n_bytes for each in self._slots.values())
-            while held > self._kept_bytes and len(self._slots) > 1:
-                held -= self._slots.popitem(last=False)[1].n_bytes
-        self._slots.move_to_end(key)
+        buffers = self._buffers.get(key)
+        if buffers is None:
+            buffers = self._buffers[key] = self._new_buffers(feed, output, shape)
+            held = sum(each.n_bytes for each in self._buffers.values())
+            while held > self._kept_bytes and len(self._buffers) > 1:
+                held -= self._buffers.popitem(last=False)[1].n_bytes
+        self._buffers.move_to_end(key)
         for name, array in feed.items():
-            slot.inputs[name].update_inplace(np.ascontiguousarray(array))
-        self.session.run_with_iobinding(slot.binding, options)
+            buffers.inputs[name].update_inplace(np.ascontiguousarray(array))
+        self.session.run_with_iobinding(buffers.binding, options)
         self.kept_runs += 1
-        return np.asarray(slot.output.numpy())  # of a buffer on the CPU, a view
+        return np.asarray(buffers.output.numpy())  # of a buffer on the CPU, a view
 
-    def _slot(self, feed: Mapping[str, Array], output: str, shape: tuple[int, ...]) -> _IoBuffers:
+    def _new_buffers(self, feed: Mapping[str, Array], output: str, shape: tuple[int, ...]) -> _IoBuffers:
         make = self._runtime.OrtValue.ortvalue_from_shape_and_type
         binding = self.session.io_binding()
         inputs = {
@@ -236,16 +236,16 @@ class SessionRunner:
 
 
 class BoundRunner:
-    """A lane lent to one piece of work of one call."""
+    """A session runner, bound to the cancel scope of one ``infer`` call while it works on one batch."""
 
-    def __init__(self, lane: SessionRunner, call: CancelScope) -> None:
-        self._lane = lane
-        self._call = call
+    def __init__(self, runner: SessionRunner, scope: CancelScope) -> None:
+        self._runner = runner
+        self._scope = scope
 
     def __call__(self, feed: Mapping[str, Array]) -> list[Array]:
         """See :meth:`SessionRunner.run`."""
-        return self._lane.run(feed, self._call)
+        return self._runner.run(feed, self._scope)
 
     def one(self, feed: Mapping[str, Array], output: str, shape: tuple[int, ...] | None) -> Array:
-        """See :meth:`SessionRunner.run_one`: what comes back may not outlast the next run."""
-        return self._lane.run_one(feed, output, shape, self._call)
+        """See :meth:`SessionRunner.run_one`: the next run may overwrite the result."""
+        return self._runner.run_one(feed, output, shape, self._scope)

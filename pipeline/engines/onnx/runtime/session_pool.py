@@ -53,30 +53,30 @@ class SessionPool:
 
     def __init__(
         self,
-        lanes: Sequence[SessionRunner],
+        runners: Sequence[SessionRunner],
         providers: tuple[str, ...],
         file: GraphFile,
         layout: Layout,
         *,
         profiling: bool = False,
     ) -> None:
-        self._lanes = list(lanes)
+        self._runners = list(runners)
         self._pid = os.getpid()
         self._local = threading.local()
         self.providers = providers
         self.file = file
         self.layout = layout
-        self.size = len(self._lanes)
+        self.size = len(self._runners)
         self.placement = _placement(self.session)
         self._profile_lock = threading.Lock()
         self._profiling = profiling
         self._profiled = 0
-        free = list(self._lanes)
+        free = list(self._runners)
 
-        def take_a_lane() -> None:
-            self._local.lane = free.pop()
+        def take_a_runner() -> None:
+            self._local.runner = free.pop()
 
-        self._threads = ThreadPoolExecutor(self.size, "rowmill-onnx", initializer=take_a_lane)
+        self._threads = ThreadPoolExecutor(self.size, "rowmill-onnx", initializer=take_a_runner)
 
     @classmethod
     def open(
@@ -145,12 +145,12 @@ class SessionPool:
     @property
     def session(self) -> Any:
         """One of the sessions, for its signature."""
-        return self._lanes[0].session
+        return self._runners[0].session
 
     @property
     def kept_runs(self) -> int:
         """Runs so far that went through kept buffers."""
-        return sum(lane.kept_runs for lane in self._lanes)
+        return sum(runner.kept_runs for runner in self._runners)
 
     @property
     def on_cpu(self) -> bool:
@@ -161,14 +161,14 @@ class SessionPool:
         if os.getpid() != self._pid:
             raise EngineDead("the ONNX Runtime sessions belong to another process; load the engine in this one")
 
-    def submit(self, call: CancelScope, work: Callable[[BoundRunner], T]) -> Future[T]:
+    def submit(self, scope: CancelScope, work: Callable[[BoundRunner], T]) -> Future[T]:
         """Do ``work`` on the next free session's thread."""
 
         def job() -> T:
-            if call.stopped:
+            if scope.stopped:
                 raise Stopped
             try:
-                return work(BoundRunner(self._local.lane, call))
+                return work(BoundRunner(self._local.runner, scope))
             finally:
                 if self._profiling:
                     self._end_profile(PROFILED_RUNS)
@@ -184,7 +184,7 @@ class SessionPool:
             self._profiled += 1
             if not self._profiling or self._profiled <= most:
                 return
-            for session in {id(lane.session): lane.session for lane in self._lanes}.values():
+            for session in {id(runner.session): runner.session for runner in self._runners}.values():
                 session.end_profiling()
             self._profiling = False
 
@@ -192,7 +192,7 @@ class SessionPool:
         """Drop what waits, wait for what runs, free the sessions."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._end_profile(0)
-        self._lanes.clear()
+        self._runners.clear()
         self._local = threading.local()
 
 

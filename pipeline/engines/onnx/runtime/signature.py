@@ -151,7 +151,7 @@ def index_limits(path: Path) -> dict[str, int]:
     """Graph inputs that index a table kept in the graph (token ids, mostly) → the number of its rows.
 
     ONNX Runtime refuses a whole batch for one index outside it on a CPU, and reads garbage on a GPU. Seen are
-    ``Gather`` nodes over an initializer whose indices are an input, as it is or cast.
+    ``Gather`` nodes over an initializer whose indices are an input, cast or not.
     """
     graph = _parse(path)
     if graph is None:
@@ -203,10 +203,10 @@ _NO_NAMES = frozenset({"none", "unk", "unknown", "dynamic"})
 def _dtype(name: str, value: str, path: Path) -> np.dtype[Any]:
     if name in _DTYPES:
         return np.dtype(_DTYPES[name])
-    narrow = low_precision.dtype_of(name)
-    if narrow is None:
+    found = low_precision.dtype_of(name)
+    if found is None:
         raise InvalidModel(f"{path}: {value!r} has element type {name}, which no Arrow column can carry")
-    return narrow
+    return found
 
 
 RowMode = Literal["stack", "unit", "whole"]

@@ -1,8 +1,8 @@
 """One ``infer`` call: windows of work are prepared while the sessions compute, results come as they are done.
 
 The caller's thread reads and prepares (tokenizes) the next window between two yields, while the sessions work on the
-one before. At most ``AHEAD`` windows are prepared and not yet finished, or, of windows with few packs, as many as give
-every lane two packs; that bounds memory.
+one before. At most ``AHEAD`` windows are prepared and not yet finished; where windows have few batches, more
+of them are, until every lane has two batches. That bounds memory.
 """
 
 from __future__ import annotations
@@ -39,26 +39,26 @@ Batch = Callable[[BoundRunner], ResultBatch]
 
 @dataclass(frozen=True, slots=True)
 class PreparedRows:
-    """Prepared work: ``packs`` in the order in which they should run, and the rows that need none.
+    """Prepared work: ``batches`` in the order in which they should run, and the rows that have failed already.
 
-    ``repacked`` makes them anew: every n-th row only, at another budget of padded tokens.
+    ``rebatched(budget, n)`` makes batches of every n-th row, at another budget of padded tokens.
     """
 
-    packs: list[Batch]
+    batches: list[Batch]
     failures: tuple[RowFailure, ...] = ()
     n_rows: int = 0
-    repacked: Callable[[int, int], list[Batch]] | None = None
+    rebatched: Callable[[int, int], list[Batch]] | None = None
 
     def sample(self, budget: int, every: int) -> list[Batch]:
-        """Packs that stand for all of them."""
-        return self.packs[::every] if self.repacked is None else self.repacked(budget, every)
+        """Batches that represent all of them, to be measured."""
+        return self.batches[::every] if self.rebatched is None else self.rebatched(budget, every)
 
 
 def sample(windows: Sequence[PreparedRows], budget: int, every: int) -> list[Batch]:
-    """Packs that stand for all those of the windows."""
+    """Batches that represent those of all windows, to be measured."""
     if len(windows) == 1:
         return windows[0].sample(budget, every)
-    return [pack for window in windows for pack in window.packs][::every]
+    return [batch for window in windows for batch in window.batches][::every]
 
 
 def windows(batches: Iterable[RowBatch], rows: int, max_bytes: int) -> Iterator[tuple[Indices, list[pa.RecordBatch]]]:
@@ -86,25 +86,25 @@ def windows(batches: Iterable[RowBatch], rows: int, max_bytes: int) -> Iterator[
 
 def stream(prepared: Iterator[PreparedRows], pool: SessionPool, cancel: Cancellation) -> Iterator[ResultBatch]:
     """Run the windows on the pool. Ends soon after ``cancel``; closing the iterator does the same."""
-    call = CancelScope()
+    scope = CancelScope()
     done: queue.SimpleQueue[Future[ResultBatch] | None] = queue.SimpleQueue()
 
     def stop() -> None:
-        call.stop()
+        scope.stop()
         done.put(None)
 
     forget = cancel.on_cancel(stop)
     running: dict[Future[ResultBatch], int] = {}
-    open_packs: dict[int, int] = {}
+    unfinished: dict[int, int] = {}
     finished = _Finished()
     number = 0
     more = True
     try:
-        while not call.stopped:
+        while not scope.stopped:
             while (
                 more
-                and (len(open_packs) < AHEAD or len(running) < 2 * pool.size)
-                and not call.stopped
+                and (len(unfinished) < AHEAD or len(running) < 2 * pool.size)
+                and not scope.stopped
                 and not finished.due(idle=False)
             ):
                 window = next(prepared, None)
@@ -113,10 +113,10 @@ def stream(prepared: Iterator[PreparedRows], pool: SessionPool, cancel: Cancella
                     break
                 if window.failures:
                     finished.add(ResultBatch(np.empty(0, np.int64), None, window.failures))
-                for pack in window.packs:
-                    future = pool.submit(call, pack)
+                for batch in window.batches:
+                    future = pool.submit(scope, batch)
                     running[future] = number
-                    open_packs[number] = open_packs.get(number, 0) + 1
+                    unfinished[number] = unfinished.get(number, 0) + 1
                     future.add_done_callback(done.put)
                 number += 1
             if finished.due(idle=not running):
@@ -132,22 +132,22 @@ def stream(prepared: Iterator[PreparedRows], pool: SessionPool, cancel: Cancella
             if ended is None:
                 break
             of = running.pop(ended)
-            open_packs[of] -= 1
-            if not open_packs[of]:
-                del open_packs[of]
+            unfinished[of] -= 1
+            if not unfinished[of]:
+                del unfinished[of]
             finished.add(_result(ended))
         if finished.rows:
             yield finished.take()
     finally:
         forget()
-        call.stop()
+        scope.stop()
         settle(running)
 
 
 def settle(futures: Iterable[Future[Any]]) -> None:
     """Cancel what has not begun, and wait for what has.
 
-    What the end of a pool has cancelled is not waited for: ``concurrent.futures.wait`` would, for ever.
+    ``concurrent.futures.wait`` would wait for ever for a future that a closing pool cancelled.
     """
     concurrent.futures.wait([future for future in futures if not future.cancel()])
 
@@ -202,7 +202,7 @@ def bisect(
     """Compute ``items`` together; where the runtime refuses them, in halves, down to the single item that it refuses.
 
     Returns the parts that worked with their results, and the refused items with the code and the message of their
-    error. Running out of memory, or of time, is dealt with in the same way: the halves fit. Raises
+    error. Halving also helps where a batch takes too much memory or time. Raises
     :class:`~storage.errors.EngineDead` when an item fails alone, for another reason than time, and ``still_works`` says
     that the session does not work for anything any more.
     """
@@ -214,7 +214,7 @@ def bisect(
             left, left_refused = bisect(compute, items[:middle], still_works)
             right, right_refused = bisect(compute, items[middle:], still_works)
             return left + right, left_refused + right_refused
-        # One that took too long says nothing of the session, which another run of that length would not pass either.
+        # A run that took too long does not show that the session is broken.
         if not isinstance(error, RunTimedOut) and not still_works():
             raise EngineDead(f"the ONNX Runtime session stopped working: {error}") from error
         code = RowErrorCode.TIMED_OUT if isinstance(error, RunTimedOut) else RowErrorCode.ENGINE_REFUSED

@@ -77,11 +77,12 @@ def is_list(kind: pa.DataType) -> bool:
 def lossless(source: np.dtype[Any], target: np.dtype[Any]) -> bool:
     """True when every value of ``source`` is exactly one of ``target``.
 
-    For a narrow target: when every value is one of its carrier; ``RowTensors.narrow`` looks at the values themselves.
+    For a low-precision target: when every value is one of its carrier (``RowTensors.to_low_precision`` checks the
+    values).
     """
     if source == target:
         return True
-    if low_precision.is_narrow(target):
+    if low_precision.is_low_precision(target):
         return lossless(source, low_precision.carrier(target))
     if np.object_ in (source, target) or source.kind == "b" or target.kind == "b":
         return False

@@ -32,12 +32,12 @@ class BatchInvarianceCheck:
         self._masks, self._fixed, self._notify, self._counts = masks, fixed, notify, counts
         self._batching = Batching(masks)
         self._lock = threading.Lock()
-        self._doubt = SpotCheck()
+        self._spot_check = SpotCheck()
         self.stacks: bool | None = None if mode == "stack" else False
         self.padding = Padding(masks, notify, lambda: self._counts["padded_rows"])
 
     def outputs(self, together: Compute, alone: Alone, tensors: Tensors, items: Indices) -> list[Array] | None:
-        """The outputs of rows that run together, or ``None``: they have to run apart."""
+        """The outputs of rows that run together; ``None`` when each row has to run alone."""
         padded = self._batching.unequal(tensors, items)
         # Also where nothing is to be padded: a mask that is made must not hide what is real.
         may_pad = self.padding.allowed(together, tensors, items)
@@ -61,19 +61,19 @@ class BatchInvarianceCheck:
 
         Checked by size on every batch, and by value: two rows that differ are run alone until they prove it, then a
         row at random (the one that is padded most) for every new shape and now and then (see
-        :class:`~.stacking_check.SpotCheck`). A graph that normalizes over its first axis passes the one and fails the
-        other. While nothing is proved (equal rows, results without numbers) the rows are run alone.
+        :class:`~.stacking_check.SpotCheck`). A graph that normalizes over its first axis passes the check by size and
+        fails the one by value. While nothing is proved (equal rows, results without numbers) the rows are run alone.
         """
         fits = all(output.ndim and len(output) == len(items) for output in outputs)
         with self._lock:
             proved = self.stacks is True
-            probes = self._doubt.row(self._batching.shape_key(tensors, items), len(items)) if proved else []
+            probes = self._spot_check.row(self._batching.shape_key(tensors, items), len(items)) if proved else []
         if padded and probes:
             probes = [self._batching.most_padded(tensors, items)]
         if fits and not proved:
-            masks = set(self._masks.of.values())  # that sizes differ tells nothing of what is in the rows
+            masks = set(self._masks.of.values())  # different sizes do not show that the values differ
             probes = pick_probe_rows([array for name, array in feed.items() if name not in masks])
-        telling = len(probes) > 1
+        tells = len(probes) > 1
         for at in probes if fits else ():
             found, expected = [output[at : at + 1] for output in outputs], alone(items[at : at + 1])
             with self._lock:
@@ -81,7 +81,7 @@ class BatchInvarianceCheck:
             sizes = self._masks.sizes(tensors, int(items[at]))
             if padded:
                 found = self._masks.cut(found, sizes)
-            telling = telling and all(map(conclusive, expected))
+            tells = tells and all(map(conclusive, expected))
             if all(allclose(a, b) for a, b in zip(found, expected, strict=True)):
                 continue
             fits = False
@@ -91,9 +91,9 @@ class BatchInvarianceCheck:
                 if not all(map(allclose, single, expected)):
                     self.padding.give_up()
                     return False
-        return self._judged(fits, telling, len(items), padded)
+        return self._conclude(fits, tells, len(items), padded)
 
-    def _judged(self, fits: bool, telling: bool, n_rows: int, padded: bool) -> bool:
+    def _conclude(self, fits: bool, tells: bool, n_rows: int, padded: bool) -> bool:
         """Whether the batch is good, by what its comparison gave; remembered for the next."""
         if not fits and self._fixed is not None:
             raise InvalidJob(
@@ -105,7 +105,7 @@ class BatchInvarianceCheck:
             told, known = self.stacks is False, self._counts["stacked_rows"]
             if not fits:
                 self.stacks = False
-            elif telling and self.stacks is None:
+            elif tells and self.stacks is None:
                 self.stacks = True
             good = fits and self.stacks is True and not (padded and self.padding.proved is False)
             self._counts["stacked_rows"] += n_rows if good else 0

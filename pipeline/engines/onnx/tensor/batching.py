@@ -30,7 +30,7 @@ class Batching:
     def groups(self, tensors: Tensors, good: Indices, brought: Collection[str] = ()) -> list[Indices]:
         """Rows that may share a batch, the largest first: of one shape, except for axes with a mask.
 
-        Not padded, so that they are what they are alone: a row without elements, and one whose own mask hides all.
+        A row without elements and a row whose own mask hides everything are never padded.
         ``brought``: the masks that the rows bring.
         """
         keys: list[Indices] = []
@@ -106,7 +106,7 @@ class Batching:
         return int(np.argmin(share))
 
     def shape_key(self, tensors: Tensors, items: Indices) -> list[tuple[object, ...]]:
-        """The shape of a batch's rows; of rows that differ in size, without their sizes but for the magnitude."""
+        """The shape of a batch's rows. For rows that differ in size, each size stands as a power of two."""
         padded = self.unequal(tensors, items)
         found: list[tuple[object, ...]] = [("padded", padded)]
         for value in self._inputs:

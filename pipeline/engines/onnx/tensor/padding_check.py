@@ -1,4 +1,4 @@
-"""Whether rows of different size may be padded to run together: tried on rows that tell, not believed."""
+"""Whether rows of different size may be padded to run together: tried on rows whose padding would show."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Compute = Callable[[Feed], list[Array]]
 @dataclass(frozen=True, slots=True)
 class _Trial:
     """One row, stacked as [1, ...]: its first ``half`` along every axis with a mask, ``sizes`` long; the row with the
-    rest ``masked``; and the row as it is, ``shown``."""
+    rest ``masked``; and the row with nothing masked, ``shown``."""
 
     sizes: Mapping[str, int]
     half: Feed
@@ -41,9 +41,9 @@ class _Trial:
 class Padding:
     """``proved``: ``None`` until trials have told.
 
-    A trial halves a row along its axes with a mask. The half alone has to give what the whole row gives with the rest
-    masked: so what is masked are real elements, and as many as are real. And the mask has to matter for every output
-    that has none of these axes: where the rest, not masked, changes nothing, the row does not tell.
+    A trial halves a row along its axes with a mask. The half alone has to give the same result as the whole row with
+    its second half masked. And the mask has to matter for every output that has none of these axes: a row proves
+    nothing where its second half, unmasked, changes nothing.
     """
 
     def __init__(self, masks: Masks, notify: Callable[[str], None], padded_rows: Callable[[], int]) -> None:
@@ -74,12 +74,12 @@ class Padding:
         if trial is None:
             return False
         try:
-            return self._judged(compute, trial)
+            return self._conclude(compute, trial)
         except RunFailed as error:  # a half may be too short for the graph
             slow = isinstance(error, RunTimedOut) or is_out_of_memory(error)
             return False if slow else self._without_verdict()
 
-    def _judged(self, compute: Compute, trial: _Trial) -> bool:
+    def _conclude(self, compute: Compute, trial: _Trial) -> bool:
         runs = [compute(feed) for feed in (trial.half, trial.masked, trial.shown)]
         if not all(output.ndim and len(output) == 1 for outputs in runs for output in outputs):
             return self._without_verdict()  # its first axis does not count rows, which is found out elsewhere

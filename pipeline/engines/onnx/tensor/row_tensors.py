@@ -61,19 +61,20 @@ class RowTensors:
         for row in np.flatnonzero((first < len(positions)) & inside):
             self.failures.setdefault(int(row), (code, message(int(positions[first[row]]))))
 
-    def narrow(self, dtype: np.dtype[Any], name: str) -> None:
-        """Make the elements ``dtype``, a narrow type; ``invalid_value`` for rows with a value that it does not hold."""
+    def to_low_precision(self, dtype: np.dtype[Any], name: str) -> None:
+        """Convert the elements to ``dtype``, a low-precision type. A row with a value that it does not hold gets
+        ``invalid_value``."""
         wide = self.flat
         with np.errstate(all="ignore"):
-            narrow = wide.astype(low_precision.carrier(dtype)).astype(dtype)
-            back = narrow.astype(wide.dtype)
+            converted = wide.astype(low_precision.carrier(dtype)).astype(dtype)
+            back = converted.astype(wide.dtype)
         same = (back == wide) | ((back != back) & (wide != wide))
         self.refuse(
             ~same,
             RowErrorCode.INVALID_VALUE,
             lambda at: f"{name}: {wide[at]} is no {dtype.name}; round the column before",
         )
-        self.flat = narrow
+        self.flat = converted
 
     def finite(self, name: str) -> None:
         """Record ``not_finite`` for rows with a NaN or an infinity."""

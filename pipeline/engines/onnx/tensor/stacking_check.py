@@ -1,4 +1,4 @@
-"""Whether a row of a stacked batch got what it gets alone: which rows tell, what is the same, when to look again."""
+"""Whether a row gets the same result in a batch as alone: which rows to try, how to compare, when to try again."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def pick_probe_rows(inputs: Sequence[Array]) -> list[int]:
     differs = np.zeros(len(of), np.bool_)
     for array in inputs:
         differs |= (array[of] != array[of[:1]]).reshape(len(of), -1).any(axis=1)
-    differs[:1] = False  # a NaN is unlike itself
+    differs[:1] = False  # a NaN differs from itself
     others = of[differs]
     return [int(of[0]), int(others[-1])] if len(others) else [int(of[0])]
 
 
 def conclusive(output: Array) -> bool:
-    """False for an output of floats none of which is finite: such equal each other whatever was computed."""
+    """False for floats without a finite one: they would equal those of another row, whatever was computed."""
     if not low_precision.is_float(output.dtype) or not output.size:
         return True
     return bool(np.isfinite(output.astype(low_precision.carrier(output.dtype), copy=False)).any())

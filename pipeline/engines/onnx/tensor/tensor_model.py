@@ -89,7 +89,7 @@ class TensorModel:
         self._carried = CarriedState(signature, options.state)
         self._carried.check(mode)
         self._batching = Batching(self._masks)
-        self._proof = BatchInvarianceCheck(mode, self._masks, self._fixed, notify, self.counts)
+        self._invariance = BatchInvarianceCheck(mode, self._masks, self._fixed, notify, self.counts)
         names = tensor_results(signature, options)
         self._inputs = tuple(value for value in signature.inputs if value.name not in options.state)
         self._outputs = tuple(value for value in signature.outputs if value.name in names)
@@ -104,8 +104,8 @@ class TensorModel:
 
     def facts(self) -> dict[str, Any]:
         """For the engine's statistics."""
-        proof = self._proof
-        said = {"row_mode": self._mode, "stacked": bool(proof.stacks), "padded": bool(proof.padding.proved)}
+        check = self._invariance
+        said = {"row_mode": self._mode, "stacked": bool(check.stacks), "padded": bool(check.padding.proved)}
         with self._lock:
             return said | dict(self.counts)
 
@@ -130,13 +130,15 @@ class TensorModel:
         for mask, axis in made.items():
             tensors[mask] = self._masks.made(axis, tensors)
             failures = tensors[mask].failures | failures
-        self._proof.padding.announce(made)
+        self._invariance.padding.announce(made)
         self._count(rows=n)
         if self._carried:
             return PreparedRows(self._steps(spec, batch, tensors, failures, sequences))
         good = np.setdiff1d(np.arange(n), np.fromiter(failures, np.int64, len(failures)))
-        packs = [self._pack(spec, batch.rows, tensors, part) for part in self._parts(tensors, good, made)]
-        return PreparedRows(packs, tuple(RowFailure(int(batch.rows[at]), *failure) for at, failure in failures.items()))
+        batches = [self._batch(spec, batch.rows, tensors, part) for part in self._parts(tensors, good, made)]
+        return PreparedRows(
+            batches, tuple(RowFailure(int(batch.rows[at]), *failure) for at, failure in failures.items())
+        )
 
     def _agree(self, tensors: Mapping[str, RowTensors], failures: dict[int, Failure]) -> None:
         """Record ``wrong_shape`` for rows in which two axes of one name differ in size; fill sizes still open.
@@ -195,8 +197,8 @@ class TensorModel:
         rows = read(column, None if dims is None else len(dims), label, unit=self._mode == "unit")
         if dims is not None:
             rows.fit(dims, label)
-        if low_precision.is_narrow(value.dtype):
-            rows.narrow(value.dtype, label)
+        if low_precision.is_low_precision(value.dtype):
+            rows.to_low_precision(value.dtype, label)
         if self._options.finite:
             rows.finite(label)
         if value.name in self._limits:
@@ -206,22 +208,22 @@ class TensorModel:
     def _parts(self, tensors: Mapping[str, RowTensors], good: Indices, made: Collection[str]) -> list[Indices]:
         if not len(good):
             return []
-        if self._proof.stacks is False:
+        if self._invariance.stacks is False:
             # Run one by one, but handed to the sessions in pieces.
             return np.array_split(good, min(len(good), 4 * self._pool.size))
         # Once padding is known to change results, rows of one shape only.
-        one_shape = self._proof.padding.proved is False
+        one_shape = self._invariance.padding.proved is False
         batching = Batching(Masks(self._signature, {})) if one_shape else self._batching
         return batching.parts(tensors, good, self._max_batch, PACK_BYTES, set(self._options.masks.values()) - set(made))
 
-    def _pack(self, spec: JobSpec, rows: Indices, tensors: Mapping[str, RowTensors], items: Indices) -> Batch:
+    def _batch(self, spec: JobSpec, rows: Indices, tensors: Mapping[str, RowTensors], items: Indices) -> Batch:
         schema = self.result_schema(spec)
 
         def compute(run: BoundRunner) -> ResultBatch:
             batches: list[pa.RecordBatch] = []
             done: list[Indices] = []
             refused: list[tuple[int, str, str]] = []
-            pieces = [items] if self._proof.stacks is not False else [items[i : i + 1] for i in range(len(items))]
+            pieces = [items] if self._invariance.stacks is not False else [items[i : i + 1] for i in range(len(items))]
             for piece in pieces:
                 parts, bad = bisect(
                     lambda part: self._compute(run, tensors, part), piece, lambda: self._still_works(run)
@@ -249,7 +251,7 @@ class TensorModel:
         sequences: Sequences,
     ) -> list[Batch]:
         """The rows in order, each beginning where the row before it in its sequence ended. There is one lane, so that
-        packs run in the order in which they are handed over."""
+        batches run in their order."""
         assert spec.sequence is not None
         keys = keys_of(batch.columns.column(spec.sequence))
         schema = self.result_schema(spec)
@@ -273,7 +275,7 @@ class TensorModel:
                 return refused[0][1:]
             return done[0][1]
 
-        def pack(items: Indices) -> Batch:
+        def one_batch(items: Indices) -> Batch:
             def compute(run: BoundRunner) -> ResultBatch:
                 found = [(int(batch.rows[at]), step(run, int(at))) for at in items]
                 failed = tuple(RowFailure(row, *what) for row, what in found if isinstance(what, tuple))
@@ -286,7 +288,7 @@ class TensorModel:
             return compute
 
         n = len(batch.rows)
-        return [pack(np.arange(lo, min(lo + self._max_batch, n))) for lo in range(0, n, self._max_batch)]
+        return [one_batch(np.arange(lo, min(lo + self._max_batch, n))) for lo in range(0, n, self._max_batch)]
 
     def _step(
         self, run: BoundRunner, tensors: Mapping[str, RowTensors], item: Indices, sequences: Sequences, key: object
@@ -305,7 +307,7 @@ class TensorModel:
         def alone(item: Indices) -> list[Array]:
             return self._alone(run, tensors, item)
 
-        outputs = self._proof.outputs(lambda rows: self._fed(run, rows), alone, tensors, items)
+        outputs = self._invariance.outputs(lambda rows: self._fed(run, rows), alone, tensors, items)
         if not self._batching.unequal(tensors, items):
             if outputs is not None:
                 return self._columns(outputs)

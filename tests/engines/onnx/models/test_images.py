@@ -262,7 +262,7 @@ def test_a_window_ends_on_decoded_bytes(loaded: OnnxEngine, monkeypatch: pytest.
     assert len(list(loaded._image.prepare(SPEC, batches(rows)))) < 3
     monkeypatch.setattr(image_model, "DECODED_BYTES", 1)
     found = list(loaded._image.prepare(SPEC, batches(rows)))
-    assert len(found) == 3 and [len(window.packs) for window in found] == [8, 8, 4]
+    assert len(found) == 3 and [len(window.batches) for window in found] == [8, 8, 4]
     parts, failures = run(loaded, SPEC, rows)
     assert list(failures) == [20]
     scores = [np.asarray(table.column("score").combine_chunks()) for table in (parts, whole)]
