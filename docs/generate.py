@@ -23,7 +23,7 @@ from pipeline.client.handle import JobHandle
 from pipeline.config.settings import Settings
 from pipeline.engines.fake.faults import FakeOptions
 from pipeline.engines.onnx.runtime.options import OnnxOptions
-from pipeline.engines.vllm.options.engine_args import OWN_MEANINGS, OWN_OPTIONS
+from pipeline.engines.vllm.options.engine_args import OWN_OPTIONS
 from pipeline.spec import error_codes
 from pipeline.spec.job_spec import JobSpec
 from storage import states
@@ -195,9 +195,11 @@ def settings_page() -> str:
 def engine_options_page() -> str:
     docs = attribute_docs(OnnxOptions)
     onnx = [(f"`{name}`", default(field), docs[name]) for name, field in OnnxOptions.model_fields.items()]
-    own = [(f"`{name}`", markdown(OWN_MEANINGS[name])) for name in OWN_OPTIONS]
+    own = [(f"`{name}`", markdown(meaning)) for name, meaning in OWN_OPTIONS.items()]
     parts = [
-        ORIGIN.format(source="`pipeline/engines/onnx/runtime/options.py` and `vllm_options.py`"),
+        ORIGIN.format(
+            source="`pipeline/engines/onnx/runtime/options.py` and `pipeline/engines/vllm/options/options.toml`"
+        ),
         "# Engine options",
         ENGINE_OPTIONS,
         "## ONNX Runtime",

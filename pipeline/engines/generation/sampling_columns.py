@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.engines.arrow_text import is_text
 from pipeline.engines.generation import structured_output
-from pipeline.engines.generation.sampling import SAMPLING, check_parameter, check_sampling
+from pipeline.engines.generation.sampling import SAMPLING, TABLE, check_parameter, check_together
 from pipeline.engines.generation.validators import unknown_name
 from pipeline.spec.error_codes import RowErrorCode
 from pipeline.spec.job_spec import JobSpec
@@ -27,36 +26,30 @@ def _is_list(kind: Any, of: Callable[[pa.DataType], bool]) -> bool:
     return any(test(kind) for test in lists) and of(kind.value_type)
 
 
-_WHOLE: _Kind = ("whole numbers", lambda kind: pa.types.is_integer(kind) or pa.types.is_floating(kind))
-_NUMBER: _Kind = ("numbers", _WHOLE[1])
-_FLAG: _Kind = ("true and false", pa.types.is_boolean)
-_TEXT: _Kind = ("text", is_text)
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
 _TEXTS: _Kind = ("text, or lists of it", lambda kind: is_text(kind) or _is_list(kind, is_text))
 _TOKENS: _Kind = ("lists of token ids", lambda kind: _is_list(kind, pa.types.is_integer))
-
-COLUMNS: Mapping[str, _Kind] = MappingProxyType(
-    {
-        "temperature": _NUMBER,
-        "top_p": _NUMBER,
-        "min_p": _NUMBER,
-        "presence_penalty": _NUMBER,
-        "frequency_penalty": _NUMBER,
-        "repetition_penalty": _NUMBER,
-        "top_k": _WHOLE,
-        "seed": _WHOLE,
-        "max_tokens": _WHOLE,
-        "min_tokens": _WHOLE,
-        "thinking_token_budget": _WHOLE,
-        "ignore_eos": _FLAG,
-        "stop": _TEXTS,
-        "bad_words": _TEXTS,
-        "stop_token_ids": _TOKENS,
-        "allowed_token_ids": _TOKENS,
-        **{f"{STRUCTURED}.{name}": _TEXT for name in ("json", "regex", "grammar", "structural_tag")},
-        f"{STRUCTURED}.choice": _TEXTS,
-    }
-)
-"""Parameter → what its column must hold. ``structured_outputs.json`` is a column of JSON Schemas, as text."""
+_KINDS: Mapping[str, _Kind] = {
+    "integer": ("whole numbers", _is_number),
+    "number": ("numbers", _is_number),
+    "flag": ("true and false", pa.types.is_boolean),
+    "text": ("text", is_text),
+    "schema": ("text", is_text),
+    "texts": _TEXTS,
+    "text_or_texts": _TEXTS,
+    "token_ids": _TOKENS,
+    "some_token_ids": _TOKENS,
+}
+"""What a column must hold, by the type of the parameter."""
+COLUMNS: Mapping[str, str] = {
+    prefix + name: table.entries[name]["type"]
+    for prefix, table in (("", TABLE), (f"{STRUCTURED}.", structured_output.TABLE))
+    for name in table.having("column")
+}
+"""Parameter → its type. ``structured_outputs.json`` is a column of JSON Schemas, as text."""
 
 
 def check_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
@@ -81,7 +74,7 @@ def check_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
             what = f"{n} columns named" if n else "no column"
             raise InvalidInput(f"the input has {what} {column!r}; it has {', '.join(schema.names)}", field=field)
         kind = schema.field(column).type
-        words, fits = COLUMNS[name]
+        words, fits = _KINDS[COLUMNS[name]]
         if not fits(kind.value_type if isinstance(kind, pa.DictionaryType) else kind):
             raise InvalidInput(f"column {column!r} is {kind}; {name} needs {words}", field=field)
     kinds = [name for name in spec.sampling_columns if name.startswith(STRUCTURED)]
@@ -112,7 +105,7 @@ def sampling_of(spec: JobSpec, row: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     found = {**spec.sampling, **own}
     try:
-        check_sampling(found)
+        check_together(found)
     except InvalidJob as error:
         raise RowError(RowErrorCode.INVALID_VALUE, str(error)) from None
     return found
@@ -120,13 +113,13 @@ def sampling_of(spec: JobSpec, row: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _parameter(spec: JobSpec, name: str, value: Any) -> tuple[str, Any]:
     """The sampling parameter, and its value as vLLM has it."""
-    if COLUMNS[name] is _WHOLE and isinstance(value, float) and value.is_integer():
+    if COLUMNS[name] == "integer" and isinstance(value, float) and value.is_integer():
         value = int(value)  # a column of whole numbers with nulls in it, as pandas writes one
     kind = name.removeprefix(f"{STRUCTURED}.")
     if kind == name:
         return name, value
     # The manner is the job's, the constraint the row's.
-    manners = {k: v for k, v in (spec.sampling.get(STRUCTURED) or {}).items() if k in structured_output.MANNERS}
+    manners = {k: v for k, v in (spec.sampling.get(STRUCTURED) or {}).items() if k not in structured_output.KINDS}
     return STRUCTURED, manners | {kind: [value] if kind == "choice" and isinstance(value, str) else value}
 
 

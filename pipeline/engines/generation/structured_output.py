@@ -10,43 +10,25 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
-from types import MappingProxyType
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from pipeline.engines.generation import json_schema
 from pipeline.engines.generation.json_schema import LONGEST_REASON
-from pipeline.engines.generation.validators import FLAG, TEXT, TEXTS, Check, refuse_wrong, unknown_name
+from pipeline.engines.generation.validators import OptionTable
 from storage.errors import InvalidJob
 
 FIELD = "sampling.structured_outputs"
 _BYTES = 256
-_SCHEMA: Check = ("a JSON Schema", lambda value: isinstance(value, (str, dict)))
-KINDS: Mapping[str, Check] = MappingProxyType(
-    {
-        "json": _SCHEMA,
-        "regex": TEXT,
-        "choice": TEXTS,
-        "grammar": TEXT,
-        "json_object": ("true", lambda value: value is True),
-        "structural_tag": TEXT,
-    }
-)
+TABLE = OptionTable(Path(__file__).with_name("sampling.toml"), "structured_outputs", "structured output parameters")
+KINDS = tuple(TABLE.having("constraint"))
 """Of these, exactly one is given."""
-
-MANNERS: Mapping[str, Check] = MappingProxyType(
-    {"disable_any_whitespace": FLAG, "disable_additional_properties": FLAG, "whitespace_pattern": TEXT}
-)
-"""What may stand beside it."""
 
 
 def check(given: Mapping[str, Any], field: str = FIELD) -> None:
     """Raise :class:`InvalidJob` for what is no ``StructuredOutputsParams``, or no JSON Schema."""
-    known = {**KINDS, **MANNERS}
     for name, value in given.items():
-        if name not in known:
-            raise InvalidJob(unknown_name("structured output parameters", name, known), field=f"{field}.{name}")
-        if value is not None:
-            refuse_wrong(f"{field}.{name}", known[name], value)
+        TABLE.check(name, value, f"{field}.{name}")
     kinds = [name for name in KINDS if given.get(name) is not None]
     if len(kinds) != 1:
         names = " and ".join(kinds) or "none"

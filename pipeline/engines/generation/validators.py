@@ -1,10 +1,12 @@
-"""What a value in a job may be, in words and as a test: the parts that option tables are made of."""
+"""What a value in a job may be, in words and as a test, and the tables of options that say it, one line for each."""
 
 from __future__ import annotations
 
 import difflib
 import math
+import tomllib
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from storage.errors import InvalidJob
@@ -12,57 +14,127 @@ from storage.errors import InvalidJob
 MOST = 2**63 - 1
 """The largest whole number that crosses to an engine: they are 64 bits wide there."""
 
+Check = tuple[str, Callable[[Any], bool]]
+"""What the value must be, in words, and the test."""
+
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and -MOST <= value <= MOST
 
 
-def is_number(value: Any) -> bool:
-    """A finite number, whole ones of 64 bits at most."""
+def _is_number(value: Any) -> bool:
     return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-def _list_of(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, (list, tuple)) and all(test(item) for item in value)
+def _is_token(value: Any) -> bool:
+    return _is_int(value) and value >= 0
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
 
 
-Check = tuple[str, Callable[[Any], bool]]
-"""What the value must be, in words, and the test."""
+def _is_list(value: Any, of: Callable[[Any], bool], least: int = 0) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) >= least and all(map(of, value))
+
+
+def _is_bias(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        (_is_int(token) or (isinstance(token, str) and token.isdecimal())) and _is_number(bias)
+        for token, bias in value.items()
+    )
+
 
 INT: Check = ("a whole number", _is_int)
-NUMBER: Check = ("a number", is_number)
 FLAG: Check = ("true or false", lambda value: isinstance(value, bool))
-TEXT: Check = ("text", _is_text)
-TEXTS: Check = ("a list of non-empty texts", _list_of(lambda item: isinstance(item, str) and item != ""))
-TEXT_OR_TEXTS: Check = (
-    "non-empty text or a list of it",
-    lambda value: (isinstance(value, str) and value != "") or TEXTS[1](value),
-)
-TOKEN_IDS: Check = ("a list of token ids", _list_of(lambda item: _is_int(item) and item >= 0))
+TEXT: Check = ("text", lambda value: isinstance(value, str))
 MAPPING: Check = ("a mapping", lambda value: isinstance(value, Mapping))
-TOKEN_BIAS: Check = (
-    "a mapping of token ids to numbers",
-    lambda value: (
-        isinstance(value, Mapping)
-        and all((_is_int(k) or (isinstance(k, str) and k.isdecimal())) and is_number(v) for k, v in value.items())
+TYPES: Mapping[str, Check] = {
+    "integer": INT,
+    "number": ("a number", _is_number),
+    "flag": FLAG,
+    "text": TEXT,
+    "texts": ("a list of non-empty texts", lambda value: _is_list(value, _is_word)),
+    "text_or_texts": (
+        "non-empty text or a list of it",
+        lambda value: _is_word(value) or _is_list(value, _is_word),
     ),
-)
+    "token_ids": ("a list of token ids", lambda value: _is_list(value, _is_token)),
+    "some_token_ids": ("a list of at least one token id", lambda value: _is_list(value, _is_token, 1)),
+    "token_bias": ("a mapping of token ids to numbers", _is_bias),
+    "mapping": MAPPING,
+    "schema": ("a JSON Schema", lambda value: isinstance(value, (str, dict))),
+    "true": ("true", lambda value: value is True),
+    "length": ('a whole number of at least 1, -1 or "auto"', lambda v: (_is_int(v) and v >= 1) or v in (-1, "auto")),
+    "plain": (
+        "text, a number, true, false or null",
+        lambda value: value is None or isinstance(value, (str, bool)) or _is_number(value),
+    ),
+}
+"""By their names in the tables."""
 
 
-def at_least(least: int, kind: Check = INT) -> Check:
-    return f"{kind[0]} of at least {least}", lambda value: kind[1](value) and value >= least
+def at_least(least: int) -> Check:
+    """Whole numbers from ``least``."""
+    return _check_of({"type": "integer", "min": least})
 
 
-def within(words: str, test: Callable[[float], bool]) -> Check:
-    return f"a number {words}", lambda value: is_number(value) and test(value)
+def _check_of(entry: Mapping[str, Any]) -> Check:
+    """What an entry of a table says of its value: ``type`` with ``min``, ``above`` and ``max``, or ``choices``; with
+    ``null``, also null."""
+    if (choices := entry.get("choices")) is not None:
+        choices = [*choices, *([None] if entry.get("null") else [])]
+        words = f"one of {', '.join(map(str, choices))}"
+        return words, lambda value: any(type(value) is type(one) and value == one for one in choices)
+    words, is_one = TYPES[entry["type"]]
+    least, above, most = (entry.get(name) for name in ("min", "above", "max"))
+    if above is not None:
+        words += f" above {above}" + ("" if most is None else f" and at most {most}")
+    elif least is not None:
+        words += f" of at least {least}" if most is None else f" from {least} to {most}"
+
+    def test(value: Any) -> bool:
+        return is_one(value) and not (
+            (least is not None and value < least)
+            or (above is not None and value <= above)
+            or (most is not None and value > most)
+        )
+
+    if entry.get("null"):
+        return f"{words}, or null", lambda value: value is None or test(value)
+    return words, test
 
 
-def or_none(check: Check) -> Check:
-    return f"{check[0]}, or null", lambda value: value is None or check[1](value)
+class OptionTable:
+    """Options by name, from one section of a TOML file: what each may hold; why some are ``refused``; ``unknown``:
+    those that are not there after all. ``kind`` names the options in messages."""
+
+    def __init__(self, file: Path, section: str, kind: str) -> None:
+        self.entries: Mapping[str, Mapping[str, Any]] = tomllib.loads(file.read_text(encoding="utf-8"))[section]
+        self._kind = kind
+        self._checks = {
+            name: _check_of(entry) for name, entry in self.entries.items() if {"type", "choices"} & entry.keys()
+        }
+
+    def having(self, key: str) -> dict[str, Any]:
+        """What stands under ``key``, by the names of the options that have it."""
+        return {name: entry[key] for name, entry in self.entries.items() if key in entry}
+
+    @property
+    def settable(self) -> list[str]:
+        """The options that a job may set."""
+        return [name for name, entry in self.entries.items() if not {"refused", "unknown"} & entry.keys()]
+
+    def check(self, name: Any, value: Any, field: str) -> None:
+        """Raise :class:`~storage.errors.InvalidJob` for an option that is not there or not a job's to set, and for a
+        value that it cannot take."""
+        entry = self.entries.get(name, {"unknown": True})
+        if "refused" in entry:
+            raise InvalidJob(f"not a job's to set: {entry['refused']}", field=field)
+        if "unknown" in entry:
+            raise InvalidJob(unknown_name(self._kind, str(name), self.settable), field=field)
+        if name in self._checks:
+            refuse_wrong(field, self._checks[name], value)
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:

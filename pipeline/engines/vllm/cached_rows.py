@@ -16,7 +16,7 @@ from pipeline.engines.base import EngineContext, ResultBatch
 from pipeline.engines.vllm import pooling
 from pipeline.engines.vllm.generate_results import Answer
 from pipeline.engines.vllm.options import permissions
-from pipeline.engines.vllm.options.engine_args import OWN_OPTIONS
+from pipeline.engines.vllm.options.engine_args import ENGINE, OWN_OPTIONS
 from pipeline.engines.vllm.process.process import RunningVllm
 from pipeline.engines.vllm.prompts.prompts import Prompt
 from pipeline.engines.vllm.requests.dedup import dedup_keys, is_deterministic
@@ -29,20 +29,8 @@ FIELD = "cache"
 ASIDE_ROWS, ASIDE_TOKENS = 8192, 2**22
 """Rows with a cached result, and their prompts' tokens, that gather before answers are read: each row group once."""
 
-_OUTSIDE_NAMES = """
-additional_config default_mm_loras ec_manager_config ec_transfer_config generation_config hf_config_path
-kv_transfer_config logits_processors model_class_overrides model_loader_extra_config reasoning_parser_plugin
-scheduler_cls spec_model tokenizer weight_transfer_config worker_cls worker_extension_cls
-"""
-OUTSIDE = frozenset(_OUTSIDE_NAMES.split())
-"""Engine options that name code or files beside the model: its digest does not say what is in them."""
-_SPEED_NAMES = """
-aggregate_engine_logging disable_log_stats enable_log_requests enable_prefix_caching gpu_memory_utilization
-kv_cache_memory_bytes max_num_active_seqs max_num_batched_tokens max_num_scheduled_tokens max_num_seqs
-max_parallel_loading_workers num_gpu_blocks_override performance_mode prefix_caching_hash_algo scheduling_policy
-use_tqdm_on_load
-"""
-SPEED = OWN_OPTIONS.keys() | frozenset(_SPEED_NAMES.split())
+_CACHE = ENGINE.having("cache")
+SPEED = OWN_OPTIONS.keys() | {name for name, effect in _CACHE.items() if effect == "speed"}
 """Engine options that say how fast, and not what. As everywhere, the batch may decide a tie in the last bits."""
 
 
@@ -52,11 +40,10 @@ def check(spec: JobSpec) -> None:
         return
     if spec.image_column or spec.audio_column or spec.video_column:
         raise InvalidJob("answers about images, sounds and videos are not kept; leave it off", field=FIELD)
-    judged = permissions.JUDGED
     outside = sorted(
         name
         for name, value in spec.engine_options.items()
-        if name in OUTSIDE or (name in judged and judged[name](value))
+        if _CACHE.get(name) == "outside" or (permissions.depends_on_value(name) and permissions.risk(name, value))
     )
     if outside:
         raise InvalidJob(

@@ -23,9 +23,8 @@ from pipeline.engines.vllm.learnt_lengths import LearntLengths
 from pipeline.engines.vllm.loaded import LoadedVllm
 from pipeline.engines.vllm.memory_growth import MemoryGrowth
 from pipeline.engines.vllm.metrics import Measures
-from pipeline.engines.vllm.options import chat_template
 from pipeline.engines.vllm.options import permissions as vllm_permissions
-from pipeline.engines.vllm.options.engine_args import OWN_OPTIONS, check_engine_options
+from pipeline.engines.vllm.options.engine_args import OWN_OPTIONS, check_chat_template, check_engine_options
 from pipeline.engines.vllm.options.model_fit import validate_model_config
 from pipeline.engines.vllm.options.model_support import check_model
 from pipeline.engines.vllm.options.placement import VllmPlacement
@@ -102,7 +101,7 @@ class VllmEngine(VllmPlacement):
         if "pooler_config" in spec.engine_options:
             raise InvalidJob(f"not a job's to set: {spec.task} does not pool", field="engine_options.pooler_config")
         lora.check(spec)
-        chat_template.check(spec.chat_template_kwargs)
+        check_chat_template(spec.chat_template_kwargs)
 
     @classmethod
     def check_permissions(cls, options: Mapping[str, Any], permissions: Permissions) -> None:
@@ -126,7 +125,6 @@ class VllmEngine(VllmPlacement):
                     field="engine",
                 ) from None
             raise EngineMissing(f"vLLM is installed but cannot be imported: {error}", field="engine") from error
-        check_engine_options(self._options)
         # The build for CPUs goes by another name in the package index, but by the same one here.
         self._versions = {"vllm": vllm.__version__, **{name: importlib.metadata.version(name) for name in BESIDE}}
         self._context.notify(f"loading {self._model.name} into vLLM {vllm.__version__}")

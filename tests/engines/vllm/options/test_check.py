@@ -14,11 +14,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 import pyarrow as pa
 import pytest
 
-from pipeline.engines.generation.sampling import SAMPLING, SAMPLING_REFUSED
+from pipeline.engines.generation.sampling import TABLE
 from pipeline.engines.vllm import pooling
 from pipeline.engines.vllm.engine import VllmEngine
-from pipeline.engines.vllm.options.engine_args import ENGINE_CHECKS, ENGINE_FIELDS, ENGINE_REFUSED, OWN_OPTIONS
-from pipeline.engines.vllm.options.option_types import CHOICES, OPTION_TYPES
+from pipeline.engines.vllm.options.engine_args import ENGINE, OWN_OPTIONS
 from pipeline.models.model import Model
 from pipeline.spec.job_spec import JobSpec, parse
 from storage.errors import EngineMissing, InvalidInput, InvalidJob, InvalidModel
@@ -100,6 +99,7 @@ def test_check_names_the_columns_that_are_read(spec: JobSpec, columns: tuple[str
         ({"logprobs": -2}, "sampling.logprobs", "at least -1"),
         ({"flat_logprobs": True}, "sampling.flat_logprobs", "layout"),
         ({"structured_outputs": {"choices": ["a"]}}, "sampling.structured_outputs.choices", "did you mean 'choice'"),
+        ({"structured_outputs": {5: "a"}}, "sampling.structured_outputs.5", "no such structured output"),
         ({"structured_outputs": {}}, "sampling.structured_outputs", "exactly one of"),
         ({"structured_outputs": {"json": {}, "regex": "a"}}, "sampling.structured_outputs", "not json and regex"),
         ({"structured_outputs": {"regex": 5}}, "sampling.structured_outputs.regex", "must be text"),
@@ -428,14 +428,20 @@ def test_the_tables_are_those_of_the_installed_vllm() -> None:
     from vllm.sampling_params import SamplingParams
 
     fields = {field.name: field.type for field in dataclasses.fields(AsyncEngineArgs) if not field.name.startswith("_")}
-    assert fields.keys() == ENGINE_FIELDS
-    assert ENGINE_REFUSED.keys() <= ENGINE_FIELDS
-    assert ENGINE_CHECKS.keys() | OPTION_TYPES.keys() <= ENGINE_FIELDS - ENGINE_REFUSED.keys()
-    assert not OWN_OPTIONS.keys() & ENGINE_FIELDS
-    types = {name: annotated(fields[name], vars(arg_utils)) for name in ENGINE_FIELDS}
-    typed = ENGINE_FIELDS - ENGINE_REFUSED.keys() - ENGINE_CHECKS.keys()
-    assert {name: kind for name in typed if isinstance(kind := types[name], tuple)} == CHOICES
-    assert {name for name in typed if types[name] in (bool, int, float, str, dict)} <= OPTION_TYPES.keys()
-    parameters = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
-    assert SAMPLING.keys() | SAMPLING_REFUSED.keys() == parameters
-    assert not SAMPLING.keys() & SAMPLING_REFUSED.keys()
+    entries = {name: entry for name, entry in ENGINE.entries.items() if "unknown" not in entry}
+    assert fields.keys() == entries.keys() - OWN_OPTIONS.keys()
+    assert not OWN_OPTIONS.keys() & fields.keys()
+    types = {name: annotated(fields[name], vars(arg_utils)) for name in fields if "refused" not in ENGINE.entries[name]}
+    choices = {
+        name: (*entry["choices"], *([None] if "null" in entry else []))
+        for name, entry in entries.items()
+        if "choices" in entry
+    }
+    # Those whose own type says more than vLLM's: a range, or one kind of several.
+    assert {
+        name: kind for name, kind in types.items() if isinstance(kind, tuple) and "type" not in entries[name]
+    } == choices
+    assert {name for name, kind in types.items() if kind in (bool, int, float, str, dict)} <= {
+        name for name, entry in entries.items() if "type" in entry
+    }
+    assert TABLE.entries.keys() == {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}

@@ -15,9 +15,7 @@ from pipeline.engines.base import EngineContext, Permissions
 from pipeline.engines.generation.chat_messages import parse_messages
 from pipeline.engines.pool import EnginePool
 from pipeline.engines.vllm.engine import VllmEngine
-from pipeline.engines.vllm.options import chat_template
-from pipeline.engines.vllm.options import permissions as vllm_permissions
-from pipeline.engines.vllm.options.engine_args import ENGINE_FIELDS, ENGINE_REFUSED
+from pipeline.engines.vllm.options.engine_args import CHAT_TEMPLATE, ENGINE
 from pipeline.process import permissions
 from pipeline.spec.job_spec import Task
 from storage.errors import InvalidJob, RowError
@@ -94,10 +92,10 @@ def test_directories_are_ones_own_only_without_a_fleet(fields: dict[str, Any], t
 
 
 def test_the_names_are_vllms() -> None:
-    known = {*vllm_permissions.OPERATORS, *vllm_permissions.JUDGED, *vllm_permissions.PLACES}
+    known = {*ENGINE.having("operator"), *ENGINE.having("harmless_keys"), *ENGINE.having("directory")}
     # The tool parser's is an option of vLLM's server only, so far.
-    assert known - ENGINE_FIELDS == {"tool_parser_plugin"}
-    assert not known & ENGINE_REFUSED.keys()
+    assert known & ENGINE.having("unknown").keys() == {"tool_parser_plugin"}
+    assert not known & ENGINE.having("refused").keys()
 
 
 @pytest.mark.parametrize(
@@ -154,6 +152,6 @@ def test_plain_values_reach_the_template() -> None:
 def test_no_argument_of_the_tokenizers_is_left_out() -> None:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-    ours = {*chat_template.REFUSED, *chat_template.FLAGS, "self", "kwargs"}
+    ours = {*CHAT_TEMPLATE.entries, "self", "kwargs"}
     for kind in (PreTrainedTokenizerBase, ProcessorMixin):
         assert set(inspect.signature(kind.apply_chat_template).parameters) <= ours
