@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from pipeline.batches import results, validation
 from pipeline.batches.steps import LONG, Step, next_step
-from pipeline.process.lease_renewal import renewals
+from pipeline.process.heartbeat import lease_renewer
 from pipeline.process.runtime import Runtime
 from pipeline.requests.faults import NOT_COMPUTED
 from storage import failpoints
@@ -79,7 +79,7 @@ def _drive_one(runtime: Runtime, batch: Batch, run: Callable[[Job], object]) -> 
         batches.renew(database, batch.id, owner=runtime.actor, lease_seconds=seconds)
 
     try:
-        with renewals(renew, lease_seconds=seconds, whose=f"batch {batch.id}"):
+        with lease_renewer(renew, lease_seconds=seconds, whose=f"batch {batch.id}"):
             _make(runtime, batch, job, step)
     finally:
         batches.release(database, batch.id, owner=runtime.actor)

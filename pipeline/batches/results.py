@@ -16,9 +16,8 @@ from pipeline.engines.arrow_text import values
 from pipeline.process.runtime import Runtime
 from pipeline.requests import envelope
 from pipeline.requests.lines import error_line, output_line
-from pipeline.spec.answer_fields import COUNTS
 from pipeline.spec.request_fields import CUSTOM_ID
-from pipeline.spec.result_columns import ERROR_COLUMN
+from pipeline.spec.result_columns import COUNTS, ERROR_COLUMN
 from storage import locations
 from storage.files.records import Batch, File, NewFile
 from storage.objects.new_file import NewFile as Writing

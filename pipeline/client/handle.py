@@ -197,7 +197,7 @@ class JobHandle:
         return bool(jobs.get(self._runtime.database, self.id).plan.get("part_rows"))
 
     def shards(self, state: Text | None = None) -> list[Shard]:
-        """The job's shards in row order; ``state="failed"`` lists those that were given up, with their ``error``."""
+        """The job's shards in row order; ``state="failed"`` lists those that failed, with their ``error``."""
         wanted = None if state is None else state_named(ShardState, state)
         return reports.shards(self._runtime.database, self.id, state=wanted)
 

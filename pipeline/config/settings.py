@@ -157,9 +157,9 @@ class Settings(BaseSettings):
     """Finished requests (jobs with a ``request_column``, batches) are flushed at least this often, so that counts move
     while they run. The smaller of this and ``flush_seconds`` counts."""
     max_failures: Annotated[int, Field(ge=1)] = 4
-    """Failures after which a shard is given up."""
+    """Failures after which a shard is not tried again: it has failed."""
     max_losses: Annotated[int, Field(ge=1)] = 8
-    """Lost attempts after which a shard is given up."""
+    """Lost attempts after which a shard is not tried again: it has failed."""
     unknown_tenants: Literal["create", "refuse"] = "create"
     """What the first job of a tenant that nobody has registered does: make it, without limits, or be refused."""
     poll_seconds: Annotated[float, Field(gt=0)] = 5.0

@@ -32,10 +32,10 @@ from pipeline.engines.optional_parts import (
     TimesOutRequests,
 )
 from pipeline.models.model import Model
-from pipeline.spec.answer_fields import fields_of
 from pipeline.spec.error_codes import RowErrorCode
 from pipeline.spec.job_spec import JobSpec, Task
 from pipeline.spec.prompt_template import Template
+from pipeline.spec.result_columns import fields_of
 from storage.errors import (
     Blame,
     EngineDead,

@@ -30,8 +30,8 @@ from pipeline.engines.base import (
     TimesOutRequests,
 )
 from pipeline.models.model import Model
-from pipeline.spec.answer_fields import names_of
 from pipeline.spec.job_spec import JobSpec, Task
+from pipeline.spec.result_columns import names_of
 from storage.errors import EngineMissing, InvalidJob
 
 GROUP = "rowmill.engines"

@@ -7,7 +7,7 @@ from pyroaring import BitMap
 
 from pipeline.execution.attempt_context import AttemptContext
 from pipeline.execution.flush import Whole
-from pipeline.execution.part_repair import forget_damaged
+from pipeline.execution.part_repair import drop_corrupt_parts
 from pipeline.output import assemble, owner
 from pipeline.output.destination import published
 from storage.errors import CorruptFile
@@ -31,7 +31,7 @@ def assemble_shard(
                 attempt.measures.flushed(whole.results.num_rows, 0.0)
             return _assemble(attempt, schema, parts, None if whole is None else whole.results)
     except CorruptFile as error:
-        lost = forget_damaged(attempt.runtime, attempt.claim, parts)
+        lost = drop_corrupt_parts(attempt.runtime, attempt.claim, parts)
         if not lost:
             raise
         raise CorruptFile(f"{error}; {lost} flushed rows have to be computed again") from error

@@ -13,7 +13,6 @@ from typing import Concatenate, ParamSpec
 from pipeline.engines.base import Cancellation
 from pipeline.engines.pool import LeaseCancelled
 from pipeline.execution.attempt_context import AttemptContext
-from pipeline.execution.backoff import backoff
 from pipeline.execution.run_shard import run_shard
 from pipeline.process.heartbeat import LeaseKeeper
 from pipeline.process.metrics import Measures
@@ -31,7 +30,7 @@ from storage.errors import (
     TransientError,
 )
 from storage.queue import attempts
-from storage.records import Claim
+from storage.records import LONGEST_BACKOFF_SECONDS, Claim
 from storage.redaction import redact_text
 from storage.sql.database import Database
 from storage.sql.retry import retry_write
@@ -105,12 +104,20 @@ def _fail(runtime: Runtime, claim: Claim, error: str, measures: Measures, *, cra
         claim,
         attempts.fail,
         error,
-        delay=0.0 if searching else backoff(claim.shard.n_fail + 1, random.random()),  # noqa: S311 - jitter
+        delay=0.0 if searching else _backoff(claim.shard.n_fail + 1),
         max_failures=runtime.settings.max_failures,
         max_losses=runtime.settings.max_losses,
         crash=crash,
         stats=measures.so_far(),
     )
+
+
+def _backoff(failures: int) -> float:
+    """Seconds to wait after the ``failures``-th failure (1 is the first): exponential, with a cap.
+
+    Spread over the upper half at random, so that shards that failed together do not come back together.
+    """
+    return min(LONGEST_BACKOFF_SECONDS, 2.0 ** min(failures - 1, 60)) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
 
 
 def _report(

@@ -11,6 +11,7 @@ its output is written from memory, and its commit is its only transaction.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -104,7 +105,10 @@ class Flusher:
             return None
         buffer = self._buffer
         self._clear()
-        return Whole(assemble.result_table(self._schema, buffer), Computed(_count_tokens(buffer), _exceptions(buffer)))
+        return Whole(
+            assemble.result_table(self._schema, buffer),
+            Computed(count_tokens(batch.values for batch in buffer), _exceptions(buffer)),
+        )
 
     def _is_whole(self) -> bool:
         """Whether all of the shard is here, and cheap: what a crash before the commit would cost.
@@ -158,7 +162,7 @@ class Flusher:
             failed=failed,
         )
         exceptions = _exceptions(buffer)
-        tokens = _count_tokens(buffer)
+        tokens = count_tokens(batch.values for batch in buffer)
         poison = sum(exception.code == RowErrorCode.POISON_ROW for exception in exceptions)
         self._attempt.record(attempts.flush, part, tokens=tokens, exceptions=exceptions, n_poison=poison)
         self._attempt.measures.flushed(len(rows), time.monotonic() - began)
@@ -174,13 +178,12 @@ def _exceptions(buffer: list[ResultBatch]) -> tuple[RowException, ...]:
     )
 
 
-def _count_tokens(buffer: list[ResultBatch]) -> dict[str, int]:
+def count_tokens(batches: Iterable[pa.RecordBatch | None]) -> dict[str, int]:
+    """The sums of those of the token columns that the results have."""
     counts: dict[str, int] = {}
-    for batch in buffer:
-        if batch.values is None:
-            continue
+    for batch in batches:
         for name in TOKENS:
-            index = batch.values.schema.get_field_index(name)
-            if index >= 0:
-                counts[name] = counts.get(name, 0) + int(pc.sum(batch.values.column(index)).as_py() or 0)
+            index = -1 if batch is None else batch.schema.get_field_index(name)
+            if batch is not None and index >= 0:
+                counts[name] = counts.get(name, 0) + int(pc.sum(batch.column(index)).as_py() or 0)
     return counts

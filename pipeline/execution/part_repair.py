@@ -1,11 +1,11 @@
-"""When part files no longer hold what was flushed: find them, so that their rows are computed again."""
+"""Part files that no longer hold what was flushed: found, and dropped, so that their rows are computed again."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
-import pyarrow.compute as pc
-
+from pipeline.execution.flush import count_tokens
 from pipeline.process.runtime import Runtime
 from storage.errors import CorruptFile
 from storage.objects.store import ObjectStore
@@ -16,7 +16,7 @@ from storage.sql.retry import retry_write
 from storage.sql.tables import TOKENS
 
 
-def forget_damaged(runtime: Runtime, claim: Claim, parts: Sequence[PartFile]) -> int:
+def drop_corrupt_parts(runtime: Runtime, claim: Claim, parts: Sequence[PartFile]) -> int:
     """Check every part file, and take back the resume points of those that are gone or damaged; returns their rows.
 
     Raises :class:`LeaseLost` when the attempt no longer holds its shard.
@@ -39,16 +39,12 @@ def _is_intact(store: ObjectStore, part: PartFile) -> bool:
 
 
 def _count_tokens(runtime: Runtime, parts: Sequence[PartFile]) -> dict[str, int]:
-    counts = dict.fromkeys(TOKENS, 0)
+    counts = Counter(dict.fromkeys(TOKENS, 0))
     settings = runtime.settings
     for part in parts:
         with runtime.store.open(part.uri) as file:
             _, _, batches = parquet.scan(
                 file, part.uri, batch_rows=settings.read_batch_rows, batch_bytes=settings.read_batch_bytes
             )
-            for batch in batches:
-                for name in TOKENS:
-                    at = batch.schema.get_field_index(name)
-                    if at >= 0:
-                        counts[name] += int(pc.sum(batch.column(at)).as_py() or 0)
+            counts.update(count_tokens(batches))
     return counts

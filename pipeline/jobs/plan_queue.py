@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from pipeline.engines.base import Cancellation
 from pipeline.jobs.plan import plan_job, refuse_job
-from pipeline.process.lease_renewal import renewals
+from pipeline.process.heartbeat import lease_renewer
 from pipeline.process.runtime import Runtime
 from storage import failpoints
 from storage.errors import (
@@ -53,7 +53,7 @@ def _plan(runtime: Runtime, job: Job, owner: str, interrupt: Cancellation) -> Jo
         plan_leases.hold(runtime.database, job.id, owner=owner, lease_seconds=seconds)
 
     try:
-        with renewals(renew, lease_seconds=seconds, whose=f"the planner of job {job.id}"):
+        with lease_renewer(renew, lease_seconds=seconds, whose=f"the planner of job {job.id}"):
             failpoints.hit("plan.claimed")
             return plan_job(runtime, job, interrupt, owner=owner)
     except InvalidJob as error:

@@ -9,7 +9,6 @@ import json
 import logging
 import platform
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib import metadata
 from typing import Any
@@ -21,7 +20,7 @@ from pipeline.output.destination import chunks_are_gone, earlier_parts, is_free
 from pipeline.output.publish_shard import assemble_partial, publish_shard
 from pipeline.planning.plan import PlanRecord
 from pipeline.process import metrics
-from pipeline.process.lease_renewal import renewals
+from pipeline.process.heartbeat import lease_renewer
 from pipeline.process.runtime import Runtime
 from pipeline.spec.job_spec import stored
 from pipeline.spec.result_columns import known_fields
@@ -57,7 +56,9 @@ def finalize_job(runtime: Runtime, job_id: str | None = None) -> Job | None:
         return None
     failpoints.hit("finalize.claimed")
     try:
-        with _renewals(runtime, job):
+        with lease_renewer(
+            lambda: _renew(runtime, job), lease_seconds=settings.lease_seconds, whose=f"the finalizer of job {job.id}"
+        ):
             return _finalize(runtime, job)
     except Exception as error:
         reason = str(error) or type(error).__name__
@@ -109,11 +110,11 @@ def _why(runtime: Runtime, job: Job, target: JobState) -> str | None:
         return None
     first = publish_leases.first_dead(runtime.database, job.id)
     detail = f"; shard {first.idx}: {first.error}" if first else ""
-    return f"{job.n_dead} of {job.n_shards} shards were given up{detail}"
+    return f"{job.n_dead} of {job.n_shards} shards failed{detail}"
 
 
 def _publish(runtime: Runtime, job: Job) -> Job:
-    """Returns the job afterwards: a shard whose committed file is found to be lost counts as given up."""
+    """Returns the job afterwards: a shard whose committed file is found to be lost counts as failed."""
     store, output, target = runtime.store, job.output_uri, publish_leases.end_state(job)
     if target is not JobState.COMPLETED and not job.publishing and not is_free(store, output):
         runtime.notify(f"{output} keeps what an earlier job published; this one did not complete")
@@ -239,12 +240,6 @@ def _remove_stale(runtime: Runtime, output: str, names: set[str]) -> None:
     """Delete what an earlier run, or an earlier generation, published and this one did not."""
     there = runtime.store.find(f"{locations.data_dir(output)}/*.parquet")
     runtime.store.delete([item.uri for item in there if item.uri not in names])
-
-
-def _renewals(runtime: Runtime, job: Job) -> AbstractContextManager[None]:
-    """Keep the lease, however long one step takes. That it was lost is found at the next check of the steps' own."""
-    seconds = runtime.settings.lease_seconds
-    return renewals(lambda: _renew(runtime, job), lease_seconds=seconds, whose=f"the finalizer of job {job.id}")
 
 
 def _renew(runtime: Runtime, job: Job) -> None:

@@ -1,7 +1,7 @@
 """Keeps this process's leases alive, and tells its attempts when to stop.
 
 One thread per process renews every lease in one statement, so that a worker costs the database the same however many
-shards it runs.
+shards it runs. A planner's or publisher's lease of one job is renewed by :func:`lease_renewer`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from pipeline.engines.base import Cancellation
-from storage.errors import CommitUnknown, TransientError
+from storage.errors import CommitUnknown, IllegalTransition, LeaseLost, TransientError
 from storage.fleet import workers
 from storage.queue import claims
 from storage.queue.claims import Lease
@@ -133,3 +134,27 @@ class LeaseKeeper:
             except Exception:
                 # A thread that died here would let every lease of the process run out, for whatever reason.
                 log.exception("heartbeat failed, trying again")
+
+
+@contextmanager
+def lease_renewer(renew: Callable[[], object], *, lease_seconds: float, whose: str) -> Iterator[None]:
+    """Call ``renew`` three times per lease. One that raises :class:`LeaseLost` is the last (or
+    :class:`IllegalTransition`: there is nothing to hold any more); other errors are logged."""
+    over = threading.Event()
+
+    def keep() -> None:
+        while not over.wait(lease_seconds / 3):
+            try:
+                renew()
+            except (LeaseLost, IllegalTransition):
+                return
+            except Exception as error:
+                log.warning("the lease of %s could not be renewed, trying again: %s", whose, error)
+
+    thread = threading.Thread(target=keep, name="rowmill-renewer", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

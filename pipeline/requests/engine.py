@@ -24,9 +24,9 @@ from pipeline.requests.body import Request, parse
 from pipeline.requests.faults import invalid
 from pipeline.requests.job import INPUT, endpoint_of, engine_spec, honoured
 from pipeline.requests.responses import Answer
-from pipeline.spec.answer_fields import fields_of
 from pipeline.spec.error_codes import MESSAGE_LIMIT, RowErrorCode
 from pipeline.spec.job_spec import JobSpec, Task
+from pipeline.spec.result_columns import fields_of
 from storage.errors import RowError
 
 ITEM_ROWS = 1024

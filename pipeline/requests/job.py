@@ -11,9 +11,9 @@ from pipeline.engines.generation import request_rows
 from pipeline.engines.generation.request_rows import AnswersRequests
 from pipeline.models.model import Model
 from pipeline.spec import request_fields
-from pipeline.spec.answer_fields import names_of
 from pipeline.spec.job_spec import JobSpec, Task
 from pipeline.spec.request_fields import CUSTOM_ID
+from pipeline.spec.result_columns import names_of
 from storage.errors import InvalidInput, InvalidJob
 
 INPUT = "input"

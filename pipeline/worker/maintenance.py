@@ -128,7 +128,7 @@ def collect_garbage(runtime: Runtime, *, budget: float = GARBAGE_SECONDS) -> int
 
 def _collect(runtime: Runtime, item: Garbage, end: float) -> bool:
     """Whether all of it is gone. What is left when the time is over is found again by the next round."""
-    # Listed before it is given up: from then on a retry may begin, whose attempts write below the same place.
+    # Listed before it is handed over: from then on a retry may begin, whose attempts write below the same place.
     files = runtime.store.list_tree(item.uri)
     if not garbage.give_up(runtime.database, item):
         return False

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 DRAINING = "the worker is draining"
 PLANNERS = 2
-PUBLISHERS = 2
+FINALIZERS = 2
 DRIVERS = 2
 """How many of a process's threads plan, publish, and drive batches, at most: a long conversion or copy leaves the
 others free."""
@@ -88,7 +88,7 @@ class Worker:
             pollers[RUN] = Poller("shard", lambda: self.run(*of_shards), count=slots, longest=settings.poll_seconds)
         if CONTROL_QUEUE in queues:
             pollers[PLAN] = Poller("planning", self.plan, count=PLANNERS, longest=settings.poll_seconds)
-            pollers[FINALIZE] = Poller("publishing", self.finalize, count=PUBLISHERS, longest=settings.poll_seconds)
+            pollers[FINALIZE] = Poller("publishing", self.finalize, count=FINALIZERS, longest=settings.poll_seconds)
             pollers[_BATCHES] = Poller("batches", self._drive_batches, count=DRIVERS, longest=settings.poll_seconds)
             every = settings.tick_seconds
             pollers[TICK] = Poller("tick", self._tick_when_due, count=1, first=every, longest=every)

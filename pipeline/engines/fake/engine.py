@@ -25,10 +25,10 @@ from pipeline.engines.generation import chat_messages, request_rows, sampling_co
 from pipeline.engines.generation.sampling import check_sampling
 from pipeline.engines.model_config import sentence_prompts
 from pipeline.models.model import Model
-from pipeline.spec.answer_fields import fields_of
 from pipeline.spec.error_codes import RowErrorCode, request_timed_out
 from pipeline.spec.job_spec import JobSpec, Task
 from pipeline.spec.prompt_template import Template
+from pipeline.spec.result_columns import fields_of
 from storage.errors import Blame, EngineDead, InvalidInput, InvalidJob
 
 SHUFFLE_WINDOW = 4

@@ -13,8 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 
-from pipeline.spec.answer_fields import COUNTS, LOGPROBS
 from pipeline.spec.error_codes import RowErrorCode
+from pipeline.spec.result_columns import COUNTS, LOGPROBS
 from storage.errors import RowError
 
 PROMPT, PARAMETERS = "prompt", "parameters"

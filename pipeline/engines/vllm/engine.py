@@ -44,8 +44,8 @@ from pipeline.engines.vllm.requests.requests import Requests
 from pipeline.engines.vllm.requests.waiting import TOKEN_BYTES, WaitingLimits
 from pipeline.models.model import Model
 from pipeline.prefix.order import Backlog, Lengths
-from pipeline.spec.answer_fields import fields_of
 from pipeline.spec.job_spec import JobSpec, Task
+from pipeline.spec.result_columns import fields_of
 from storage.errors import Blame, EngineDead, EngineMissing, InvalidJob, InvalidModel
 
 RESULTS = 4096
