@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from storage.records import OUTPUT_SEQ
 from storage.sql import tables
 from storage.sql.database import Database, now
+from storage.sql.upsert import insert
 from storage.states import TERMINAL_JOB, ShardState
 
 FIRST_DELAY_SECONDS = 60.0
@@ -35,11 +35,10 @@ def enqueue(database: Database, job_id: str, uri: str, *, delay: float) -> None:
 
     Nothing, when the job is being deleted: its files go with it.
     """
-    insert = sqlite.insert if database.sqlite else postgresql.insert
     job = tables.job
     mine = sa.select(sa.literal(uri), job.c.id, now() + delay).where(job.c.id == job_id, job.c.deleted_at.is_(None))
     with database.write() as connection:
-        statement = insert(tables.gc_queue).from_select(["uri", "job_id", "not_before"], mine)
+        statement = insert(connection, tables.gc_queue).from_select(["uri", "job_id", "not_before"], mine)
         connection.execute(statement.on_conflict_do_nothing())
 
 

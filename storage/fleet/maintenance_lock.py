@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from storage.sql import tables
 from storage.sql.database import Database, now
+from storage.sql.upsert import insert
 
 _MAINTENANCE = "maintenance"
 
@@ -17,14 +17,13 @@ def take(database: Database, *, every: float) -> bool:
     One statement, whatever the answer, so that wake-ups which have piled up cost little.
     """
     table = tables.tick
-    insert = sqlite.insert if database.sqlite else postgresql.insert
     # A round in the future is one of before the clock was set back.
     due = sa.or_(table.c.at <= now() - every, table.c.at > now())
-    statement = (
-        insert(table)
-        .values(name=_MAINTENANCE, at=now())
-        .on_conflict_do_update(index_elements=[table.c.name], set_={"at": now()}, where=due)
-        .returning(table.c.name)
-    )
     with database.write() as connection:
+        statement = (
+            insert(connection, table)
+            .values(name=_MAINTENANCE, at=now())
+            .on_conflict_do_update(index_elements=[table.c.name], set_={"at": now()}, where=due)
+            .returning(table.c.name)
+        )
         return connection.execute(statement).first() is not None

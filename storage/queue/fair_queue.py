@@ -26,11 +26,11 @@ from functools import lru_cache
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from storage.sql import tables
 from storage.sql.column_types import Text
 from storage.sql.database import Database, now
+from storage.sql.upsert import insert
 from storage.states import JobState, ShardState
 
 AFFINITY_SECONDS = 300.0
@@ -127,8 +127,7 @@ def charge(database: Database, connection: sa.Connection, flow: Flow, rows: int)
         sa.literal(flow.start, sa.Double()) + cost,
         sa.literal(flow.floor, sa.Double()),
     ).where(tenant.c.name == flow.tenant)
-    insert = sqlite.insert if database.sqlite else postgresql.insert
-    statement = insert(share).from_select(
+    statement = insert(connection, share).from_select(
         [share.c.tenant, share.c.queue, share.c.priority, share.c.vtime, share.c.vstart], first
     )
     connection.execute(

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import sqlalchemy as sa
 import uuid_utils
-from sqlalchemy.dialects import postgresql, sqlite
 
 from storage.errors import Conflict, NotFound
 from storage.registry import history, records
 from storage.registry.records import Artifact, Owned, Revision
 from storage.sql import tables
 from storage.sql.database import Database, now
+from storage.sql.upsert import insert
 from storage.states import TERMINAL_JOB, RevisionState
 
 _model, _revision, _artifact = tables.model, tables.model_revision, tables.model_artifact
@@ -262,9 +262,8 @@ def numbered(connection: sa.Connection, model_id: str, number: int) -> Revision 
 
 
 def _made(database: Database, connection: sa.Connection, model: Owned) -> str:
-    insert = sqlite.insert if database.sqlite else postgresql.insert
     values = {"id": str(uuid_utils.uuid7()), "tenant": records.stored_tenant(model.tenant), "name": model.name}
-    connection.execute(insert(_model).values(**values, created_at=now()).on_conflict_do_nothing())
+    connection.execute(insert(connection, _model).values(**values, created_at=now()).on_conflict_do_nothing())
     return locked(database, connection, model)
 
 

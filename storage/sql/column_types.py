@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import JSONB
 
 from storage.storable import storable, storable_json
 
@@ -30,8 +29,15 @@ class Id(Text):
 class Json(sa.TypeDecorator[Any]):
     """JSON, made :func:`storable_json` on its way in: JSONB on PostgreSQL."""
 
-    impl = sa.JSON().with_variant(JSONB(), "postgresql")
+    impl = sa.JSON
     cache_ok = True
+
+    def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[Any]:
+        if dialect.name != "postgresql":
+            return super().load_dialect_impl(dialect)
+        from sqlalchemy.dialects.postgresql import JSONB  # embedded databases start without it
+
+        return dialect.type_descriptor(JSONB())
 
     def process_bind_param(self, value: Any, dialect: sa.Dialect) -> Any:
         return storable_json(value)

@@ -241,9 +241,9 @@ class Database:
     def revision(self) -> str | None:
         """The schema revision that the database is at; ``None`` when it has no tables yet."""
         with self.read() as connection:
-            if not sa.inspect(connection).has_table("alembic_version"):
+            if not sa.inspect(connection).has_table(revisions.TABLE):
                 return None
-            return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+            return connection.execute(sa.text(f"SELECT version_num FROM {revisions.TABLE}")).scalar()  # noqa: S608
 
     def ensure_schema(self) -> None:
         """Bring an embedded database up to date; on a server only check, since upgrades are the operator's step."""
@@ -251,6 +251,10 @@ class Database:
             return
         if not self.sqlite:
             raise RowmillError(missing)
+        with self._writing_schema() as connection:
+            if not sa.inspect(connection).has_table(revisions.TABLE):
+                revisions.create(connection)
+                return
         self.upgrade()
 
     def schema_gap(self) -> str | None:
@@ -275,11 +279,16 @@ class Database:
         """Run the migrations up to ``target``; processes that do so at the same time take turns."""
         from alembic import command  # a third of a second, and most processes find an up-to-date database
 
+        with self._writing_schema() as connection:
+            command.upgrade(_alembic(connection), target)
+
+    @contextmanager
+    def _writing_schema(self) -> Iterator[sa.Connection]:
         with self.write() as connection:
             if not self.sqlite:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(0x726F776D)))
             try:
-                command.upgrade(_alembic(connection), target)
+                yield connection
             except DBAPIError as error:
                 if "already exists" not in _reason(error):
                     raise

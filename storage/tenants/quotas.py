@@ -7,11 +7,11 @@ counters, so that neither can be counted twice or not at all.
 from __future__ import annotations
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from storage.errors import QuotaExceeded
 from storage.sql import tables
 from storage.sql.database import Database, today
+from storage.sql.upsert import insert
 from storage.tenants import tenants
 from storage.tenants.tenants import Tenant
 
@@ -54,8 +54,7 @@ def count(connection: sa.Connection, name: str, *, rows: int = 0, tokens: int = 
     if not rows and not tokens:
         return
     table = tables.tenant_usage
-    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
-    new = insert(table).values(tenant=name, day=today(), rows=rows, tokens=tokens)
+    new = insert(connection, table).values(tenant=name, day=today(), rows=rows, tokens=tokens)
     added = {"rows": table.c.rows + new.excluded.rows, "tokens": table.c.tokens + new.excluded.tokens}
     connection.execute(new.on_conflict_do_update(index_elements=["tenant", "day"], set_=added))
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from storage.errors import Conflict, InvalidJob, NotFound
 from storage.sql import tables
 from storage.sql.database import Database, now, today
+from storage.sql.upsert import insert
 from storage.states import TERMINAL_JOB, ShardState
 
 LIMITS = ("max_running", "max_jobs", "rows_per_day", "tokens_per_day")
@@ -150,8 +150,7 @@ def known(database: Database, connection: sa.Connection, name: str, *, create: b
                 f"'rowmill tenant add {name}'",
                 field="tenant",
             )
-        insert = sqlite.insert if database.sqlite else postgresql.insert
-        statement = insert(tables.tenant).values(name=name, created_at=now())
+        statement = insert(connection, tables.tenant).values(name=name, created_at=now())
         connection.execute(statement.on_conflict_do_nothing())
         row = _locked(database, connection, name)
         assert row is not None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import sqlite3
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -207,6 +210,35 @@ def test_migrations_go_up_down_and_up_and_match_the_tables(database: Database) -
     with database.read() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
         assert compare_metadata(context, tables.metadata) == []
+
+
+def _schema(path: Path) -> dict[str, set[str]]:
+    """The columns, keys, checks and indexes of each table, as SQLite words them, in no order."""
+    with closing(sqlite3.connect(path)) as connection:
+        found = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+    plain = {name: re.sub(r"[\s\"]+", " ", sql).replace("DEFAULT (false)", "DEFAULT false") for name, sql in found}
+    return {name: {part.strip(" ()") for part in re.split(r",(?![^()]*\))", sql)} for name, sql in plain.items()}
+
+
+def test_a_new_embedded_database_is_what_the_migrations_make(tmp_path: Path) -> None:
+    with closing(Database(f"sqlite:///{tmp_path}/migrated.db")) as migrated:
+        migrated.upgrade()
+    with closing(Database(f"sqlite:///{tmp_path}/made.db")) as made:
+        made.ensure_schema()
+        assert made.revision() == revisions.newest()
+        assert _schema(tmp_path / "made.db") == _schema(tmp_path / "migrated.db")
+        made.downgrade("base")
+        made.ensure_schema()
+        assert made.revision() == revisions.newest()
+
+
+def test_another_programs_embedded_database_is_refused(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "other.db")) as connection:
+        connection.execute("CREATE TABLE job (id TEXT)")
+    with closing(Database(f"sqlite:///{tmp_path}/other.db")) as database:
+        with pytest.raises(RowmillError, match="another program's"):
+            database.ensure_schema()
+        assert database.revision() is None
 
 
 def test_files_of_migrations_are_named_after_their_revisions() -> None:
