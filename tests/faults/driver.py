@@ -61,6 +61,7 @@ from storage.records import Attempt, Job
 from storage.sql import tables
 from storage.sql.database import Database, now
 from storage.states import AttemptState, JobState
+from tests.forks import Fork
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEADLINE = 60.0
@@ -69,28 +70,40 @@ KILLED = 137
 
 T = TypeVar("T")
 
+_EXPECTED: dict[bytes, pa.Table] = {}
+
 
 # --- waiting ---------------------------------------------------------------------------------------------------------
 
 
-def wait_until(predicate: Callable[[], T], what: str = "the condition", *, deadline: float = DEADLINE) -> T:
-    """The first true value of ``predicate``, asked again and again; ``AssertionError`` after ``deadline`` seconds."""
+def wait_until(
+    predicate: Callable[[], T], what: str = "the condition", *, deadline: float = DEADLINE, pause: float = 0.02
+) -> T:
+    """The first true value of ``predicate``, asked every ``pause`` seconds; ``AssertionError`` after ``deadline``."""
     end = time.monotonic() + deadline
     while not (value := predicate()):
         assert time.monotonic() < end, f"{what} did not come true within {deadline} seconds"
-        time.sleep(0.02)
+        time.sleep(pause)
     return value
 
 
 class Process:
-    """A started process. Leaving the block ends it (SIGCONT, SIGTERM, then SIGKILL); its output is in ``log``."""
+    """A started process. Leaving the block ends it (SIGCONT, SIGTERM, then SIGKILL); its output is in ``log``.
+
+    A command that begins with ``-m`` is Python's (``tests.forks``).
+    """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.log = log
-        with log.open("wb") as out, log.with_suffix(".out").open("wb") as data:
-            self._popen = subprocess.Popen(
-                command, env=dict(environment), stdout=data, stderr=out, start_new_session=True, cwd=REPOSITORY
-            )
+        out = log.with_suffix(".out")
+        self._popen: subprocess.Popen[bytes] | Fork
+        if command[0] == "-m":
+            self._popen = Fork(command[1:], environment, out, log, REPOSITORY)
+        else:
+            with log.open("wb") as err, out.open("wb") as data:
+                self._popen = subprocess.Popen(
+                    command, env=dict(environment), stdout=data, stderr=err, start_new_session=True, cwd=REPOSITORY
+                )
         self.pid = self._popen.pid
 
     def __enter__(self) -> Process:
@@ -240,7 +253,7 @@ class World:
         self, kind: str, given: Mapping[str, Any], arm: Mapping[str, str] | None, settings: Mapping[str, Any]
     ) -> Process:
         request = json.dumps({"kind": kind, "given": given, "arm": arm or {}})
-        command = [sys.executable, "-m", "tests.faults.driver", request]
+        command = ["-m", "tests.faults.driver", request]
         return self._started(command, kind, self.settings.model_copy(update=settings))
 
     def celery(self, *arguments: str, **settings: Any) -> Process:
@@ -259,7 +272,7 @@ class World:
             ],
             "beat": ["-s", str(self.home / f"beat-{len(self.processes)}.db")],
         }[kind]
-        command = [sys.executable, "-m", "celery", "-A", "tasks.app", kind, *defaults, "--loglevel", "warning", *rest]
+        command = ["-m", "celery", "-A", "tasks.app", kind, *defaults, "--loglevel", "warning", *rest]
         return self._started(command, kind, self.settings.model_copy(update=settings))
 
     def _started(self, command: Sequence[str], kind: str, settings: Settings) -> Process:
@@ -344,14 +357,16 @@ class World:
     def expected(self) -> pa.Table:
         """What an undisturbed run in this process publishes: the same job with another output and no faults.
 
-        Its own database and flushes of another size, so that nothing but the rows can make it equal.
+        Its own database and flushes of another size, so that nothing but the rows can make it equal. The same input
+        has the same answer in every test.
         """
-        target = self.home / "expected"
-        if not target.exists():
+        read = self.input.read_bytes()
+        if read not in _EXPECTED:
             calm = Settings(data_dir=self.home / "expected-data", cache_dir=self.settings.cache_dir)
             with Client(settings=calm) as client:
-                client.run(**self.fields(output=str(target)))
-        return pq.read_table(target / "data")
+                client.run(**self.fields(output=str(self.home / "expected")))
+            _EXPECTED[read] = pq.read_table(self.home / "expected/data")
+        return _EXPECTED[read]
 
     def check(self, job_id: str, *, recomputed: int = 0, forgotten: int = 0, completed: int = 1) -> None:
         """The job completed, its output is the expected one row by row, and its counters and audit trail add up.
@@ -486,7 +501,7 @@ def _worker(queue: str) -> int:
                 step()
             except TransientError as error:
                 print(f"the next round tries again: {error}", file=sys.stderr)
-        over.wait(0.05)
+        over.wait(0.1)
     worker.close()
     return 0
 

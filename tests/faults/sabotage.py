@@ -34,7 +34,7 @@ def sabotaged(
     """A worker process with something wrong in it; an embedded one when ``run`` gives it the fields of a job."""
     kind, given = ("worker", {"queue": "fake"}) if run is None else ("run", run)
     request = json.dumps({"kind": kind, "given": given, "arm": arm or {}})
-    command = [sys.executable, "-m", "tests.faults.sabotage", json.dumps(what), request]
+    command = ["-m", "tests.faults.sabotage", json.dumps(what), request]
     return world._started(command, "sabotaged", world.settings)
 
 
@@ -49,7 +49,7 @@ def work(world: World, job_id: str) -> None:
         return world.job(job_id).state in TERMINAL_JOB
 
     try:
-        wait_until(round_again, f"the end of job {job_id}")
+        wait_until(round_again, f"the end of job {job_id}", pause=0.1)
     finally:
         worker.close()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ pytestmark = pytest.mark.postgres
 
 def start(world: World, *arguments: str, **settings: Any) -> Process:
     """A worker of two slots for the fake engine."""
-    command = [sys.executable, "-m", "pipeline.cli.main", "worker", "start", "--engines", "fake", *arguments]
+    command = ["-m", "pipeline.cli.main", "worker", "start", "--engines", "fake", *arguments]
     return world._started(command, "worker", world.settings.model_copy(update=settings))
 
 
