@@ -1,5 +1,5 @@
 """Writes the pages of ``docs/reference`` that follow from the code: states, row errors, settings, engine options, the
-client, the fake engine, the job schema.
+client, the fake engine, the log, the job schema.
 
 ``make docs`` runs it; a test compares the committed files with what it would write. With ``--check`` it writes nothing
 and ends with 1 when a file is out of date.
@@ -27,6 +27,8 @@ from pipeline.engines.vllm.options.engine_args import OWN_OPTIONS
 from pipeline.spec import error_codes
 from pipeline.spec.job_spec import JobSpec
 from storage import states
+from storage.log_actions import Action
+from storage.logs import FIELDS
 
 REFERENCE = Path(__file__).resolve().parent / "reference"
 ORIGIN = "<!-- Generated from {source} by `make docs`; do not edit. -->"
@@ -109,6 +111,30 @@ Given as `engine_options` (`--set` on the command line). A row is matched by its
 column (for a pair, both), or the sum of the row's numbers."""
 
 
+LOG = """\
+Every process logs to standard error, from `log_level` on. Secrets are hidden in every record, tracebacks included.
+
+`log_format=console` (the default) writes a line for people: time, level, module, text, and the fields in brackets.
+
+```
+2026-03-01 12:00:00,123 WARNING pipeline.jobs.plan_queue: job 0192… could not be planned, trying again later: … \\
+[action=plan.postponed tenant=ada job_id=0192… worker=host:812:5f0c11aa]
+```
+
+`log_format=json` writes one JSON object on every line, for records of Rowmill and of the libraries it uses (Celery, \
+SQLAlchemy, uvicorn, vLLM's processes), and for Python's warnings. `rowmill worker start`, `rowmill serve` and \
+`rowmill beat` then write nothing else to standard error, once their settings are read: their notices have \
+`action=command.notice`, the error that ends them `command.failed`. Other commands go on telling people about their \
+progress; `-q` leaves that out.
+
+Every object has `event` (the text), `level`, `logger`, `timestamp` (UTC, ISO 8601), and `exception` (the traceback) \
+where there is one. Records of Rowmill have an `action`. Whatever is logged during the planning, an attempt or the \
+publishing of a job carries its ids too, as far as they are known: {fields}. `shard` and `attempt` are the numbers \
+that `rowmill job show` shows."""
+
+ACTIONS = """\
+These names are stable; the texts are for people."""
+
 SETTINGS = """\
 How a process runs; a job never carries any of it. Where they are set: [Configure it](../how-to/settings.md). A size \
 is in bytes."""
@@ -169,6 +195,20 @@ def fake_engine_page() -> str:
         FAULTS,
         table(("Option", "Default", "Meaning"), *rows),
         markdown((inspect.getdoc(FakeOptions) or "").partition("\n\n")[2]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def logs_page() -> str:
+    docs = attribute_docs(Action)
+    rows = [(f"`{action}`", docs[action.name]) for action in Action]
+    parts = [
+        ORIGIN.format(source="`storage/log_actions.py`"),
+        "# The log",
+        LOG.format(fields=", ".join(f"`{name}`" for name in FIELDS[1:])),
+        "## Actions",
+        ACTIONS,
+        table(("Action", "Meaning"), *rows),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -250,6 +290,7 @@ def pages() -> dict[Path, str]:
         REFERENCE / "engine-options.md": engine_options_page(),
         REFERENCE / "client.md": client_page(),
         REFERENCE / "fake-engine.md": fake_engine_page(),
+        REFERENCE / "logs.md": logs_page(),
         REFERENCE / "job-spec.schema.json": job_schema(),
     }
 

@@ -7,16 +7,17 @@ than raised.
 
 from __future__ import annotations
 
-import logging
 import time
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import InvalidSettings, Unreachable
+from storage.log_actions import Action
+from storage.logs import get_logger
 
 if TYPE_CHECKING:
     from celery import Celery
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 CONTROL_QUEUE = "control"
 """Planning, publishing and maintenance. Shards wait on a queue named after their engine."""
@@ -94,7 +95,11 @@ class Wakeups:
                 self._app.send_task(name, args=args, queue=queue, retry=False)
         except Exception as error:  # whatever its client raises: what there is to do is stored already
             self._silent_until = time.monotonic() + PAUSE_SECONDS
-            log.warning("the broker does not answer; workers find the work in the database, a little later: %s", error)
+            log.warning(
+                "the broker does not answer; workers find the work in the database, a little later: %s",
+                error,
+                action=Action.BROKER_UNREACHABLE,
+            )
 
 
 def transport_options(broker_url: str) -> dict[str, Any]:

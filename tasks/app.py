@@ -26,6 +26,8 @@ from pipeline.worker.worker import Worker
 from storage import logs
 from storage.broker import CONTROL_QUEUE, TICK, transport_options
 from storage.errors import TransientError
+from storage.log_actions import Action
+from storage.logs import get_logger
 from tasks import redis_transport
 
 TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "tasks.redis_transport:Transport"))
@@ -61,7 +63,7 @@ app.conf.update(
     beat_schedule={"tick": {"task": TICK, "schedule": settings.tick_seconds}},
 )
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _DATABASE_SECONDS = 5
 """From one try to the next while a worker that begins cannot reach the database."""
@@ -97,8 +99,8 @@ def _end(worker: Worker) -> None:
 
 @after_setup_logger.connect
 @after_setup_task_logger.connect
-def _log_no_secrets(logger: logging.Logger, **_: Any) -> None:
-    logs.hide_secrets(logger.handlers)
+def _format_logs(logger: logging.Logger, **_: Any) -> None:
+    logs.format_as(settings.log_format, logger.handlers)
 
 
 def begin(consumer: Any) -> None:
@@ -124,7 +126,7 @@ def _worker_once_the_database_answers() -> Worker:
         try:
             return worker()
         except TransientError as error:
-            log.warning("this worker begins once the database answers: %s", error)
+            log.warning("this worker begins once the database answers: %s", error, action=Action.DATABASE_AWAITED)
         for _ in range(_DATABASE_SECONDS):
             state.maybe_shutdown()
             time.sleep(1)

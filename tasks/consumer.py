@@ -6,7 +6,6 @@ The work itself does not pass through here: the worker's own threads look for it
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +13,12 @@ from typing import Any
 from celery.worker import state
 from celery.worker.consumer import Consumer as CeleryConsumer
 
+from storage.log_actions import Action
+from storage.logs import get_logger
 from tasks import app as celery_app
 from tasks.messages import Malformed, check_task
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _LONGEST_PAUSE_SECONDS = 30
 """Before it listens again after an error other than a broken connection: that one may come back at once."""
@@ -45,12 +46,17 @@ class Consumer(CeleryConsumer):
         try:
             super().on_connection_error_after_connected(exc)
         except Exception:
-            log.exception("the old connection to the broker could not be closed")
+            log.exception("the old connection to the broker could not be closed", action=Action.BROKER_CLOSE_FAILED)
         if isinstance(exc, self._broken):
             return
         lately = time.monotonic() - self._failed_at < 2 * _LONGEST_PAUSE_SECONDS
         self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS) if lately else 1
-        log.error("listening to the broker failed, again in %d s; work is found in the database: %r", self._pause, exc)
+        log.error(
+            "listening to the broker failed, again in %d s; work is found in the database: %r",
+            self._pause,
+            exc,
+            action=Action.BROKER_DISCONNECTED,
+        )
         for _ in range(self._pause):
             state.maybe_shutdown()
             time.sleep(1)

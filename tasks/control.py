@@ -6,15 +6,16 @@ an engine (docs/adr/0012).
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
 import threading
 from contextlib import suppress
 
 from pipeline.host.child_reaper import Guardian
+from storage.log_actions import Action
+from storage.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 STOP_SECONDS = 10.0
 """How much longer than the grace it may take to end, before it is killed."""
@@ -66,9 +67,17 @@ class ControlProcess:
             if self._stopping.is_set():
                 return
             if code == 0:
-                log.warning("the control process was drained; planning and publishing are left to other workers")
+                log.warning(
+                    "the control process was drained; planning and publishing are left to other workers",
+                    action=Action.CONTROL_DRAINED,
+                )
                 return
-            log.error("the control process ended with %d; it is started again in %.0f s", code, pause)
+            log.error(
+                "the control process ended with %d; it is started again in %.0f s",
+                code,
+                pause,
+                action=Action.CONTROL_RESTARTED,
+            )
             if self._stopping.wait(pause):
                 return
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)

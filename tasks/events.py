@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from celery.app.events import Events as CeleryEvents
 from celery.events.dispatcher import EventDispatcher
 
-log = logging.getLogger(__name__)
+from storage.log_actions import Action
+from storage.logs import get_logger
+
+log = get_logger(__name__)
 
 
 class Dispatcher(EventDispatcher):
@@ -25,7 +27,7 @@ class Dispatcher(EventDispatcher):
         try:
             super()._publish(event, producer, routing_key, retry=False)  # type: ignore[misc]
         except Exception as error:
-            log.debug("an event was dropped: %s", error)
+            log.debug("an event was dropped: %s", error, action=Action.EVENT_DROPPED)
 
 
 class Events(CeleryEvents):

@@ -12,11 +12,15 @@ import platform
 import sys
 from collections.abc import Sequence
 
+from storage import logs
 from storage.broker import CONTROL_QUEUE
 from storage.errors import RowmillError
+from storage.log_actions import Action
 from storage.redaction import redact_text
 from tasks import app as celery_app
 from tasks import control
+
+log = logs.get_logger(__name__)
 
 
 def run(queues: Sequence[str], engines: Sequence[str], slots: int, *, beside: bool) -> int:
@@ -54,10 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--slots", type=int, required=True)
     parser.add_argument("--control", action="store_true")
     given = parser.parse_args(arguments)
+    logs.set_up(celery_app.settings.log_level, celery_app.settings.log_format)
     try:
         return run(given.queues, given.engines, given.slots, beside=given.control and CONTROL_QUEUE not in given.queues)
     except RowmillError as error:
-        sys.stderr.write(f"error: {redact_text(str(error))}\n")
+        if celery_app.settings.log_format == "json":
+            log.error("%s", error, action=Action.COMMAND_FAILED)  # noqa: TRY400 - the message says it all
+        else:
+            sys.stderr.write(f"error: {redact_text(str(error))}\n")
         return error.exit_code
 
 

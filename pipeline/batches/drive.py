@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 from pipeline.batches import results, validation
@@ -14,11 +13,13 @@ from storage import failpoints
 from storage.errors import IllegalTransition, Interrupted, InvalidJob, LeaseLost, RowmillError
 from storage.files import batches, files
 from storage.files.records import Batch
+from storage.log_actions import Action
+from storage.logs import get_logger
 from storage.queue import jobs
 from storage.records import Job
 from storage.states import BatchState, JobState
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _PAGE = 200
 
@@ -45,9 +46,20 @@ def drive(
             except Interrupted:
                 raise
             except RowmillError as error:
-                log.warning("batch %s could not be taken further, trying again: %s", batch.id, error)
+                log.warning(
+                    "batch %s could not be taken further, trying again: %s",
+                    batch.id,
+                    error,
+                    action=Action.BATCH_POSTPONED,
+                    batch_id=batch.id,
+                )
             except Exception:
-                log.exception("batch %s could not be taken further, trying again", batch.id)
+                log.exception(
+                    "batch %s could not be taken further, trying again",
+                    batch.id,
+                    action=Action.BATCH_POSTPONED,
+                    batch_id=batch.id,
+                )
         after = found[-1].id
     return moved
 

@@ -17,11 +17,13 @@ from pipeline.cli.streams import OutputError
 from pipeline.cli.values import setting_values
 from pipeline.spec.json_text import check_text
 from storage.errors import InvalidJob
+from storage.log_actions import Action
 from storage.redaction import redact_text
 
 if TYPE_CHECKING:
     from pipeline.client.client import Client
     from pipeline.config.settings import LoadedSettings
+    from storage.logs import Log
 
 _PANEL = "Every command"
 
@@ -64,6 +66,8 @@ class Invocation:
     """Put into the JSON document when the command fails: what is known at that point."""
     job_id: str | None = None
     """A job that this command has stored; told when what follows fails."""
+    service_log: Log | None = None
+    """Takes notices and the error in place of the terminal."""
 
     @functools.cached_property
     def loaded(self) -> LoadedSettings:
@@ -80,14 +84,24 @@ class Invocation:
     def client(self) -> Client:
         """The client of the database that the settings name, with logging set up first."""
         from pipeline.client.client import Client
+
+        self.set_up_logging()
+        return Client(settings=self.loaded.settings)
+
+    def set_up_logging(self, *, service: bool = False) -> None:
+        """Log as the settings say. What a ``service`` tells is part of its log where that is JSON."""
         from storage import logs
 
-        logs.set_up(self.loaded.settings.log_level)
-        return Client(settings=self.loaded.settings)
+        settings = self.loaded.settings
+        logs.set_up(settings.log_level, settings.log_format)
+        if service and settings.log_format == "json":
+            self.service_log = logs.get_logger("rowmill")
 
     def notice(self, message: str) -> None:
         """A line for the person at the terminal."""
-        if not self.quiet:
+        if self.service_log is not None:
+            self.service_log.info("%s", message, action=Action.COMMAND_NOTICE)
+        elif not self.quiet:
             say(message)
 
     def fail(self, error: BaseException) -> int:
@@ -106,7 +120,10 @@ class Invocation:
             say("".join(traceback.format_exception(error)))
         if self.job_id is not None:
             message += f"\nJob {self.job_id} is stored: 'rowmill job show {self.job_id}' says how it goes on."
-        say(message, error=True)
+        if self.service_log is not None:
+            self.service_log.error("%s", message, action=Action.COMMAND_FAILED)
+        else:
+            say(message, error=True)
         if self.as_json and not isinstance(error, OutputError):
             with contextlib.suppress(OutputError):
                 output.emit_json({"error": failure.to_json(), **self.failure_details})

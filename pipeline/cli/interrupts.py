@@ -10,6 +10,9 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from pipeline.cli import errors
+from pipeline.cli.command import Invocation
+
 _STOP = 0
 _WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SAME_KEY_PRESS_SECONDS = 0.5
@@ -79,7 +82,21 @@ def _nothing(number: int, frame: FrameType | None) -> None:
 
 
 def end_now(message: str, code: int) -> None:
-    """Say why, show the terminal's cursor again, and end the process without cleaning up."""
+    """Say why (unless ``message`` is empty), show the terminal's cursor again, and end without cleaning up."""
     cursor = "\x1b[?25h" if os.isatty(2) else ""
-    os.write(2, f"{cursor}\n{message}\n".encode())
+    os.write(2, (cursor + (message and f"\n{message}\n")).encode())
     os._exit(code)
+
+
+def service_interrupts(invocation: Invocation, stop: Callable[[], object]) -> InterruptWatch:
+    """The watch of a command that runs until it is stopped: the first signal calls ``stop``, the next ends at once."""
+
+    def first() -> None:
+        stop()
+        invocation.notice("ending: what is finished is kept; press Ctrl-C again to end at once")
+
+    def again() -> None:
+        farewell = "" if invocation.service_log else "ended at once; everything flushed before is safe"
+        end_now(farewell, errors.SIGNALLED)
+
+    return InterruptWatch(first, again)

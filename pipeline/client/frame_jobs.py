@@ -6,7 +6,6 @@ rows, and an output for each set of a job's fields and model.
 
 from __future__ import annotations
 
-import logging
 import re
 import secrets
 import time
@@ -27,11 +26,13 @@ from pipeline.worker.maintenance import run_step
 from storage import locations
 from storage.errors import InvalidJob, InvalidSettings
 from storage.fleet import job_lookup
+from storage.log_actions import Action
+from storage.logs import get_logger
 from storage.queue import jobs
 from storage.records import Job
 from storage.states import TERMINAL_JOB, JobState
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _OURS = {
     "input": "the rows are the first argument",
@@ -141,4 +142,4 @@ def _remove(runtime: Runtime, folder: str) -> None:
                 embedded.cancel_idle(runtime, status.id)
             deletion.delete_job(runtime, status.id)
     runtime.store.delete_tree(folder)
-    log.info("the frame at %s was not used any more, and is deleted", folder)
+    log.info("the frame at %s was not used any more, and is deleted", folder, action=Action.FRAME_DELETED)

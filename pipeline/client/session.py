@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import weakref
@@ -18,10 +17,12 @@ from pipeline.worker import embedded, maintenance
 from storage.broker import Wakeups
 from storage.errors import Interrupted, RowmillError
 from storage.fleet import workers
+from storage.log_actions import Action
+from storage.logs import get_logger
 from storage.queue import jobs
 from storage.records import Job
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _of_the_parent: list[Runtime] = []
 """Never closed, nor collected: the connections in them are the parent process's."""
@@ -50,6 +51,8 @@ class Background(threading.Thread):
                     "job %s was interrupted, because its process ended; everything finished is flushed. To go on: "
                     "client.job(%r).wait(), or 'rowmill job resume %s'",
                     *(self._job_id,) * 3,
+                    action=Action.JOB_INTERRUPTED,
+                    job_id=self._job_id,
                 )
         finally:
             self.done.set()

@@ -174,6 +174,9 @@ class Settings(BaseSettings):
     every caller is then the tenant ``default`` with all scopes."""
     log_level: Annotated[LogLevel, BeforeValidator(_lower)] = "warning"
     """``debug``, ``info``, ``warning``, ``error`` or ``critical``; to standard error."""
+    log_format: Literal["console", "json"] = "console"
+    """``console`` for people, or ``json``: one object a line, with an ``action`` and the ids of job, shard, attempt and
+    worker (logs.md). For ``rowmill worker start``, ``serve`` and ``beat`` that is then all of standard error."""
 
     @property
     def effective_database_url(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -19,8 +18,10 @@ from pipeline.models.model import Model
 from pipeline.models.resolve import resolve
 from pipeline.spec.job_spec import Task
 from storage.errors import InvalidModel
+from storage.log_actions import Action
+from storage.logs import get_logger, thread_with_ids
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _LOOK_SECONDS = 0.1
 """How often a lease that waits looks whether it was cancelled."""
@@ -192,7 +193,7 @@ class EnginePool:
             _wait(predecessor.gone, cancel)
         if first:
             # Not in this thread: it must be free to hand its shard back when the process has to end.
-            threading.Thread(target=self._load, args=(entry, doomed), name="rowmill-load", daemon=True).start()
+            thread_with_ids("rowmill-load", self._load, entry, doomed).start()
         try:
             _wait(entry.loaded, cancel)
         except LeaseCancelled:
@@ -229,7 +230,11 @@ class EnginePool:
         with self._lock:
             entry.users -= 1
             if restart and self._entries.get(entry.key) is entry:
-                log.warning("engine %s is started again: its memory has grown too much", entry.engine.name)
+                log.warning(
+                    "engine %s is started again: its memory has grown too much",
+                    entry.engine.name,
+                    action=Action.ENGINE_RESTARTED,
+                )
                 self._condemn(entry)
             doomed = self._surplus()
         self._end(doomed)
@@ -266,7 +271,7 @@ class EnginePool:
                 entry.engine.close()
             except (Exception, SystemExit):
                 # It is given up anyway; what it could not free goes with the process.
-                log.exception("engine %s did not close cleanly", entry.engine.name)
+                log.exception("engine %s did not close cleanly", entry.engine.name, action=Action.ENGINE_CLOSE_FAILED)
             with self._lock:
                 self._dying.discard(entry)
             entry.gone.set()

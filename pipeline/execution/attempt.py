@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec
 
 from pipeline.engines.base import Cancellation
 from pipeline.engines.pool import LeaseCancelled
@@ -29,6 +28,8 @@ from storage.errors import (
     RowmillError,
     TransientError,
 )
+from storage.log_actions import Action
+from storage.logs import bound, get_logger
 from storage.queue import attempts
 from storage.records import LONGEST_BACKOFF_SECONDS, Claim
 from storage.redaction import redact_text
@@ -37,7 +38,7 @@ from storage.sql.retry import retry_write
 
 P = ParamSpec("P")
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 class _DiedRunning(EngineDead):
@@ -46,6 +47,18 @@ class _DiedRunning(EngineDead):
 
 class _DiedUnderOthers(EngineDead):
     """The engine died while no row of this shard was in it, or was closed on purpose."""
+
+
+def attempt_ids(runtime: Runtime, claim: Claim) -> dict[str, Any]:
+    """What the log's records of an attempt carry."""
+    return {
+        "tenant": claim.job.tenant,
+        "job_id": claim.job.id,
+        "shard_id": claim.shard.id,
+        "shard": claim.shard.idx,
+        "attempt": claim.attempt_no,
+        "worker": runtime.worker.id,
+    }
 
 
 def execute(
@@ -57,6 +70,11 @@ def execute(
     with this one alone (``RowmillError.elsewhere``) fails the attempt, and the job only when the shard's budget is
     spent. Returns whether this worker is fit for such a shard, as far as this attempt can say.
     """
+    with bound(**attempt_ids(runtime, claim)):
+        return _execute(runtime, claim, keeper, interrupt, others=others)
+
+
+def _execute(runtime: Runtime, claim: Claim, keeper: LeaseKeeper, interrupt: Cancellation, *, others: bool) -> bool:
     fit = True
     measures = Measures()
     failpoints.hit("claim.taken")
@@ -65,11 +83,16 @@ def execute(
     try:
         _run(runtime, claim, cancel, measures)
     except LeaseLost as lost:
-        log.warning("%s", lost)
+        log.warning("%s", lost, action=Action.LEASE_LOST)
         with suppress(TransientError, CommitUnknown):
             attempts.supersede(runtime.database, claim)
     except _DiedUnderOthers as error:
-        log.warning("shard %s goes back, and is not counted as failed: %s", claim.shard.id, error)
+        log.warning(
+            "shard %s goes back, and is not counted as failed: %s",
+            claim.shard.id,
+            error,
+            action=Action.ATTEMPT_RELEASED,
+        )
         _report(runtime, claim, attempts.release, stats=measures.so_far(), error=str(error))
     except (InputChanged, InvalidJob) as error:
         fit = not error.elsewhere
@@ -83,7 +106,9 @@ def execute(
         fit = not getattr(error, "elsewhere", False)
         # Not swallowed: it is the attempt's recorded error, and costs one failure of the shard's budget.
         if not isinstance(error, RowmillError):
-            log.exception("attempt %d of shard %s failed", claim.attempt_no, claim.shard.id)
+            log.exception(
+                "attempt %d of shard %s failed", claim.attempt_no, claim.shard.id, action=Action.ATTEMPT_FAILED
+            )
         text = str(error) if isinstance(error, RowmillError) else _last_line(error)
         if interrupt.cancelled:
             # While everything around it ends, anything may break; what does on its own account will do so again.
@@ -131,7 +156,7 @@ def _report(
     try:
         retry_write(lambda: write(runtime.database, claim, *args, **kwargs))
     except (LeaseLost, CommitUnknown, TransientError) as error:
-        log.warning("the end of an attempt could not be recorded: %s", error)
+        log.warning("the end of an attempt could not be recorded: %s", error, action=Action.ATTEMPT_UNRECORDED)
 
 
 def _last_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -25,6 +25,7 @@ from pipeline.execution.attempt_context import AttemptContext
 from pipeline.output import assemble, owner
 from pipeline.spec.error_codes import RowErrorCode
 from storage import failpoints
+from storage.logs import pool_with_ids
 from storage.parquet import parquet
 from storage.queue import attempts, job_progress
 from storage.records import Computed, PartFile, RowException
@@ -54,7 +55,7 @@ class Flusher:
     def __init__(self, attempt: AttemptContext, schema: pa.Schema) -> None:
         self._attempt, self._schema = attempt, schema
         self._unflushed, self._shard_id = attempt.runtime.unflushed, attempt.claim.shard.id
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="rowmill-flush")
+        self._pool = pool_with_ids(1, "rowmill-flush")
         self._pool.submit(int)  # starts its thread: an interpreter that is ending starts none, and has yet to flush
         settings = attempt.runtime.settings
         self._seconds = settings.flush_seconds

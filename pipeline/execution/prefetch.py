@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from pipeline.engines.base import RowBatch
+from storage.logs import thread_with_ids
 
 _ROW_BYTES = 8
 """What a row's index takes: a batch of no columns is not free."""
@@ -24,7 +25,7 @@ class ReadAhead(Iterator[RowBatch]):
 
     def __init__(self, source: Iterator[RowBatch], limit: int) -> None:
         self._queue = _Queue(limit)
-        self._thread = threading.Thread(target=_fill, args=(self._queue, source), name="rowmill-read", daemon=True)
+        self._thread = thread_with_ids("rowmill-read", _fill, self._queue, source)
         self._started = False
         self._end = weakref.finalize(self, self._queue.close)
 

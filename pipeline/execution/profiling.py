@@ -7,7 +7,6 @@ slows down and the trace holds nothing else.
 from __future__ import annotations
 
 import json
-import logging
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,10 +17,12 @@ from typing import Any, Protocol, runtime_checkable
 from pipeline.engines.base import Engine
 from storage import locations
 from storage.errors import TransientError
+from storage.log_actions import Action
+from storage.logs import get_logger
 from storage.objects.store import ObjectStore
 from storage.records import Claim
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 MOST_OPERATORS = 40
 """Operators in a summary."""
@@ -60,7 +61,12 @@ class Profile:
         try:
             self._store.put_bytes(uri, json.dumps(events).encode())
         except (TransientError, OSError) as error:
-            log.warning("the trace of attempt %d was not stored: %s", self._claim.attempt_no, error)
+            log.warning(
+                "the trace of attempt %d was not stored: %s",
+                self._claim.attempt_no,
+                error,
+                action=Action.PROFILE_NOT_STORED,
+            )
             uri = ""
         return {"profile": {"trace": uri, **summary(events)}}
 

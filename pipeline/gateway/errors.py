@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,8 +13,10 @@ from starlette.exceptions import HTTPException
 
 from storage import errors
 from storage.errors import RowmillError
+from storage.log_actions import Action
+from storage.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _STATUS: tuple[tuple[type[RowmillError], int], ...] = (
     (errors.QuotaExceeded, 429),
@@ -80,7 +81,7 @@ def of_rowmill(error: RowmillError) -> ApiError:
     status = next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
     code = _snake(type(error).__name__)
     if status >= 500:
-        log.error("a request failed: %s: %s", type(error).__name__, error)
+        log.error("a request failed: %s: %s", type(error).__name__, error, action=Action.REQUEST_FAILED)
         return ApiError(status, OUR_FAULT.get(status, OUR_FAULT[500]), code=code)
     return ApiError(status, str(error), code=code, param=getattr(error, "field", None))
 
@@ -113,7 +114,7 @@ def install(app: FastAPI) -> None:
     async def rowmill_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RowmillError)
         if isinstance(error, errors.Unexpected) and error.__cause__ is not None:
-            log.error("a request failed", exc_info=error.__cause__)
+            log.error("a request failed", exc_info=error.__cause__, action=Action.REQUEST_FAILED)
         return answer(of_rowmill(error))
 
     async def http_error(request: Request, error: Exception) -> JSONResponse:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 from fastapi import APIRouter
@@ -11,11 +10,13 @@ from fastapi.responses import JSONResponse
 from pipeline.engines import registry
 from pipeline.gateway.context import Gateway, Here
 from storage.errors import InvalidModel, NotFound, RowmillError
+from storage.log_actions import Action
+from storage.logs import get_logger
 from storage.objects.store import ObjectStore
 from storage.registry import revisions
 from storage.states import RevisionState
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 router = APIRouter(tags=["health"])
 _STORE_SECONDS = 2.0
 
@@ -41,10 +42,10 @@ def _said(check: Callable[[Gateway], None], gateway: Gateway) -> str:
     try:
         check(gateway)
     except RowmillError as error:  # anybody may ask: the details are for the log
-        log.warning("not ready: %s: %s", type(error).__name__, error)
+        log.warning("not ready: %s: %s", type(error).__name__, error, action=Action.GATEWAY_NOT_READY)
         return type(error).__name__
     except Exception:
-        log.exception("not ready")
+        log.exception("not ready", action=Action.GATEWAY_NOT_READY)
         return "unexpected"
     return "ok"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 
@@ -10,8 +9,10 @@ from pipeline.client.session import Background, Session
 from pipeline.worker import maintenance
 from storage.errors import Conflict, IllegalTransition, Interrupted, RowmillError, TransientError
 from storage.fleet import job_lookup
+from storage.log_actions import Action
+from storage.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 MOST_JOBS = 4
 """Jobs that run at the same time. They share the engines, which the setting ``max_engines`` bounds."""
@@ -51,9 +52,11 @@ class JobRunner(threading.Thread):
                     maintenance.run_maintenance(self._session.runtime)
                 self._look()
             except RowmillError as error:
-                log.warning("looking for jobs failed, the next round tries again: %s", error)
+                log.warning(
+                    "looking for jobs failed, the next round tries again: %s", error, action=Action.RUNNER_POSTPONED
+                )
             except Exception:
-                log.exception("looking for jobs failed, the next round tries again")
+                log.exception("looking for jobs failed, the next round tries again", action=Action.RUNNER_POSTPONED)
             self._awake.wait(_LOOK_SECONDS)
 
     def _look(self) -> None:
@@ -82,6 +85,12 @@ class JobRunner(threading.Thread):
             if isinstance(error, (Conflict, IllegalTransition, Interrupted)):
                 continue  # another process runs it, or this one is ending
             if isinstance(error, RowmillError) and not isinstance(error, TransientError):
-                log.warning("job %s: %s", job_id, error)
+                log.warning("job %s: %s", job_id, error, action=Action.JOB_POSTPONED, job_id=job_id)
             else:
-                log.error("job %s ended with an error, and is tried again", job_id, exc_info=error)
+                log.error(
+                    "job %s ended with an error, and is tried again",
+                    job_id,
+                    exc_info=error,
+                    action=Action.JOB_POSTPONED,
+                    job_id=job_id,
+                )

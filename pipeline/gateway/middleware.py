@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 
 from fastapi import HTTPException
@@ -10,8 +9,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.gateway.errors import OUR_FAULT, ApiError, answer
+from storage.log_actions import Action
+from storage.logs import bound, get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 MOST_BODY_BYTES = 4 * 2**20
 """Most bytes of a body that is no upload: a job, a batch. Uploads (multipart) have limits of their own."""
@@ -43,9 +44,12 @@ class Requests:
             await send(message)
 
         try:
-            await self._app(scope, _bounded(scope, receive), send_with_id)
+            with bound(request_id=request_id):
+                await self._app(scope, _bounded(scope, receive), send_with_id)
         except Exception:
-            log.exception("request %s failed: %s %s", request_id, scope["method"], scope["path"])
+            log.exception(
+                "request %s failed: %s %s", request_id, scope["method"], scope["path"], action=Action.REQUEST_FAILED
+            )
             if started:
                 raise  # the connection breaks, so that nobody takes what was sent for the whole
             defect = ApiError(500, OUR_FAULT[500], code="internal_error")

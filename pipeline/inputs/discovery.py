@@ -6,7 +6,6 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
@@ -25,6 +24,7 @@ from pipeline.spec.text_options import TextOptions, TextSpec
 from storage import locations
 from storage.errors import InvalidInput
 from storage.locations import normalize
+from storage.logs import pool_with_ids
 from storage.objects import listing
 from storage.objects.store import ObjectInfo, ObjectStore
 from storage.parquet import parquet
@@ -182,7 +182,7 @@ def _read(store: ObjectStore, spec: InputSpec, found: Sequence[tuple[_File, Form
 
 def _range_of(store: ObjectStore, files: Sequence[_File], path: Path) -> tuple[int, int] | None:
     """Of the values at ``path``, over all files; read from their footers where those say."""
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="rowmill-ranges") as pool:
+    with pool_with_ids(_READERS, "rowmill-ranges") as pool:
         found = [each for each in pool.map(lambda file: value_range(store, file.info.uri, path), files) if each]
     return (min(low for low, _ in found), max(high for _, high in found)) if found else None
 
@@ -193,7 +193,7 @@ def _typed(item: pa.Field[pa.DataType]) -> pa.Field[pa.DataType]:
 
 
 def _footers(store: ObjectStore, files: Sequence[_File]) -> Iterator[parquet.FileStats]:
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="rowmill-footers") as pool:
+    with pool_with_ids(_READERS, "rowmill-footers") as pool:
         for start in range(0, len(files), _AHEAD):
             yield from pool.map(partial(_stats, store), files[start : start + _AHEAD])
 

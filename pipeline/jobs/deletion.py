@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import time
 
 from pipeline.output import owner
 from pipeline.process.runtime import Runtime
 from storage import failpoints, locations
 from storage.errors import Conflict, NotFound, RowmillError
+from storage.log_actions import Action
+from storage.logs import get_logger
 from storage.queue import deletion
 from storage.records import Job
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _AT_ONCE = 100
 
@@ -33,7 +34,15 @@ def _finish(runtime: Runtime, job: Job) -> None:
     # The files first: once the rows are gone, nobody knows of them.
     runtime.store.delete_tree(locations.work_dir(job.output_uri, job.id))
     deletion.delete_rows(runtime.database, job.id)
-    log.info("job %s of tenant %s was deleted; what it published stays at %s", job.id, job.tenant, job.output_uri)
+    log.info(
+        "job %s of tenant %s was deleted; what it published stays at %s",
+        job.id,
+        job.tenant,
+        job.output_uri,
+        action=Action.JOB_DELETED,
+        job_id=job.id,
+        tenant=job.tenant,
+    )
 
 
 def delete_old(runtime: Runtime, *, budget: float) -> int:
@@ -68,7 +77,13 @@ def _try(runtime: Runtime, job: Job) -> bool:
     try:
         _finish(runtime, job)
     except RowmillError as error:
-        log.warning("job %s could not be deleted yet, it is tried again later: %s", job.id, error)
+        log.warning(
+            "job %s could not be deleted yet, it is tried again later: %s",
+            job.id,
+            error,
+            action=Action.JOB_DELETION_POSTPONED,
+            job_id=job.id,
+        )
         deletion.postpone(runtime.database, job.id)
         return False
     return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 from collections.abc import Callable, Iterator
 
@@ -20,11 +19,13 @@ from storage.errors import (
     RowmillError,
     TransientError,
 )
+from storage.log_actions import Action
+from storage.logs import bound, get_logger
 from storage.queue import job_deaths, plan_leases
 from storage.records import Job
 from storage.redaction import redact_text
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 def plan_waiting(runtime: Runtime, over: Callable[[], bool], interrupt: Cancellation) -> Iterator[Job]:
@@ -41,7 +42,8 @@ def plan_waiting(runtime: Runtime, over: Callable[[], bool], interrupt: Cancella
         job = plan_leases.claim(runtime.database, owner=owner, lease_seconds=runtime.settings.lease_seconds)
         if job is None:
             return
-        planned = _plan(runtime, job, owner, interrupt)
+        with bound(tenant=job.tenant, job_id=job.id, worker=runtime.worker.id):
+            planned = _plan(runtime, job, owner, interrupt)
         if planned is not None:
             yield planned
 
@@ -57,20 +59,20 @@ def _plan(runtime: Runtime, job: Job, owner: str, interrupt: Cancellation) -> Jo
             failpoints.hit("plan.claimed")
             return plan_job(runtime, job, interrupt, owner=owner)
     except InvalidJob as error:
-        log.warning("job %s was refused: %s", job.id, error)
+        log.warning("job %s was refused: %s", job.id, error, action=Action.JOB_REFUSED)
     except (IllegalTransition, LeaseLost):
         pass  # another worker planned it, or it was cancelled
     except Interrupted as error:
-        log.info("%s", error)
+        log.info("%s", error, action=Action.PLAN_INTERRUPTED)
         plan_leases.let_go(runtime.database, [owner])
     except (TransientError, CommitUnknown) as error:
-        log.warning("job %s could not be planned, trying again later: %s", job.id, error)
+        log.warning("job %s could not be planned, trying again later: %s", job.id, error, action=Action.PLAN_POSTPONED)
         _postpone(runtime, job, owner, str(error))
     except RowmillError as error:
-        log.warning("job %s was refused: %s", job.id, error)
+        log.warning("job %s was refused: %s", job.id, error, action=Action.JOB_REFUSED)
         _refuse(runtime, job, error)
     except Exception as error:
-        log.exception("job %s could not be planned, trying again later", job.id)
+        log.exception("job %s could not be planned, trying again later", job.id, action=Action.PLAN_POSTPONED)
         _postpone(runtime, job, owner, redact_text(f"{type(error).__name__}: {error}"))
     return None
 
@@ -86,4 +88,9 @@ def _refuse(runtime: Runtime, job: Job, error: RowmillError) -> None:
     except IllegalTransition:
         pass  # cancelled meanwhile
     except TransientError as unreachable:
-        log.warning("what the planning of job %s left could not be deleted: %s", job.id, unreachable)
+        log.warning(
+            "what the planning of job %s left could not be deleted: %s",
+            job.id,
+            unreachable,
+            action=Action.PLAN_CLEANUP_FAILED,
+        )

@@ -7,8 +7,9 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from storage.logs import pool_with_ids
 
 CACHE_FILE = "model-digests.json"
 _FORMAT = 1
@@ -34,7 +35,7 @@ def file_hashes(files: Mapping[str, Path], cache_dir: Path) -> dict[str, str]:
     cache = _Cache(cache_dir / CACHE_FILE)
     names = sorted(files)
     paths = [files[name].resolve() for name in names]
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="rowmill-digest") as pool:
+    with pool_with_ids(_THREADS, "rowmill-digest") as pool:
         hashes = list(pool.map(cache.file_hash, paths))
     cache.save()
     return dict(zip(names, hashes, strict=True))

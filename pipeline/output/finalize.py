@@ -6,7 +6,6 @@ Every step may be run again, so that another finalizer can go on when one dies.
 from __future__ import annotations
 
 import json
-import logging
 import platform
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,14 +26,13 @@ from pipeline.spec.result_columns import known_fields
 from storage import failpoints, locations
 from storage.errors import Conflict, CorruptFile, LeaseLost, TransientError
 from storage.fleet import garbage, reports
+from storage.logs import bound
 from storage.parquet import parquet
 from storage.queue import job_deaths, publish_leases, regrouped_rows
 from storage.queue.publish_leases import Lost
 from storage.records import Job
 from storage.sql.retry import retry_write
 from storage.states import TERMINAL_JOB, JobState
-
-log = logging.getLogger(__name__)
 
 _RENEW_EVERY = 50
 _MOST_PUTS = 20
@@ -56,9 +54,9 @@ def finalize_job(runtime: Runtime, job_id: str | None = None) -> Job | None:
         return None
     failpoints.hit("finalize.claimed")
     try:
-        with lease_renewer(
-            lambda: _renew(runtime, job), lease_seconds=settings.lease_seconds, whose=f"the finalizer of job {job.id}"
-        ):
+        whose = f"the finalizer of job {job.id}"
+        ids = bound(tenant=job.tenant, job_id=job.id, worker=runtime.worker.id)
+        with ids, lease_renewer(lambda: _renew(runtime, job), lease_seconds=settings.lease_seconds, whose=whose):
             return _finalize(runtime, job)
     except Exception as error:
         reason = str(error) or type(error).__name__

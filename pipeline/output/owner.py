@@ -8,7 +8,6 @@ before each flush and before each step of publishing, and ends as failed where t
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
@@ -16,13 +15,15 @@ from pipeline.output.destination import manifest_job, refuse_existing
 from pipeline.process.runtime import Runtime
 from storage import locations
 from storage.errors import Conflict, InvalidInput, InvalidJob, NotFound
+from storage.log_actions import Action
+from storage.logs import get_logger
 from storage.objects import output_probe
 from storage.objects.store import ObjectStore
 from storage.queue import jobs
 from storage.records import Job
 from storage.states import TERMINAL_JOB
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 VERSION = 1
 _MOST_TRIES = 20
@@ -153,7 +154,9 @@ def release(runtime: Runtime, job: Job) -> None:
         if owner is not None and owner.job == job.id:
             runtime.store.delete_tree(uri, [uri])  # and the work folder, where this empties it
     except InvalidJob as error:
-        log.warning("job %s still seems to own its output: %s", job.id, error)
+        log.warning(
+            "job %s still seems to own its output: %s", job.id, error, action=Action.JOB_OUTPUT_KEPT, job_id=job.id
+        )
 
 
 def _put(runtime: Runtime, job: Job, *, if_absent: bool) -> None:

@@ -6,7 +6,6 @@ shards it runs. A planner's or publisher's lease of one job is renewed by :func:
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +15,14 @@ from types import TracebackType
 from pipeline.engines.base import Cancellation
 from storage.errors import CommitUnknown, IllegalTransition, LeaseLost, TransientError
 from storage.fleet import workers
+from storage.log_actions import Action
+from storage.logs import get_logger, thread_with_ids
 from storage.queue import claims
 from storage.queue.claims import Lease
 from storage.records import Claim
 from storage.sql.database import Database
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 LEASE_LOST = "the lease was lost"
 JOB_STOPPING = "the job is being wound down"
@@ -130,10 +131,12 @@ class LeaseKeeper:
                     self._tick()
             except (TransientError, CommitUnknown) as error:
                 # The leases may run out meanwhile. That costs work at worst, never correctness: every write is fenced.
-                log.warning("heartbeat failed, trying again: %s", error)
+                log.warning(
+                    "heartbeat failed, trying again: %s", error, action=Action.HEARTBEAT_FAILED, worker=self._worker_id
+                )
             except Exception:
                 # A thread that died here would let every lease of the process run out, for whatever reason.
-                log.exception("heartbeat failed, trying again")
+                log.exception("heartbeat failed, trying again", action=Action.HEARTBEAT_FAILED, worker=self._worker_id)
 
 
 @contextmanager
@@ -149,9 +152,10 @@ def lease_renewer(renew: Callable[[], object], *, lease_seconds: float, whose: s
             except (LeaseLost, IllegalTransition):
                 return
             except Exception as error:
-                log.warning("the lease of %s could not be renewed, trying again: %s", whose, error)
+                text = "the lease of %s could not be renewed, trying again: %s"
+                log.warning(text, whose, error, action=Action.LEASE_RENEWAL_FAILED)
 
-    thread = threading.Thread(target=keep, name="rowmill-renewer", daemon=True)
+    thread = thread_with_ids("rowmill-renewer", keep)
     thread.start()
     try:
         yield

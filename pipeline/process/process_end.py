@@ -11,7 +11,6 @@ import _thread
 import atexit
 import contextlib
 import ctypes
-import logging
 import os
 import signal
 import threading
@@ -19,7 +18,10 @@ import time
 from types import FrameType
 from typing import Final, NoReturn, Protocol
 
-log = logging.getLogger(__name__)
+from storage.log_actions import Action
+from storage.logs import get_logger
+
+log = get_logger(__name__)
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 _SAME_WISH_SECONDS = 0.5
@@ -112,7 +114,7 @@ def _end_work() -> None:
         try:
             work.close()
         except Exception:
-            log.exception("work in the background did not end cleanly")
+            log.exception("work in the background did not end cleanly", action=Action.PROCESS_END_FAILED)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

@@ -10,12 +10,11 @@ lists its folder once. Whatever goes wrong with the store or with a segment cost
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,11 +25,13 @@ from pipeline.result_cache.index import ENTRY_BYTES, Index, SegmentOffsets, spli
 from pipeline.result_cache.keys import namespace
 from storage import failpoints
 from storage.errors import CorruptFile, InvalidInput
+from storage.log_actions import Action
+from storage.logs import get_logger, pool_with_ids
 from storage.objects.store import ObjectStore
 from storage.parquet import keyed_segments
 from storage.parquet.keyed_segments import Segment
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 SEGMENT_ROWS, SEGMENT_BYTES = 65_536, 16 * 2**20
 """Answers that are gathered before they are written, at most: a segment, and the memory that a shard needs for it."""
@@ -113,7 +114,7 @@ class ResultCaches:
         fresh = [segment for uri, segment in wanted.items() if uri not in known.numbers]
         if not gone and not fresh:
             return
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="rowmill-cache") as pool:
+        with pool_with_ids(_READERS, "rowmill-cache") as pool:
             found = list(pool.map(lambda segment: self._hashes(known, folder, segment), fresh))
         added = []
         for segment, hashes in zip(fresh, found, strict=True):
@@ -130,9 +131,9 @@ class ResultCaches:
             return keyed_segments.hashes_of(self._store, folder, segment)
         except CorruptFile as error:
             known.damaged.add(segment.uri)
-            log.warning("a file of cached results is left aside: %s", error)
+            log.warning("a file of cached results is left aside: %s", error, action=Action.CACHE_SEGMENT_SKIPPED)
         except InvalidInput:
-            log.info("%s has just been deleted", segment.uri)
+            log.info("%s has just been deleted", segment.uri, action=Action.CACHE_SEGMENT_GONE)
         return None
 
     def _resting(self) -> bool:
@@ -140,7 +141,7 @@ class ResultCaches:
 
     def _failed(self, what: str, error: BaseException) -> None:
         self._rests_until = self._now() + REST_SECONDS
-        log.warning("cached results cannot be %s: %s", what, error)
+        log.warning("cached results cannot be %s: %s", what, error, action=Action.CACHE_UNAVAILABLE)
         if not self._told:
             self._told = True
             self._notify(f"cached results cannot be {what}, so rows are computed again ({error})")
@@ -170,7 +171,7 @@ class ResultCache:
         self._values: list[pa.RecordBatch] = []
         self._bytes = 0
         self._writes = True
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="rowmill-cache")
+        self._pool = pool_with_ids(1, "rowmill-cache")
         self._pending: Future[Segment] | None = None
 
     def fail(self, what: str, error: BaseException) -> None:
@@ -208,7 +209,7 @@ class ResultCache:
             except (CorruptFile, InvalidInput) as error:
                 # It must not stand before the answers that are computed and kept in its place now.
                 self._damaged(self.segments[int(number)].uri)
-                log.warning("cached results are left aside: %s", error)
+                log.warning("cached results are left aside: %s", error, action=Action.CACHE_SEGMENT_SKIPPED)
             except Exception as error:
                 self.fail(f"read below {self.folder}", error)
                 return

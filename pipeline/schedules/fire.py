@@ -8,7 +8,6 @@ time of the fire.
 
 from __future__ import annotations
 
-import logging
 from contextlib import suppress
 from functools import partial
 
@@ -21,13 +20,15 @@ from pipeline.schedules.spec import job_fields
 from pipeline.spec.job_spec import parse
 from storage import failpoints
 from storage.errors import CommitUnknown, IllegalTransition, RowmillError, TransientError
+from storage.log_actions import Action
+from storage.logs import get_logger
 from storage.queue import schedules
 from storage.queue.schedules import DueFire
 from storage.records import Fire, Schedule
 from storage.redaction import redact_text
 from storage.states import FireState, JobState
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 def fire_schedules(runtime: Runtime) -> list[str]:
@@ -41,7 +42,13 @@ def fire_schedules(runtime: Runtime) -> list[str]:
         try:
             decided, next_at = _decide(runtime, schedule, clock)
         except ValueError as error:  # this process's time zone data lack the zone, or the cron's last day is over
-            log.error("schedule %s cannot fire: %s", schedule.name, error)  # noqa: TRY400 - the message says it all
+            log.error(  # noqa: TRY400 - the message says it all
+                "schedule %s cannot fire: %s",
+                schedule.name,
+                error,
+                action=Action.SCHEDULE_UNUSABLE,
+                schedule=schedule.name,
+            )
             continue
         if schedules.advance(runtime.database, schedule, decided, next_at):
             failpoints.hit("fire.decided")
@@ -50,7 +57,13 @@ def fire_schedules(runtime: Runtime) -> list[str]:
         try:
             job_id = _submit(runtime, schedule, fire)
         except (TransientError, CommitUnknown) as error:
-            log.warning("schedule %s: the next tick tries again: %s", schedule.name, error)
+            log.warning(
+                "schedule %s: the next tick tries again: %s",
+                schedule.name,
+                error,
+                action=Action.SCHEDULE_POSTPONED,
+                schedule=schedule.name,
+            )
             _note(runtime, fire, f"the next tick tries again: {error}")
             continue
         if job_id is not None:
@@ -109,7 +122,12 @@ def _submit(runtime: Runtime, schedule: Schedule, fire: Fire) -> str | None:
         schedules.settle(runtime.database, fire.key, FireState.FAILED, str(error))
         return None
     except Exception as error:
-        log.exception("schedule %s: a fire could not be submitted", schedule.name)
+        log.exception(
+            "schedule %s: a fire could not be submitted",
+            schedule.name,
+            action=Action.SCHEDULE_FIRE_FAILED,
+            schedule=schedule.name,
+        )
         reason = redact_text(f"unexpected {type(error).__name__}: {error}")
         schedules.settle(runtime.database, fire.key, FireState.FAILED, reason)
         return None

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-
 from pipeline.config.settings import Settings
 from pipeline.engines.base import Cancellation
 from pipeline.process.runtime import Runtime
 from pipeline.worker import beat_health, embedded, maintenance
 from storage.broker import Wakeups
 from storage.errors import Conflict, IllegalTransition, Interrupted, RowmillError, TransientError
+from storage.log_actions import Action
+from storage.logs import get_logger
 from storage.queue import jobs, schedules
 from storage.states import TERMINAL_JOB
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 def wake_workers(settings: Settings, interrupt: Cancellation) -> None:
@@ -40,7 +40,7 @@ def beat_and_run(runtime: Runtime, interrupt: Cancellation) -> None:
             for job_id in schedules.live_jobs(runtime.database):
                 _run(runtime, job_id, interrupt)
         except TransientError as error:
-            log.warning("the next round tries again: %s", error)
+            log.warning("the next round tries again: %s", error, action=Action.BEAT_POSTPONED)
         except Interrupted:
             return
         interrupt.wait(runtime.settings.tick_seconds)

@@ -21,6 +21,7 @@ from pipeline.worker import maintenance
 from storage.errors import Conflict, IllegalTransition, Interrupted, LeaseLost
 from storage.fleet import workers
 from storage.fleet.workers import Holder
+from storage.logs import bound
 from storage.queue import claims, jobs
 from storage.records import Job
 from storage.states import TERMINAL_JOB, JobState
@@ -48,7 +49,8 @@ def run_job(
     """
     _wait_for_others(runtime, job.id, interrupt)
     settings = runtime.settings
-    with runtime.registered(), attending(runtime, job.id):
+    ids = bound(tenant=job.tenant, job_id=job.id, worker=runtime.worker.id)
+    with runtime.registered(), attending(runtime, job.id), ids:
         while True:
             told = _Once()
             on_progress(job_status(runtime.database, job))

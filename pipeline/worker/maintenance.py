@@ -6,7 +6,6 @@ The steps of a round do not depend on each other: one that fails is logged, and 
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -21,11 +20,13 @@ from storage.errors import IllegalTransition, Interrupted, RowmillError
 from storage.files import batches
 from storage.fleet import clock_steps, garbage, job_lookup, workers
 from storage.fleet.garbage import Garbage
+from storage.log_actions import Action
+from storage.logs import get_logger
 from storage.queue import jobs, reaper
 from storage.queue.reaper import Reaped
 from storage.states import JobState
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -44,9 +45,11 @@ def run_step(step: Callable[..., T], *arguments: object) -> T | None:
     except Interrupted:
         raise
     except RowmillError as error:
-        log.warning("a step of maintenance failed, the next round tries again: %s", error)
+        log.warning(
+            "a step of maintenance failed, the next round tries again: %s", error, action=Action.MAINTENANCE_POSTPONED
+        )
     except Exception:
-        log.exception("a step of maintenance failed, the next round tries again")
+        log.exception("a step of maintenance failed, the next round tries again", action=Action.MAINTENANCE_POSTPONED)
     return None
 
 
@@ -70,7 +73,11 @@ def bring_back_times(runtime: Runtime) -> None:
         retention_seconds=settings.attempt_retention_hours * 3600,
     )
     if moved:
-        log.warning("the database's clock was set back: %d stored times lay too far ahead of it", moved)
+        log.warning(
+            "the database's clock was set back: %d stored times lay too far ahead of it",
+            moved,
+            action=Action.CLOCK_SET_BACK,
+        )
 
 
 def recover_local(runtime: Runtime) -> Reaped:
@@ -122,7 +129,13 @@ def collect_garbage(runtime: Runtime, *, budget: float = GARBAGE_SECONDS) -> int
             deleted += _collect(runtime, item, end)
         except Exception as error:
             delay = garbage.postpone(runtime.database, item)
-            log.warning("%s could not be deleted, trying again in %.0f s: %s", item.uri, delay, error)
+            log.warning(
+                "%s could not be deleted, trying again in %.0f s: %s",
+                item.uri,
+                delay,
+                error,
+                action=Action.GARBAGE_POSTPONED,
+            )
     return deleted
 
 

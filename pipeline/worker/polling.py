@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
 import time
 from collections.abc import Callable
 
 from storage.errors import CommitUnknown, TransientError
+from storage.log_actions import Action
+from storage.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 class Poller:
@@ -115,11 +116,13 @@ class Poller:
             found = self._look()
         except (TransientError, CommitUnknown) as failure:
             found, error = False, str(failure)
-            log.warning("looking for work (%s) failed, trying again: %s", self.name, failure)
+            log.warning(
+                "looking for work (%s) failed, trying again: %s", self.name, failure, action=Action.WORK_POLL_FAILED
+            )
         except BaseException as failure:
             # A thread that died here would leave its slot idle for good, for whatever reason.
             found, error = False, f"{type(failure).__name__}: {failure}"
-            log.exception("looking for work (%s) failed, trying again", self.name)
+            log.exception("looking for work (%s) failed, trying again", self.name, action=Action.WORK_POLL_FAILED)
         with self._changed:
             self._error = error
             self._pause = self._first if found else min(2 * self._pause, self._longest)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pipeline.batches.drive import drive
 from pipeline.config.settings import Settings
 from pipeline.engines.base import Cancellation
-from pipeline.execution.attempt import execute
+from pipeline.execution.attempt import attempt_ids, execute
 from pipeline.jobs import plan_queue
 from pipeline.output.finalize import finalize_job
 from pipeline.process.heartbeat import WATCH_SECONDS, LeaseKeeper
@@ -26,10 +26,17 @@ from pipeline.worker.polling import Poller
 from storage.broker import CONTROL_QUEUE, FINALIZE, PLAN, RUN, TICK, Wakeups
 from storage.errors import CommitUnknown, RowmillError, TransientError
 from storage.fleet import maintenance_lock, reports, workers
+from storage.log_actions import Action
+from storage.logs import get_logger
 from storage.queue import claims, jobs
 from storage.records import Claim
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
+
+
+def _notify(text: str) -> None:
+    log.info("%s", text, action=Action.RUNTIME_NOTICE)
+
 
 DRAINING = "the worker is draining"
 PLANNERS = 2
@@ -59,7 +66,7 @@ class Worker:
         slots: int = 0,
         on_drain: Callable[[], object] | None = None,
     ) -> None:
-        self.runtime: Runtime = start(settings, log.info, engines=engines, queues=queues, slots=slots)
+        self.runtime: Runtime = start(settings, _notify, engines=engines, queues=queues, slots=slots)
         self.wakeups = Wakeups(settings.broker_url)
         self._on_drain = on_drain or self.drain
         self._draining = threading.Event()
@@ -115,7 +122,12 @@ class Worker:
     def drop_message(self, reason: str) -> None:
         """Count a message that makes no sense, and say so in one line."""
         self._dropped += 1
-        log.warning("a message was dropped, %d since this worker began: %s", self._dropped, reason)
+        log.warning(
+            "a message was dropped, %d since this worker began: %s",
+            self._dropped,
+            reason,
+            action=Action.MESSAGE_DROPPED,
+        )
 
     def plan(self) -> bool:
         """Plan every job that waits for it, and wake workers for its shards. Returns whether there was one."""
@@ -163,7 +175,8 @@ class Worker:
     def _execute(self, claim: Claim) -> None:
         shard, job = claim.shard, claim.job
         what = f"job {job.id} of tenant {job.tenant}: shard {shard.idx}, attempt {claim.attempt_no}"
-        log.info("%s begins: %d rows to compute", what, len(claim.todo))
+        ids = attempt_ids(self.runtime, claim)
+        log.info("%s begins: %d rows to compute", what, len(claim.todo), action=Action.SHARD_CLAIMED, **ids)
         began = time.monotonic()
         fit = execute(self.runtime, claim, self._keeper, self._flush, others=True)
         self._breaker.record(job.queue, fit)
@@ -172,7 +185,8 @@ class Worker:
             with suppress(TransientError):
                 ended = reports.attempt(self.runtime.database, shard.id, claim.attempt_no)
                 why = f": {ended.error}" if ended.error else ""
-                log.info("%s %s: %d rows computed in %.1f s%s", what, ended.state, ended.rows_computed, seconds, why)
+                text = f"{what} {ended.state}: {ended.rows_computed} rows computed in {seconds:.1f} s{why}"
+                log.info("%s", text, action=Action.ATTEMPT_ENDED, **ids)
 
     def finalize(self) -> bool:
         """Publish every job whose shards have all ended. Returns whether there was one."""
@@ -182,10 +196,21 @@ class Worker:
                 if (job := finalize_job(self.runtime)) is None:
                     break
             except RowmillError as error:
-                log.warning("a job could not be published, trying again soon: %s", error)
+                log.warning(
+                    "a job could not be published, trying again soon: %s", error, action=Action.JOB_PUBLISHING_POSTPONED
+                )
                 return False
             found = True
-            log.info("job %s of tenant %s %s: %d rows", job.id, job.tenant, job.state, job.rows_done)
+            log.info(
+                "job %s of tenant %s %s: %d rows",
+                job.id,
+                job.tenant,
+                job.state,
+                job.rows_done,
+                action=Action.JOB_PUBLISHED,
+                job_id=job.id,
+                tenant=job.tenant,
+            )
         return found
 
     def _tick_when_due(self) -> bool:
@@ -270,7 +295,7 @@ class Worker:
             runtime.register()  # struck off after a long silence: it lives
         elif asked and not draining and not self._asked_to_drain:
             self._asked_to_drain = True
-            log.warning("somebody asked this worker to drain")
+            log.warning("somebody asked this worker to drain", action=Action.WORKER_DRAIN_REQUESTED)
             threading.Thread(target=self._on_drain, name="rowmill-asked-to-drain", daemon=True).start()
 
     def _trouble(self) -> str | None:

@@ -11,13 +11,13 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from storage.errors import CorruptFile, InvalidInput, Unreachable
 from storage.locations import WORK_FOLDER, normalize, protocol
+from storage.logs import pool_with_ids
 from storage.objects import filesystems, listing, local_files
 from storage.objects.errors import explain
 from storage.objects.info import ObjectInfo, check_name, exactly, listed, local_info, remote_info
@@ -235,7 +235,7 @@ class ObjectStore:
             for path in paths:
                 self._delete_one(path)
             return
-        with ThreadPoolExecutor(_DELETERS) as pool:
+        with pool_with_ids(_DELETERS, "rowmill-delete") as pool:
             list(pool.map(self._delete_one, paths))
 
     def list_tree(self, prefix: str) -> list[str]:

@@ -49,7 +49,7 @@ def test_one_command_plans_runs_and_publishes_even_when_every_slot_is_taken(
     tmp_path: Path,
 ) -> None:
     world = broker_world
-    beat, worker = world.celery("beat"), start(world, "--slots", "1")
+    beat, worker = world.celery("beat"), start(world, "--slots", "1", log_format="json", log_level="info")
     gate = tmp_path / "gate"
     busy = gated(world, gate)
     # Its one slot is taken, and stays so. Another job is planned all the same, and one without rows is published.
@@ -77,6 +77,16 @@ def test_one_command_plans_runs_and_publishes_even_when_every_slot_is_taken(
     worker.kill()
     wait_until(lambda: not Path(f"/proc/{control}").exists(), "the end of the control process")
     assert beat.running()
+    # What all three processes have written is JSON, line by line.
+    records = [json.loads(line) for line in worker.log.read_text().splitlines()]
+    assert all(record.keys() >= {"event", "level", "logger", "timestamp"} for record in records)
+    ours = [record for record in records if record["logger"].startswith(("pipeline.", "tasks.", "storage.", "rowmill"))]
+    assert all("action" in record for record in ours)
+    ended = {(r["job_id"], r["shard"], r["attempt"], r["worker"]) for r in ours if r["action"] == "attempt.ended"}
+    taker = roles[("fake",)].worker.id
+    assert ended >= {(busy, 0, 1, taker), (other, 0, 1, taker)}
+    assert {r["job_id"] for r in ours if r["action"] == "job.published"} >= {busy, other, nothing}
+    assert "control.restarted" in {record["action"] for record in ours}
 
 
 def alive(world: World) -> list[WorkerStatus]:

@@ -8,7 +8,7 @@ import typer
 
 from pipeline.cli import errors, output
 from pipeline.cli.command import Invocation, command
-from pipeline.cli.interrupts import InterruptWatch, end_now
+from pipeline.cli.interrupts import service_interrupts
 
 if TYPE_CHECKING:
     from pipeline.config.settings import Settings
@@ -29,22 +29,13 @@ def beat(
     from pipeline.engines.base import Cancellation
     from pipeline.process.runtime import start
     from pipeline.worker import beat as schedule_loop
-    from storage import logs
 
     settings = invocation.loaded.settings
     if health:
         return _health(invocation, settings)
-    logs.set_up(settings.log_level)
+    invocation.set_up_logging(service=True)
     interrupt = Cancellation()
-
-    def first() -> None:
-        interrupt.cancel("interrupted")
-        invocation.notice("ending: what is finished is kept; press Ctrl-C again to end at once")
-
-    def again() -> None:
-        end_now("ended at once; everything flushed before is safe", errors.SIGNALLED)
-
-    with InterruptWatch(first, again):
+    with service_interrupts(invocation, lambda: interrupt.cancel("interrupted")):
         every = f"every {settings.tick_seconds:g} s; Ctrl-C ends it"
         if settings.broker_url is not None:
             invocation.notice(f"waking the workers {every}")

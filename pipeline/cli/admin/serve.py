@@ -9,7 +9,7 @@ import typer
 
 from pipeline.cli import errors, output
 from pipeline.cli.command import Invocation, command
-from pipeline.cli.interrupts import InterruptWatch, end_now
+from pipeline.cli.interrupts import service_interrupts
 from storage.errors import EngineMissing
 
 
@@ -30,10 +30,9 @@ def serve(
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
         raise EngineMissing("the gateway is not installed: pip install 'rowmill[gateway]'")
     from pipeline.gateway.server import Server, check, listen, url_of
-    from storage import logs
 
     settings = invocation.loaded.settings
-    logs.set_up(settings.log_level)
+    invocation.set_up_logging(service=True)
     with listen(host, port) as listener:
         check(settings, listener, embedded=embedded)
         url = url_of(listener)
@@ -44,13 +43,5 @@ def serve(
             invocation.notice(f"serving {url} (/api/v1, /v1, {url}/docs); Ctrl-C ends it")
 
         server = Server(settings, listener, embedded=embedded, ready=ready)
-
-        def first() -> None:
-            invocation.notice("ending: what is finished is kept; press Ctrl-C again to end at once")
-            server.stop()
-
-        def again() -> None:
-            end_now("ended at once; everything flushed before is safe", errors.SIGNALLED)
-
-        with InterruptWatch(first, again):
+        with service_interrupts(invocation, server.stop):
             return errors.OK if server.serve_here() else errors.ERROR

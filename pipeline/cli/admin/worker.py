@@ -52,6 +52,7 @@ def start(
     Asked to end, it claims nothing more, lets its shards run for drain_grace_seconds, flushes and hands back the rest,
     and ends with 0; asked again, it flushes at once.
     """
+    invocation.set_up_logging(service=True)
     settings = invocation.loaded.settings
     if settings.broker_url is None:
         raise InvalidSettings(

@@ -47,6 +47,7 @@ from pipeline.prefix.order import Backlog, Lengths
 from pipeline.spec.job_spec import JobSpec, Task
 from pipeline.spec.result_columns import fields_of
 from storage.errors import Blame, EngineDead, EngineMissing, InvalidJob, InvalidModel
+from storage.logs import thread_with_ids
 
 RESULTS = 4096
 """Most rows of a batch of results."""
@@ -189,8 +190,8 @@ class VllmEngine(VllmPlacement):
         reuse = self._reuse(running, spec, schema)
         reading = (requests.exchange, rows, batches, measures, reuse)
         threads = [
-            threading.Thread(target=read_rows, args=reading, name="vllm-read", daemon=True),
-            threading.Thread(target=requests.feed, name="vllm-feed", daemon=True),
+            thread_with_ids("vllm-read", read_rows, *reading),
+            thread_with_ids("vllm-feed", requests.feed),
         ]
         forget = cancel.on_cancel(requests.stop)
         for thread in threads:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import tempfile
 import time
@@ -30,8 +29,10 @@ from pipeline.engines.onnx.runtime.session_pool import SessionPool, memory_for_c
 from pipeline.engines.onnx.runtime.stream import Batch, settle
 from pipeline.host.cpu import available_cores
 from storage.errors import Blame, EngineDead
+from storage.log_actions import Action
+from storage.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 MARGIN = 1.05
 """How many times as fast a rival must be."""
@@ -152,7 +153,7 @@ class Bench:
         except Exception as error:
             if layout == champion:
                 raise
-            log.info("layout %s is out: %s", layout, error)
+            log.info("layout %s is out: %s", layout, error, action=Action.ENGINE_LAYOUT_REJECTED)
             failed = pools.pop(layout)
             if failed is not self._pool:
                 failed.close()
@@ -172,7 +173,7 @@ class Bench:
                 except Exception as error:
                     if layout == champion:
                         raise
-                    log.info("layout %s is out: %s", layout, error)
+                    log.info("layout %s is out: %s", layout, error, action=Action.ENGINE_LAYOUT_REJECTED)
             yield opened
         finally:
             for pool in opened.values():

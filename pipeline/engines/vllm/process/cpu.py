@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import re
 from collections.abc import Mapping
@@ -11,8 +10,10 @@ from typing import Any
 
 from pipeline.engines.vllm.process import thread_pinning
 from pipeline.host.cpu import available_cores, one_of_each
+from storage.log_actions import Action
+from storage.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 FEW_CORES = 4
 """Up to this many cores, none is kept free of a model's arithmetic."""
@@ -78,4 +79,9 @@ async def pin(llm: Any, config: Any) -> None:
         cpus = cpus[first:] + cpus[:first]
         (found,) = await llm.collective_rpc("pin_threads", args=(cpus,))
         if found != [[cpu] for cpu in cpus]:
-            log.info("vLLM's threads are not pinned to processors %s: they may run on %s", cpus, found)
+            log.info(
+                "vLLM's threads are not pinned to processors %s: they may run on %s",
+                cpus,
+                found,
+                action=Action.ENGINE_UNPINNED,
+            )

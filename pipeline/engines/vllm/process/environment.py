@@ -12,15 +12,17 @@ from typing import Any
 
 from pipeline.engines.vllm.process import child
 from pipeline.host.memory import memory_bytes
+from storage.log_actions import Action
+from storage.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 GIB = 2**30
 
 
 class _ToOurLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        log.info("vllm: %s", record.getMessage(), exc_info=record.exc_info)
+        log.info("vllm: %s", record.getMessage(), exc_info=record.exc_info, action=Action.ENGINE_OUTPUT)
 
 
 def prepare_environment() -> None:

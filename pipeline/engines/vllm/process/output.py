@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import shutil
@@ -14,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.engines.vllm.process import child
+from storage.log_actions import Action
+from storage.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 STOP_SECONDS = 10.0
 """How long the engine's processes may take to end when asked, before they are killed."""
@@ -59,7 +60,7 @@ class Output:
                     continue
                 self.lines += 1
                 self._tail.append(_BEFORE.sub("", line.rstrip()))
-                log.info("vllm: %s", line.rstrip())
+                log.info("vllm: %s", line.rstrip(), action=Action.ENGINE_OUTPUT)
 
     def reason(self) -> tuple[str, str] | None:
         """Type and message of the last exception that a process reported, or ``None``."""

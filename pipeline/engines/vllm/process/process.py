@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import threading
@@ -22,8 +21,10 @@ from pipeline.engines.vllm.process.output import STOP_SECONDS, Output, first_lin
 from pipeline.engines.vllm.process.scheduler_stats import Gauges
 from pipeline.host.child_reaper import Guardian
 from storage.errors import Blame, EngineDead, EngineMissing, InvalidJob, InvalidModel, RowmillError, TransientError
+from storage.log_actions import Action
+from storage.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 T = TypeVar("T")
 
 STALL_SECONDS = 900.0
@@ -191,7 +192,7 @@ class RunningVllm:
                 self.gauges.touch()
             elif time.monotonic() - self.gauges.progress_at > self._stall_seconds:
                 self._stuck = True
-                log.error("%s", self._stuck_message())
+                log.error("%s", self._stuck_message(), action=Action.ENGINE_STALLED)
                 self._kill()  # vLLM sees that it is gone, and every request raises
                 return
 
