@@ -1,26 +1,30 @@
-"""Text in Arrow columns, whatever type a file keeps it in."""
+"""Text in Arrow columns, whatever type a file keeps it in, and the kinds of types that hold texts and lists."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 
-def is_text(kind: pa.DataType) -> bool:
-    """True for strings and bytes: plain, large, view or of a fixed size."""
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or is_bytes(kind)
+def _any(*names: str) -> Callable[[Any], bool]:
+    tests = [getattr(pa.types, f"is_{name}") for name in names]
+    return lambda kind: any(test(kind) for test in tests)
 
 
-def is_bytes(kind: pa.DataType) -> bool:
-    """True for bytes: plain, large, view or of a fixed size."""
-    return (
-        pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-        or pa.types.is_binary_view(kind)
-        or pa.types.is_fixed_size_binary(kind)
-    )
+is_string = _any("string", "large_string", "string_view")
+"""True for strings: plain, large or view."""
+is_bytes = _any("binary", "large_binary", "binary_view", "fixed_size_binary")
+"""True for bytes: plain, large, view or of a fixed size."""
+is_list = _any("list", "large_list", "fixed_size_list")
+"""True for lists: plain, large or of a fixed size."""
+
+
+def is_text(kind: Any) -> bool:
+    """True for strings and bytes."""
+    return is_string(kind) or is_bytes(kind)
 
 
 def values(column: pa.Array[Any]) -> list[Any]:

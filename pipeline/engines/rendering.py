@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from pipeline.engines.arrow_text import is_bytes, is_text
+from pipeline.engines.arrow_text import is_bytes, is_list, is_text
 from pipeline.spec.error_codes import RowErrorCode
 from storage.errors import RowError
 
@@ -84,13 +84,7 @@ def _inside(kind: pa.DataType) -> str | None:
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return (
-        pa.types.is_list(kind)
-        or pa.types.is_large_list(kind)
-        or pa.types.is_fixed_size_list(kind)
-        or pa.types.is_list_view(kind)
-        or pa.types.is_large_list_view(kind)
-    )
+    return is_list(kind) or pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind)
 
 
 def _written(value: Value) -> str:

@@ -204,12 +204,15 @@ class _Text:
                     failures[at] = (RowErrorCode.ENGINE_REFUSED, f"scripted: the row contains {refused!r}")
         found = [at for at, text in enumerate(texts) if text is not None and at not in failures]
         good = [texts[at] or "" for at in found]
-        columns = (
-            self._columns(good)
-            if self._spec.request_column is None
-            else fake_requests.answers(batch.columns, found, good)
-        )
-        values = pa.RecordBatch.from_arrays(list(columns.values()), schema=self._schema)
+        if self._spec.request_column is not None:
+            columns = fake_requests.answers(batch.columns, found, good)
+        elif self._spec.task in (Task.GENERATE, Task.CHAT):
+            n, most = self._spec.sampling.get("n", 1), self._spec.sampling.get("max_tokens")
+            columns = fake_rows.answer_columns([fake_rows.answer_to(text, n, most) for text in good], good)
+        else:
+            columns = fake_rows.pooled(self._spec, good)
+        arrays = [pa.array(columns[field.name], field.type) for field in self._schema]
+        values = pa.RecordBatch.from_arrays(arrays, schema=self._schema)
         return texts, _result(batch, values, failures)
 
     def _limit(self, texts: list[str | None], failures: dict[int, fake_rows.Failure]) -> None:
@@ -226,17 +229,6 @@ class _Text:
                 failures[at] = (RowErrorCode.PROMPT_TOO_LONG, message)
             elif len(words) > most:
                 texts[at] = " ".join(words[:most])
-
-    def _columns(self, texts: list[str]) -> dict[str, pa.Array[Any]]:
-        match self._spec.task:
-            case Task.EMBED:
-                return fake_rows.embeddings(texts)
-            case Task.CLASSIFY:
-                return fake_rows.classes(texts)
-            case Task.SCORE:
-                return fake_rows.scores(texts)
-            case _:
-                return fake_rows.answers(self._spec, texts)
 
 
 class _Tensor:

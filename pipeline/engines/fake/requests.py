@@ -38,32 +38,19 @@ def texts_of(batch: pa.RecordBatch, n: int) -> fake_rows.Texts:
     return texts, failures
 
 
-def answers(batch: pa.RecordBatch, at: Sequence[int], prompts: Sequence[str]) -> dict[str, pa.Array[Any]]:
+def answers(batch: pa.RecordBatch, at: Sequence[int], prompts: Sequence[str]) -> dict[str, Any]:
     """The result columns for the rows at these positions, whose prompts are ``prompts``."""
-    own = _column(batch, request_rows.PARAMETERS)
-    made = [_answer(request_rows.decoded(own[row]), text) for row, text in zip(at, prompts, strict=True)]
-    counts = [sum(len(text.split()) for text in outputs) for outputs, _ in made]
-    values: dict[str, list[Any]] = {
-        "outputs": [outputs for outputs, _ in made],
-        "finish_reasons": [reasons for _, reasons in made],
-        "prompt_tokens": [len(prompt.split()) for prompt in prompts],
-        "cached_tokens": [0] * len(made),
-        "completion_tokens": counts,
-        "logprobs": [None] * len(made),
-    }
-    return {item.name: pa.array(values[item.name], item.type) for item in request_rows.fields()}
+    encoded = _column(batch, request_rows.PARAMETERS)
+    return fake_rows.answer_columns(
+        [_answer(request_rows.decoded(encoded[row]), text) for row, text in zip(at, prompts, strict=True)], prompts
+    )
 
 
-def _answer(own: Parameters, prompt: str) -> tuple[list[str], list[str]]:
-    whole, stops = fake_rows.answer_to(prompt), own.sampling.get("stop") or ()
-    text, reason, most = whole, "stop", own.sampling.get("max_tokens")
-    if most is not None and len(text.split()) > most:
-        text, reason = " ".join(text.split()[:most]), "length"
-    ends = [end for stop in ([stops] if isinstance(stops, str) else stops) if (end := text.find(stop)) >= 0]
-    if ends:
-        text, reason = text[: min(ends)], "stop"
-    outputs = [text if own.n == 1 else text.replace("fake:", f"fake:{i}:", 1) for i in range(own.n)]
-    return outputs, [reason] * own.n
+def _answer(own: Parameters, prompt: str) -> tuple[list[str], str]:
+    stops = own.sampling.get("stop") or ()
+    return fake_rows.answer_to(
+        prompt, own.n, own.sampling.get("max_tokens"), [stops] if isinstance(stops, str) else stops
+    )
 
 
 def _column(batch: pa.RecordBatch, name: str) -> list[str]:

@@ -11,8 +11,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.engines import rendering
+from pipeline.engines import arrow_text, pooled_results, rendering
 from pipeline.engines.generation import chat_messages
+from pipeline.engines.pooling import unit_length
 from pipeline.spec.error_codes import RowErrorCode
 from pipeline.spec.job_spec import JobSpec, Task
 from pipeline.spec.prompt_template import Template
@@ -37,24 +38,14 @@ def is_text(kind: pa.DataType) -> bool:
     """True for strings and bytes: plain, large, view or dictionary-encoded."""
     if pa.types.is_dictionary(kind):
         return is_text(kind.value_type)
-    return any(
-        test(kind)
-        for test in (
-            pa.types.is_string,
-            pa.types.is_large_string,
-            pa.types.is_string_view,
-            pa.types.is_binary,
-            pa.types.is_large_binary,
-            pa.types.is_binary_view,
-        )
-    )
+    return arrow_text.is_text(kind)
 
 
 def is_numeric(kind: Any) -> bool:
     """True for numbers and booleans, and for lists and tensors of them."""
     if isinstance(kind, pa.FixedShapeTensorType):
         return is_numeric(kind.value_type)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    if arrow_text.is_list(kind):
         return is_numeric(kind.value_type)
     return any(
         test(kind) for test in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal)
@@ -180,73 +171,49 @@ def row_sums(column: Column) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bo
     return sums, nulls | (np.bincount(parents, weights=inner_nulls, minlength=n) > 0)
 
 
-def answer_to(prompt: str) -> str:
-    """The whole answer to a prompt: a hash of it, then its beginning."""
-    return f"fake:{hashlib.sha256(prompt.encode()).hexdigest()[:8]} {prompt[:PROMPT_CHARACTERS]}"
+def answer_to(prompt: str, n: int, most: int | None, stops: Sequence[str] = ()) -> tuple[list[str], str]:
+    """``n`` answers to a prompt, a hash of it and then its beginning, of ``most`` words; and why they end."""
+    text, reason = f"fake:{hashlib.sha256(prompt.encode()).hexdigest()[:8]} {prompt[:PROMPT_CHARACTERS]}", "stop"
+    if most is not None and len(words := text.split()) > most:
+        text, reason = " ".join(words[:most]), "length"
+    ends = [end for stop in stops if (end := text.find(stop)) >= 0]
+    if ends:
+        text, reason = text[: min(ends)], "stop"
+    return [text] if n == 1 else [text.replace("fake:", f"fake:{i}:", 1) for i in range(n)], reason
 
 
-def answers(spec: JobSpec, prompts: Sequence[str]) -> dict[str, pa.Array[Any]]:
-    """The result columns of generate and chat: a hash of the prompt, then its beginning."""
-    n_answers, most = spec.sampling.get("n", 1), spec.sampling.get("max_tokens")
-    outputs = [answer_to(prompt) for prompt in prompts]
-    counts = [len(output.split()) for output in outputs]
-    reasons = ["stop"] * len(prompts)
-    if most is not None and max(counts, default=0) > most:
-        for at, count in enumerate(counts):
-            if count > most:
-                outputs[at] = " ".join(outputs[at].split()[:most])
-                counts[at], reasons[at] = most, "length"
-    columns: dict[str, pa.Array[Any]] = {}
-    if n_answers == 1:
-        columns["output"] = pa.array(outputs, pa.string())
-    else:
-        many = [[output.replace("fake:", f"fake:{i}:", 1) for i in range(n_answers)] for output in outputs]
-        columns["outputs"] = pa.array(many, pa.list_(pa.string()))
-        counts = [count * n_answers for count in counts]
-    columns["finish_reason"] = pa.array(reasons, pa.string())
-    columns["prompt_tokens"] = _words(prompts)
-    columns["cached_tokens"] = pa.array(np.zeros(len(prompts), np.int32))
-    columns["completion_tokens"] = pa.array(counts, pa.int32())
-    return columns
-
-
-def embeddings(texts: Sequence[str]) -> dict[str, pa.Array[Any]]:
-    """Unit vectors of ``WIDTH`` elements."""
-    vectors = _numbers(texts, WIDTH) - 0.5
-    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    flat = pa.array(vectors.astype(np.float32).reshape(-1))
-    return {"embedding": pa.FixedSizeListArray.from_arrays(flat, WIDTH), "prompt_tokens": _words(texts)}
-
-
-def classes(texts: Sequence[str]) -> dict[str, pa.Array[Any]]:
-    """The best of ``LABELS``, and the probability of each."""
-    p = _numbers(texts, len(LABELS)) + 1e-3
-    p = (p / p.sum(axis=1, keepdims=True)).astype(np.float32)
-    order = np.argsort(-p, axis=1, kind="stable")
-    best = order[:, 0]
-    labels = pa.array(LABELS, pa.string())
-    pairs = pa.StructArray.from_arrays(
-        [labels.take(pa.array(order.reshape(-1), pa.int64())), pa.array(np.take_along_axis(p, order, 1).reshape(-1))],
-        ["label", "score"],
-    )
-    offsets = pa.array(np.arange(len(p) + 1) * len(LABELS), pa.int32())
+def answer_columns(made: Sequence[tuple[list[str], str]], prompts: Sequence[str]) -> dict[str, Any]:
+    """The values of every result column that generate and chat may have."""
     return {
-        "label": labels.take(pa.array(best, pa.int64())),
-        "score": pa.array(p[np.arange(len(p)), best]),
-        "scores": pa.ListArray.from_arrays(offsets, pairs),
+        "output": [outputs[0] for outputs, _ in made],
+        "outputs": [outputs for outputs, _ in made],
+        "finish_reason": [reason for _, reason in made],
+        "finish_reasons": [[reason] * len(outputs) for outputs, reason in made],
+        "prompt_tokens": word_counts(prompts),
+        "cached_tokens": np.zeros(len(made), np.int32),
+        "completion_tokens": [len(outputs) * len(outputs[0].split()) for outputs, _ in made],
+        "logprobs": [None] * len(made),
     }
 
 
-def scores(texts: Sequence[str]) -> dict[str, pa.Array[Any]]:
-    """One number from 0 to 1."""
-    return {"score": pa.array(_numbers(texts, 1)[:, 0].astype(np.float32))}
+def pooled(spec: JobSpec, texts: Sequence[str]) -> dict[str, Any]:
+    """The result columns of embed (unit vectors of ``WIDTH`` numbers), classify and score (numbers from 0 to 1)."""
+    if spec.task is Task.EMBED:
+        vectors = unit_length(_numbers(texts, WIDTH) - 0.5)
+        return {"embedding": pooled_results.embedding_column(vectors), "prompt_tokens": word_counts(texts)}
+    if spec.task is Task.SCORE:
+        return {"score": _numbers(texts, 1)[:, 0].astype(np.float32)}
+    p = _numbers(texts, len(LABELS)) + 1e-3
+    p = (p / p.sum(axis=1, keepdims=True)).astype(np.float32)
+    return pooled_results.classify_columns(spec, p, pa.array(LABELS, pa.string()))
 
 
-def _numbers(texts: Sequence[str], width: int) -> npt.NDArray[np.float64]:
+def _numbers(texts: Sequence[str], width: int) -> Any:
     """float64 [n, width], evenly spread over 0 to 1, by the texts' hashes."""
     hashes = b"".join(hashlib.sha256(text.encode()).digest() for text in texts)
     return np.frombuffer(hashes, ">u4").reshape(len(texts), 8)[:, :width] / float(2**32 - 1)
 
 
-def _words(texts: Sequence[str]) -> Any:
-    return pa.array([len(text.split()) for text in texts], pa.int32())
+def word_counts(texts: Sequence[str]) -> list[int]:
+    """The words of each text, which are its tokens."""
+    return [len(text.split()) for text in texts]

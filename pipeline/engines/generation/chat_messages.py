@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.engines.arrow_text import is_text
+from pipeline.engines.arrow_text import is_list, is_text
 from pipeline.spec import json_text
 from pipeline.spec.error_codes import RowErrorCode
 from storage.errors import RowError
@@ -29,7 +29,7 @@ def is_conversation(kind: pa.DataType) -> bool:
 
 def _has(kind: Any, name: str, content: str) -> bool:
     """Whether it is a list of structs with two such fields: text, and text or a list of parts."""
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+    if not is_list(kind):
         return False
     item = kind.value_type
     fields = {field.name: field.type for field in item} if pa.types.is_struct(item) else {}

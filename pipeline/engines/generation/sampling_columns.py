@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.engines.arrow_text import is_text
+from pipeline.engines.arrow_text import is_list, is_text
 from pipeline.engines.generation import structured_output
 from pipeline.engines.generation.sampling import SAMPLING, TABLE, check_parameter, check_together
 from pipeline.engines.generation.validators import unknown_name
@@ -22,8 +22,7 @@ _Kind = tuple[str, Callable[[pa.DataType], bool]]
 
 
 def _is_list(kind: Any, of: Callable[[pa.DataType], bool]) -> bool:
-    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    return any(test(kind) for test in lists) and of(kind.value_type)
+    return is_list(kind) and of(kind.value_type)
 
 
 def _is_number(kind: pa.DataType) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.engines import arrow_text
+from pipeline.engines.arrow_text import is_bytes, is_list
 from pipeline.engines.media import inline as inline_media
 from pipeline.engines.media.images import is_image
 from pipeline.spec.error_codes import RowErrorCode
@@ -64,13 +64,9 @@ def check_column(spec: JobSpec, modality: str, kind: Any, name: str) -> None:
         raise InvalidInput(f"column {name!r} is {kind}; {what}", field=FIELDS[modality])
 
 
-def is_list(kind: Any) -> bool:
-    return any(test(kind) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
-
-
 def is_samples(kind: Any) -> bool:
     """True for a list of numbers."""
-    return is_list(kind) and (pa.types.is_floating(kind.value_type))
+    return is_list(kind) and pa.types.is_floating(kind.value_type)
 
 
 def is_sampled(kind: Any) -> bool:
@@ -132,7 +128,7 @@ def read(item: Any, fetch: Callable[[str], bytes] | None) -> bytes:
     """The encoded file. ``fetch`` reads a URI. Raises :class:`RowError`: ``unreadable_uri``, ``invalid_utf8``."""
     item = _file(item)
     data = bytes(item.as_buffer())
-    if arrow_text.is_bytes(item.type):
+    if is_bytes(item.type):
         return data
     try:
         uri = data.decode()

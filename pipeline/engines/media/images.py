@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.engines.arrow_text import is_bytes, is_string, is_text
 from pipeline.engines.media import inline
 from pipeline.engines.model_config.image import ImageRecipe
 from pipeline.spec.error_codes import MESSAGE_LIMIT, RowErrorCode
@@ -40,21 +41,13 @@ further files, and none is a format of photographs."""
 
 def is_image(kind: pa.DataType) -> bool:
     """True for what an image column may be: bytes, strings (URIs), or ``struct<bytes, path>`` of ``datasets``."""
-    return _is_binary(kind) or _is_string(kind) or _is_pair(kind)
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return is_text(kind) or _is_pair(kind)
 
 
 def _is_pair(kind: Any) -> bool:
     if not pa.types.is_struct(kind) or not {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)}:
         return False
-    return _is_binary(kind.field("bytes").type) and _is_string(kind.field("path").type)
+    return is_bytes(kind.field("bytes").type) and is_string(kind.field("path").type)
 
 
 class ImageReader:
@@ -99,7 +92,7 @@ class ImageReader:
             return None
         if pa.types.is_struct(row.type):
             return row["bytes"].as_buffer() if row["bytes"].is_valid else self._bytes(row["path"])
-        if _is_binary(row.type):
+        if is_bytes(row.type):
             return row.as_buffer()
         uri = bytes(row.as_buffer()).decode("utf-8")
         if (data := inline.content(uri)) is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.engines import rendering
-from pipeline.engines.arrow_text import is_text, values
+from pipeline.engines.arrow_text import is_list, is_text, values
 from pipeline.engines.base import RowBatch, RowFailure
 from pipeline.engines.generation import chat_messages, sampling_columns
 from pipeline.engines.media import columns as media_columns
@@ -93,8 +93,7 @@ def check_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
 
 def is_token_list(kind: Any) -> bool:
     """True for lists of whole numbers."""
-    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    return any(test(kind) for test in lists) and pa.types.is_integer(kind.value_type)
+    return is_list(kind) and pa.types.is_integer(kind.value_type)
 
 
 def column_type(schema: pa.Schema, name: str, field: str) -> pa.DataType:
