@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import threading
 from collections import Counter
@@ -19,18 +20,16 @@ from pipeline.engines.vllm import benchmark as vllm_benchmark
 from pipeline.engines.vllm import cached_rows, pooling
 from pipeline.engines.vllm.cached_rows import CacheLookup
 from pipeline.engines.vllm.generate_results import Answer, Answers, RequestAnswers
-from pipeline.engines.vllm.learnt_lengths import LearntLengths
 from pipeline.engines.vllm.loaded import LoadedVllm
 from pipeline.engines.vllm.memory_growth import MemoryGrowth
-from pipeline.engines.vllm.metrics import Measures
 from pipeline.engines.vllm.options import permissions as vllm_permissions
 from pipeline.engines.vllm.options.engine_args import OWN_OPTIONS, check_chat_template, check_engine_options
-from pipeline.engines.vllm.options.model_fit import validate_model_config
-from pipeline.engines.vllm.options.model_support import check_model
+from pipeline.engines.vllm.options.model_fit import check_model, validate_model_config
 from pipeline.engines.vllm.options.placement import VllmPlacement
 from pipeline.engines.vllm.pooling import PooledRows, Pooling, prompt_of
 from pipeline.engines.vllm.process.environment import prepare_environment
 from pipeline.engines.vllm.process.process import STALL_SECONDS, RunningVllm
+from pipeline.engines.vllm.process.scheduler_stats import Measures
 from pipeline.engines.vllm.prompts import lora
 from pipeline.engines.vllm.prompts.lora import Adapters, LoadedAdapters
 from pipeline.engines.vllm.prompts.media import MediaInputs
@@ -39,9 +38,10 @@ from pipeline.engines.vllm.prompts.request_prompts import HONOURED, RequestPromp
 from pipeline.engines.vllm.prompts.sampling_params import JobParams
 from pipeline.engines.vllm.reading import read_rows
 from pipeline.engines.vllm.requests.dedup import dedup_for, dedup_keys, is_deterministic
+from pipeline.engines.vllm.requests.exchange import Exchange
 from pipeline.engines.vllm.requests.outcome import Finished, Outcome
 from pipeline.engines.vllm.requests.requests import Requests
-from pipeline.engines.vllm.requests.waiting import TOKEN_BYTES, WaitingLimits
+from pipeline.engines.vllm.requests.waiting import SHARE_TO_ORDER, TOKEN_BYTES, WaitingLimits, WaitingPrompts
 from pipeline.models.model import Model
 from pipeline.prefix.order import Backlog, Lengths
 from pipeline.spec.job_spec import JobSpec, Task
@@ -51,6 +51,8 @@ from storage.logs import thread_with_ids
 
 RESULTS = 4096
 """Most rows of a batch of results."""
+MOST_JOBS = 16
+"""Most jobs whose lengths of answers are remembered, to put the prompts of their next shards in order."""
 BESIDE = ("torch", "transformers")
 """Packages whose versions are reported with vLLM's."""
 
@@ -71,7 +73,7 @@ class VllmEngine(VllmPlacement):
         self._adapters = LoadedAdapters(context.cache_dir)
         self._versions: dict[str, str] = {}
         self._lock = threading.Lock()
-        self._learnt = LearntLengths()
+        self._lengths = functools.lru_cache(MOST_JOBS)(lambda work, most: Lengths(most))
         self._rows = {"succeeded": 0, "failed": 0}
         self._counts: Counter[str] = Counter()
         self._growth = MemoryGrowth(self._options.get("recycle_bytes"))
@@ -168,24 +170,20 @@ class VllmEngine(VllmPlacement):
                 rows.check_chat_template()  # loaded for generate, which needs none
         schema = self.result_schema(spec)
         work = spec.work_hash()
-        lengths = self._learnt.of(work, most)
+        lengths = self._lengths(work, most)
         rows_waiting, bytes_waiting = self._context.order_rows, self._context.order_bytes
         if media_columns.columns_of(spec):
             # They are sorted by nothing: no more wait than run.
             rows_waiting = min(rows_waiting, loaded.window.requests)
-        requests = Requests(
-            running,
-            params,
-            loaded.window,
-            work,
-            backlog=self._backlog(spec, lengths),
-            limits=WaitingLimits(rows_waiting, bytes_waiting, whole=spec.order == "prefix"),
+        waiting = WaitingPrompts(
+            self._backlog(spec, lengths),
+            WaitingLimits(rows_waiting, bytes_waiting, whole=spec.order == "prefix"),
+            SHARE_TO_ORDER * loaded.window.requests,
             lengths=lengths,
             dedup=dedup_for(spec, pools=spec.task in pooling.TASKS),
             dedup_key=dedup_keys(pools=spec.task in pooling.TASKS, is_deterministic=is_deterministic(spec.sampling)),
-            room=loaded.room,
-            timeout=spec.request_timeout,
         )
+        requests = Requests(running, Exchange(loaded.window, work, waiting), params, loaded.media, spec.request_timeout)
         measures = Measures(running.gauges)
         reuse = self._reuse(running, spec, schema)
         reading = (requests.exchange, rows, batches, measures, reuse)
@@ -262,7 +260,7 @@ class VllmEngine(VllmPlacement):
                 "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
                 "window": loaded.window.requests,
                 "window_tokens": loaded.window.tokens,
-                "media_window_bytes": loaded.room.n_bytes,
+                "media_window_bytes": loaded.media.n_bytes,
                 "dtype": str(config.model_config.dtype).removeprefix("torch."),
                 "enforce_eager": bool(config.model_config.enforce_eager),
                 "enable_prefix_caching": bool(config.cache_config.enable_prefix_caching),

@@ -19,11 +19,11 @@ MEDIA_WINDOW_SHARE, MEDIA_WINDOW_BYTES = 1 / 16, 4 * 2**30
 
 @dataclass(frozen=True, slots=True)
 class LoadedVllm:
-    """``window``: the requests that may be inside ``running``; ``room``: the bytes of their media."""
+    """``window``: the requests that may be inside ``running``; ``media``: the memory that their media may take."""
 
     running: RunningVllm
     window: AdmissionLimit
-    room: MediaMemoryBudget
+    media: MediaMemoryBudget
 
     @classmethod
     def of(cls, running: RunningVllm, options: Mapping[str, Any]) -> LoadedVllm:
@@ -36,10 +36,10 @@ class LoadedVllm:
             int(options.get("window", 2 * config.scheduler_config.max_num_seqs * ranks)),
             int(options.get("window_tokens", max(WINDOW_TOKENS * ranks, 2 * cached))),
         )
-        room = min(MEDIA_WINDOW_BYTES, MEDIA_WINDOW_SHARE * memory_bytes())
-        return cls(running, window, MediaMemoryBudget(int(options.get("media_window_bytes", room)), media_bytes))
+        most = min(MEDIA_WINDOW_BYTES, MEDIA_WINDOW_SHARE * memory_bytes())
+        return cls(running, window, MediaMemoryBudget(int(options.get("media_window_bytes", most)), media_bytes))
 
     def close(self) -> None:
         """End the processes, and the threads that prepare media."""
-        self.room.close()
+        self.media.close()
         self.running.stop()

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
 from pipeline.engines.vllm.cached_rows import CacheLookup
-from pipeline.engines.vllm.metrics import Measures
 from pipeline.engines.vllm.pooling import PooledRows
+from pipeline.engines.vllm.process.scheduler_stats import Measures
 from pipeline.engines.vllm.prompts.prompts import Prompt, Prompts
 from pipeline.engines.vllm.requests.exchange import Exchange
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.engines.vllm.process import thread_pinning
 from pipeline.host.cpu import available_cores, one_of_each
 from storage.log_actions import Action
 from storage.logs import get_logger
@@ -57,7 +57,7 @@ def arrange(parallel: Any, options: Mapping[str, Any]) -> dict[str, str]:
         if re.search(r"lib(iomp|omp)", os.environ.get("LD_PRELOAD", "")):
             environment |= {name: value for name, value in SHORT_WAITS.items() if name not in os.environ}
         if not parallel.worker_extension_cls:  # the user's own
-            parallel.worker_extension_cls = thread_pinning.NAME
+            parallel.worker_extension_cls = PinnedThreads.NAME
     return environment
 
 
@@ -73,7 +73,7 @@ async def pin(llm: Any, config: Any) -> None:
     begin with one core and the other in turn.
     """
     cpus = one_of_each()
-    ours = config.parallel_config.worker_extension_cls == thread_pinning.NAME
+    ours = config.parallel_config.worker_extension_cls == PinnedThreads.NAME
     if ours and few_cores() == len(cpus) == PINNED_CORES:
         first = next(_engines) % len(cpus)
         cpus = cpus[first:] + cpus[:first]
@@ -85,3 +85,43 @@ async def pin(llm: Any, config: Any) -> None:
                 found,
                 action=Action.ENGINE_UNPINNED,
             )
+
+
+
+class PinnedThreads:
+    """What vLLM's worker class is extended by, in its process (``worker_extension_cls``): each thread of the model's
+    arithmetic on a core of its own.
+
+    vLLM does so where a model has a process to itself, by variables that OpenMP reads when a program begins. Here the
+    threads are there already: a parallel region of theirs is entered, and each of them says where it stays.
+    """
+
+    NAME = f"{__name__}.PinnedThreads"
+
+    def pin_threads(self, cpus: Sequence[int]) -> list[list[int]]:
+        """Keep the n-th thread of this thread's OpenMP team on the n-th of ``cpus``; where each of them now may run.
+
+        For teams of two: of a larger one OpenMP ends threads when it needs fewer, and those that it starts later
+        inherit where this thread, the first, may run.
+
+        Nothing is done, and the list is empty, without GNU's OpenMP or a compatible one, or where the team has not as
+        many threads.
+        """
+        program = ctypes.CDLL(None)
+        try:
+            enter, number, most = program.GOMP_parallel, program.omp_get_thread_num, program.omp_get_max_threads
+        except AttributeError:
+            return []
+        if most() != len(cpus):
+            return []
+        found: list[list[int]] = [[] for _ in cpus]
+
+        def stay(_: object) -> None:
+            mine = number()
+            os.sched_setaffinity(0, {cpus[mine]})  # of the calling thread alone
+            found[mine] = sorted(os.sched_getaffinity(0))
+
+        # https://github.com/gcc-mirror/gcc/blob/master/libgomp/parallel.c: the function, its argument, as many threads
+        # as there are by default, no flags.
+        enter(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(stay), None, 0, 0)
+        return found

@@ -18,6 +18,8 @@ BYTES_PER_TOKEN = 16
 """Of a prompt that waits: its tokens in a list of Python integers, and once more as four bytes each, to sort by."""
 FOLLOWER_BYTES = 300
 """Of a row that waits for the answer to another one with the same prompt."""
+SHARE_TO_ORDER = 4
+"""Windows full of prompts that are gathered before the first is run, so that there is something to put in order."""
 GATHER_SECONDS = 2.0
 """How long prompts may be gathered, to put them in order, while the engine stands idle."""
 

@@ -14,8 +14,7 @@ import psutil
 import pytest
 
 from pipeline.engines.vllm.process import cpu as vllm_cpu
-from pipeline.engines.vllm.process import thread_pinning
-from pipeline.engines.vllm.process.cpu import ALL_CORES, BOUND, FEW_CORES, SHORT_WAITS, arrange, pin
+from pipeline.engines.vllm.process.cpu import ALL_CORES, BOUND, FEW_CORES, SHORT_WAITS, PinnedThreads, arrange, pin
 from pipeline.host import cpu as cores
 
 (RESERVED,) = ALL_CORES
@@ -69,7 +68,7 @@ def test_few_cores(
             continue
         assert arrange(parallel, {}) == ALL_CORES | {"OMP_NUM_THREADS": str(expected)}
         assert parallel.distributed_executor_backend == "uni"
-        assert parallel.worker_extension_cls == thread_pinning.NAME
+        assert parallel.worker_extension_cls == PinnedThreads.NAME
 
 
 @pytest.mark.parametrize(
@@ -131,16 +130,16 @@ def test_our_own_worker_is_asked_to_pin_two_threads(monkeypatch: pytest.MonkeyPa
         return calls.copy()
 
     monkeypatch.setattr(vllm_cpu, "_engines", itertools.count(6))
-    assert pinned(thread_pinning.NAME, [5, 7]) == [("pin_threads", ([5, 7],))]
-    assert pinned(thread_pinning.NAME, [5, 7]) == [("pin_threads", ([7, 5],))]
+    assert pinned(PinnedThreads.NAME, [5, 7]) == [("pin_threads", ([5, 7],))]
+    assert pinned(PinnedThreads.NAME, [5, 7]) == [("pin_threads", ([7, 5],))]
     for extension, cpus in (
         ("mine", [5, 7]),
         ("", [5, 7]),
-        (thread_pinning.NAME, [5]),
-        (thread_pinning.NAME, [1, 2, 3]),
+        (PinnedThreads.NAME, [5]),
+        (PinnedThreads.NAME, [1, 2, 3]),
     ):
         assert pinned(extension, cpus) == []
-    assert pinned(thread_pinning.NAME, [5, 7], quota=1) == []
+    assert pinned(PinnedThreads.NAME, [5, 7], quota=1) == []
 
 
 def test_one_processor_of_each_core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -163,4 +162,4 @@ def test_no_thread_is_pinned_without_openmp_or_with_another_team(
     monkeypatch: pytest.MonkeyPatch, program: SimpleNamespace
 ) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: program)
-    assert thread_pinning.PinnedThreads().pin_threads([0, 1]) == []
+    assert PinnedThreads().pin_threads([0, 1]) == []

@@ -273,7 +273,7 @@ def test_what_is_prepared_has_its_bound(engine: VllmEngine) -> None:
     rows = 150
     found = answers(engine, watching(), film=[FILMS[row % 3] for row in range(rows)])
     assert codes(found) == [None] * rows
-    room = engine._loaded().room
+    room = engine._loaded().media
     assert room.n_bytes == WINDOW_BYTES
     one = 4 * 3 * 28 * 28 * 4 + 100
     assert WINDOW_BYTES / 2 < room.most < WINDOW_BYTES + room._threads * 2 * one

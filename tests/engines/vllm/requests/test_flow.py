@@ -9,9 +9,9 @@ from pipeline.engines.vllm.requests.admission import AdmissionLimit, Ticket
 from pipeline.engines.vllm.requests.dedup import ENTRY_BYTES, RequestDedup, is_deterministic
 
 
-def fill(window: AdmissionLimit, place: Ticket, requests: int, tokens: int = 0) -> None:
-    place.inside += requests
-    place.tokens += tokens
+def fill(window: AdmissionLimit, ticket: Ticket, requests: int, tokens: int = 0) -> None:
+    ticket.inside += requests
+    ticket.tokens += tokens
 
 
 def test_calls_of_the_same_work_take_turns() -> None:
@@ -42,12 +42,12 @@ def test_other_work_gets_its_share() -> None:
 
 def test_tokens_are_bounded_but_one_request_may_always_be_inside() -> None:
     window = AdmissionLimit(requests=8, tokens=100)
-    place = window.join("job")
-    place.ready = True
-    fill(window, place, 1, tokens=1000)
-    assert window.room(place) == 0
-    fill(window, place, -1, tokens=-1000)
-    assert window.room(place) == 8
+    ticket = window.join("job")
+    ticket.ready = True
+    fill(window, ticket, 1, tokens=1000)
+    assert window.room(ticket) == 0
+    fill(window, ticket, -1, tokens=-1000)
+    assert window.room(ticket) == 8
 
 
 def test_only_what_the_prompt_settles_is_run_once() -> None:

@@ -17,16 +17,16 @@ from typing import Any
 import pytest
 
 from pipeline.engines.base import RowFailure
-from pipeline.engines.vllm.metrics import Measures
-from pipeline.engines.vllm.process.scheduler_stats import Gauges
+from pipeline.engines.vllm.process.scheduler_stats import Gauges, Measures
 from pipeline.engines.vllm.prompts.prompts import Prompt
 from pipeline.engines.vllm.prompts.sampling_params import Params
 from pipeline.engines.vllm.requests.admission import AdmissionLimit
 from pipeline.engines.vllm.requests.dedup import RequestDedup, dedup_keys
+from pipeline.engines.vllm.requests.exchange import Exchange
 from pipeline.engines.vllm.requests.media_budget import MediaMemoryBudget
 from pipeline.engines.vllm.requests.outcome import LOGPROB_BYTES, Finished
 from pipeline.engines.vllm.requests.requests import Requests
-from pipeline.engines.vllm.requests.waiting import WaitingLimits
+from pipeline.engines.vllm.requests.waiting import WaitingLimits, WaitingPrompts
 from pipeline.prefix.order import Backlog, Lengths
 from storage.errors import Blame, EngineDead
 from tests.faults.driver import wait_until
@@ -119,19 +119,16 @@ class Call:
         is_deterministic: bool = True,
         timeout: float | None = None,
     ) -> None:
-        self.requests = Requests(
-            engine,  # type: ignore[arg-type]
-            None,
-            window,
-            "work",
-            backlog=Backlog(),
-            limits=WaitingLimits(rows, 2**20),
+        waiting = WaitingPrompts(
+            Backlog(),
+            WaitingLimits(rows, 2**20),
+            4 * window.requests,
             lengths=Lengths(16),
             dedup=RequestDedup() if dedup else None,
             dedup_key=dedup_keys(pools=False, is_deterministic=is_deterministic),
-            room=MediaMemoryBudget(2**20, lambda made: 1),
-            timeout=timeout,
         )
+        media = MediaMemoryBudget(2**20, lambda made: 1)
+        self.requests = Requests(engine, Exchange(window, "work", waiting), None, media, timeout)  # type: ignore[arg-type]
         self._thread = threading.Thread(target=self.requests.feed)
 
     def __enter__(self) -> Requests:
