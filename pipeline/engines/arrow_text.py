@@ -8,6 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from storage.errors import InvalidInput
+
 
 def _any(*names: str) -> Callable[[Any], bool]:
     tests = [getattr(pa.types, f"is_{name}") for name in names]
@@ -25,6 +27,16 @@ is_list = _any("list", "large_list", "fixed_size_list")
 def is_text(kind: Any) -> bool:
     """True for strings and bytes."""
     return is_string(kind) or is_bytes(kind)
+
+
+def column_type(schema: pa.Schema, name: str, field: str) -> pa.DataType:
+    """The type of a column, or of the values of a dictionary. Raises :class:`InvalidInput` unless there is one."""
+    found = schema.get_all_field_indices(name)
+    if len(found) != 1:
+        what = f"{len(found)} columns named" if found else "no column"
+        raise InvalidInput(f"the input has {what} {name!r}; it has {', '.join(schema.names) or 'none'}", field=field)
+    kind: pa.DataType = schema.field(found[0]).type
+    return kind.value_type if isinstance(kind, pa.DictionaryType) else kind
 
 
 def values(column: pa.Array[Any]) -> list[Any]:

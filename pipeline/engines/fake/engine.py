@@ -16,18 +16,19 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from pipeline.engines import rendering
+from pipeline.engines import input_columns
+from pipeline.engines.arrow_text import column_type
 from pipeline.engines.base import Cancellation, EngineContext, ResultBatch, RowBatch, RowFailure
 from pipeline.engines.fake import faults as fake_faults
 from pipeline.engines.fake import requests as fake_requests
 from pipeline.engines.fake import rows as fake_rows
-from pipeline.engines.generation import chat_messages, request_rows, sampling_columns
+from pipeline.engines.generation import request_rows
 from pipeline.engines.generation.sampling import check_sampling
 from pipeline.engines.model_config import sentence_prompts
 from pipeline.models.model import Model
+from pipeline.models.tasks import GENERATED
 from pipeline.spec.error_codes import RowErrorCode, request_timed_out
 from pipeline.spec.job_spec import JobSpec, Task
-from pipeline.spec.prompt_template import Template
 from pipeline.spec.result_columns import fields_of
 from storage.errors import Blame, EngineDead, InvalidInput, InvalidJob
 
@@ -62,17 +63,10 @@ class FakeEngine:
     def check(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:
         """See :meth:`pipeline.engines.base.Engine.check`."""
         cls.check_request(spec, model)
-        columns = _read_by(spec, schema)
-        for field, name in columns:
-            if (n := schema.names.count(name)) != 1:
-                problem = "no column" if n == 0 else f"{n} columns named"
-                raise InvalidInput(f"the input has {problem} {name!r}; it has {', '.join(schema.names)}", field=field)
-            kind = schema.field(name).type
-            wanted = _wanted(spec, field, kind)
-            if wanted is not None:
-                raise InvalidInput(f"column {name!r} is {kind}; task '{spec.task}' needs {wanted}", field=field)
-        columns += [("sampling_columns", name) for name in sampling_columns.check_columns(spec, schema)]
-        return tuple(dict.fromkeys(name for _, name in columns))
+        if spec.task is Task.TENSOR:
+            return _tensor_columns(spec, schema)
+        check = input_columns.check_generation if spec.task in GENERATED else input_columns.check_texts
+        return check(spec, schema)
 
     @classmethod
     def check_request(cls, spec: JobSpec, model: Model) -> None:
@@ -80,7 +74,8 @@ class FakeEngine:
         fake_faults.parse(spec.engine_options)
         check_sampling(spec.sampling)
         sentence_prompts.NONE.of(spec)
-        for name in ("dimensions", "embedding_type", "top_k"):
+        images = () if spec.task in GENERATED else ("image_column",)
+        for name in ("dimensions", "embedding_type", "top_k", *images):
             if getattr(spec, name) is not None:
                 raise InvalidJob("engine 'fake' does not do that; leave it away", field=name)
         if spec.overlong == "split":
@@ -190,7 +185,7 @@ class _Text:
         texts, failures = self._read(batch.columns, len(batch.rows))
         if self._spec.prefix:
             texts = [None if text is None else self._spec.prefix + text for text in texts]
-        if self._spec.task in (Task.GENERATE, Task.CHAT) and "" in texts:
+        if self._spec.task in GENERATED and "" in texts:
             for at, text in enumerate(texts):
                 if text == "":
                     failures[at] = (RowErrorCode.INVALID_VALUE, "the prompt is empty")
@@ -206,7 +201,7 @@ class _Text:
         good = [texts[at] or "" for at in found]
         if self._spec.request_column is not None:
             columns = fake_requests.answers(batch.columns, found, good)
-        elif self._spec.task in (Task.GENERATE, Task.CHAT):
+        elif self._spec.task in GENERATED:
             n, most = self._spec.sampling.get("n", 1), self._spec.sampling.get("max_tokens")
             columns = fake_rows.answer_columns([fake_rows.answer_to(text, n, most) for text in good], good)
         else:
@@ -219,9 +214,7 @@ class _Text:
         most = self._options.max_prompt_tokens
         if most is None:
             return
-        error = self._spec.overlong == "error" or (
-            self._spec.overlong == "auto" and self._spec.task in (Task.GENERATE, Task.CHAT)
-        )
+        error = self._spec.overlong == "error" or (self._spec.overlong == "auto" and self._spec.task in GENERATED)
         for at, text in enumerate(texts):
             words = [] if text is None else text.split()
             if len(words) > most and error:
@@ -265,44 +258,18 @@ def _time_out(
         failures.setdefault(at, (RowErrorCode.REQUEST_TIMEOUT, request_timed_out(spec.request_timeout)))
 
 
-_MEDIA = ("image_column", "audio_column", "video_column")
-
-
-def _read_by(spec: JobSpec, schema: pa.Schema) -> list[tuple[str, str]]:
-    """Field of the spec and column, for every column that the task reads."""
-    if spec.task is Task.TENSOR:
-        if spec.inputs:
-            return [(f"inputs.{key}", name) for key, name in spec.inputs.items()]
-        numeric = [("inputs", field.name) for field in schema if fake_rows.is_numeric(field.type)]
+def _tensor_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
+    if not spec.inputs:
+        numeric = tuple(field.name for field in schema if fake_rows.is_numeric(field.type))
         if not numeric:
             raise InvalidInput("the input has no column of numbers, and task 'tensor' needs one", field="input")
         return numeric
-    read = [("prompt", name) for name in (Template(spec.prompt).fields if spec.prompt is not None else ())]
-    for i, message in enumerate(spec.messages or ()):
-        read += [(f"messages.{i}.content", name) for name in Template(message.content).fields]
-    own = ("column", "pair_column", "prompt_token_column", "adapter_column", *_MEDIA)
-    read += [(field, name) for field in own if (name := getattr(spec, field)) is not None]
-    return read
-
-
-def _wanted(spec: JobSpec, field: str, kind: pa.DataType) -> str | None:
-    """What the column should have been, or ``None`` when it is that."""
-    if spec.task is Task.TENSOR:
-        return None if fake_rows.is_numeric(kind) else "numbers, or lists or tensors of them"
-    if field in _MEDIA:
-        return None
-    if field == "prompt_token_column":
-        return None if fake_rows.is_numeric(kind) and pa.types.is_nested(kind) else "lists of token ids"
-    if field not in ("column", "pair_column", "adapter_column"):
-        refused = rendering.refusal(kind)
-        return None if refused is None else f"what a template can write ({refused})"
-    if spec.task is Task.CHAT and field == "column":
-        return (
-            None
-            if chat_messages.is_conversation(kind)
-            else "a list of structs with role and content, or JSON text of that"
-        )
-    return None if fake_rows.is_text(kind) else "text"
+    for key, name in spec.inputs.items():
+        kind = column_type(schema, name, f"inputs.{key}")
+        if not fake_rows.is_numeric(kind):
+            wanted = "numbers, or lists or tensors of them"
+            raise InvalidInput(f"column {name!r} is {kind}; task 'tensor' needs {wanted}", field=f"inputs.{key}")
+    return tuple(dict.fromkeys(spec.inputs.values()))
 
 
 def _result(batch: RowBatch, values: pa.RecordBatch, failures: Mapping[int, fake_rows.Failure]) -> ResultBatch:

@@ -34,13 +34,6 @@ Column = Any
 """An Arrow array of any type; the stubs know a list's members only after a cast to its class."""
 
 
-def is_text(kind: pa.DataType) -> bool:
-    """True for strings and bytes: plain, large, view or dictionary-encoded."""
-    if pa.types.is_dictionary(kind):
-        return is_text(kind.value_type)
-    return arrow_text.is_text(kind)
-
-
 def is_numeric(kind: Any) -> bool:
     """True for numbers and booleans, and for lists and tensors of them."""
     if isinstance(kind, pa.FixedShapeTensorType):
@@ -121,7 +114,8 @@ def _values(column: Column, name: str, failures: dict[int, Failure]) -> list[Any
     kind = column.type
     if pa.types.is_null(kind):
         return [None] * len(column)
-    return _texts(column, name, failures) if is_text(kind) else column.to_pylist()
+    held = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return _texts(column, name, failures) if arrow_text.is_text(held) else column.to_pylist()
 
 
 def _conversations(name: str) -> Read:

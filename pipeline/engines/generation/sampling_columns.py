@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.engines.arrow_text import is_list, is_text
+from pipeline.engines.arrow_text import column_type, is_list, is_text
 from pipeline.engines.generation import structured_output
 from pipeline.engines.generation.sampling import SAMPLING, TABLE, check_parameter, check_together
 from pipeline.engines.generation.validators import unknown_name
@@ -68,13 +68,9 @@ def check_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
             else:
                 why = unknown_name("sampling parameters", name, COLUMNS)
             raise InvalidJob(why, field=field)
-        if schema.names.count(column) != 1:
-            n = schema.names.count(column)
-            what = f"{n} columns named" if n else "no column"
-            raise InvalidInput(f"the input has {what} {column!r}; it has {', '.join(schema.names)}", field=field)
-        kind = schema.field(column).type
+        kind = column_type(schema, column, field)
         words, fits = _KINDS[COLUMNS[name]]
-        if not fits(kind.value_type if isinstance(kind, pa.DictionaryType) else kind):
+        if not fits(kind):
             raise InvalidInput(f"column {column!r} is {kind}; {name} needs {words}", field=field)
     kinds = [name for name in spec.sampling_columns if name.startswith(STRUCTURED)]
     if len(kinds) > 1:

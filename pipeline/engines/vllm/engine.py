@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
+from pipeline.engines import input_columns
 from pipeline.engines.base import Cancellation, EngineContext, Permissions, ResultBatch, RowBatch, RowFailure
 from pipeline.engines.generation import request_rows
 from pipeline.engines.generation.sampling import check_sampling
@@ -33,7 +34,7 @@ from pipeline.engines.vllm.process.scheduler_stats import Measures
 from pipeline.engines.vllm.prompts import lora
 from pipeline.engines.vllm.prompts.lora import Adapters, LoadedAdapters
 from pipeline.engines.vllm.prompts.media import MediaInputs
-from pipeline.engines.vllm.prompts.prompts import Prompt, Prompts, check_columns
+from pipeline.engines.vllm.prompts.prompts import Prompt, Prompts
 from pipeline.engines.vllm.prompts.request_prompts import HONOURED, RequestPrompts
 from pipeline.engines.vllm.prompts.sampling_params import JobParams
 from pipeline.engines.vllm.reading import read_rows
@@ -82,9 +83,8 @@ class VllmEngine(VllmPlacement):
     def check(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:
         """See :meth:`Engine.check`. Imports nothing of vLLM, which need not be installed where jobs are submitted."""
         cls.check_request(spec, model)
-        if spec.task in pooling.TASKS:
-            return pooling.check_columns(spec, schema)
-        return check_columns(spec, schema)
+        check = input_columns.check_texts if spec.task in pooling.TASKS else input_columns.check_generation
+        return check(spec, schema)
 
     @classmethod
     def check_request(cls, spec: JobSpec, model: Model) -> None:

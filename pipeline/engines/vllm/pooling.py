@@ -14,21 +14,21 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.engines import pooled_results as results
-from pipeline.engines.arrow_text import is_text, values
+from pipeline.engines.arrow_text import values
 from pipeline.engines.base import RowBatch, RowFailure
 from pipeline.engines.model_config import sentence_prompts
 from pipeline.engines.model_config.json_files import read_json
 from pipeline.engines.vllm.generate_results import Answer
 from pipeline.engines.vllm.process.output import first_lines
 from pipeline.engines.vllm.process.process import RunningVllm
-from pipeline.engines.vllm.prompts.prompts import Prompt, column_type
+from pipeline.engines.vllm.prompts.prompts import Prompt
 from pipeline.engines.vllm.prompts.sampling_params import Params
 from pipeline.engines.vllm.requests.outcome import Finished, Outcome
 from pipeline.models import module_folders
 from pipeline.models.model import Model
 from pipeline.spec.error_codes import MESSAGE_LIMIT, RowErrorCode
 from pipeline.spec.job_spec import JobSpec, Task
-from storage.errors import InvalidInput, InvalidJob, InvalidModel
+from storage.errors import InvalidJob, InvalidModel
 
 TASKS = frozenset({Task.EMBED, Task.CLASSIFY, Task.SCORE})
 ARGUMENTS: Mapping[str, Any] = {"runner": "pooling"}
@@ -81,19 +81,6 @@ def check(spec: JobSpec, model: Model) -> None:
         raise InvalidJob("engine 'vllm' classifies single texts; pairs are for task 'score'", field="pair_column")
     if spec.task is Task.SCORE and spec.pair_column is None:
         raise InvalidJob("task 'score' needs pair_column, the text that is scored against column", field="pair_column")
-
-
-def check_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
-    """The columns that the job reads. Raises :class:`InvalidInput` where one is missing or holds no text."""
-    columns = []
-    for field, name in (("column", spec.column), ("pair_column", spec.pair_column)):
-        if name is None:
-            continue
-        kind = column_type(schema, name, field)
-        if not is_text(kind):
-            raise InvalidInput(f"column {name!r} is {kind}; task '{spec.task}' needs text", field=field)
-        columns.append(name)
-    return tuple(dict.fromkeys(columns))
 
 
 class Pooling:

@@ -253,7 +253,7 @@ COLUMNS = pa.schema(_FIELDS)
         ({"task": "generate", "prompt": "{nested}"}, InvalidInput, "prompt", "nested"),
         ({"task": "embed", "column": "n"}, InvalidInput, "column", "int64"),
         ({"task": "score", "column": "text", "pair_column": "x"}, InvalidInput, "pair_column", "no column 'x'"),
-        ({"task": "chat", "column": "n"}, InvalidInput, "column", "role and content"),
+        ({"task": "chat", "column": "n"}, InvalidInput, "column", "struct<role: string, content: string>"),
         ({"task": "tensor", "inputs": {"a": "text"}}, InvalidInput, "inputs.a", "numbers"),
         (
             {"task": "generate", "prompt": "{text}", "sampling": {"max_token": 1}},

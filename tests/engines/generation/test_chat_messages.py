@@ -10,9 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.engines import arrow_text
+from pipeline.engines import arrow_text, input_columns
 from pipeline.engines.generation import chat_messages
-from pipeline.engines.vllm.prompts import prompts
 from pipeline.spec.job_spec import JobSpec, Task
 from storage.errors import InvalidInput
 
@@ -41,9 +40,9 @@ def test_what_may_hold_messages(tmp_path: Path, column: Any, expected: Any) -> N
     read = pq.read_table(tmp_path / "f.parquet")
     if expected is None:
         with pytest.raises(InvalidInput, match="messages are list"):
-            prompts.check_columns(SPEC, read.schema)
+            input_columns.check_generation(SPEC, read.schema)
         return
-    assert prompts.check_columns(SPEC, read.schema) == ("talk",)
+    assert input_columns.check_generation(SPEC, read.schema) == ("talk",)
     found = arrow_text.values(read.column("talk").combine_chunks())
     assert [chat_messages.parse_messages(value) for value in found] == expected
     assert {chat_messages.text_of(message) for [message] in expected} == {"hi"}

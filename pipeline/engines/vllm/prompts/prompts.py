@@ -11,21 +11,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyarrow as pa
-
 from pipeline.engines import rendering
-from pipeline.engines.arrow_text import is_list, is_text, values
+from pipeline.engines.arrow_text import values
 from pipeline.engines.base import RowBatch, RowFailure
-from pipeline.engines.generation import chat_messages, sampling_columns
-from pipeline.engines.media import columns as media_columns
+from pipeline.engines.generation import chat_messages
+from pipeline.engines.input_columns import templates
 from pipeline.engines.media.columns import Media
 from pipeline.engines.vllm.prompts.lora import Adapters
 from pipeline.engines.vllm.prompts.media import MediaInputs
 from pipeline.engines.vllm.prompts.sampling_params import JobParams, Params
 from pipeline.spec.error_codes import MESSAGE_LIMIT, RowErrorCode
 from pipeline.spec.job_spec import JobSpec, Task
-from pipeline.spec.prompt_template import Template
-from storage.errors import InvalidInput, InvalidModel, RowError
+from storage.errors import InvalidModel, RowError
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,72 +39,6 @@ class Prompt:
     adapter: Any = None
     make: Callable[[], Any] | None = None
     make_bytes: int | None = None
-
-
-# ---- columns -------------------------------------------------------------------------------------------------------
-
-
-def templates(spec: JobSpec) -> list[tuple[str, Template]]:
-    """The templates that the job reads columns through, each with the name of its field."""
-    if spec.messages is not None:
-        return [(f"messages.{index}.content", Template(m.content)) for index, m in enumerate(spec.messages)]
-    return [("prompt", Template(spec.prompt))] if spec.prompt is not None else []
-
-
-def check_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
-    """The columns that the job reads. Raises :class:`InvalidInput` where one is missing or holds the wrong type."""
-    columns: dict[str, None] = {}
-    for field, template in templates(spec):
-        for name in template.fields:
-            kind = column_type(schema, name, field)
-            if (why := rendering.refusal(kind)) is not None:
-                raise InvalidInput(f"column {name!r} is {kind}, which a template cannot write: {why}", field=field)
-            columns[name] = None
-    if spec.column is not None:
-        kind = column_type(schema, spec.column, "column")
-        if not chat_messages.is_conversation(kind):
-            raise InvalidInput(f"column {spec.column!r} is {kind}; {chat_messages.WANTED}", field="column")
-        columns[spec.column] = None
-    if spec.prompt_token_column is not None:
-        kind = column_type(schema, spec.prompt_token_column, "prompt_token_column")
-        if not is_token_list(kind):
-            raise InvalidInput(
-                f"column {spec.prompt_token_column!r} is {kind}; token ids are a list of whole numbers",
-                field="prompt_token_column",
-            )
-        columns[spec.prompt_token_column] = None
-    if spec.adapter_column is not None:
-        kind = column_type(schema, spec.adapter_column, "adapter_column")
-        if not is_text(kind):
-            raise InvalidInput(
-                f"column {spec.adapter_column!r} is {kind}; names of adapters are text", field="adapter_column"
-            )
-        columns[spec.adapter_column] = None
-    for modality, name in media_columns.columns_of(spec).items():
-        kind = column_type(schema, name, media_columns.FIELDS[modality])
-        media_columns.check_column(spec, modality, kind, name)
-        columns[name] = None
-    columns |= dict.fromkeys(sampling_columns.check_columns(spec, schema))
-    return tuple(columns)
-
-
-def is_token_list(kind: Any) -> bool:
-    """True for lists of whole numbers."""
-    return is_list(kind) and pa.types.is_integer(kind.value_type)
-
-
-def column_type(schema: pa.Schema, name: str, field: str) -> pa.DataType:
-    """The type of a column, or of the values of a dictionary. Raises :class:`InvalidInput` when there is none."""
-    found = schema.get_all_field_indices(name)
-    if len(found) > 1:
-        raise InvalidInput(f"the input has {len(found)} columns named {name!r}", field=field)
-    if not found:
-        raise InvalidInput(f"the input has no column {name!r}; it has {', '.join(schema.names) or 'none'}", field=field)
-    kind: pa.DataType = schema.field(found[0]).type
-    return kind.value_type if isinstance(kind, pa.DictionaryType) else kind
-
-
-# ---- tokens --------------------------------------------------------------------------------------------------------
 
 
 class Prompts:
