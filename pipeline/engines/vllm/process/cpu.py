@@ -87,7 +87,6 @@ async def pin(llm: Any, config: Any) -> None:
             )
 
 
-
 class PinnedThreads:
     """What vLLM's worker class is extended by, in its process (``worker_extension_cls``): each thread of the model's
     arithmetic on a core of its own.
