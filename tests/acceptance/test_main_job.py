@@ -173,6 +173,9 @@ def test_the_demo_runs_and_says_where_its_output_is(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "examples.demo"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for name in ("stories", "embeddings"):
+    for name in ("answers", "embeddings"):
         assert f"demo-output/{name}/data/" in done.stdout
         assert (tmp_path / "demo-output" / name / "_SUCCESS").exists()
+    answers = pq.read_table(tmp_path / "demo-output/answers/data").to_pylist()
+    assert {row["country"]: "Paris" in row["output"] for row in answers}["France"]
+    assert sum(row["capital"] in row["output"] for row in answers) > len(answers) / 2
