@@ -6,9 +6,10 @@ It may be run again: the chunks have the same names and contents.
 from __future__ import annotations
 
 import hashlib
+import typing
 from collections.abc import Iterable, Iterator, Sequence, Set
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,7 +24,7 @@ from storage.errors import InvalidInput
 from storage.objects.store import ObjectInfo, ObjectStore
 from storage.parquet import arrow_schemas, parquet
 from storage.parquet.batches import readable, unfolded
-from storage.parquet.below_nulls import masked
+from storage.parquet.nested_arrays import cast, masked
 from storage.parquet.parquet import ParquetOutput
 
 CHUNK_BYTES = 256 * 2**20
@@ -188,7 +189,7 @@ def _plain(table: pa.Table, positions: Sequence[int]) -> pa.Table:
         else column
         for item, kind, column in zip(fields, plain, (table.column(at) for at in positions), strict=True)
     ]
-    return pa.Table.from_arrays(columns, schema=pa.schema(plain, metadata=cast(Any, table.schema.metadata)))
+    return pa.Table.from_arrays(columns, schema=pa.schema(plain, metadata=typing.cast(Any, table.schema.metadata)))
 
 
 class _Chunks:
@@ -223,8 +224,7 @@ class _Chunks:
         columns: list[Any] = []
         for field, column in zip(schema, table.columns, strict=True):
             try:
-                # Not where nothing changes: pyarrow's cast breaks lists of nulls, also to the same type.
-                columns.append(column if column.type == field.type else column.cast(field.type))
+                columns.append(cast(column, field.type))
             except pa.ArrowNotImplementedError as error:
                 raise InvalidInput(
                     f"{self._origin}: column {field.name!r} is {column.type}, which cannot be made {field.type}, as "

@@ -24,6 +24,7 @@ from storage.errors import CorruptFile, InputChanged, InvalidInput
 from storage.objects.store import ObjectStore
 from storage.parquet import parquet
 from storage.parquet.arrow_schemas import takeable
+from storage.parquet.nested_arrays import cast_batch
 from storage.queue.publish_leases import Closed, Lost
 from storage.records import Job, PartFile, Shard, Source
 
@@ -238,8 +239,7 @@ class _Merger:
         schema = takeable(given)
         parts = [merge.Run(run.uri, run.rows, self._batches(run, schema, share)) for run in runs]
         for rows, table in merge.merge(parts, schema):
-            columns: list[Any] = [_as(column, kind) for column, kind in zip(table.columns, given.types, strict=True)]
-            yield rows, pa.Table.from_arrays(columns, schema=given)
+            yield rows, cast_batch(table, given)
 
     def _batches(self, run: _Run, schema: pa.Schema, n_bytes: int) -> Iterator[tuple[Rows, pa.RecordBatch]]:
         with closing(self._store.open(run.uri)) as reader:
@@ -251,8 +251,7 @@ class _Merger:
             at = 0
             for batch in batches:
                 rows = np.array(run.rows[at : at + batch.num_rows].to_array(), dtype=np.int64)
-                columns = [_as(column, kind) for column, kind in zip(batch.columns, schema.types, strict=True)]
-                yield rows, pa.RecordBatch.from_arrays(columns, schema=schema)
+                yield rows, cast_batch(batch, schema)
                 at += batch.num_rows
 
 
@@ -283,8 +282,3 @@ class _Pieces:
         close = getattr(self._tables, "close", None)
         if close is not None:
             close()
-
-
-def _as(column: Any, kind: Any) -> Any:
-    """The column as ``kind``; pyarrow's cast breaks lists of nulls even where nothing changes."""
-    return column if column.type == kind else column.cast(kind)

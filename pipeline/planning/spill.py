@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from storage.objects.errors import explain
 from storage.parquet.arrow_schemas import takeable
+from storage.parquet.nested_arrays import cast, cast_batch
 
 ROW, PILE = "__row", "__pile"
 """Columns that are put before the others: the number that each row came with, and its partition."""
@@ -65,9 +66,7 @@ class PartitionedSpill:
         """Add rows: their numbers, the partition of each, and their columns."""
         if not len(rows):
             return
-        arrays = [
-            column.cast(field.type) for column, field in zip(columns.columns, list(self._schema)[2:], strict=True)
-        ]
+        arrays = [cast(column, kind) for column, kind in zip(columns.columns, self._schema.types[2:], strict=True)]
         self._batches.append(
             pa.RecordBatch.from_arrays([pa.array(rows), pa.array(partitions), *arrays], schema=self._schema)
         )
@@ -84,7 +83,7 @@ class PartitionedSpill:
         group = partition // self._group
         if self._group == 1:
             for rows, _, table in self._read(group):
-                yield rows, table.cast(self._given)
+                yield rows, cast_batch(table, self._given)
             return
         first = group * self._group
         if self._dealt is None or self._dealt[0] != group:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from storage.errors import RowmillError
 from storage.objects.errors import explain
-from storage.parquet import arrow_schemas
+from storage.parquet import arrow_schemas, nested_arrays
 from storage.parquet.broken_dictionaries import healed, is_refusal, plain_batches
 
 _STREAM_BYTES = (64 * 2**10, 2**20)
@@ -323,8 +323,7 @@ def conform(batch: pa.RecordBatch, target: pa.Schema, partition: Mapping[str, st
     for field in target:
         at = batch.schema.get_field_index(field.name)
         if at >= 0:
-            column = batch.column(at)
-            arrays.append(column if column.type == field.type else column.cast(field.type))
+            arrays.append(nested_arrays.cast(batch.column(at), field.type))
         elif (value := partition.get(field.name)) is not None:
             arrays.append(pa.repeat(pa.scalar(value).cast(field.type), batch.num_rows))
         else:

@@ -25,6 +25,7 @@ from storage.errors import CorruptFile
 from storage.locations import normalize, protocol
 from storage.objects.store import ObjectStore
 from storage.parquet.batches import readable
+from storage.parquet.nested_arrays import cast_batch
 
 KEY_BYTES = 32
 HASH, CHECK = "_hash", "_check"
@@ -132,7 +133,7 @@ def read(
                     starts = np.asarray(table.column(HASH).to_numpy()).astype(">u8").tobytes()
                     ends = table.column(CHECK).to_pylist()
                     keys = [starts[8 * at : 8 * at + 8] + (ends[at] or b"") for at in range(len(ends))]
-                    yield np.arange(lo + begin, lo + stop), keys, table.select(schema.names).cast(schema)
+                    yield np.arange(lo + begin, lo + stop), keys, cast_batch(table.select(schema.names), schema)
             first = end
 
 

@@ -20,6 +20,7 @@ from storage.locations import protocol
 from storage.objects.store import NewFile, ObjectStore, Written
 from storage.parquet import arrow_schemas, footer_check, values
 from storage.parquet.batches import Readable, conform, readable, row_groups, unreadable_columns, without_columns
+from storage.parquet.nested_arrays import cast_batch
 from storage.records import Slice, Source
 
 RowIds = npt.NDArray[np.int64]
@@ -212,7 +213,7 @@ def _selected(first: int, batch: pa.RecordBatch, only: BitMap | None) -> tuple[R
     target = arrow_schemas.takeable(batch.schema)
     if target == batch.schema:
         return rows, batch.take(rows - first)
-    return rows, batch.cast(target).take(rows - first).cast(batch.schema)
+    return rows, cast_batch(cast_batch(batch, target).take(rows - first), batch.schema)
 
 
 def scan(

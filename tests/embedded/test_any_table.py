@@ -110,6 +110,9 @@ FOUND: dict[str, Any] = {
     ),
     "lists of nulls beside what is stored otherwise": pa.array([[None] * 3, [], [None] * 3], pa.large_list(pa.null())),
     "list views of seconds": pa.array([None], pa.list_(pa.list_view(pa.timestamp("s")))),
+    "lists of nulls in a struct beside seconds": pa.array(
+        [{"a": [None, None], "b": 1}, None], pa.struct([("a", pa.list_(pa.null())), ("b", pa.timestamp("s"))])
+    ),
 }
 """Columns at which runs of many examples failed. DuckDB's intervals stand in ``tests/inputs/test_several_files``."""
 
@@ -123,6 +126,19 @@ def test_what_was_found(client: Client, tmp_path: Path, name: str) -> None:
     with pa.ipc.new_stream(str(tmp_path / "in/0.arrow"), table.schema) as stream:
         stream.write_table(table, max_chunksize=1)
     _check(client, [table], tmp_path, 100, "input", parquet=False)
+
+
+@pytest.mark.parametrize("order", ["input", "prefix"])
+@pytest.mark.parametrize(
+    "other", [pa.nulls(1), pa.array([None], pa.decimal128(7, 2)), None], ids=["null", "decimal", "none"]
+)
+def test_a_list_view_beside_files_without_a_value(client: Client, tmp_path: Path, other: Any, order: str) -> None:
+    (tmp_path / "in").mkdir()
+    views = pa.table({"text": ["0 0", "0 1"], "c": pa.array([[[1], None], None], pa.list_view(pa.list_(pa.int8())))})
+    given = [views, pa.table({"text": ["1 0"]} | ({} if other is None else {"c": other}))]
+    for number, table in enumerate(given):
+        pq.write_table(table, tmp_path / f"in/{number}.parquet")
+    _check(client, given, tmp_path, 100, order, parquet=True)
 
 
 def _check(client: Client, given: list[pa.Table], home: Path, shard_rows: int, order: str, *, parquet: bool) -> None:
