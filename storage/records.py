@@ -10,6 +10,8 @@ from pyroaring import BitMap
 
 from storage.states import TERMINAL_JOB, AttemptState, FireState, JobState, ShardState
 
+TOKENS = ("prompt_tokens", "cached_tokens", "completion_tokens")
+"""Columns of token counters, of jobs and of shards; engines report them as result columns of these names."""
 LONGEST_BACKOFF_SECONDS = 300.0
 """Most seconds that a shard waits after an attempt that failed."""
 LONGEST_POSTPONEMENT_SECONDS = 30.0
@@ -72,19 +74,12 @@ class PartFile:
 OUTPUT_SEQ = -1
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One job. ``rows_*`` and ``tokens`` count committed shards only; what running ones have flushed is in the shards.
-
-    ``n_open`` shards are still to end, ``n_dead`` of the ended ones were given up. ``stop_reason`` is set when the job
-    is being wound down (or was): ``"cancelled"``, ``"expired"``, ``"max_failed_rows"``, ``"failed"``. ``publishing``:
-    this job has begun to replace whatever was published at its output. ``model`` is the registered revision that the
-    job was submitted with (``storage.registry``); ``None`` for a path.
-    """
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewJob:
+    """What a job is submitted with. ``model``: the registered revision that it names; ``None`` for a path."""
 
     id: str
     tenant: str
-    state: JobState
     priority: int
     queue: str
     engine: str
@@ -92,8 +87,23 @@ class Job:
     spec: Mapping[str, Any]
     spec_hash: str
     idempotency_key: str | None
-    plan: Mapping[str, Any]
     output_uri: str
+    max_failed_rows: int | None
+    model: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job(NewJob):
+    """One job. ``rows_*`` and ``tokens`` count committed shards only; what running ones have flushed is in the shards.
+
+    ``gen`` counts its retries. ``n_open`` shards are still to end, ``n_dead`` of the ended ones failed.
+    ``stop_reason`` is set when the job is being wound down (or was): ``"cancelled"``, ``"expired"``,
+    ``"max_failed_rows"``, ``"failed"``. ``publishing``: this job has begun to replace whatever was published at its
+    output; ``needs_republish``: a finalizer without its lease may have disturbed that since.
+    """
+
+    state: JobState
+    plan: Mapping[str, Any]
     stop_reason: str | None
     error: str | None
     gen: int
@@ -103,17 +113,15 @@ class Job:
     rows_total: int
     rows_done: int
     rows_failed: int
-    tokens: Mapping[str, int]
-    max_failed_rows: int | None
+    tokens: Mapping[str, int] = field(metadata={"columns": TOKENS})
     finalize_epoch: int
     publishing: bool
-    touched: bool
+    needs_republish: bool
     created_at: float
     started_at: float | None
     ended_at: float | None
     expires_at: float | None
     cancel_requested_at: float | None
-    model: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,13 +162,14 @@ class Claim:
 
     ``attempt_no`` is the fence: every later write for this attempt carries it, and a write that finds another number
     changes nothing. ``parts`` are the verified part files of this and of earlier attempts, oldest first.
+    ``previous_output`` is what its rows' last committed shard of an earlier generation (``gen``) wrote.
     """
 
     shard: Shard
     job: Job
     sources: Mapping[int, Source]
     parts: tuple[PartFile, ...]
-    base: PartFile | None
+    previous_output: PartFile | None
     attempt_no: int
     owner: str
 
@@ -225,9 +234,9 @@ class FireKey(NamedTuple):
     fire_at: float
 
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """A job that is submitted again and again. ``spec`` holds the job's fields, with templates in input and output.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewSchedule:
+    """What a schedule is made of. ``spec`` holds the job's fields, with templates in input and output.
 
     ``misfire_grace`` is in seconds; ``None`` is no limit. ``next_at`` is when it comes due next, unless it is paused.
     """
@@ -242,8 +251,14 @@ class Schedule:
     misfire: str
     misfire_grace: float | None
     incremental: bool
-    paused: bool
     next_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule(NewSchedule):
+    """A job that is submitted again and again."""
+
+    paused: bool
     created_at: float
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from storage.errors import IllegalTransition
 
@@ -144,11 +144,13 @@ S = TypeVar("S", JobState, ShardState, AttemptState, RequestState, FireState, Re
 Table = Mapping[S, frozenset[S]]
 
 
-def _table(**moves: str) -> Mapping[str, frozenset[str]]:
-    return MappingProxyType({source: frozenset(targets.split()) for source, targets in moves.items()})
+def _table(kind: type[S], **moves: str) -> Table[S]:
+    """Who may follow each state; nothing follows one that is left out."""
+    return MappingProxyType({state: frozenset(map(kind, moves.get(state.value, "").split())) for state in kind})
 
 
-JOB: Table[JobState] = _table(  # type: ignore[assignment]
+JOB: Table[JobState] = _table(
+    JobState,
     validating="queued failed cancelling",
     queued="in_progress finalizing cancelling failed",
     in_progress="finalizing cancelling failed",
@@ -159,53 +161,48 @@ JOB: Table[JobState] = _table(  # type: ignore[assignment]
     cancelled="queued validating",
     expired="queued validating",
 )
-SHARD: Table[ShardState] = _table(  # type: ignore[assignment]
+SHARD: Table[ShardState] = _table(
+    ShardState,
     ready="running cancelled",
     running="ready committed failed cancelled",
-    committed="",
     failed="ready",
     cancelled="ready",
 )
-ATTEMPT: Table[AttemptState] = _table(  # type: ignore[assignment]
-    running="succeeded failed lost released cancelled superseded",
-    succeeded="",
-    failed="",
-    lost="superseded",
-    released="",
-    cancelled="",
-    superseded="",
+ATTEMPT: Table[AttemptState] = _table(
+    AttemptState, running="succeeded failed lost released cancelled superseded", lost="superseded"
 )
-REQUEST: Table[RequestState] = _table(  # type: ignore[assignment]
+REQUEST: Table[RequestState] = _table(
+    RequestState,
     pending="running cancelled expired failed",
     running="pending succeeded failed cancelled expired",
-    succeeded="",
     failed="pending",
     cancelled="pending",
     expired="pending",
 )
-FIRE: Table[FireState] = _table(  # type: ignore[assignment]
-    pending="submitted skipped empty failed",
-    submitted="",
-    skipped="",
-    empty="",
-    failed="",
-)
-REVISION: Table[RevisionState] = _table(  # type: ignore[assignment]
+FIRE: Table[FireState] = _table(FireState, pending="submitted skipped empty failed")
+REVISION: Table[RevisionState] = _table(
+    RevisionState,
     draft="validated active retired",
     validated="draft active retired",
     active="retired",
     retired="validated active",
 )
-BATCH: Table[BatchState] = _table(  # type: ignore[assignment]
+BATCH: Table[BatchState] = _table(
+    BatchState,
     validating="in_progress failed cancelling expired",
     in_progress="finalizing cancelling expired",
     finalizing="completed cancelling expired",
     cancelling="cancelled",
-    completed="",
-    failed="",
-    cancelled="",
-    expired="",
 )
+_TABLES: Mapping[type[StrEnum], Table[Any]] = {
+    JobState: JOB,
+    ShardState: SHARD,
+    AttemptState: ATTEMPT,
+    RequestState: REQUEST,
+    FireState: FIRE,
+    RevisionState: REVISION,
+    BatchState: BATCH,
+}
 
 TERMINAL_JOB = frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED})
 """States in which a job rests: its output is final and nothing runs. Only a retry leaves them."""
@@ -217,25 +214,12 @@ OPEN_SHARD = frozenset({ShardState.READY, ShardState.RUNNING})
 """States in which a shard still has work to come."""
 
 
-def _table_of(state: S) -> Table[S]:
-    tables: dict[type, Mapping[object, frozenset[object]]] = {
-        JobState: JOB,  # type: ignore[dict-item]
-        ShardState: SHARD,  # type: ignore[dict-item]
-        AttemptState: ATTEMPT,  # type: ignore[dict-item]
-        RequestState: REQUEST,  # type: ignore[dict-item]
-        FireState: FIRE,  # type: ignore[dict-item]
-        RevisionState: REVISION,  # type: ignore[dict-item]
-        BatchState: BATCH,  # type: ignore[dict-item]
-    }
-    return tables[type(state)]  # type: ignore[return-value]
-
-
 def check(source: S, target: S) -> None:
     """Raise :class:`IllegalTransition` unless ``source`` may be followed by ``target``."""
-    if target not in _table_of(source)[source]:
+    if target not in _TABLES[type(source)][source]:
         raise IllegalTransition(type(source).__name__.removesuffix("State").lower(), source, target)
 
 
 def sources(target: S) -> list[S]:
     """The states that may be followed by ``target``: the guard of an update that moves rows there."""
-    return [state for state, targets in _table_of(target).items() if target in targets]
+    return [state for state, targets in _TABLES[type(target)].items() if target in targets]

@@ -40,6 +40,7 @@ from pipeline.worker.worker import Worker
 from storage.objects.store import ObjectInfo, ObjectStore
 from storage.parquet import parquet
 from storage.queue import claims, jobs, plan_leases, publish_leases
+from storage.records import NewJob
 from storage.sql.database import Database
 
 FLAT = 0.8
@@ -129,12 +130,11 @@ def _plan(url: str, n_files: int, result: Connection) -> None:
     store = ObjectStore({})
     database = Database(url)
     job_id = "planned"
-    values: dict[str, Any] = {
-        "tenant": "a", "priority": 0, "queue": "fake", "engine": "fake", "engine_key": "key", "spec": {},
-        "spec_hash": "hash", "idempotency_key": None, "output_uri": "/out", "max_failed_rows": None,
-        "window_seconds": 3600.0, "actor": "benchmark",
-    }  # fmt: skip
-    jobs.insert(database, job_id=job_id, **values)
+    new = NewJob(
+        id=job_id, tenant="a", priority=0, queue="fake", engine="fake", engine_key="key", spec={}, spec_hash="hash",
+        idempotency_key=None, output_uri="/out", max_failed_rows=None,
+    )  # fmt: skip
+    jobs.insert(database, new, window_seconds=3600.0, actor="benchmark")
     spec = mock.Mock(input=("s3://bucket/a/folder",), output="/out")
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     with (

@@ -54,7 +54,9 @@ def _assemble(
         row_n=shard.row_n,
         parts=parts,
         results=results,
-        base=claim.base if plan.part_rows else published(store, claim.job.output_uri, shard.idx, claim.base),
+        base=claim.previous_output
+        if plan.part_rows
+        else published(store, claim.job.output_uri, shard.idx, claim.previous_output),
         partial=False,
         batch_rows=settings.copy_batch_rows,
         batch_bytes=settings.read_batch_bytes,

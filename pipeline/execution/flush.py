@@ -118,7 +118,9 @@ class Flusher:
         where ``flush_rows`` is set: then a shard's rows are flushed before its engine goes on.
         """
         claim = self._attempt.claim
-        afresh = claim.attempt_no == 1 and claim.base is None and claim.shard.select is None and not self._exact
+        afresh = (
+            claim.attempt_no == 1 and claim.previous_output is None and claim.shard.select is None and not self._exact
+        )
         whole = afresh and self._seq == 0 and len(self._rows) == claim.shard.row_n > 0
         return whole and time.monotonic() - self._since < min(CHEAP_SECONDS, self._seconds)
 

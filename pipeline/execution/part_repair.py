@@ -10,7 +10,7 @@ from pipeline.process.runtime import Runtime
 from storage.errors import CorruptFile
 from storage.objects.store import ObjectStore
 from storage.parquet import parquet
-from storage.queue import part_repair
+from storage.queue import attempts
 from storage.records import Claim, PartFile
 from storage.sql.retry import retry_write
 from storage.sql.tables import TOKENS
@@ -26,7 +26,7 @@ def drop_corrupt_parts(runtime: Runtime, claim: Claim, parts: Sequence[PartFile]
         return 0
     kept = [part for part in parts if part not in broken]
     tokens = _count_tokens(runtime, kept)
-    retry_write(lambda: part_repair.forget_parts(runtime.database, claim, broken, kept, tokens=tokens))
+    retry_write(lambda: attempts.drop_corrupt_parts(runtime.database, claim, broken, kept, tokens=tokens))
     return sum(len(part.rows) for part in broken)
 
 

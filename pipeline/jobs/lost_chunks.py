@@ -36,7 +36,7 @@ def plan_again(context: PlanContext) -> Job:
     with context.lease("what was made of its input is looked for") as going_on:
         going_on()
         # Merged with others into the output, and kept nowhere else.
-        closed = () if plan.part_rows is None else publish_leases.closed_shards(runtime.database, job.id)
+        closed = () if plan.part_rows is None else publish_leases.finished_shards(runtime.database, job.id)
         lost = outputs_gone(runtime.store, job, closed)
         maker = _Maker(context, plan, going_on)
         wanted = reopen.sources_to_read(runtime.database, job, lost)

@@ -26,7 +26,7 @@ from storage import locations
 from storage.errors import InputChanged, InvalidInput, InvalidJob, QuotaExceeded, RowmillError
 from storage.objects import output_probe
 from storage.queue import jobs, schedules
-from storage.queue.schedule_fires import ConsumedFiles
+from storage.queue.schedules import ConsumedFiles
 from storage.records import Job, ShardPlan
 
 
@@ -65,8 +65,8 @@ def plan_job(runtime: Runtime, job: Job, interrupt: Cancellation | None = None, 
     except InvalidJob as error:
         refuse_job(runtime, job, error)
         raise
-    taken = None if schedule_id is None else ConsumedFiles(schedule_id, tuple(prepared.found.originals))
-    return store_plan(runtime, job, prepared, taken)
+    consumed = None if schedule_id is None else ConsumedFiles(schedule_id, tuple(prepared.found.originals))
+    return store_plan(runtime, job, prepared, consumed)
 
 
 def prepare(
@@ -123,10 +123,10 @@ def _reordered(context: PlanContext, prepared: Prepared) -> Prepared:
     return replace(prepared, record=replace(record, part_rows=made.part_rows), in_order=made)
 
 
-def store_plan(runtime: Runtime, job: Job, prepared: Prepared, taken: ConsumedFiles | None = None) -> Job:
+def store_plan(runtime: Runtime, job: Job, prepared: Prepared, consumed: ConsumedFiles | None = None) -> Job:
     """Cut the shards and store them with the plan; returns the job, which can be claimed from now on.
 
-    ``taken``: the files of an incremental schedule that it takes. Raises :class:`QuotaExceeded` after recording the
+    ``consumed``: the files of an incremental schedule that it takes. Raises :class:`QuotaExceeded` after recording the
     job as failed with that reason.
     """
     found, in_order = prepared.found, prepared.in_order
@@ -138,7 +138,7 @@ def store_plan(runtime: Runtime, job: Job, prepared: Prepared, taken: ConsumedFi
             sources=found.sources if in_order is None else chain(found.sources, in_order.chunks),
             shards=_shards(runtime, prepared) if in_order is None else in_order.shards,
             actor=runtime.actor,
-            taken=taken,
+            consumed=consumed,
         )
     except QuotaExceeded as error:
         refuse_job(runtime, job, error)

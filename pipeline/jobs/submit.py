@@ -21,7 +21,7 @@ from pipeline.spec.job_spec import NOT_PART_OF_THE_WORK, JobSpec
 from storage import failpoints, locations
 from storage.errors import Conflict, IllegalTransition, InvalidJob, RowmillError, TransientError
 from storage.queue import jobs, publish_leases
-from storage.records import FireKey, Job
+from storage.records import FireKey, Job, NewJob
 from storage.states import JobState
 
 
@@ -130,16 +130,15 @@ def _same_work(runtime: Runtime, request: preflight.Request, live: Job | None) -
         )
     if spec.overwrite or (done := _done_before(runtime, request)) is None:
         return None
-    if not done.touched:  # else it is published once more
+    if not done.needs_republish:  # else it is published once more
         runtime.notify(f"job {done.id} has done this already; --overwrite (overwrite=True) does it again")
     return done
 
 
 def _insert(runtime: Runtime, job_id: str, request: preflight.Request, fire: FireKey | None) -> Job:
     spec, engine = request.spec, request.engine
-    return jobs.insert(
-        runtime.database,
-        job_id=job_id,
+    new = NewJob(
+        id=job_id,
         tenant=spec.tenant,
         priority=spec.priority,
         queue=engine,
@@ -150,12 +149,11 @@ def _insert(runtime: Runtime, job_id: str, request: preflight.Request, fire: Fir
         idempotency_key=spec.idempotency_key,
         output_uri=spec.output,
         max_failed_rows=spec.max_failed_rows,
-        window_seconds=spec.window_seconds,
-        actor=runtime.actor,
-        new_tenant=runtime.settings.unknown_tenants == "create",
-        fire=fire,
         model=request.registered,
     )
+    create = runtime.settings.unknown_tenants == "create"
+    window = spec.window_seconds
+    return jobs.insert(runtime.database, new, window_seconds=window, actor=runtime.actor, new_tenant=create, fire=fire)
 
 
 def _own_output(runtime: Runtime, job: Job, spec: JobSpec) -> None:
@@ -178,7 +176,9 @@ def _done_before(runtime: Runtime, request: preflight.Request) -> Job | None:
     if job is None or job.state is not JobState.COMPLETED or job.n_dead or job.spec_hash != spec.work_hash():
         return None
     plan = PlanRecord.from_json(job.plan)
-    if plan.model_digest != request.model.digest or not (job.touched or store.exists(locations.success(spec.output))):
+    if plan.model_digest != request.model.digest or not (
+        job.needs_republish or store.exists(locations.success(spec.output))
+    ):
         return None
     if not all(plan.has_adapter(name, digest) for name, digest in request.adapters.items()):
         return None

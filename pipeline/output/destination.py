@@ -11,7 +11,7 @@ from storage import locations
 from storage.errors import Conflict
 from storage.locations import normalize
 from storage.objects.store import ObjectStore
-from storage.queue.publish_leases import Closed
+from storage.queue.publish_leases import FinishedShard
 from storage.records import Job, PartFile
 
 
@@ -83,7 +83,7 @@ def earlier_parts(store: ObjectStore, job: Job) -> dict[str, dict[str, Any]]:
     return {}
 
 
-def outputs_gone(store: ObjectStore, job: Job, closed_shards: Iterable[Closed]) -> list[str]:
+def outputs_gone(store: ObjectStore, job: Job, closed_shards: Iterable[FinishedShard]) -> list[str]:
     """Ids of the shards whose committed files have been deleted. One listing."""
     there: set[str] | None = None
     gone = []

@@ -29,7 +29,7 @@ from storage.fleet import garbage, reports
 from storage.logs import bound
 from storage.parquet import parquet
 from storage.queue import job_deaths, publish_leases, regrouped_rows
-from storage.queue.publish_leases import Lost
+from storage.queue.publish_leases import LostOutput
 from storage.records import Job
 from storage.sql.retry import retry_write
 from storage.states import TERMINAL_JOB, JobState
@@ -68,7 +68,7 @@ def finalize_job(runtime: Runtime, job_id: str | None = None) -> Job | None:
                 )
             )
         except LeaseLost:
-            retry_write(lambda: publish_leases.report_touched(runtime.database, job.output_uri, actor=runtime.actor))
+            retry_write(lambda: publish_leases.request_republish(runtime.database, job.output_uri, actor=runtime.actor))
         raise
 
 
@@ -130,7 +130,7 @@ def _publish(runtime: Runtime, job: Job) -> Job:
     store.delete([locations.success(output), locations.manifest(output), *lines])
     entries, names, lost = _publish_shards(runtime, job, earlier)
     if lost:
-        job = publish_leases.lose_outputs(runtime.database, job, lost, actor=runtime.actor)
+        job = publish_leases.drop_lost_outputs(runtime.database, job, lost, actor=runtime.actor)
         target = publish_leases.end_state(job)
     # A completed job that is published once more, and whose file is lost by now, is not whole any more.
     whole = target is JobState.COMPLETED and not job.n_dead
@@ -167,9 +167,9 @@ def _publish(runtime: Runtime, job: Job) -> Job:
 
 def _publish_shards(
     runtime: Runtime, job: Job, earlier: Mapping[str, Mapping[str, Any]]
-) -> tuple[list[dict[str, Any]], set[str], dict[str, Lost]]:
+) -> tuple[list[dict[str, Any]], set[str], dict[str, LostOutput]]:
     """The manifest's entries of what was published, the files' names, and shards whose committed files are lost."""
-    closed_shards = publish_leases.closed_shards(runtime.database, job.id)
+    closed_shards = publish_leases.finished_shards(runtime.database, job.id)
     part_rows = PlanRecord.from_json(job.plan).part_rows if job.plan else None
     if part_rows is not None:
         made = merge_regrouped.publish(
@@ -187,7 +187,7 @@ def _publish_shards(
         return made.entries, made.names, made.lost
     entries: list[dict[str, Any]] = []
     names: set[str] = set()
-    lost: dict[str, Lost] = {}
+    lost: dict[str, LostOutput] = {}
     for count, closed in enumerate(closed_shards):
         if count % _RENEW_EVERY == 0:
             _renew(runtime, job)
@@ -198,8 +198,8 @@ def _publish_shards(
             # What an earlier generation computed of it is better than nothing.
             older = replace(closed, output=None, parts=())
             entry = publish_shard(runtime, job, older, {})
-            lost[closed.shard.id] = Lost(str(error), base_stands=entry is not None)
-            entry = entry or publish_shard(runtime, job, replace(older, base=None), earlier)
+            lost[closed.shard.id] = LostOutput(str(error), previous_stands=entry is not None)
+            entry = entry or publish_shard(runtime, job, replace(older, previous_output=None), earlier)
         if entry is not None:
             failpoints.hit("finalize.part")
             names.add(locations.part(job.output_uri, closed.shard.idx))

@@ -25,7 +25,7 @@ from storage.objects.store import ObjectStore
 from storage.parquet import parquet
 from storage.parquet.arrow_schemas import takeable
 from storage.parquet.nested_arrays import cast_batch
-from storage.queue.publish_leases import Closed, Lost
+from storage.queue.publish_leases import FinishedShard, LostOutput
 from storage.records import Job, PartFile, Shard, Source
 
 FAN_IN = 32
@@ -48,7 +48,7 @@ class Restored:
 
     entries: list[dict[str, Any]]
     names: set[str]
-    lost: dict[str, Lost]
+    lost: dict[str, LostOutput]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +63,13 @@ class _Run:
 def publish(
     store: ObjectStore,
     job: Job,
-    closed_shards: Iterable[Closed],
+    closed_shards: Iterable[FinishedShard],
     *,
     part_rows: int,
     earlier: Mapping[str, Mapping[str, Any]],
     limits: Limits,
     sources_of: Callable[[Shard], Mapping[int, Source]],
-    partial: Callable[[Closed], Assembled],
+    partial: Callable[[FinishedShard], Assembled],
     notify: Callable[[str], None],
     renew: Callable[[], None],
 ) -> Restored:
@@ -83,7 +83,7 @@ def publish(
     """
     folder = f"{locations.attempts_dir(job.output_uri, job.id)}merge-{secrets.token_hex(4)}"
     merger = _Merger(store, folder, limits, renew)
-    lost: dict[str, Lost] = {}
+    lost: dict[str, LostOutput] = {}
     for count, closed in enumerate(closed_shards):
         if count % _RENEW_EVERY == 0:
             renew()
@@ -93,7 +93,7 @@ def publish(
                 merger.add(_checked(store, closed.output, held))
             except CorruptFile as error:
                 older = _older(store, closed, held)
-                lost[closed.shard.id] = Lost(str(error), base_stands=older is not None)
+                lost[closed.shard.id] = LostOutput(str(error), previous_stands=older is not None)
                 if older is not None:
                     merger.add(older)
         elif (run := _unfinished(store, closed, held, partial, notify)) is not None:
@@ -122,22 +122,22 @@ def _checked(store: ObjectStore, file: PartFile, rows: BitMap) -> _Run:
     return _Run(file.uri, rows)
 
 
-def _older(store: ObjectStore, closed: Closed, rows: BitMap) -> _Run | None:
+def _older(store: ObjectStore, closed: FinishedShard, rows: BitMap) -> _Run | None:
     """What an earlier generation computed, where it is still there."""
     try:
-        return None if closed.base is None else _checked(store, closed.base, rows)
+        return None if closed.previous_output is None else _checked(store, closed.previous_output, rows)
     except CorruptFile:
         return None
 
 
 def _unfinished(
     store: ObjectStore,
-    closed: Closed,
+    closed: FinishedShard,
     rows: BitMap,
-    partial: Callable[[Closed], Assembled],
+    partial: Callable[[FinishedShard], Assembled],
     notify: Callable[[str], None],
 ) -> _Run | None:
-    if not closed.parts and closed.base is None:
+    if not closed.parts and closed.previous_output is None:
         return None
     number = closed.shard.idx
     try:

@@ -15,12 +15,12 @@ from storage import locations
 from storage.errors import CorruptFile, InputChanged, InvalidInput
 from storage.objects.store import ObjectStore
 from storage.queue import publish_leases
-from storage.queue.publish_leases import Closed
+from storage.queue.publish_leases import FinishedShard
 from storage.records import Job, PartFile, Shard
 
 
 def publish_shard(
-    runtime: Runtime, job: Job, closed: Closed, earlier: Mapping[str, Mapping[str, Any]]
+    runtime: Runtime, job: Job, closed: FinishedShard, earlier: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any] | None:
     """Put a shard's final file in its place; returns its entry of the manifest, or ``None`` without a row to publish.
 
@@ -33,16 +33,16 @@ def publish_shard(
     if closed.output is not None:
         return _publish_whole(store, shard, target, closed.output)
     before = _still_there(store, target, earlier)
-    if not closed.parts and closed.base is None:
+    if not closed.parts and closed.previous_output is None:
         return before
     try:
         assembled = assemble_partial(runtime, job, closed)
     except (InputChanged, CorruptFile, InvalidInput) as error:
         # Its finished rows cannot be put beside columns of another version of the file, or one of them is gone; the
         # job's error says so. What an earlier generation published stands: it may be the only copy.
-        if closed.base is not None:
+        if closed.previous_output is not None:
             try:
-                entry = _publish_whole(store, shard, target, closed.base)
+                entry = _publish_whole(store, shard, target, closed.previous_output)
             except CorruptFile:
                 pass
             else:
@@ -83,11 +83,15 @@ def _publish_whole(store: ObjectStore, shard: Shard, target: str, file: PartFile
     )
 
 
-def assemble_partial(runtime: Runtime, job: Job, closed: Closed) -> assemble.Assembled:
+def assemble_partial(runtime: Runtime, job: Job, closed: FinishedShard) -> assemble.Assembled:
     """What an unfinished shard has flushed, on top of what it builds on, as one file; not published yet."""
     shard, plan = closed.shard, PlanRecord.from_json(job.plan)
     spec = stored(job.spec)
-    base = closed.base if plan.part_rows else published(runtime.store, job.output_uri, shard.idx, closed.base)
+    base = (
+        closed.previous_output
+        if plan.part_rows
+        else published(runtime.store, job.output_uri, shard.idx, closed.previous_output)
+    )
     directory = locations.attempt_dir(
         job.output_uri, job.id, shard.idx, shard.gen, shard.attempt_no, f"partial-{secrets.token_hex(4)}"
     )

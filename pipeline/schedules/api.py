@@ -18,7 +18,7 @@ from pipeline.schedules.spec import ScheduleSpec, check_outputs, job_fields, par
 from pipeline.spec.job_spec import JobSpec
 from storage.errors import InvalidJob
 from storage.queue import schedules
-from storage.records import Fire, Schedule
+from storage.records import Fire, NewSchedule, Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +47,19 @@ class Schedules:
         spec, parsed = self._checked(name, cron, job, options)
         return schedules.insert(
             self._runtime.database,
-            schedule_id=str(uuid_utils.uuid7()),
-            tenant=parsed.tenant,
-            name=name,
-            cron=spec.cron,
-            tz=spec.tz,
-            spec=parsed.model_dump(mode="json"),
-            overlap=spec.overlap,
-            misfire=spec.misfire,
-            misfire_grace=spec.grace_seconds,
-            incremental=spec.incremental,
-            next_at=CronTimes(spec.cron, spec.tz).next_after(self._runtime.database.clock()),
+            NewSchedule(
+                id=str(uuid_utils.uuid7()),
+                tenant=parsed.tenant,
+                name=name,
+                cron=spec.cron,
+                tz=spec.tz,
+                spec=parsed.model_dump(mode="json"),
+                overlap=spec.overlap,
+                misfire=spec.misfire,
+                misfire_grace=spec.grace_seconds,
+                incremental=spec.incremental,
+                next_at=CronTimes(spec.cron, spec.tz).next_after(self._runtime.database.clock()),
+            ),
         )
 
     def preview(

@@ -161,7 +161,7 @@ class Worker:
             lease_seconds=settings.lease_seconds,
             queues=takes_from,
             warm=self.runtime.engines.warm_keys(),
-            keep=self.runtime.engines.sticky_keys(),
+            sticky_keys=self.runtime.engines.sticky_keys(),
         )
         if claim is None:
             return False

@@ -2,106 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from storage.errors import Conflict, IllegalTransition, LeaseLost, NotFound
-from storage.files import files, records
+from storage.files import files
 from storage.files.paging import page
-from storage.files.records import Batch, NewFile, Purpose
+from storage.files.records import Batch, NewBatch, NewFile, Purpose
 from storage.sql import tables
 from storage.sql.database import Database, now
+from storage.sql.row_mapping import read, values
 from storage.states import TERMINAL_BATCH, BatchState, check
 
 REPEATED_SECONDS = 600.0
 """A client repeats a request that was not answered within this time."""
 
 
-def create(
-    database: Database,
-    *,
-    batch_id: str,
-    tenant: str,
-    endpoint: str,
-    input_file_id: str,
-    completion_window: str,
-    window_seconds: float,
-    metadata: Mapping[str, str] | None,
-    output_seconds: float | None,
-    idem_key: str | None,
-    body_hash: str,
-    key_id: str | None,
-    repeated: bool = False,
-) -> Batch:
+def create(database: Database, new: NewBatch, *, window_seconds: float, repeated: bool = False) -> Batch:
     """A new batch in ``validating``; or the one that an earlier request with the same key and body created.
 
     ``repeated``: the client says that it sent the same request before; then the batch of that one, if there is one.
     Raises :class:`Conflict` for an ``idem_key`` of another body.
     """
-    table = tables.batch
-    values = {
-        "id": batch_id,
-        "tenant": tenant,
-        "state": BatchState.VALIDATING,
-        "endpoint": endpoint,
-        "input_file_id": input_file_id,
-        "completion_window": completion_window,
-        "metadata": None if metadata is None else dict(metadata),
-        "output_seconds": output_seconds,
-        "idem_key": idem_key,
-        "body_hash": body_hash,
-        "key_id": key_id,
-    }
     try:
         with database.write() as connection:
             if not database.sqlite:  # SQLite has one writer; here the first request may still be under way
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(body_hash, 0))))
-            found = _created(connection, tenant, idem_key, body_hash, key_id, repeated)
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(new.body_hash, 0))))
+            found = _created(connection, new, repeated=repeated)
             if found is None:
                 at = connection.execute(sa.select(now())).scalar_one()
-                connection.execute(table.insert().values(**values, created_at=at, expires_at=at + window_seconds))
+                given = values(new) | {"state": BatchState.VALIDATING, "created_at": at}
+                connection.execute(tables.batch.insert().values(**given, expires_at=at + window_seconds))
     except IntegrityError:
         with database.read() as connection:
-            found = _created(connection, tenant, idem_key, body_hash, key_id, repeated=False)
+            found = _created(connection, new, repeated=False)
         if found is None:
             raise
-    if found is not None and found.body_hash != body_hash:
+    if found is not None and found.body_hash != new.body_hash:
         raise Conflict(
-            f"the idempotency key {idem_key!r} belongs to batch {found.id}, which was created with another body; "
+            f"the idempotency key {new.idem_key!r} belongs to batch {found.id}, which was created with another body; "
             "use a new key",
             field="idempotency_key",
         )
-    return found or get(database, tenant, batch_id)
+    return found or get(database, new.tenant, new.id)
 
 
-def _created(
-    connection: sa.Connection, tenant: str, idem_key: str | None, body_hash: str, key_id: str | None, repeated: bool
-) -> Batch | None:
+def _created(connection: sa.Connection, new: NewBatch, *, repeated: bool) -> Batch | None:
     table = tables.batch
-    query = sa.select(table).where(table.c.tenant == tenant)
-    if idem_key is not None:
-        query = query.where(table.c.idem_key == idem_key)
+    query = sa.select(table).where(table.c.tenant == new.tenant)
+    if new.idem_key is not None:
+        query = query.where(table.c.idem_key == new.idem_key)
     elif repeated:
-        mine = table.c.key_id.is_(None) if key_id is None else table.c.key_id == key_id
-        query = query.where(table.c.body_hash == body_hash, table.c.idem_key.is_(None), mine)
-        query = query.where(table.c.created_at >= now() - REPEATED_SECONDS)
+        # Comparing with None makes IS NULL of it.
+        same = (table.c.body_hash == new.body_hash, table.c.idem_key.is_(None), table.c.key_id == new.key_id)
+        query = query.where(*same, table.c.created_at >= now() - REPEATED_SECONDS)
     else:
         return None
     row = connection.execute(query.order_by(table.c.created_at.desc()).limit(1)).first()
-    return None if row is None else records.batch(row)
+    return None if row is None else read(Batch, row)
 
 
 def get(database: Database, tenant: str, batch_id: str) -> Batch:
     """The tenant's batch, or :class:`NotFound`."""
     table = tables.batch
-    with database.read() as connection:
-        row = connection.execute(sa.select(table).where(table.c.id == batch_id, table.c.tenant == tenant)).first()
-    if row is None:
+    found = database.record(Batch, sa.select(table).where(table.c.id == batch_id, table.c.tenant == tenant))
+    if found is None:
         raise NotFound(f"No such Batch object: {batch_id}")
-    return records.batch(row)
+    return found
 
 
 def listed(database: Database, tenant: str, *, limit: int, after: str | None) -> tuple[list[Batch], bool]:
@@ -109,7 +78,7 @@ def listed(database: Database, tenant: str, *, limit: int, after: str | None) ->
     ``after``."""
     with database.read() as connection:
         rows, more = page(connection, tables.batch, (), tenant=tenant, limit=limit, after=after)
-    return [records.batch(row) for row in rows], more
+    return [read(Batch, row) for row in rows], more
 
 
 def request_cancel(database: Database, tenant: str, batch_id: str) -> Batch:
@@ -123,9 +92,8 @@ def request_cancel(database: Database, tenant: str, batch_id: str) -> Batch:
         row = connection.execute(database.locked(mine)).first()
         if row is None:
             raise NotFound(f"No such Batch object: {batch_id}")
-        state = BatchState(row.state)
-        if state not in (BatchState.CANCELLING, BatchState.CANCELLED):
-            _move(connection, batch_id, state, BatchState.CANCELLING)
+        if row.state not in (BatchState.CANCELLING, BatchState.CANCELLED):
+            _move(connection, batch_id, row.state, BatchState.CANCELLING)
     return get(database, tenant, batch_id)
 
 
@@ -133,21 +101,16 @@ def live(database: Database, *, after: str = "", limit: int = 200) -> list[Batch
     """Batches of all tenants that have not ended, by id, beyond ``after``."""
     table = tables.batch
     query = sa.select(table).where(table.c.state.not_in(TERMINAL_BATCH), table.c.id > after)
-    with database.read() as connection:
-        return [records.batch(row) for row in connection.execute(query.order_by(table.c.id).limit(limit))]
+    return database.records(Batch, query.order_by(table.c.id).limit(limit))
 
 
 def take(database: Database, batch: Batch, *, owner: str, lease_seconds: float) -> bool:
     """Whether ``owner`` holds the batch from now on: nobody else does, and it is in the state that it was read in."""
     table = tables.batch
     free = sa.or_(table.c.lease_until.is_(None), table.c.lease_until <= now())
-    with database.write() as connection:
-        result = connection.execute(
-            table.update()
-            .where(table.c.id == batch.id, table.c.state == batch.state, free)
-            .values(lease_owner=owner, lease_until=now() + lease_seconds)
-        )
-    return result.rowcount == 1
+    same = (table.c.id == batch.id, table.c.state == batch.state)
+    lease = {"lease_owner": owner, "lease_until": now() + lease_seconds}
+    return database.change(table.update().where(*same, free).values(**lease)) == 1
 
 
 def renew(database: Database, batch_id: str, *, owner: str, lease_seconds: float) -> None:
@@ -158,21 +121,14 @@ def renew(database: Database, batch_id: str, *, owner: str, lease_seconds: float
 def release(database: Database, batch_id: str, *, owner: str) -> None:
     """Let go of the batch. Whoever lost its lease has nothing to let go of."""
     table = tables.batch
-    with database.write() as connection:
-        connection.execute(
-            table.update()
-            .where(table.c.id == batch_id, table.c.lease_owner == owner)
-            .values(lease_owner=None, lease_until=None)
-        )
+    mine = (table.c.id == batch_id, table.c.lease_owner == owner)
+    database.change(table.update().where(*mine).values(lease_owner=None, lease_until=None))
 
 
 def free_leases(database: Database, owners: list[str]) -> None:
     """Free what processes held that are known to have ended."""
     table = tables.batch
-    with database.write() as connection:
-        connection.execute(
-            table.update().where(table.c.lease_owner.in_(owners)).values(lease_owner=None, lease_until=None)
-        )
+    database.change(table.update().where(table.c.lease_owner.in_(owners)).values(lease_owner=None, lease_until=None))
 
 
 def set_job(database: Database, batch_id: str, *, owner: str, job_id: str, model: str, n_total: int) -> None:
@@ -227,9 +183,6 @@ def _move(connection: sa.Connection, batch_id: str, source: BatchState, target: 
 
 def _update_leased(database: Database, batch_id: str, owner: str, **values: Any) -> None:
     table = tables.batch
-    with database.write() as connection:
-        result = connection.execute(
-            table.update().where(table.c.id == batch_id, table.c.lease_owner == owner).values(**values)
-        )
-    if result.rowcount != 1:
+    mine = (table.c.id == batch_id, table.c.lease_owner == owner)
+    if database.change(table.update().where(*mine).values(**values)) != 1:
         raise LeaseLost(f"batch {batch_id} is driven by another process now")

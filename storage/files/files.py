@@ -12,6 +12,7 @@ from storage.files.paging import page
 from storage.files.records import File, NewFile, Purpose
 from storage.sql import tables
 from storage.sql.database import Database, now
+from storage.sql.row_mapping import values
 from storage.states import TERMINAL_BATCH
 
 ABANDONED_SECONDS = 86_400.0
@@ -20,12 +21,8 @@ ABANDONED_SECONDS = 86_400.0
 
 def begin(database: Database, *, file_id: str, tenant: str, purpose: Purpose, uri: str) -> None:
     """Record that a file is being uploaded to ``uri``: nobody sees it before :func:`finish`."""
-    with database.write() as connection:
-        connection.execute(
-            tables.file.insert().values(
-                id=file_id, tenant=tenant, purpose=purpose, filename="", uri=uri, created_at=now()
-            )
-        )
+    values = {"id": file_id, "tenant": tenant, "purpose": purpose, "filename": "", "uri": uri}
+    database.change(tables.file.insert().values(**values, created_at=now()))
 
 
 def finish(
@@ -56,8 +53,7 @@ def finish(
 def abandon(database: Database, file_id: str) -> None:
     """Forget an upload that did not end well; its content is gone already."""
     table = tables.file
-    with database.write() as connection:
-        connection.execute(table.delete().where(table.c.id == file_id, table.c.stored_at.is_(None)))
+    database.change(table.delete().where(table.c.id == file_id, table.c.stored_at.is_(None)))
 
 
 def insert(connection: sa.Connection, tenant: str, new: NewFile, *, purpose: Purpose, seconds: float | None) -> None:
@@ -65,12 +61,9 @@ def insert(connection: sa.Connection, tenant: str, new: NewFile, *, purpose: Pur
     at = connection.execute(sa.select(now())).scalar_one()
     connection.execute(
         tables.file.insert().values(
-            id=new.id,
+            **values(new),
             tenant=tenant,
             purpose=purpose,
-            filename=new.filename,
-            uri=new.uri,
-            n_bytes=new.n_bytes,
             created_at=at,
             stored_at=at,
             expires_at=None if seconds is None else at + seconds,
@@ -81,10 +74,7 @@ def insert(connection: sa.Connection, tenant: str, new: NewFile, *, purpose: Pur
 def get(database: Database, tenant: str, file_id: str) -> File:
     """The tenant's file. Raises :class:`NotFound` for one that is not there, was deleted, or has expired."""
     table = tables.file
-    with database.read() as connection:
-        row = connection.execute(
-            sa.select(table).where(table.c.id == file_id, table.c.tenant == tenant, *_seen())
-        ).first()
+    row = database.row(sa.select(table).where(table.c.id == file_id, table.c.tenant == tenant, *_seen()))
     if row is None:
         raise NotFound(f"No such File object: {file_id}")
     return records.file(row)
@@ -93,10 +83,8 @@ def get(database: Database, tenant: str, file_id: str) -> File:
 def content(database: Database, tenant: str, file_id: str) -> File | None:
     """The file that a batch of the tenant reads, also where it was deleted after the batch was created."""
     table = tables.file
-    with database.read() as connection:
-        row = connection.execute(
-            sa.select(table).where(table.c.id == file_id, table.c.tenant == tenant, table.c.stored_at.is_not(None))
-        ).first()
+    query = sa.select(table).where(table.c.id == file_id, table.c.tenant == tenant, table.c.stored_at.is_not(None))
+    row = database.row(query)
     return None if row is None else records.file(row)
 
 
@@ -123,11 +111,8 @@ def listed(
 def delete(database: Database, tenant: str, file_id: str) -> None:
     """Nobody sees the file any more; its content goes once no live batch reads it. Raises :class:`NotFound`."""
     table = tables.file
-    with database.write() as connection:
-        result = connection.execute(
-            table.update().where(table.c.id == file_id, table.c.tenant == tenant, *_seen()).values(deleted_at=now())
-        )
-    if result.rowcount != 1:
+    mine = (table.c.id == file_id, table.c.tenant == tenant)
+    if database.change(table.update().where(*mine, *_seen()).values(deleted_at=now())) != 1:
         raise NotFound(f"No such File object: {file_id}")
 
 
@@ -140,16 +125,14 @@ def useless(database: Database, limit: int = 100) -> list[File]:
         sa.and_(table.c.stored_at.is_(None), table.c.created_at <= now() - ABANDONED_SECONDS),
     )
     read = sa.exists().where(batch.c.input_file_id == table.c.id, batch.c.state.not_in(TERMINAL_BATCH))
-    with database.read() as connection:
-        rows = connection.execute(sa.select(table).where(gone, ~read).order_by(table.c.id).limit(limit))
-        return [records.file(row) for row in rows]
+    query = sa.select(table).where(gone, ~read).order_by(table.c.id).limit(limit)
+    return [records.file(row) for row in database.rows(query)]
 
 
 def forget(database: Database, found: Sequence[File]) -> None:
     """Their content is gone."""
     table = tables.file
-    with database.write() as connection:
-        connection.execute(table.delete().where(table.c.id.in_([item.id for item in found])))
+    database.change(table.delete().where(table.c.id.in_([item.id for item in found])))
 
 
 def _seen() -> tuple[sa.ColumnElement[bool], ...]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from storage.sql.row_mapping import read
 from storage.states import TERMINAL_BATCH, BatchState
 
 
@@ -45,16 +46,12 @@ class NewFile:
     n_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """A batch. ``errors``: why its validation failed; ``key_id``: the API key that it was created with.
-
-    While it runs its counters are those of its job; ``n_*`` and the tokens here are final ones, ``n_total`` excepted.
-    """
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewBatch:
+    """What a batch is created with. ``body_hash``: SHA-256 (hex) of the request; ``key_id``: the API key of it."""
 
     id: str
     tenant: str
-    state: BatchState
     endpoint: str
     input_file_id: str
     completion_window: str
@@ -63,6 +60,16 @@ class Batch:
     idem_key: str | None
     body_hash: str
     key_id: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch(NewBatch):
+    """A batch. ``errors``: why its validation failed.
+
+    While it runs its counters are those of its job; ``n_*`` and the tokens here are final ones, ``n_total`` excepted.
+    """
+
+    state: BatchState
     job_id: str | None
     model: str | None
     errors: Mapping[str, Any] | None
@@ -92,17 +99,4 @@ class Batch:
 
 
 def file(row: sa.Row[Any]) -> File:
-    return File(
-        id=row.id,
-        tenant=row.tenant,
-        purpose=Purpose(row.purpose),
-        filename=row.filename,
-        uri=row.uri,
-        n_bytes=row.n_bytes,
-        created_at=row.created_at,
-        expires_at=row.expires_at,
-    )
-
-
-def batch(row: sa.Row[Any]) -> Batch:
-    return Batch(**{**row._mapping, "state": BatchState(row.state)})
+    return read(File, row, purpose=Purpose(row.purpose))

@@ -28,8 +28,7 @@ def attend(database: Database, worker_id: str, job_id: str) -> None:
 
 def leave(database: Database, worker_id: str, job_id: str) -> None:
     """The worker is done with the job, whether the job has ended or not."""
-    with database.write() as connection:
-        connection.execute(_table.delete().where(_table.c.worker_id == worker_id, _table.c.job_id == job_id))
+    database.change(_table.delete().where(_table.c.worker_id == worker_id, _table.c.job_id == job_id))
 
 
 def attendants(database: Database, job_ids: Collection[str]) -> dict[str, set[str]]:
@@ -45,7 +44,6 @@ def attendants(database: Database, job_ids: Collection[str]) -> dict[str, set[st
         sa.select(job.id, job.finalize_owner).where(job.id.in_(job_ids), job.finalize_owner.is_not(None)),
     )
     found: dict[str, set[str]] = {job_id: set() for job_id in job_ids}
-    with database.read() as connection:
-        for job_id, owner in connection.execute(query):
-            found[job_id].add(str(owner).partition("#")[0])  # a planner adds a suffix of its own
+    for job_id, owner in database.rows(query):
+        found[job_id].add(str(owner).partition("#")[0])  # a planner adds a suffix of its own
     return found

@@ -46,15 +46,13 @@ def bring_back(database: Database, *, lease_seconds: float, retention_seconds: f
 
 
 def _longest(database: Database, lease_seconds: float) -> float:
-    with database.read() as connection:
-        found = connection.execute(sa.select(sa.func.max(tables.worker.c.lease_seconds))).scalar()
-    return max(lease_seconds, found or 0.0)
+    return max(lease_seconds, database.scalar(sa.select(sa.func.max(tables.worker.c.lease_seconds))) or 0.0)
 
 
 def _kinds(lease: float, retention: float) -> Iterator[_Kind]:
     shard, job, worker, garbage = tables.shard.c, tables.job.c, tables.worker.c, tables.gc_queue.c
     # As the indexes of these jobs have it: the live ones, and those that are published once more.
-    open_jobs = sa.or_(job.state.not_in(TERMINAL_JOB), job.touched)
+    open_jobs = sa.or_(job.state.not_in(TERMINAL_JOB), job.needs_republish)
     kept = max(retention, LONGEST_DELAY_SECONDS)
     yield _Kind(shard.run_after, shard.state == ShardState.READY, LONGEST_BACKOFF_SECONDS, 0.0)
     # It waits for this time again when its attempt is lost, or hands it back.
@@ -74,9 +72,8 @@ def _bring_back(database: Database, kind: _Kind) -> int:
     ahead = sa.select(key).where(kind.where, kind.column > now() + kind.most).order_by(key).limit(_BATCH)
     moved = 0
     while True:
-        with database.read() as connection:
-            if connection.execute(ahead.limit(1)).first() is None:
-                return moved
+        if database.row(ahead.limit(1)) is None:
+            return moved
         with database.write() as connection:
             # What somebody has locked is being changed by them, or is seen to by the next round.
             keys = list(connection.execute(database.locked(ahead, skip=True)).scalars())

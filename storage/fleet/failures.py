@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import sqlalchemy as sa
 
 from storage.records import PartFile, Shard
-from storage.sql import row_mapping, tables
+from storage.sql import tables
 from storage.sql.database import Database
+from storage.sql.row_mapping import read
 
 _PAGE = 200
 
@@ -38,7 +39,7 @@ def failing(database: Database, job_id: str) -> Iterator[list[Shard]]:
             ).all()
         groups: dict[int, list[Shard]] = {}
         for row in found:
-            groups.setdefault(row.idx, []).append(row_mapping.shard(row))
+            groups.setdefault(row.idx, []).append(read(Shard, row))
         yield from (group for group in groups.values() if group[-1].failed)
         if len(positions) < _PAGE:
             return
@@ -49,13 +50,11 @@ def kept(database: Database, shard_id: str) -> dict[int, tuple[str, str]]:
     """Row index in the shard → code and message: of the first failures only (``shards.ROW_EXCEPTIONS_KEPT``)."""
     table = tables.row_exception
     query = sa.select(table.c.row_idx, table.c.code, table.c.message).where(table.c.shard_id == shard_id)
-    with database.read() as connection:
-        return {row.row_idx: (row.code, row.message) for row in connection.execute(query)}
+    return {row.row_idx: (row.code, row.message) for row in database.rows(query)}
 
 
 def files(database: Database, shard_id: str) -> list[PartFile]:
     """The files that attempts at the shard have flushed or committed, the newest first."""
     part = tables.part_file
     query = sa.select(part).where(part.c.shard_id == shard_id).order_by(part.c.attempt_no.desc(), part.c.seq.desc())
-    with database.read() as connection:
-        return [row_mapping.part_file(row) for row in connection.execute(query)]
+    return database.records(PartFile, query)

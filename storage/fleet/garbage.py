@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from storage.records import OUTPUT_SEQ
-from storage.sql import tables
+from storage.sql import tables, upsert
 from storage.sql.database import Database, now
-from storage.sql.upsert import insert
 from storage.states import TERMINAL_JOB, ShardState
 
 FIRST_DELAY_SECONDS = 60.0
@@ -38,7 +37,7 @@ def enqueue(database: Database, job_id: str, uri: str, *, delay: float) -> None:
     job = tables.job
     mine = sa.select(sa.literal(uri), job.c.id, now() + delay).where(job.c.id == job_id, job.c.deleted_at.is_(None))
     with database.write() as connection:
-        statement = insert(connection, tables.gc_queue).from_select(["uri", "job_id", "not_before"], mine)
+        statement = upsert.insert(connection, tables.gc_queue).from_select(["uri", "job_id", "not_before"], mine)
         connection.execute(statement.on_conflict_do_nothing())
 
 
@@ -46,8 +45,7 @@ def due(database: Database, *, limit: int = 100) -> list[Garbage]:
     """What may be deleted now, longest due first."""
     table = tables.gc_queue
     query = sa.select(table).where(table.c.not_before <= now()).order_by(table.c.not_before).limit(limit)
-    with database.read() as connection:
-        return [Garbage(row.uri, row.job_id, row.not_before, row.n_fail) for row in connection.execute(query)]
+    return database.records(Garbage, query)
 
 
 def give_up(database: Database, item: Garbage) -> bool:
@@ -70,15 +68,7 @@ def give_up(database: Database, item: Garbage) -> bool:
         connection.execute(
             shard.update()
             .where(shard.c.id.in_(unfinished))
-            .values(
-                done_bm=None,
-                failed_bm=None,
-                n_done=0,
-                n_failed=0,
-                prompt_tokens=0,
-                cached_tokens=0,
-                completion_tokens=0,
-            )
+            .values(done=None, failed=None, n_done=0, n_failed=0, **dict.fromkeys(tables.TOKENS, 0))
         )
     return True
 
@@ -86,18 +76,13 @@ def give_up(database: Database, item: Garbage) -> bool:
 def forget(database: Database, item: Garbage) -> None:
     """Take an entry off the queue, after its files were deleted; not one that was made for the same place since."""
     table = tables.gc_queue
-    with database.write() as connection:
-        connection.execute(table.delete().where(table.c.uri == item.uri, table.c.not_before == item.not_before))
+    database.change(table.delete().where(table.c.uri == item.uri, table.c.not_before == item.not_before))
 
 
 def postpone(database: Database, item: Garbage) -> float:
     """Leave an entry that could not be deleted for later, each time twice as long; returns the seconds."""
     table = tables.gc_queue
     delay = float(min(FIRST_DELAY_SECONDS * 2 ** min(item.n_fail, 30), LONGEST_DELAY_SECONDS))
-    with database.write() as connection:
-        connection.execute(
-            table.update()
-            .where(table.c.uri == item.uri, table.c.not_before == item.not_before)
-            .values(not_before=now() + delay, n_fail=item.n_fail + 1)
-        )
+    same = (table.c.uri == item.uri, table.c.not_before == item.not_before)
+    database.change(table.update().where(*same).values(not_before=now() + delay, n_fail=item.n_fail + 1))
     return delay

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from storage.errors import NotFound
 from storage.records import Job
-from storage.sql import row_mapping, tables
+from storage.sql import tables
 from storage.sql.database import Database
 from storage.states import TERMINAL_JOB, JobState
 
@@ -32,13 +32,11 @@ def find(database: Database, part: str, *, tenant: str | None = None) -> Job:
     if tenant is not None:
         there = there.where(job.c.tenant == tenant)
     fits = sa.or_(job.c.id.startswith(part, autoescape=True), job.c.id.endswith(part, autoescape=True))
-    with database.read() as connection:
-        exact = connection.execute(there.where(job.c.id == part)).first()
-        if exact is not None:
-            return row_mapping.job(exact)
-        found = connection.execute(there.where(fits).order_by(job.c.id).limit(_NAMED + 1)).all()
+    if (exact := database.record(Job, there.where(job.c.id == part))) is not None:
+        return exact
+    found = database.records(Job, there.where(fits).order_by(job.c.id).limit(_NAMED + 1))
     if len(found) == 1:
-        return row_mapping.job(found[0])
+        return found[0]
     if found:
         more = ", …" if len(found) > _NAMED else ""
         named = ", ".join(row.id for row in found[:_NAMED])
@@ -59,9 +57,8 @@ def short_ids(database: Database, ids: Sequence[str]) -> dict[str, str]:
             sa.func.substr(job.c.id, 1, length),
         ):
             query = sa.select(piece, sa.func.count()).where(piece.in_(ends)).group_by(piece)
-            with database.read() as connection:
-                for end, count in connection.execute(query):
-                    counts[end] += count
+            for end, count in database.rows(query):
+                counts[end] += count
         settled = {item: end for end, item in ends.items() if counts[end] == 1}
         found |= settled
         left -= settled.keys()
@@ -102,8 +99,7 @@ def listed(
     if after is not None:
         wanted.append(job.c.id < after)
     query = sa.select(job).where(*wanted).order_by(job.c.id.desc()).limit(limit)
-    with database.read() as connection:
-        return [row_mapping.job(row) for row in connection.execute(query)]
+    return database.records(Job, query)
 
 
 def live(database: Database, *, without: Sequence[str] = (), limit: int) -> list[str]:
@@ -117,5 +113,4 @@ def live(database: Database, *, without: Sequence[str] = (), limit: int) -> list
         .order_by(job.c.priority.desc(), job.c.id)
         .limit(limit)
     )
-    with database.read() as connection:
-        return list(connection.execute(query).scalars())
+    return database.scalars(query)

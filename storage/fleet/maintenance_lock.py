@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from storage.sql import tables
+from storage.sql import tables, upsert
 from storage.sql.database import Database, now
-from storage.sql.upsert import insert
 
 _MAINTENANCE = "maintenance"
 
@@ -21,9 +20,8 @@ def take(database: Database, *, every: float) -> bool:
     due = sa.or_(table.c.at <= now() - every, table.c.at > now())
     with database.write() as connection:
         statement = (
-            insert(connection, table)
+            upsert.insert(connection, table)
             .values(name=_MAINTENANCE, at=now())
             .on_conflict_do_update(index_elements=[table.c.name], set_={"at": now()}, where=due)
-            .returning(table.c.name)
         )
-        return connection.execute(statement).first() is not None
+        return connection.execute(statement.returning(table.c.name)).first() is not None

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
+from storage.deaths import Step
 from storage.errors import NotFound
 from storage.queue import regrouped_rows
 from storage.records import Attempt, Job, PartFile, RowException, Shard
-from storage.sql import row_mapping, tables
+from storage.sql import tables
 from storage.sql.database import Database, now
-from storage.states import ShardState
+from storage.sql.row_mapping import read
+from storage.states import AttemptState, ShardState
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Progress:
 def progress(database: Database, job: Job) -> Progress:
     """Where the job stands now."""
     shard, attempt = tables.shard, tables.attempt
-    names = ("prompt_tokens", "cached_tokens", "completion_tokens")
+    names = tables.TOKENS
     sums = [sa.func.coalesce(sa.func.sum(shard.c[name]), 0).label(name) for name in ("n_done", "n_failed", *names)]
     with database.read() as connection:
         counts = {
@@ -56,8 +57,12 @@ def progress(database: Database, job: Job) -> Progress:
         tried = connection.execute(
             sa.select(
                 sa.func.count().label("n"),
-                sa.func.coalesce(sa.func.sum(sa.case((attempt.c.state == "failed", 1), else_=0)), 0).label("failed"),
-                sa.func.coalesce(sa.func.sum(sa.case((attempt.c.state == "lost", 1), else_=0)), 0).label("lost"),
+                sa.func.coalesce(sa.func.sum(sa.case((attempt.c.state == AttemptState.FAILED, 1), else_=0)), 0).label(
+                    "failed"
+                ),
+                sa.func.coalesce(sa.func.sum(sa.case((attempt.c.state == AttemptState.LOST, 1), else_=0)), 0).label(
+                    "lost"
+                ),
                 sa.func.coalesce(sa.func.sum(attempt.c.rows_resumed), 0).label("resumed"),
                 sa.func.max(attempt.c.ended_at).label("ended"),
             )
@@ -92,7 +97,7 @@ def progress(database: Database, job: Job) -> Progress:
 def _at_work(job_id: str) -> sa.Select[Any]:
     """Attempts at the job that are running, those among them that load, and when the first of these began."""
     shard, attempt = tables.shard, tables.attempt
-    loads = attempt.c.step == "loading"
+    loads = attempt.c.step == Step.LOADING
     return (
         sa.select(
             sa.func.count().label("n"),
@@ -109,35 +114,28 @@ def _at_work(job_id: str) -> sa.Select[Any]:
 def measured(database: Database, job_id: str) -> list[tuple[dict[str, float], float]]:
     """What each attempt at the job's shards measured, where it came to say so; and when it ended (Unix seconds)."""
     attempt, shard = tables.attempt, tables.shard
-    with database.read() as connection:
-        found = connection.execute(
-            sa.select(attempt.c.stats, attempt.c.ended_at)
-            .join(shard, shard.c.id == attempt.c.shard_id)
-            .where(shard.c.job_id == job_id, attempt.c.ended_at.is_not(None))
-            .order_by(attempt.c.shard_id, attempt.c.attempt_no)
-        )
-        return [(row.stats["measured"], row.ended_at) for row in found if "measured" in row.stats]
+    query = (
+        sa.select(attempt.c.stats, attempt.c.ended_at)
+        .join(shard, shard.c.id == attempt.c.shard_id)
+        .where(shard.c.job_id == job_id, attempt.c.ended_at.is_not(None))
+        .order_by(attempt.c.shard_id, attempt.c.attempt_no)
+    )
+    return [(row.stats["measured"], row.ended_at) for row in database.rows(query) if "measured" in row.stats]
 
 
 def attempts(database: Database, job_id: str) -> list[Attempt]:
     """Every attempt at the job's shards, by shard and number."""
     attempt, shard = tables.attempt, tables.shard
-    with database.read() as connection:
-        found = connection.execute(
-            sa.select(attempt)
-            .join(shard, shard.c.id == attempt.c.shard_id)
-            .where(shard.c.job_id == job_id)
-            .order_by(attempt.c.shard_id, attempt.c.attempt_no)
-        )
-        return [row_mapping.attempt(row) for row in found]
+    query = sa.select(attempt).join(shard, shard.c.id == attempt.c.shard_id).where(shard.c.job_id == job_id)
+    return database.records(Attempt, query.order_by(attempt.c.shard_id, attempt.c.attempt_no))
 
 
 def attempt(database: Database, shard_id: str, attempt_no: int) -> Attempt:
     """One attempt."""
     table = tables.attempt
     query = sa.select(table).where(table.c.shard_id == shard_id, table.c.attempt_no == attempt_no)
-    with database.read() as connection:
-        return row_mapping.attempt(connection.execute(query).one())
+    [found] = database.records(Attempt, query)
+    return found
 
 
 def shards(database: Database, job_id: str, *, state: ShardState | None = None) -> list[Shard]:
@@ -146,12 +144,11 @@ def shards(database: Database, job_id: str, *, state: ShardState | None = None) 
     query = sa.select(table).where(table.c.job_id == job_id).order_by(table.c.idx, table.c.gen)
     if state is not None:
         query = query.where(table.c.state == state)
-    with database.read() as connection:
-        return [row_mapping.shard(row) for row in connection.execute(query)]
+    return database.records(Shard, query)
 
 
 @dataclass(frozen=True, slots=True)
-class RowPlace:
+class RowLocation:
     """Where one row of a job lives: its shard (newest generation), its index in it, and the file that holds it."""
 
     shard: Shard
@@ -160,7 +157,7 @@ class RowPlace:
     exception: RowException | None
 
 
-def place(database: Database, job: Job, row: int) -> RowPlace:
+def place(database: Database, job: Job, row: int) -> RowLocation:
     """One look-up for any row of a job. Raises :class:`NotFound` when the job has no such row."""
     if not 0 <= row < job.rows_total:
         raise NotFound(f"job {job.id} has rows 0 to {job.rows_total - 1}, not {row}")
@@ -172,23 +169,19 @@ def place(database: Database, job: Job, row: int) -> RowPlace:
             .where(table.c.job_id == job.id, table.c.row_start <= at, table.c.row_start + table.c.row_n > at)
             .order_by(table.c.gen.desc())
         ).all()
-        shards = [row_mapping.shard(item) for item in generations]
+        shards = [read(Shard, item) for item in generations]
         index = at - shards[0].row_start
         # The newest generation that has this row among its own.
         shard = next((s for s in shards if s.select is None or index in s.select), shards[-1])
-        files: Sequence[PartFile] = [
-            row_mapping.part_file(item)
-            for item in connection.execute(
-                sa.select(part).where(part.c.shard_id == shard.id).order_by(part.c.attempt_no, part.c.seq)
-            )
-        ]
+        parts = sa.select(part).where(part.c.shard_id == shard.id).order_by(part.c.attempt_no.desc(), part.c.seq.desc())
+        files = [read(PartFile, item) for item in connection.execute(parts)]
         detail = connection.execute(
             sa.select(exception).where(exception.c.shard_id == shard.id, exception.c.row_idx == index)
         ).first()
-    return RowPlace(
+    return RowLocation(
         shard=shard,
         row=index,
-        part=next((item for item in reversed(files) if index in item.rows), None),
+        part=next((item for item in files if index in item.rows), None),
         exception=None if detail is None else RowException(row, detail.code, detail.message),
     )
 
@@ -197,8 +190,7 @@ def ready_shards(database: Database) -> dict[str, int]:
     """Ready shards by queue."""
     shard = tables.shard
     query = sa.select(shard.c.queue, sa.func.count()).where(shard.c.state == ShardState.READY).group_by(shard.c.queue)
-    with database.read() as connection:
-        return {queue: int(count) for queue, count in connection.execute(query)}
+    return {queue: int(count) for queue, count in database.rows(query)}
 
 
 def shards_by_queue(database: Database) -> dict[str, dict[str, int]]:
@@ -206,7 +198,6 @@ def shards_by_queue(database: Database) -> dict[str, dict[str, int]]:
     shard = tables.shard
     query = sa.select(shard.c.queue, shard.c.state, sa.func.count()).group_by(shard.c.queue, shard.c.state)
     found: dict[str, dict[str, int]] = {}
-    with database.read() as connection:
-        for queue, state, count in connection.execute(query):
-            found.setdefault(queue, {})[state] = int(count)
+    for queue, state, count in database.rows(query):
+        found.setdefault(queue, {})[state] = int(count)
     return found

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from storage.errors import NotFound
 from storage.sql import tables
 from storage.sql.database import Database, now
+from storage.sql.row_mapping import read, values
 from storage.states import ShardState
 
 FORGET_SECONDS = 24 * 3600.0
@@ -72,24 +73,7 @@ def register(database: Database, worker: Worker) -> None:
     """Make the worker known, before its first claim. Again, if it was forgotten, or its row is of an earlier life."""
     with database.write() as connection:
         connection.execute(tables.worker.delete().where(tables.worker.c.id == worker.id))
-        connection.execute(
-            tables.worker.insert().values(
-                id=worker.id,
-                host=worker.host,
-                pid=worker.pid,
-                pid_started_at=worker.pid_started_at,
-                boot_id=worker.boot_id,
-                start_ticks=worker.start_ticks,
-                engines=list(worker.engines),
-                queues=list(worker.queues),
-                slots=worker.slots,
-                lease_seconds=worker.lease_seconds,
-                version=worker.version,
-                offers={name: list(items) for name, items in worker.offers.items()},
-                started_at=now(),
-                heartbeat_at=now(),
-            )
-        )
+        connection.execute(tables.worker.insert().values(**values(worker), started_at=now(), heartbeat_at=now()))
 
 
 def unregister(database: Database, worker_id: str) -> None:
@@ -119,15 +103,10 @@ def touch(
     Returns whether it is to drain (it said so, or somebody asked for it); ``None`` when nobody knows the worker.
     """
     table = tables.worker
-    values: dict[str, Any] = {
-        "heartbeat_at": now(),
-        "warm": [dict(item) for item in warm],
-        "trouble": trouble,
-        "dropped_messages": dropped_messages,
-    }
+    update = table.update().where(table.c.id == worker_id).returning(table.c.draining)
+    update = update.values(heartbeat_at=now(), warm=warm, trouble=trouble, dropped_messages=dropped_messages)
     if draining:
-        values["draining"] = True
-    update = table.update().where(table.c.id == worker_id).values(**values).returning(table.c.draining)
+        update = update.values(draining=True)
     with database.write() as connection:
         found = connection.execute(update).first()
     return None if found is None else bool(found.draining)
@@ -147,8 +126,7 @@ def drain(database: Database, worker_ids: Sequence[str]) -> list[str]:
 def find(database: Database, id_or_part: str) -> str:
     """The id of the one worker whose id is, or contains, this. Raises :class:`NotFound` for none, or for several."""
     table = tables.worker
-    with database.read() as connection:
-        ids: list[str] = sorted(connection.execute(sa.select(table.c.id)).scalars())
+    ids: list[str] = sorted(database.scalars(sa.select(table.c.id)))
     if id_or_part in ids:
         return id_or_part
     found = [worker_id for worker_id in ids if id_or_part and id_or_part in worker_id]
@@ -188,8 +166,7 @@ def forget_silent(database: Database, *, after: float = FORGET_SECONDS) -> int:
     table, shard = tables.worker, tables.shard
     holds = sa.exists().where(shard.c.lease_owner == table.c.id, shard.c.state == ShardState.RUNNING)
     gone = table.delete().where(table.c.heartbeat_at < now() - after, ~holds)
-    with database.write() as connection:
-        return connection.execute(gone).rowcount
+    return database.change(gone)
 
 
 def free_slots(database: Database, queue: str) -> int:
@@ -211,33 +188,20 @@ def any_alive(database: Database, *, within: float) -> bool:
     """Whether any worker has given a sign of life in the last ``within`` seconds."""
     table = tables.worker
     query = sa.select(table.c.id).where(table.c.heartbeat_at > now() - within).limit(1)
-    with database.read() as connection:
-        return connection.execute(query).first() is not None
+    return database.row(query) is not None
 
 
 def on_host(database: Database, host: str) -> list[Worker]:
     """The workers that registered from ``host`` and have not ended politely."""
     table = tables.worker
-    with database.read() as connection:
-        found = connection.execute(sa.select(table).where(table.c.host == host).order_by(table.c.started_at)).all()
-    return [_worker(row) for row in found]
+    return [
+        _worker(row) for row in database.rows(sa.select(table).where(table.c.host == host).order_by(table.c.started_at))
+    ]
 
 
 def _worker(row: sa.Row[Any]) -> Worker:
-    return Worker(
-        id=row.id,
-        host=row.host,
-        pid=row.pid,
-        pid_started_at=row.pid_started_at,
-        engines=tuple(row.engines),
-        queues=tuple(row.queues),
-        slots=row.slots,
-        lease_seconds=row.lease_seconds,
-        version=row.version,
-        boot_id=row.boot_id,
-        start_ticks=row.start_ticks,
-        offers={name: tuple(items) for name, items in row.offers.items()},
-    )
+    offers = {name: tuple(items) for name, items in row.offers.items()}
+    return read(Worker, row, engines=tuple(row.engines), queues=tuple(row.queues), offers=offers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,5 +248,4 @@ def unknown_owners(database: Database) -> list[str]:
         .where(shard.c.state == ShardState.RUNNING, ~sa.exists().where(worker.c.id == shard.c.lease_owner))
         .distinct()
     )
-    with database.read() as connection:
-        return sorted(connection.execute(query).scalars())
+    return sorted(database.scalars(query))

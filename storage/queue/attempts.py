@@ -15,8 +15,8 @@ from storage.deaths import CAREFUL_AFTER, Step, after_crash
 from storage.errors import CommitUnknown, LeaseLost, Unreachable
 from storage.queue.job_progress import close_shard, fail_whole, locked_job
 from storage.records import Claim, Computed, PartFile, RowException
-from storage.sql import tables
-from storage.sql.database import Database, now, pack, unpack
+from storage.sql import row_mapping, tables
+from storage.sql.database import Database, now
 from storage.sql.transitions import move_attempt, move_shard, record
 from storage.states import AttemptState, JobState, ShardState
 
@@ -67,17 +67,10 @@ def _flush(
         held = held_row(database, connection, claim)
         if _is_flushed(connection, claim, part):
             return  # an earlier COMMIT, whose answer was lost, landed after all
-        connection.execute(tables.part_file.insert().values(shard_id=claim.shard.id, **_columns(part)))
+        connection.execute(tables.part_file.insert().values(shard_id=claim.shard.id, **row_mapping.values(part)))
         _count(connection, claim, held, part, tokens, exceptions, n_poison)
-        record(
-            connection,
-            claim.job.id,
-            "shard.flush",
-            claim.owner,
-            shard_id=claim.shard.id,
-            attempt_no=claim.attempt_no,
-            data={"seq": part.seq, "rows": len(part.rows), "failed": len(part.failed), "bytes": part.n_bytes},
-        )
+        data = {"seq": part.seq, "rows": len(part.rows), "failed": len(part.failed), "bytes": part.n_bytes}
+        _record(connection, claim, "shard.flush", data)
 
 
 def _count(
@@ -90,7 +83,7 @@ def _count(
     n_poison: int,
 ) -> None:
     """Count the rows of a file that this attempt has computed: they are durable with this transaction."""
-    done, failed = unpack(held.done_bm) | part.rows, unpack(held.failed_bm) | part.failed
+    done, failed = held.done | part.rows, held.failed | part.failed
     room = ROW_EXCEPTIONS_KEPT - held.n_failed
     if exceptions and room > 0:
         connection.execute(
@@ -105,10 +98,7 @@ def _count(
         shard.update()
         .where(shard.c.id == claim.shard.id)
         .values(
-            done_bm=pack(done),
-            failed_bm=pack(failed),
-            n_done=len(done),
-            n_failed=len(failed),
+            **_flushed(done, failed),
             # Progress forgives crashes, but not those of a search, nor what ``end_search`` noted.
             n_crash=held.n_crash if held.n_crash >= CAREFUL_AFTER - 1 else 0,
             **{name: shard.c[name] + count for name, count in tokens.items()},
@@ -128,17 +118,9 @@ def note(database: Database, claim: Claim, step: Step, alone: BitMap | None = No
     Raises :class:`LeaseLost` when the attempt is over.
     """
     attempt = tables.attempt
-    with database.write() as connection:
-        noted = connection.execute(
-            attempt.update()
-            .where(
-                attempt.c.shard_id == claim.shard.id,
-                attempt.c.attempt_no == claim.attempt_no,
-                attempt.c.state == AttemptState.RUNNING,
-            )
-            .values(step=step, alone_bm=None if alone is None else pack(alone))
-        )
-    if noted.rowcount != 1:
+    mine = (attempt.c.shard_id == claim.shard.id, attempt.c.attempt_no == claim.attempt_no)
+    running = attempt.c.state == AttemptState.RUNNING
+    if database.change(attempt.update().where(*mine, running).values(step=step, alone=alone)) != 1:
         raise LeaseLost(f"attempt {claim.attempt_no} no longer holds shard {claim.shard.id}")
 
 
@@ -147,7 +129,7 @@ def end_search(database: Database, claim: Claim) -> None:
     shard = tables.shard
     with database.write() as connection:
         held_row(database, connection, claim)
-        values = {"suspect_bm": None, "n_crash": CAREFUL_AFTER - 1}
+        values = {"suspect": None, "n_crash": CAREFUL_AFTER - 1}
         connection.execute(shard.update().where(shard.c.id == claim.shard.id).values(**values))
 
 
@@ -171,13 +153,13 @@ def commit(
         with database.write() as connection:
             job = locked_job(database, connection, claim.job.id)
             held = held_row(database, connection, claim)
-            connection.execute(tables.part_file.insert().values(shard_id=claim.shard.id, **_columns(output)))
+            connection.execute(tables.part_file.insert().values(shard_id=claim.shard.id, **row_mapping.values(output)))
             if computed is not None:
                 _count(connection, claim, held, output, computed.tokens, computed.exceptions, 0)
                 held = held_row(database, connection, claim)
             if len(output.failed) > held.n_failed:
                 # Rows that were computed, and whose kept columns hold what no output may.
-                values = {"failed_bm": pack(output.failed), "n_failed": len(output.failed)}
+                values = {"failed": output.failed, "n_failed": len(output.failed)}
                 connection.execute(tables.shard.update().where(tables.shard.c.id == claim.shard.id).values(**values))
                 held = held_row(database, connection, claim)
             move_shard(
@@ -207,13 +189,10 @@ def commit(
 def _committed(database: Database, claim: Claim) -> JobState | None:
     """The job's state if this very attempt is the one that was committed, else ``None``."""
     shard, job = tables.shard, tables.job
-    with database.read() as connection:
-        row = connection.execute(
-            sa.select(shard.c.committed_attempt, job.c.state)
-            .join(job, job.c.id == shard.c.job_id)
-            .where(shard.c.id == claim.shard.id)
-        ).first()
-    return JobState(row.state) if row is not None and row.committed_attempt == claim.attempt_no else None
+    query = sa.select(job.c.state).join(shard, job.c.id == shard.c.job_id)
+    won = (shard.c.id == claim.shard.id, shard.c.committed_attempt == claim.attempt_no)
+    state: JobState | None = database.scalar(query.where(*won))
+    return state
 
 
 def fail(
@@ -239,7 +218,7 @@ def fail(
         attempt = read_attempt(connection, claim.shard.id, claim.attempt_no)
         values: dict[str, Any] = {"n_fail": held.n_fail, "n_crash": held.n_crash, "n_lost": held.n_lost}
         if crash:
-            progress, alone = has_progress(attempt), attempt.alone_bm is not None
+            progress, alone = has_progress(attempt), attempt.alone is not None
             toll = after_crash(held.n_crash, held.n_lost, progress=progress, alone=alone)
             searching = toll.crashes >= CAREFUL_AFTER
             values["n_fail"] += not searching and not progress
@@ -282,9 +261,9 @@ def has_progress(attempt: sa.Row[Any]) -> bool:
 
 def suspects(attempt: sa.Row[Any], *, opens: bool) -> dict[str, Any]:
     """The suspects after a crash of the attempt: what ran alone; all rows, where a search begins."""
-    if attempt.alone_bm is not None:
-        return {"suspect_bm": attempt.alone_bm}
-    return {"suspect_bm": None} if opens else {}
+    if attempt.alone is not None:
+        return {"suspect": attempt.alone}
+    return {"suspect": None} if opens else {}
 
 
 def fail_job(database: Database, claim: Claim, error: str, *, stats: Mapping[str, Any] | None = None) -> None:
@@ -322,25 +301,47 @@ def cancel(database: Database, claim: Claim, *, stats: Mapping[str, Any] | None 
 
 def supersede(database: Database, claim: Claim) -> None:
     """Note that an attempt came back too late. It wrote nothing, and nothing else changes."""
+    shard = tables.shard
+    gone = sa.or_(shard.c.attempt_no > claim.attempt_no, shard.c.state != ShardState.RUNNING)
     with database.write() as connection:
+        if connection.execute(sa.select(shard.c.id).where(shard.c.id == claim.shard.id, gone)).first() is None:
+            return
         for source in (AttemptState.LOST, AttemptState.RUNNING):
-            shard = tables.shard
-            newer = connection.execute(
-                sa.select(shard.c.id).where(
-                    shard.c.id == claim.shard.id,
-                    sa.or_(shard.c.attempt_no > claim.attempt_no, shard.c.state != ShardState.RUNNING),
-                )
-            ).first()
-            if newer and move_attempt(connection, claim.shard.id, claim.attempt_no, source, AttemptState.SUPERSEDED):
-                record(
-                    connection,
-                    claim.job.id,
-                    "attempt.superseded",
-                    claim.owner,
-                    shard_id=claim.shard.id,
-                    attempt_no=claim.attempt_no,
-                )
+            if move_attempt(connection, claim.shard.id, claim.attempt_no, source, AttemptState.SUPERSEDED):
+                _record(connection, claim, "attempt.superseded")
                 return
+
+
+def drop_corrupt_parts(
+    database: Database,
+    claim: Claim,
+    corrupt: Sequence[PartFile],
+    intact: Sequence[PartFile],
+    *,
+    tokens: Mapping[str, int],
+) -> None:
+    """Take back what the ``corrupt`` part files had made durable, so that their rows are computed again.
+
+    ``tokens`` are the totals of the ``intact`` ones. Fenced: raises :class:`LeaseLost`, and nothing has changed, when
+    the attempt no longer holds the shard.
+    """
+    done = BitMap.union(BitMap(), *(part.rows for part in intact))
+    failed = BitMap.union(BitMap(), *(part.failed for part in intact))
+    shard, part, exception = tables.shard, tables.part_file, tables.row_exception
+    with database.write() as connection:
+        held_row(database, connection, claim)
+        gone = sa.tuple_(part.c.attempt_no, part.c.seq).in_([(item.attempt_no, item.seq) for item in corrupt])
+        connection.execute(part.delete().where(part.c.shard_id == claim.shard.id, gone))
+        known = sa.select(exception.c.row_idx).where(exception.c.shard_id == claim.shard.id)
+        stale = [row for row in connection.execute(known).scalars() if row not in failed]
+        connection.execute(
+            exception.delete().where(exception.c.shard_id == claim.shard.id, exception.c.row_idx.in_(stale))
+        )
+        connection.execute(
+            shard.update().where(shard.c.id == claim.shard.id).values(**_flushed(done, failed), **tokens)
+        )
+        for item in corrupt:
+            _record(connection, claim, "shard.part_lost", {"uri": item.uri, "rows": len(item.rows)})
 
 
 def held_row(database: Database, connection: sa.Connection, claim: Claim) -> sa.Row[Any]:
@@ -365,14 +366,10 @@ def _end_attempt(connection: sa.Connection, claim: Claim, target: AttemptState, 
     move_attempt(connection, claim.shard.id, claim.attempt_no, AttemptState.RUNNING, target, **values)
 
 
-def _columns(part: PartFile) -> dict[str, Any]:
-    return {
-        "attempt_no": part.attempt_no,
-        "seq": part.seq,
-        "uri": part.uri,
-        "n_bytes": part.n_bytes,
-        "sha256": part.sha256,
-        "etag": part.etag,
-        "rows_bm": pack(part.rows),
-        "failed_bm": pack(part.failed),
-    }
+def _flushed(done: BitMap, failed: BitMap) -> dict[str, Any]:
+    return {"done": done, "failed": failed, "n_done": len(done), "n_failed": len(failed)}
+
+
+def _record(connection: sa.Connection, claim: Claim, kind: str, data: Mapping[str, Any] | None = None) -> None:
+    shard_id, number = claim.shard.id, claim.attempt_no
+    record(connection, claim.job.id, kind, claim.owner, shard_id=shard_id, attempt_no=number, data=data)

@@ -13,9 +13,10 @@ from typing import Any
 import sqlalchemy as sa
 
 from storage.queue import fair_queue
-from storage.records import OUTPUT_SEQ, Claim, PartFile
-from storage.sql import row_mapping, tables
+from storage.records import OUTPUT_SEQ, Claim, Job, PartFile, Shard, Source
+from storage.sql import tables
 from storage.sql.database import Database, now
+from storage.sql.row_mapping import read
 from storage.sql.transitions import move_job, move_shard
 from storage.states import AttemptState, JobState, ShardState
 
@@ -38,13 +39,13 @@ def claim(
     queues: Collection[str] | None = None,
     job_id: str | None = None,
     warm: Collection[str] = (),
-    keep: Collection[str] = (),
+    sticky_keys: Collection[str] = (),
 ) -> Claim | None:
     """Lease the next ready shard to ``owner``; ``None`` when there is none, or none may run now.
 
     Which one: highest priority, then the tenant whose turn it is and that has fewer than its ``max_running`` at work,
     then the engines in ``warm`` (engine keys loaded in this process), then the longest due (see ``fair_queue``).
-    Engines in ``keep`` (loaded so lately that it has not paid off) even go before another tenant's turn.
+    Engines in ``sticky_keys`` (loaded so lately that it has not paid off) even go before another tenant's turn.
     ``queues`` and ``job_id`` narrow the choice; within one job there is no question of turns. One transaction raises
     the fence, sets the lease and opens the attempt.
     """
@@ -53,21 +54,13 @@ def claim(
         if job_id is not None:
             found = fair_queue.next_of_job(database, connection, job_id, queues)
         else:
-            chosen = fair_queue.next_shard(database, connection, queues=queues, warm=warm, keep=keep)
+            chosen = fair_queue.next_shard(database, connection, queues=queues, warm=warm, sticky_keys=sticky_keys)
             found, flow = chosen or (None, None)
         if found is None:
             return None
         number = found.attempt_no + 1
-        moved = move_shard(
-            connection,
-            found,
-            ShardState.RUNNING,
-            owner,
-            attempt_no=number,
-            lease_owner=owner,
-            lease_until=now() + lease_seconds,
-        )
-        if not moved:
+        lease = {"attempt_no": number, "lease_owner": owner, "lease_until": now() + lease_seconds}
+        if not move_shard(connection, found, ShardState.RUNNING, owner, **lease):
             return None
         connection.execute(
             tables.attempt.insert().values(
@@ -82,7 +75,7 @@ def claim(
         _mark_started(database, connection, found.job_id, owner)
         claimed = _read_claim(connection, found.id, number, owner)
         if flow is not None:
-            fair_queue.charge(database, connection, flow, len(claimed.todo))
+            fair_queue.charge(connection, flow, len(claimed.todo))
         return claimed
 
 
@@ -92,22 +85,13 @@ def _mark_started(database: Database, connection: sa.Connection, job_id: str, ow
     job = tables.job
     query = sa.select(job.c.id).where(job.c.id == job_id, job.c.state == JobState.QUEUED)
     if connection.execute(database.locked(query, skip=True)).first() is not None:
-        move_job(
-            connection,
-            job_id,
-            JobState.QUEUED,
-            JobState.IN_PROGRESS,
-            owner,
-            started_at=sa.func.coalesce(job.c.started_at, now()),
-        )
+        started = sa.func.coalesce(job.c.started_at, now())
+        move_job(connection, job_id, JobState.QUEUED, JobState.IN_PROGRESS, owner, started_at=started)
 
 
 def _read_claim(connection: sa.Connection, shard_id: str, number: int, owner: str) -> Claim:
-    shard = row_mapping.shard(connection.execute(sa.select(tables.shard).where(tables.shard.c.id == shard_id)).one())
-    job = row_mapping.job(connection.execute(sa.select(tables.job).where(tables.job.c.id == shard.job_id)).one())
-    wanted = sorted({item.source for item in shard.slices})
-    table = tables.source
-    found = connection.execute(sa.select(table).where(table.c.job_id == job.id, table.c.idx.in_(wanted)))
+    shard = read(Shard, connection.execute(sa.select(tables.shard).where(tables.shard.c.id == shard_id)).one())
+    job = read(Job, connection.execute(sa.select(tables.job).where(tables.job.c.id == shard.job_id)).one())
     part = tables.part_file
     parts = connection.execute(
         sa.select(part)
@@ -117,15 +101,21 @@ def _read_claim(connection: sa.Connection, shard_id: str, number: int, owner: st
     return Claim(
         shard=shard,
         job=job,
-        sources={row.idx: row_mapping.source(row) for row in found},
-        parts=tuple(row_mapping.part_file(row) for row in parts),
-        base=base_output(connection, job.id, shard.idx, shard.gen),
+        sources={row.idx: read(Source, row) for row in connection.execute(sources_of(shard))},
+        parts=tuple(read(PartFile, row) for row in parts),
+        previous_output=previous_output(connection, job.id, shard.idx, shard.gen),
         attempt_no=number,
         owner=owner,
     )
 
 
-def base_output(connection: sa.Connection, job_id: str, idx: int, gen: int) -> PartFile | None:
+def sources_of(shard: Shard) -> sa.Select[Any]:
+    """The input files that a shard reads."""
+    source, wanted = tables.source, sorted({item.source for item in shard.slices})
+    return sa.select(source).where(source.c.job_id == shard.job_id, source.c.idx.in_(wanted))
+
+
+def previous_output(connection: sa.Connection, job_id: str, idx: int, gen: int) -> PartFile | None:
     """The committed output that a shard of generation ``gen`` builds on: the newest of an earlier generation."""
     shard, part = tables.shard, tables.part_file
     row = connection.execute(
@@ -142,15 +132,14 @@ def base_output(connection: sa.Connection, job_id: str, idx: int, gen: int) -> P
         .order_by(shard.c.gen.desc())
         .limit(1)
     ).first()
-    return None if row is None else row_mapping.part_file(row)
+    return None if row is None else read(PartFile, row)
 
 
 def stopping(database: Database, jobs: Collection[str]) -> set[str]:
     """Those of these jobs (ids) that are being wound down."""
     job = tables.job
-    with database.read() as connection:
-        query = sa.select(job.c.id).where(job.c.id.in_(list(jobs)), job.c.state == JobState.CANCELLING)
-        return set(connection.execute(query).scalars())
+    query = sa.select(job.c.id).where(job.c.id.in_(list(jobs)), job.c.state == JobState.CANCELLING)
+    return set(database.scalars(query))
 
 
 def heartbeat(

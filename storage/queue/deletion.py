@@ -9,8 +9,9 @@ import sqlalchemy as sa
 
 from storage.errors import Conflict, NotFound
 from storage.records import Job
-from storage.sql import row_mapping, tables
+from storage.sql import tables
 from storage.sql.database import Database, now
+from storage.sql.row_mapping import read
 from storage.states import TERMINAL_JOB
 
 LEFT_ALONE_SECONDS = 60.0
@@ -33,11 +34,11 @@ def mark(database: Database, job_id: str) -> Job:
             raise NotFound(f"there is no job {job_id}")
         if found.state not in TERMINAL_JOB:
             raise Conflict(f"job {job_id} is {found.state}; only a job that has ended can be deleted: cancel it first")
-        if found.touched or (found.finalize_until is not None and found.finalize_until > found.clock):
+        if found.needs_republish or (found.finalize_until is not None and found.finalize_until > found.clock):
             raise Conflict(f"the output of job {job_id} is being published once more; delete the job when that is done")
-        values = {"deleted_at": now(), "idem_key": None}
+        values = {"deleted_at": now(), "idempotency_key": None}
         connection.execute(job.update().where(job.c.id == job_id).values(**values))
-        return row_mapping.job(found)
+        return read(Job, found)
 
 
 def _overtake(database: Database, job_id: str) -> None:
@@ -48,11 +49,8 @@ def _overtake(database: Database, job_id: str) -> None:
         .join(job, sa.and_(job.c.output_uri == older.c.output_uri, older.c.id < job.c.id))
         .where(job.c.id == job_id, job.c.publishing, ~older.c.overtaken)
     )
-    with database.read() as connection:
-        found = list(connection.execute(query).scalars())
-    for other in found:  # each in a transaction of its own: two jobs' rows are never locked in one
-        with database.write() as connection:
-            connection.execute(job.update().where(job.c.id == other).values(overtaken=True))
+    for other in database.scalars(query):  # each in a transaction of its own: two jobs' rows are never locked in one
+        database.change(job.update().where(job.c.id == other).values(overtaken=True))
 
 
 def due(database: Database, *, older_than: float, limit: int) -> list[str]:
@@ -64,31 +62,26 @@ def due(database: Database, *, older_than: float, limit: int) -> list[str]:
             job.c.state.in_(TERMINAL_JOB),
             job.c.ended_at < now() - older_than,
             job.c.deleted_at.is_(None),
-            ~job.c.touched,
+            ~job.c.needs_republish,
             sa.or_(job.c.finalize_until.is_(None), job.c.finalize_until < now()),
         )
         .order_by(job.c.id)
         .limit(limit)
     )
-    with database.read() as connection:
-        return list(connection.execute(query).scalars())
+    return database.scalars(query)
 
 
 def unfinished(database: Database, *, limit: int) -> list[Job]:
     """Marked jobs that nobody is deleting, those that have waited longest first."""
     job = tables.job
     query = sa.select(job).where(job.c.deleted_at < now() - LEFT_ALONE_SECONDS).order_by(job.c.deleted_at).limit(limit)
-    with database.read() as connection:
-        return [row_mapping.job(row) for row in connection.execute(query)]
+    return database.records(Job, query)
 
 
 def postpone(database: Database, job_id: str) -> None:
     """A marked job could not be deleted: others come first, and it has its turn again later."""
     job = tables.job
-    with database.write() as connection:
-        connection.execute(
-            job.update().where(job.c.id == job_id, job.c.deleted_at.is_not(None)).values(deleted_at=now())
-        )
+    database.change(job.update().where(job.c.id == job_id, job.c.deleted_at.is_not(None)).values(deleted_at=now()))
 
 
 def delete_rows(database: Database, job_id: str) -> None:
@@ -107,8 +100,7 @@ def delete_rows(database: Database, job_id: str) -> None:
         while _delete_some(database, key, where, most):
             pass
     job = tables.job
-    with database.write() as connection:
-        connection.execute(job.delete().where(job.c.id == job_id, job.c.deleted_at.is_not(None)))
+    database.change(job.delete().where(job.c.id == job_id, job.c.deleted_at.is_not(None)))
 
 
 def _delete_some(database: Database, key: sa.Column[object], where: sa.ColumnElement[bool], most: int) -> int:

@@ -14,8 +14,8 @@ between queues, a tenant counts by how far it is ahead of the first in its own q
 was waiting for is charged: a tenant alone writes nothing at all.
 
 An engine may take minutes to load, and turns that alternate between two models would do little else. So a worker
-stays with an engine that it has just loaded until the loading has paid off (``keep``); what its tenant gets beyond its
-turn is charged like everything else, and the others catch up afterwards.
+stays with an engine that it has just loaded until the loading has paid off (``sticky_keys``); what its tenant gets
+beyond its turn is charged like everything else, and the others catch up afterwards.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from storage.sql import tables
+from storage.sql import tables, upsert
 from storage.sql.column_types import Text
 from storage.sql.database import Database, now
-from storage.sql.upsert import insert
+from storage.sql.row_mapping import read
 from storage.states import JobState, ShardState
 
 AFFINITY_SECONDS = 300.0
@@ -68,16 +68,16 @@ def next_shard(
     *,
     queues: Collection[str] | None,
     warm: Collection[str],
-    keep: Collection[str] = (),
+    sticky_keys: Collection[str] = (),
 ) -> tuple[sa.Row[Any], Flow] | None:
     """The row of the shard to claim, locked, and its flow; ``None`` when nothing may be claimed now.
 
-    ``queues`` are those to serve (``None``: all), ``warm`` the keys of the engines that are loaded here, ``keep`` of
-    those whose loading has not paid off yet: their flows go before another tenant's turn.
+    ``queues`` are those to serve (``None``: all), ``warm`` the keys of the engines that are loaded here,
+    ``sticky_keys`` of those whose loading has not paid off yet: their flows go before another tenant's turn.
     """
     shard = tables.shard
     for limit in (_FRONT, None):
-        found = due_flows(connection, queues=queues, warm=warm, keep=keep, limit=limit)
+        found = due_flows(connection, queues=queues, warm=warm, sticky_keys=sticky_keys, limit=limit)
         for flow in found:
             row = _take(
                 database,
@@ -111,7 +111,7 @@ def next_of_job(
     return _take(database, connection, capped, *where)
 
 
-def charge(database: Database, connection: sa.Connection, flow: Flow, rows: int) -> None:
+def charge(connection: sa.Connection, flow: Flow, rows: int) -> None:
     """Move the tenant on by the ``rows`` it was given, if others waited. The claim's last statement.
 
     So claimers of one tenant wait for each other's COMMIT at most.
@@ -127,9 +127,8 @@ def charge(database: Database, connection: sa.Connection, flow: Flow, rows: int)
         sa.literal(flow.start, sa.Double()) + cost,
         sa.literal(flow.floor, sa.Double()),
     ).where(tenant.c.name == flow.tenant)
-    statement = insert(connection, share).from_select(
-        [share.c.tenant, share.c.queue, share.c.priority, share.c.vtime, share.c.vstart], first
-    )
+    columns = [share.c.tenant, share.c.queue, share.c.priority, share.c.vtime, share.c.vstart]
+    statement = upsert.insert(connection, share).from_select(columns, first)
     connection.execute(
         statement.on_conflict_do_update(
             index_elements=[share.c.queue, share.c.priority, share.c.tenant],
@@ -194,29 +193,25 @@ def due_flows(
     *,
     queues: Collection[str] | None,
     warm: Collection[str],
-    keep: Collection[str] = (),
+    sticky_keys: Collection[str] = (),
     limit: int | None = None,
 ) -> list[Flow]:
     """The flows that may be claimed from, best first, at most ``limit`` of them."""
     if queues is not None and not queues:
         return []
     names = {f"queue_{number}": queue for number, queue in enumerate(sorted(set(queues or ())))}
-    values: dict[str, Any] = {**names, "warm": sorted(warm), "keep": sorted(keep), "affinity": AFFINITY_SECONDS}
+    values: dict[str, Any] = {
+        **names,
+        "warm": sorted(warm),
+        "sticky": sorted(sticky_keys),
+        "affinity": AFFINITY_SECONDS,
+    }
     if limit is not None:
         values["front"] = limit
     query = _flows_query(None if queues is None else len(names), limit is not None)
     found = connection.execute(query, values).all()
     return [
-        Flow(
-            row.queue,
-            row.priority,
-            row.tenant,
-            row.engine_key,
-            row.start,
-            row.floor,
-            row.first_tenant != row.last_tenant,
-            row.max_running is not None,
-        )
+        read(Flow, row, contested=row.first_tenant != row.last_tenant, capped=row.max_running is not None)
         for row in found
     ]
 
@@ -236,13 +231,13 @@ def _flows_query(n_queues: int | None, limited: bool) -> sa.Select[Any]:
         (flow.c.engine_key.in_(sa.bindparam("warm", expanding=True)), 1),
         else_=2,
     )
-    kept = sa.case((flow.c.engine_key.in_(sa.bindparam("keep", expanding=True)), 0), else_=1)
+    sticky = sa.case((flow.c.engine_key.in_(sa.bindparam("sticky", expanding=True)), 0), else_=1)
     due = (
         sa.select(
             flow,
             start.label("start"),
             sa.func.min(start).over(partition_by=same).label("floor"),
-            kept.label("kept"),
+            sticky.label("sticky"),
             rank.label("rank"),
             tenant.c.max_running,
             sa.func.min(flow.c.tenant).over(partition_by=same).label("first_tenant"),
@@ -265,7 +260,7 @@ def _flows_query(n_queues: int | None, limited: bool) -> sa.Select[Any]:
         .subquery("due")
     )
     ahead = due.c.start - due.c.floor
-    order = (due.c.priority.desc(), due.c.kept, ahead, due.c.rank, due.c.run_after, due.c.id)
+    order = (due.c.priority.desc(), due.c.sticky, ahead, due.c.rank, due.c.run_after, due.c.id)
     query = sa.select(due).order_by(*order)
     return query.limit(sa.bindparam("front", type_=sa.Integer())) if limited else query
 

@@ -38,13 +38,11 @@ def count(
         theirs = (job.c.finalize_owner.startswith(f"{owner}#", autoescape=True) for owner in owners)
         dead = sa.or_(job.c.finalize_owner.in_(list(owners)), *theirs)
     # Each of the two has its index.
-    for which in (job.c.state.not_in(TERMINAL_JOB), job.c.touched):
+    for which in (job.c.state.not_in(TERMINAL_JOB), job.c.needs_republish):
         query = sa.select(job.c.id, job.c.finalize_owner, job.c.finalize_until).where(which, dead).order_by(job.c.id)
         if job_id is not None:
             query = query.where(job.c.id == job_id)
-        with database.read() as connection:
-            found = connection.execute(query).all()
-        for row in found:
+        for row in database.rows(query):
             _count_one(database, row, max_losses, actor)
 
 
@@ -54,7 +52,7 @@ def _count_one(database: Database, seen: Any, max_losses: int, actor: str) -> No
         row = connection.execute(database.locked(sa.select(job).where(job.c.id == seen.id))).one()
         if (row.finalize_owner, row.finalize_until) != (seen.finalize_owner, seen.finalize_until):
             return
-        deaths, state = row.n_lost + 1, JobState(row.state)
+        deaths, state = row.n_lost + 1, row.state
         values: dict[str, Any] = {"finalize_owner": None, "finalize_until": None, "n_lost": deaths}
         planning = state is JobState.VALIDATING
         doing, kind = ("planning it", "plan.lost") if planning else ("publishing it", "finalize.lost")
@@ -64,7 +62,7 @@ def _count_one(database: Database, seen: Any, max_losses: int, actor: str) -> No
             connection.execute(job.update().where(job.c.id == row.id).values(**values))
             return
         error = f"the process died {deaths} times while {doing}; 'rowmill job retry {row.id}' tries again"
-        values |= {"n_lost": 0, "finalize_epoch": row.finalize_epoch + 1, "touched": False}
+        values |= {"n_lost": 0, "finalize_epoch": row.finalize_epoch + 1, "needs_republish": False}
         values["error"] = f"{row.error}; {error}" if row.error and not planning else error
         if state in TERMINAL_JOB:
             connection.execute(job.update().where(job.c.id == row.id).values(**values))

@@ -41,15 +41,13 @@ def close_shard(
         values |= {
             "rows_done": table.c.rows_done + committed.n_done,
             "rows_failed": table.c.rows_failed + committed.n_failed,
-            "prompt_tokens": table.c.prompt_tokens + committed.prompt_tokens,
-            "cached_tokens": table.c.cached_tokens + committed.cached_tokens,
-            "completion_tokens": table.c.completion_tokens + committed.completion_tokens,
+            **{name: table.c[name] + getattr(committed, name) for name in tables.TOKENS},
         }
         rows_failed += committed.n_failed
         # A row that the commits of all jobs of the tenant change: locked last, and for no longer than their own.
         quotas.count(connection, job.tenant, tokens=committed.prompt_tokens + committed.completion_tokens)
     connection.execute(table.update().where(table.c.id == job.id).values(**values))
-    state = JobState(job.state)
+    state: JobState = job.state
     if state is JobState.QUEUED:
         # The claim found the job locked and left it; it has certainly started by now.
         move_job(connection, job.id, state, JobState.IN_PROGRESS, actor, started_at=now())
@@ -66,8 +64,7 @@ def close_shard(
 def fail_whole(connection: sa.Connection, job: sa.Row[Any], error: str, actor: str) -> None:
     """Move the locked ``job`` to ``cancelling`` because it failed, unless it is there. The finalizer makes it
     ``failed``."""
-    state = JobState(job.state)
-    if state in (JobState.QUEUED, JobState.IN_PROGRESS):
+    if (state := job.state) in (JobState.QUEUED, JobState.IN_PROGRESS):
         data = {"reason": "failed", "error": error}
         move_job(connection, job.id, state, JobState.CANCELLING, actor, stop_reason="failed", error=error, data=data)
 

@@ -10,11 +10,12 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from storage.errors import Conflict, IllegalTransition, NotFound
-from storage.queue import schedule_fires
-from storage.queue.schedule_fires import ConsumedFiles
-from storage.records import Event, FireKey, Job, ShardPlan, Source
+from storage.queue import schedules
+from storage.queue.schedules import ConsumedFiles
+from storage.records import Event, FireKey, Job, NewJob, ShardPlan, Source
 from storage.sql import row_mapping, tables
-from storage.sql.database import Database, now, pack
+from storage.sql.database import Database, now
+from storage.sql.row_mapping import read
 from storage.sql.transitions import move_job, record
 from storage.states import TERMINAL_JOB, JobState, ShardState
 from storage.tenants import quotas
@@ -37,76 +38,51 @@ def next_generation(row: sa.Row[Any], gen: int) -> dict[str, Any]:
 
 def insert(
     database: Database,
+    new: NewJob,
     *,
-    job_id: str,
-    tenant: str,
-    priority: int,
-    queue: str,
-    engine: str,
-    engine_key: str,
-    spec: Mapping[str, Any],
-    spec_hash: str,
-    idempotency_key: str | None,
-    output_uri: str,
-    max_failed_rows: int | None,
     window_seconds: float,
     actor: str,
     new_tenant: bool = True,
     fire: FireKey | None = None,
-    model: Mapping[str, Any] | None = None,
 ) -> Job:
     """Queue a job in ``validating``. Same tenant and key: the job that is there already, or :class:`Conflict`.
 
-    Raises :class:`Conflict` when a live job already writes to ``output_uri``, or when the key was used for other work,
+    Raises :class:`Conflict` when a live job already writes to its output, or when the key was used for other work,
     :class:`~storage.errors.QuotaExceeded` when the tenant has used up what it may, and
     :class:`~storage.errors.InvalidJob` when it is unknown and not to be made (``new_tenant``). With ``fire``, that fire
     of a schedule is marked as submitted in the same transaction; raises :class:`IllegalTransition`, and inserts
-    nothing, when it is not pending any more. ``model`` is the registered revision that its model stands for.
+    nothing, when it is not pending any more.
     """
-    values = {
-        "id": job_id,
-        "tenant": tenant,
-        "state": JobState.VALIDATING,
-        "priority": priority,
-        "queue": queue,
-        "engine": engine,
-        "engine_key": engine_key,
-        "spec": dict(spec),
-        "spec_hash": spec_hash,
-        "idem_key": idempotency_key,
-        "output_uri": output_uri,
-        "max_failed_rows": max_failed_rows,
-        "model": model,
-    }
+    values = row_mapping.values(new) | {"state": JobState.VALIDATING, "spec": dict(new.spec)}
     try:
         with database.write() as connection:
             if fire is not None:
-                schedule_fires.lock(connection, database, fire)
-            existing = by_idempotency_key(connection, tenant, idempotency_key)
+                schedules.lock_fire(connection, database, fire)
+            existing = by_idempotency_key(connection, new.tenant, new.idempotency_key)
             if existing is None:
                 connection.execute(
                     tables.job.insert().values(**values, created_at=now(), expires_at=now() + window_seconds)
                 )
-                record(connection, job_id, f"job.{JobState.VALIDATING}", actor)
+                record(connection, new.id, f"job.{JobState.VALIDATING}", actor)
                 if fire is not None:
-                    schedule_fires.submitted(connection, fire, job_id)
-                quotas.admit_job(database, connection, tenant, create=new_tenant)
+                    schedules.mark_submitted(connection, fire, new.id)
+                quotas.admit_job(database, connection, new.tenant, create=new_tenant)
     except IntegrityError:
         with database.read() as connection:
-            existing = by_idempotency_key(connection, tenant, idempotency_key)
+            existing = by_idempotency_key(connection, new.tenant, new.idempotency_key)
         if existing is None:
-            live = live_on_output(database, output_uri)
+            live = live_on_output(database, new.output_uri)
             holder = f"job {live.id} ({live.state})" if live else "another job"
             raise Conflict(
-                f"{output_uri} is being written by {holder}; wait for it, cancel it, or choose another output",
+                f"{new.output_uri} is being written by {holder}; wait for it, cancel it, or choose another output",
                 field="output",
             ) from None
-    if existing is not None and existing.spec_hash != spec_hash:
+    if existing is not None and existing.spec_hash != new.spec_hash:
         raise Conflict(
-            f"the key {idempotency_key!r} belongs to job {existing.id}, which does other work; use a new key",
+            f"the key {new.idempotency_key!r} belongs to job {existing.id}, which does other work; use a new key",
             field="idempotency_key",
         )
-    return existing or get(database, job_id)
+    return existing or get(database, new.id)
 
 
 def by_idempotency_key(connection: sa.Connection, tenant: str, key: str | None) -> Job | None:
@@ -114,8 +90,8 @@ def by_idempotency_key(connection: sa.Connection, tenant: str, key: str | None) 
     if key is None:
         return None
     job = tables.job
-    row = connection.execute(sa.select(job).where(job.c.tenant == tenant, job.c.idem_key == key)).first()
-    return None if row is None else row_mapping.job(row)
+    row = connection.execute(sa.select(job).where(job.c.tenant == tenant, job.c.idempotency_key == key)).first()
+    return None if row is None else read(Job, row)
 
 
 def has_key(database: Database, tenant: str, key: str | None) -> bool:
@@ -127,21 +103,15 @@ def has_key(database: Database, tenant: str, key: str | None) -> bool:
 def live_on_output(database: Database, output_uri: str) -> Job | None:
     """The job that is writing to ``output_uri`` now, if any."""
     job = tables.job
-    with database.read() as connection:
-        row = connection.execute(
-            sa.select(job).where(job.c.output_uri == output_uri, job.c.state.not_in(TERMINAL_JOB))
-        ).first()
-    return None if row is None else row_mapping.job(row)
+    query = sa.select(job).where(job.c.output_uri == output_uri, job.c.state.not_in(TERMINAL_JOB))
+    return database.record(Job, query)
 
 
 def newest_on_output(database: Database, output_uri: str) -> Job | None:
     """The job that was the last to write to ``output_uri``, whatever became of it."""
     job = tables.job
     mine = (job.c.output_uri == output_uri, job.c.deleted_at.is_(None))
-    query = sa.select(job).where(*mine).order_by(job.c.id.desc()).limit(1)
-    with database.read() as connection:
-        row = connection.execute(query).first()
-    return None if row is None else row_mapping.job(row)
+    return database.record(Job, sa.select(job).where(*mine).order_by(job.c.id.desc()).limit(1))
 
 
 def set_planned(
@@ -152,7 +122,7 @@ def set_planned(
     sources: Iterable[Source],
     shards: Iterable[ShardPlan],
     actor: str,
-    taken: ConsumedFiles | None = None,
+    consumed: ConsumedFiles | None = None,
 ) -> Job:
     """Store the plan and its shards, and queue the job: one transaction, so a job is planned or not, never half.
 
@@ -166,22 +136,10 @@ def set_planned(
         for chunk in _chunks(sources):
             connection.execute(
                 tables.source.insert(),
-                [
-                    {
-                        "job_id": job_id,
-                        "idx": item.idx,
-                        "uri": item.uri,
-                        "etag": item.etag,
-                        "n_bytes": item.n_bytes,
-                        "n_rows": item.n_rows,
-                        "partition": dict(item.partition),
-                        "rows_bm": None if item.rows is None else pack(item.rows),
-                    }
-                    for item in chunk
-                ],
+                [row_mapping.values(item) | {"job_id": job_id, "partition": dict(item.partition)} for item in chunk],
             )
-        if taken is not None:
-            schedule_fires.take(connection, job_id, taken)
+        if consumed is not None:
+            schedules.note_consumed(connection, job_id, consumed)
         n_shards = rows_total = 0
         due = connection.execute(sa.select(now())).scalar_one()
         for part in _chunks(shards):
@@ -212,21 +170,10 @@ def set_planned(
 
 
 def _shard_values(job: sa.Row[Any], item: ShardPlan, due: float) -> dict[str, Any]:
-    return {
-        "id": shard_id(job.id, 0, item.idx),
-        "job_id": job.id,
-        "gen": 0,
-        "idx": item.idx,
-        "tenant": job.tenant,
-        "queue": job.queue,
-        "priority": job.priority,
-        "engine_key": job.engine_key,
-        "run_after": due,
-        "state": ShardState.READY,
-        "row_start": item.row_start,
-        "row_n": item.row_n,
-        "slices": [list(part) for part in item.slices],
-    }
+    of_job = {"job_id": job.id, **{name: getattr(job, name) for name in ("tenant", "queue", "priority", "engine_key")}}
+    rows = {"row_start": item.row_start, "row_n": item.row_n, "slices": item.slices}
+    fresh = {"id": shard_id(job.id, 0, item.idx), "gen": 0, "idx": item.idx, "run_after": due}
+    return of_job | rows | fresh | {"state": ShardState.READY}
 
 
 def refuse(database: Database, job_id: str, error: str, *, actor: str) -> None:
@@ -258,7 +205,7 @@ def request_stop(database: Database, job_id: str, reason: str, *, actor: str) ->
         found = connection.execute(database.locked(query)).first()
         if found is None:
             raise NotFound(f"there is no job {job_id}")
-        state = JobState(found.state)
+        state = found.state
         if state in TERMINAL_JOB:
             raise IllegalTransition("job", state, JobState.CANCELLING, "it has ended, there is nothing to stop")
         if state not in (JobState.CANCELLING, JobState.FINALIZING):
@@ -310,11 +257,11 @@ def cancel_ready(database: Database, job_id: str, *, actor: str, batch: int = 10
 
 def get(database: Database, job_id: str) -> Job:
     """The job, or :class:`NotFound`."""
-    with database.read() as connection:
-        row = connection.execute(sa.select(tables.job).where(tables.job.c.id == job_id)).first()
-    if row is None or row.deleted_at is not None:
+    job = tables.job
+    found = database.record(Job, sa.select(job).where(job.c.id == job_id, job.c.deleted_at.is_(None)))
+    if found is None:
         raise NotFound(f"there is no job {job_id}")
-    return row_mapping.job(row)
+    return found
 
 
 def expired(database: Database) -> list[str]:
@@ -322,28 +269,13 @@ def expired(database: Database) -> list[str]:
     job = tables.job
     ending = (*TERMINAL_JOB, JobState.CANCELLING, JobState.FINALIZING)
     query = sa.select(job.c.id).where(job.c.state.not_in(ending), job.c.expires_at < now())
-    with database.read() as connection:
-        return list(connection.execute(query).scalars())
+    return database.scalars(query)
 
 
 def events(database: Database, job_id: str) -> list[Event]:
     """The job's audit trail, oldest first."""
     table = tables.event
-    with database.read() as connection:
-        found = connection.execute(sa.select(table).where(table.c.job_id == job_id).order_by(table.c.id))
-        return [
-            Event(
-                id=row.id,
-                job_id=row.job_id,
-                shard_id=row.shard_id,
-                attempt_no=row.attempt_no,
-                type=row.type,
-                at=row.at,
-                actor=row.actor,
-                data=row.data,
-            )
-            for row in found
-        ]
+    return database.records(Event, sa.select(table).where(table.c.job_id == job_id).order_by(table.c.id))
 
 
 def _chunks(items: Iterable[T]) -> Iterator[list[T]]:

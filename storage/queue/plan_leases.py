@@ -12,8 +12,9 @@ import sqlalchemy as sa
 
 from storage.errors import IllegalTransition, LeaseLost
 from storage.records import Job
-from storage.sql import row_mapping, tables
+from storage.sql import tables
 from storage.sql.database import Database, now
+from storage.sql.row_mapping import read
 from storage.states import JobState
 
 
@@ -33,19 +34,18 @@ def claim(database: Database, *, owner: str, lease_seconds: float) -> Job | None
         connection.execute(
             job.update().where(job.c.id == found.id).values(finalize_owner=owner, finalize_until=now() + lease_seconds)
         )
-        return row_mapping.job(found)
+        return read(Job, found)
 
 
 def postpone(database: Database, job_id: str, *, owner: str, error: str, delay: float) -> None:
     """Give the job back: it is tried again in ``delay`` seconds, and says until then what was in the way."""
     job = tables.job
     mine = sa.or_(job.c.finalize_owner == owner, job.c.finalize_owner.is_(None))
-    with database.write() as connection:
-        connection.execute(
-            job.update()
-            .where(job.c.id == job_id, job.c.state == JobState.VALIDATING, mine)
-            .values(finalize_owner=None, finalize_until=now() + delay, error=error)
-        )
+    database.change(
+        job.update()
+        .where(job.c.id == job_id, job.c.state == JobState.VALIDATING, mine)
+        .values(finalize_owner=None, finalize_until=now() + delay, error=error)
+    )
 
 
 def hold(database: Database, job_id: str, *, owner: str, lease_seconds: float) -> None:
@@ -74,9 +74,5 @@ def let_go(database: Database, owners: Collection[str]) -> None:
     """Free at once what planners hold whose names begin so: they are no more, or have ended early."""
     job = tables.job
     theirs = sa.or_(sa.false(), *(job.c.finalize_owner.startswith(owner, autoescape=True) for owner in owners))
-    with database.write() as connection:
-        connection.execute(
-            job.update()
-            .where(job.c.state == JobState.VALIDATING, theirs)
-            .values(finalize_owner=None, finalize_until=None)
-        )
+    freed = {"finalize_owner": None, "finalize_until": None}
+    database.change(job.update().where(job.c.state == JobState.VALIDATING, theirs).values(**freed))

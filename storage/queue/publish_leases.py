@@ -9,45 +9,46 @@ from typing import Any
 import sqlalchemy as sa
 
 from storage.errors import LeaseLost
-from storage.queue import schedule_fires
-from storage.queue.claims import base_output
+from storage.queue import schedules
+from storage.queue.claims import previous_output, sources_of
 from storage.queue.jobs import next_generation
 from storage.records import OUTPUT_SEQ, Job, PartFile, Shard, Source
-from storage.sql import row_mapping, tables
-from storage.sql.database import Database, now, unpack
+from storage.sql import tables
+from storage.sql.database import Database, now
+from storage.sql.row_mapping import read
 from storage.sql.transitions import move_job, record
 from storage.states import TERMINAL_JOB, JobState, ShardState
 
-PUBLISHING, TOUCHED, FAILED = "finalize.publishing", "finalize.touched", "finalize.failed"
+PUBLISHING, REPUBLISH, FAILED = "finalize.publishing", "finalize.touched", "finalize.failed"
 """Events of the audit trail."""
 
 
 @dataclass(frozen=True, slots=True)
-class Closed:
+class FinishedShard:
     """One shard position of a job whose shards have all ended: the newest generation's shard, and its files.
 
-    ``output`` is the committed file, or ``None``; then ``parts`` are what was flushed, and ``base`` the committed
-    output of an earlier generation, if any.
+    ``output`` is the committed file, or ``None``; then ``parts`` are what was flushed, and ``previous_output`` the
+    committed output of an earlier generation, if any.
     """
 
     shard: Shard
     output: PartFile | None
     parts: tuple[PartFile, ...]
-    base: PartFile | None
+    previous_output: PartFile | None
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
-    """Why a committed file is lost, and whether the output that it built on is published in its place."""
+class LostOutput:
+    """Why a committed file is lost, and whether the previous output is published in its place."""
 
     error: str
-    base_stands: bool = False
+    previous_stands: bool = False
 
 
 def claim_finalize(database: Database, *, owner: str, lease_seconds: float, job_id: str | None = None) -> Job | None:
     """Take over the publishing of a job whose shards have all ended; ``None`` when there is none to take.
 
-    Or that of a job that has ended, whose output was :func:`report_touched`: it is published once more. Raises the
+    Or that of a job that has ended, whose output was :func:`request_republish`: it is published once more. Raises the
     epoch: a finalizer that was thought dead can no longer complete the job.
 
     A job that could not be published is not taken before its time comes again, unless it is asked for by its id; those
@@ -58,12 +59,12 @@ def claim_finalize(database: Database, *, owner: str, lease_seconds: float, job_
     ready = sa.or_(job.c.state == JobState.FINALIZING, sa.and_(job.c.state == JobState.CANCELLING, job.c.n_open == 0))
     overtaken = sa.exists().where(newer.c.output_uri == job.c.output_uri, newer.c.id > job.c.id, newer.c.publishing)
     stands = sa.and_(~job.c.overtaken, job.c.deleted_at.is_(None))
-    touched = sa.and_(job.c.touched, job.c.state.in_(TERMINAL_JOB), ~overtaken, stands)
+    again = sa.and_(job.c.needs_republish, job.c.state.in_(TERMINAL_JOB), ~overtaken, stands)
     free = sa.or_(job.c.finalize_until.is_(None), job.c.finalize_until < now())
     if job_id is not None:
         free = sa.and_(job.c.id == job_id, sa.or_(job.c.finalize_owner.is_(None), free))
     with database.write() as connection:
-        for which in (ready, touched):
+        for which in (ready, again):
             query = sa.select(job).where(which, free).order_by(job.c.finalize_until.asc().nulls_first(), job.c.id)
             query = query.limit(1)
             found = connection.execute(database.locked(query, skip=True)).first()
@@ -77,10 +78,10 @@ def claim_finalize(database: Database, *, owner: str, lease_seconds: float, job_
             .values(finalize_epoch=job.c.finalize_epoch + 1, finalize_owner=owner, finalize_until=now() + lease_seconds)
         )
         record(connection, found.id, "finalize.claimed", owner, data={"epoch": found.finalize_epoch + 1})
-        return row_mapping.job(connection.execute(sa.select(job).where(job.c.id == found.id)).one())
+        return read(Job, connection.execute(sa.select(job).where(job.c.id == found.id)).one())
 
 
-def report_touched(database: Database, output_uri: str, *, actor: str) -> None:
+def request_republish(database: Database, output_uri: str, *, actor: str) -> None:
     """Note that a finalizer which had lost its lease may have disturbed what is published at ``output_uri``.
 
     No database can fence a delete in an object store. So the job that published there last publishes again: before it
@@ -92,9 +93,9 @@ def report_touched(database: Database, output_uri: str, *, actor: str) -> None:
         job_id = connection.execute(newest.limit(1)).scalar()
         if job_id is not None:
             there = (job.c.id == job_id, job.c.deleted_at.is_(None))
-            if not connection.execute(job.update().where(*there).values(touched=True)).rowcount:
+            if not connection.execute(job.update().where(*there).values(needs_republish=True)).rowcount:
                 return  # it was deleted
-            record(connection, job_id, TOUCHED, actor)
+            record(connection, job_id, REPUBLISH, actor)
 
 
 def renew(database: Database, claimed: Job, *, lease_seconds: float) -> None:
@@ -115,8 +116,7 @@ def last_failure(database: Database, job_id: str) -> str | None:
     job, event = tables.job, tables.event
     waits = sa.exists().where(job.c.id == job_id, job.c.finalize_owner.is_(None), job.c.finalize_until.is_not(None))
     query = sa.select(event.c.data).where(event.c.job_id == job_id, event.c.type == FAILED, waits)
-    with database.read() as connection:
-        data = connection.execute(query.order_by(event.c.id.desc()).limit(1)).scalar()
+    data = database.scalar(query.order_by(event.c.id.desc()).limit(1))
     return None if data is None else str(data["error"])
 
 
@@ -124,7 +124,7 @@ def begin_publishing(database: Database, claimed: Job, *, actor: str) -> None:
     """Note that this job replaces from now on what is published at its output, or :class:`LeaseLost`."""
     job = tables.job
     # That an ended job is published once more is forgotten only when it is done: this finalizer may die.
-    values = {} if claimed.state in TERMINAL_JOB else {"touched": False}
+    values = {} if claimed.state in TERMINAL_JOB else {"needs_republish": False}
     with database.write() as connection:
         _update(connection, claimed, publishing=True, **values)
         record(connection, claimed.id, PUBLISHING, actor, data={"epoch": claimed.finalize_epoch})
@@ -132,12 +132,11 @@ def begin_publishing(database: Database, claimed: Job, *, actor: str) -> None:
         return
     # An earlier job that is publishing here once more has lost the output by now. A transaction of its own: two jobs'
     # rows are never locked in one.
-    with database.write() as connection:
-        connection.execute(
-            job.update()
-            .where(job.c.output_uri == claimed.output_uri, job.c.id < claimed.id, job.c.finalize_owner.is_not(None))
-            .values(finalize_epoch=job.c.finalize_epoch + 1, finalize_owner=None, finalize_until=None)
-        )
+    database.change(
+        job.update()
+        .where(job.c.output_uri == claimed.output_uri, job.c.id < claimed.id, job.c.finalize_owner.is_not(None))
+        .values(finalize_epoch=job.c.finalize_epoch + 1, finalize_owner=None, finalize_until=None)
+    )
 
 
 def _update(connection: sa.Connection, claimed: Job, **values: Any) -> None:
@@ -151,7 +150,7 @@ def _update(connection: sa.Connection, claimed: Job, **values: Any) -> None:
         raise LeaseLost(f"another finalizer has taken job {claimed.id}")
 
 
-def lose_outputs(database: Database, claimed: Job, lost: Mapping[str, Lost], *, actor: str) -> Job:
+def drop_lost_outputs(database: Database, claimed: Job, lost: Mapping[str, LostOutput], *, actor: str) -> Job:
     """Give up committed shards whose files are gone or damaged: ``lost`` maps their ids to what was found.
 
     Each is followed by a dead shard of the next generation, which a retry of the job computes again: over all its rows,
@@ -163,14 +162,14 @@ def lose_outputs(database: Database, claimed: Job, lost: Mapping[str, Lost], *, 
         gen = claimed.gen + 1
         found = connection.execute(sa.select(shard).where(shard.c.id.in_(lost))).all()
         again = {row.id: _afresh(row, gen, lost[row.id]) for row in found}
-        taken_back = sum(row.row_n if (bm := again[row.id]["select_bm"]) is None else len(unpack(bm)) for row in found)
+        taken_back = sum(row.row_n if (rows := again[row.id]["select"]) is None else len(rows) for row in found)
         _update(
             connection,
             claimed,
             gen=gen,
             n_dead=job.c.n_dead + len(found),
             rows_done=job.c.rows_done - taken_back,
-            rows_failed=job.c.rows_failed - sum(len(unpack(row.failed_bm)) for row in found),
+            rows_failed=job.c.rows_failed - sum(len(row.failed) for row in found),
             **{name: job.c[name] - sum(getattr(row, name) for row in found) for name in tables.TOKENS},
         )
         for row in found:
@@ -179,15 +178,15 @@ def lose_outputs(database: Database, claimed: Job, lost: Mapping[str, Lost], *, 
             connection.execute(part.delete().where(part.c.shard_id == row.id, part.c.seq == OUTPUT_SEQ))
             shard_id, error = again[row.id]["id"], lost[row.id].error
             record(connection, claimed.id, "shard.lost", actor, shard_id=shard_id, data={"error": error})
-        return row_mapping.job(connection.execute(sa.select(job).where(job.c.id == claimed.id)).one())
+        return read(Job, connection.execute(sa.select(job).where(job.c.id == claimed.id)).one())
 
 
-def _afresh(row: sa.Row[Any], gen: int, lost: Lost) -> dict[str, Any]:
-    select = row.select_bm if lost.base_stands else None
-    return next_generation(row, gen) | {"state": ShardState.FAILED, "error": lost.error, "select_bm": select}
+def _afresh(row: sa.Row[Any], gen: int, lost: LostOutput) -> dict[str, Any]:
+    select = row.select if lost.previous_stands else None
+    return next_generation(row, gen) | {"state": ShardState.FAILED, "error": lost.error, "select": select}
 
 
-def closed_shards(database: Database, job_id: str, *, page: int = 200) -> Iterator[Closed]:
+def finished_shards(database: Database, job_id: str, *, page: int = 200) -> Iterator[FinishedShard]:
     """Every shard position in row order, a page of them in memory at a time."""
     shard, part = tables.shard, tables.part_file
     newest = (
@@ -211,20 +210,19 @@ def closed_shards(database: Database, job_id: str, *, page: int = 200) -> Iterat
             for row in connection.execute(
                 sa.select(part).where(part.c.shard_id.in_(ids)).order_by(part.c.attempt_no, part.c.seq)
             ):
-                files.setdefault(row.shard_id, []).append(row_mapping.part_file(row))
-            bases = {row.id: base_output(connection, job_id, row.idx, row.gen) for row in found if row.gen > 0}
+                files.setdefault(row.shard_id, []).append(read(PartFile, row))
+            previous = {row.id: previous_output(connection, job_id, row.idx, row.gen) for row in found if row.gen > 0}
         for row in found:
-            record_ = row_mapping.shard(row)
             mine = files.get(row.id, [])
-            committed = record_.state is ShardState.COMMITTED
-            yield Closed(
-                shard=record_,
+            committed = row.state is ShardState.COMMITTED
+            yield FinishedShard(
+                shard=read(Shard, row),
                 output=next(
                     (f for f in mine if committed and f.seq == OUTPUT_SEQ and f.attempt_no == row.committed_attempt),
                     None,
                 ),
                 parts=tuple(f for f in mine if f.seq != OUTPUT_SEQ),
-                base=bases.get(row.id),
+                previous_output=previous.get(row.id),
             )
         if len(found) < page:
             return
@@ -233,11 +231,7 @@ def closed_shards(database: Database, job_id: str, *, page: int = 200) -> Iterat
 
 def shard_sources(database: Database, shard: Shard) -> dict[int, Source]:
     """The input files that a shard reads."""
-    table = tables.source
-    wanted = sorted({item.source for item in shard.slices})
-    with database.read() as connection:
-        found = connection.execute(sa.select(table).where(table.c.job_id == shard.job_id, table.c.idx.in_(wanted)))
-        return {row.idx: row_mapping.source(row) for row in found}
+    return {source.idx: source for source in database.records(Source, sources_of(shard))}
 
 
 def end_state(job: Job) -> JobState:
@@ -262,16 +256,16 @@ def _is_whole(job: Job) -> bool:
 def complete(database: Database, claimed: Job, target: JobState, *, actor: str, error: str | None = None) -> Job | None:
     """End the job, if this finalizer is still the one: else :class:`LeaseLost`.
 
-    ``None``, and the job goes on, when the output was :func:`report_touched` meanwhile: it must be published again.
+    ``None``, and the job goes on, when the output was :func:`request_republish` meanwhile: it must be published again.
     """
     job = tables.job
     with database.write() as connection:
         found = connection.execute(database.locked(sa.select(job).where(job.c.id == claimed.id))).one()
         if found.finalize_epoch != claimed.finalize_epoch or found.state != claimed.state:
             raise LeaseLost(f"job {claimed.id} moved on while it was being published")
-        if found.touched and found.publishing and _touched_since(connection, claimed.id):
+        if found.needs_republish and found.publishing and _republish_requested_since(connection, claimed.id):
             return None
-        values: dict[str, Any] = {"finalize_owner": None, "finalize_until": None, "touched": False}
+        values: dict[str, Any] = {"finalize_owner": None, "finalize_until": None, "needs_republish": False}
         if claimed.state in TERMINAL_JOB:
             _update(connection, claimed, **values)
         else:
@@ -280,42 +274,34 @@ def complete(database: Database, claimed: Job, target: JobState, *, actor: str, 
                 values |= {"stop_reason": None, "cancel_requested_at": None}
             move_job(connection, claimed.id, claimed.state, target, actor, **values)
             if target is JobState.COMPLETED:
-                schedule_fires.take_for_good(connection, claimed.id)
-        return row_mapping.job(connection.execute(sa.select(job).where(job.c.id == claimed.id)).one())
+                schedules.mark_processed(connection, claimed.id)
+        return read(Job, connection.execute(sa.select(job).where(job.c.id == claimed.id)).one())
 
 
-def _touched_since(connection: sa.Connection, job_id: str) -> bool:
-    """Whether the output was reported as touched after somebody began to publish it, the last time that one did."""
+def _republish_requested_since(connection: sa.Connection, job_id: str) -> bool:
+    """Whether it was asked to publish again after somebody began to publish it, the last time that one did."""
     event = tables.event
-    query = sa.select(event.c.type).where(event.c.job_id == job_id, event.c.type.in_((TOUCHED, PUBLISHING)))
-    return connection.execute(query.order_by(event.c.id.desc()).limit(1)).scalar() == TOUCHED
+    query = sa.select(event.c.type).where(event.c.job_id == job_id, event.c.type.in_((REPUBLISH, PUBLISHING)))
+    return connection.execute(query.order_by(event.c.id.desc()).limit(1)).scalar() == REPUBLISH
 
 
 def first_dead(database: Database, job_id: str) -> Shard | None:
     """The first shard that was given up, if any: its error is the job's."""
     shard = tables.shard
     query = sa.select(shard).where(shard.c.job_id == job_id, shard.c.state == ShardState.FAILED).order_by(shard.c.idx)
-    with database.read() as connection:
-        row = connection.execute(query.limit(1)).first()
-    return None if row is None else row_mapping.shard(row)
+    return database.record(Shard, query.limit(1))
 
 
 def all_sources(database: Database, job_id: str) -> list[Source]:
     """The job's input files, in row order; not the copies that hold their rows in another order."""
     table = tables.source
-    query = sa.select(table).where(table.c.job_id == job_id, table.c.rows_bm.is_(None)).order_by(table.c.idx)
-    with database.read() as connection:
-        found = connection.execute(query)
-        return [row_mapping.source(row) for row in found]
+    query = sa.select(table).where(table.c.job_id == job_id, table.c.rows.is_(None)).order_by(table.c.idx)
+    return database.records(Source, query)
 
 
 def engine_facts(database: Database, job_id: str) -> list[dict[str, Any]]:
     """What the engines of the committed attempts said of themselves, each distinct statement once."""
     shard, attempt = tables.shard, tables.attempt
-    with database.read() as connection:
-        found = connection.execute(
-            sa.select(attempt.c.stats)
-            .join(shard, sa.and_(shard.c.id == attempt.c.shard_id, shard.c.committed_attempt == attempt.c.attempt_no))
-            .where(shard.c.job_id == job_id)
-        ).scalars()
-        return [stats.get("engine", {}) for stats in found]
+    won = sa.and_(shard.c.id == attempt.c.shard_id, shard.c.committed_attempt == attempt.c.attempt_no)
+    query = sa.select(attempt.c.stats).join(shard, won).where(shard.c.job_id == job_id)
+    return [stats.get("engine", {}) for stats in database.scalars(query)]

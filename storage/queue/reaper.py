@@ -32,10 +32,9 @@ def reap(database: Database, *, lease_seconds: float, max_losses: int, actor: st
     shard = tables.shard
     if not database.sqlite:
         started = sa.cast(sa.extract("epoch", sa.func.pg_postmaster_start_time()), sa.Double)
-        with database.read() as connection:
-            # A start that is still to come says only that the clock was set back since.
-            if 0 <= connection.execute(sa.select(now() - started)).scalar_one() < lease_seconds:
-                return Reaped(0, 0)
+        # A start that is still to come says only that the clock was set back since.
+        if 0 <= database.scalar(sa.select(now() - started)) < lease_seconds:
+            return Reaped(0, 0)
     return _take_back(
         database, shard.c.lease_until < now(), "its lease ran out", max_losses=max_losses, actor=actor, batch=batch
     )
@@ -58,10 +57,8 @@ def _take_back(
     query = query.order_by(shard.c.tenant, shard.c.id).limit(batch)  # as its index has them
     ready = dead = 0
     while True:
-        with database.read() as connection:
-            found = connection.execute(query).all()
         moved = 0
-        for row in found:
+        for row in database.rows(query):
             target = _lose(database, row, why, max_losses=max_losses, actor=actor)
             moved += target is not None
             ready += target is ShardState.READY
@@ -75,7 +72,7 @@ def _lose(database: Database, row: sa.Row[Any], why: str, *, max_losses: int, ac
     with database.write() as connection:
         locked = connection.execute(database.locked(sa.select(job).where(job.c.id == row.job_id))).one()
         attempt = attempts.read_attempt(connection, row.id, row.attempt_no)
-        step, progress, alone = Step(attempt.step), attempts.has_progress(attempt), attempt.alone_bm is not None
+        step, progress, alone = attempt.step, attempts.has_progress(attempt), attempt.alone is not None
         toll = after_loss(step, row.n_crash, row.n_lost, progress=progress, alone=alone)
         blamed = attempts.suspects(attempt, opens=toll.opens) if step is Step.COMPUTING else {}
         given_up = toll.is_spent(max_losses)

@@ -12,8 +12,8 @@ import sqlalchemy as sa
 from pyroaring import BitMap
 
 from storage.records import Shard, Source
-from storage.sql import row_mapping, tables
-from storage.sql.database import Database, unpack
+from storage.sql import tables
+from storage.sql.database import Database
 
 _PAGE = 100
 _source = tables.source
@@ -21,22 +21,19 @@ _source = tables.source
 
 def chunks(database: Database, job_id: str) -> list[str]:
     """The URIs of the job's chunks; none for a job that was not regrouped."""
-    query = sa.select(_source.c.uri).where(_source.c.job_id == job_id, _source.c.rows_bm.is_not(None))
-    with database.read() as connection:
-        return list(connection.execute(query).scalars())
+    query = sa.select(_source.c.uri).where(_source.c.job_id == job_id, _source.c.rows.is_not(None))
+    return database.scalars(query)
 
 
 def sources(database: Database, job_id: str) -> list[Source]:
     """The files that the job's shards may read: its input, or chunks made of it, in row order; then regrouped ones."""
     query = sa.select(_source).where(_source.c.job_id == job_id).order_by(_source.c.idx)
-    with database.read() as connection:
-        return [row_mapping.source(row) for row in connection.execute(query)]
+    return database.records(Source, query)
 
 
 def regrouped(database: Database, job_id: str) -> bool:
-    query = sa.select(_source.c.idx).where(_source.c.job_id == job_id, _source.c.rows_bm.is_not(None)).limit(1)
-    with database.read() as connection:
-        return connection.execute(query).first() is not None
+    query = sa.select(_source.c.idx).where(_source.c.job_id == job_id, _source.c.rows.is_not(None)).limit(1)
+    return database.row(query) is not None
 
 
 def of_shard(database: Database, shard: Shard) -> BitMap | None:
@@ -44,10 +41,9 @@ def of_shard(database: Database, shard: Shard) -> BitMap | None:
     if len(shard.slices) != 1:
         return None
     piece = shard.slices[0]
-    query = sa.select(_source.c.rows_bm).where(_source.c.job_id == shard.job_id, _source.c.idx == piece.source)
-    with database.read() as connection:
-        data = connection.execute(query).scalar()
-    return None if data is None else unpack(data)[piece.row_lo : piece.row_lo + piece.row_n]
+    query = sa.select(_source.c.rows).where(_source.c.job_id == shard.job_id, _source.c.idx == piece.source)
+    held = database.scalar(query)
+    return None if held is None else held[piece.row_lo : piece.row_lo + piece.row_n]
 
 
 def place(database: Database, job_id: str, row: int) -> int:
@@ -64,15 +60,14 @@ def _chunks(database: Database, job_id: str) -> Iterator[tuple[int, BitMap]]:
     after = -1
     while True:
         query = (
-            sa.select(_source.c.idx, _source.c.n_rows, _source.c.rows_bm)
-            .where(_source.c.job_id == job_id, _source.c.rows_bm.is_not(None), _source.c.idx > after)
+            sa.select(_source.c.idx, _source.c.n_rows, _source.c.rows)
+            .where(_source.c.job_id == job_id, _source.c.rows.is_not(None), _source.c.idx > after)
             .order_by(_source.c.idx)
             .limit(_PAGE)
         )
-        with database.read() as connection:
-            found = connection.execute(query).all()
+        found = database.rows(query)
         for row in found:
-            yield row.n_rows, unpack(row.rows_bm)
+            yield row.n_rows, row.rows
         if len(found) < _PAGE:
             return
         after = found[-1].idx

@@ -11,8 +11,9 @@ from sqlalchemy.exc import IntegrityError
 from storage.errors import Conflict, IllegalTransition, NotFound
 from storage.queue.jobs import next_generation
 from storage.records import Job, Source
-from storage.sql import row_mapping, tables
-from storage.sql.database import Database, now, pack, unpack
+from storage.sql import tables
+from storage.sql.database import Database, now
+from storage.sql.row_mapping import read
 from storage.sql.transitions import move_job, move_shard
 from storage.states import TERMINAL_JOB, JobState, ShardState
 from storage.tenants import quotas
@@ -49,7 +50,7 @@ def reopen(
             found = connection.execute(database.locked(sa.select(job).where(job.c.id == job_id))).first()
             if found is None or found.deleted_at is not None:
                 raise NotFound(f"there is no job {job_id}")
-            state = JobState(found.state)
+            state = found.state
             if state not in TERMINAL_JOB:
                 raise Conflict(
                     f"job {job_id} is {state}; only a job that has ended can be retried ('rowmill job resume {job_id}' "
@@ -72,7 +73,7 @@ def reopen(
                 again = _reopen_shards(connection, found, state, failed_only, actor, **_afresh(window_seconds))
             quotas.admit_job(database, connection, found.tenant, create=True)
             quotas.admit_rows(database, connection, found.tenant, again)
-            return row_mapping.job(connection.execute(sa.select(job).where(job.c.id == job_id)).one())
+            return read(Job, connection.execute(sa.select(job).where(job.c.id == job_id)).one())
     except IntegrityError:
         raise Conflict("another live job writes to the same output", field="output") from None
 
@@ -101,7 +102,7 @@ def planned_again(
         values = {"plan": plan, "error": None, "n_lost": 0, "finalize_owner": None, "finalize_until": None}
         again = _reopen_shards(connection, found, JobState.VALIDATING, failed_only, actor, lost, **values)
         quotas.admit_rows(database, connection, found.tenant, again)
-        return row_mapping.job(connection.execute(sa.select(job).where(job.c.id == job_id)).one())
+        return read(Job, connection.execute(sa.select(job).where(job.c.id == job_id)).one())
 
 
 def _to_reopen(
@@ -122,9 +123,9 @@ def sources_to_read(database: Database, job: Job, lost: Collection[str]) -> list
     source = tables.source
     with database.read() as connection:
         found = _to_reopen(connection, job.id, job.plan[_REOPEN]["failed_only"], lost)
-        wanted = {item[0] for row in found for item in row.slices}
+        wanted = {item.source for row in found for item in row.slices}
         every = connection.execute(sa.select(source).where(source.c.job_id == job.id).order_by(source.c.idx))
-        return [row_mapping.source(row) for row in every if row.idx in wanted]
+        return [read(Source, row) for row in every if row.idx in wanted]
 
 
 def _afresh(window_seconds: float) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def _afresh(window_seconds: float) -> dict[str, Any]:
         "finalize_epoch": tables.job.c.finalize_epoch + 1,
         "finalize_owner": None,
         "finalize_until": None,
-        "touched": False,
+        "needs_republish": False,
         "n_lost": 0,
         "expires_at": now() + window_seconds,
     }
@@ -164,33 +165,21 @@ def _reopen_shards(
     for row in _to_reopen(connection, job.id, failed_only, lost):
         if row.state in _UNFINISHED:
             more: dict[str, Any] = {}
-            if not failed_only and row.select_bm is not None:
+            if not failed_only and row.select is not None:
                 # All rows means these too, which an earlier generation had computed.
-                more["select_bm"] = None
-                rows_back += row.row_n - len(unpack(row.select_bm))
-            move_shard(
-                connection,
-                row,
-                ShardState.READY,
-                actor,
-                n_fail=0,
-                n_lost=0,
-                n_crash=0,
-                suspect_bm=None,
-                run_after=due,
-                error=None,
-                **more,
-            )
+                more["select"] = None
+                rows_back += row.row_n - len(row.select)
+            more |= {"n_fail": 0, "n_lost": 0, "n_crash": 0, "suspect": None, "run_after": due, "error": None}
+            move_shard(connection, row, ShardState.READY, actor, **more)
             opened += 1
             continue
-        failed = unpack(row.failed_bm)
         # Whatever this shard's own selection was, its rows count as done; only the selected ones are taken back.
         some = failed_only and row.id not in lost
-        again = next_generation(row, gen) | {"run_after": due, "select_bm": pack(failed) if some else None}
+        again = next_generation(row, gen) | {"run_after": due, "select": row.failed if some else None}
         connection.execute(table.insert().values(**again))
         opened += 1
-        rows_back += len(failed) if some else row.row_n
-        failed_back += len(failed)
+        rows_back += len(row.failed) if some else row.row_n
+        failed_back += len(row.failed)
     columns = tables.job.c
     move_job(
         connection,

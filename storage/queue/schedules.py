@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
-from storage.errors import Conflict, NotFound
-from storage.records import Fire, FireKey, Schedule
-from storage.sql import row_mapping, tables
+from storage import failpoints
+from storage.errors import Conflict, IllegalTransition, NotFound
+from storage.records import Fire, FireKey, NewSchedule, Schedule
+from storage.sql import tables
 from storage.sql.database import Database, now
+from storage.sql.row_mapping import read, values
 from storage.sql.transitions import move_fire
 from storage.states import TERMINAL_JOB, FireState, JobState
 
 _schedule, _fire, _job = tables.schedule, tables.schedule_fire, tables.job
 _fires = sa.select(_fire, _job.c.state.label("job_state")).outerjoin(_job, _job.c.id == _fire.c.job_id)
 _CHUNK = 500
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumedFiles:
+    """The files (URI and etag) that the job of an incremental schedule takes: processed, once the job has completed."""
+
+    schedule_id: str
+    files: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,53 +40,25 @@ class DueFire:
     missed: int = 0
 
 
-def insert(
-    database: Database,
-    *,
-    schedule_id: str,
-    tenant: str,
-    name: str,
-    cron: str,
-    tz: str,
-    spec: Mapping[str, Any],
-    overlap: str,
-    misfire: str,
-    misfire_grace: float | None,
-    incremental: bool,
-    next_at: float,
-) -> Schedule:
+def insert(database: Database, new: NewSchedule) -> Schedule:
     """Store a schedule. Raises :class:`Conflict` when the tenant has one of this name."""
-    values = {
-        "id": schedule_id,
-        "tenant": tenant,
-        "name": name,
-        "cron": cron,
-        "tz": tz,
-        "spec": dict(spec),
-        "overlap": overlap,
-        "misfire": misfire,
-        "misfire_grace": misfire_grace,
-        "incremental": incremental,
-        "next_at": next_at,
-    }
     try:
-        with database.write() as connection:
-            connection.execute(_schedule.insert().values(**values, created_at=now()))
+        database.change(_schedule.insert().values(**values(new), created_at=now()))
     except IntegrityError:
         raise Conflict(
-            f"there is a schedule {name!r} already; choose another name, or 'rowmill schedule remove {name}' first",
+            f"there is a schedule {new.name!r} already; choose another name, or 'rowmill schedule remove {new.name}' "
+            "first",
             field="name",
         ) from None
-    return get(database, tenant, name)
+    return get(database, new.tenant, new.name)
 
 
 def get(database: Database, tenant: str, name: str) -> Schedule:
     """The tenant's schedule of this name, or :class:`NotFound`."""
-    with database.read() as connection:
-        row = connection.execute(sa.select(_schedule).where(*_named(tenant, name))).first()
-    if row is None:
+    found = database.record(Schedule, sa.select(_schedule).where(*_named(tenant, name)))
+    if found is None:
         raise NotFound(f"there is no schedule {name!r}")
-    return row_mapping.schedule(row)
+    return found
 
 
 def listed(database: Database, *, tenant: str | None = None) -> list[Schedule]:
@@ -85,8 +66,7 @@ def listed(database: Database, *, tenant: str | None = None) -> list[Schedule]:
     query = sa.select(_schedule).order_by(_schedule.c.name, _schedule.c.tenant)
     if tenant is not None:
         query = query.where(_schedule.c.tenant == tenant)
-    with database.read() as connection:
-        return [row_mapping.schedule(row) for row in connection.execute(query)]
+    return database.records(Schedule, query)
 
 
 def remove(database: Database, tenant: str, name: str) -> None:
@@ -113,19 +93,14 @@ def remove(database: Database, tenant: str, name: str) -> None:
 
 def pause(database: Database, tenant: str, name: str) -> Schedule:
     """Let nothing come due, and submit no fire that waits, until it is resumed. Harmless when it is paused."""
-    with database.write() as connection:
-        connection.execute(_schedule.update().where(*_named(tenant, name)).values(paused=True))
+    database.change(_schedule.update().where(*_named(tenant, name)).values(paused=True))
     return get(database, tenant, name)
 
 
 def resume(database: Database, schedule: Schedule, next_at: float) -> Schedule:
     """Go on, with ``next_at`` as the next time; harmless when it is not paused."""
-    with database.write() as connection:
-        connection.execute(
-            _schedule.update()
-            .where(_schedule.c.id == schedule.id, _schedule.c.paused)
-            .values(paused=False, next_at=next_at)
-        )
+    paused = (_schedule.c.id == schedule.id, _schedule.c.paused)
+    database.change(_schedule.update().where(*paused).values(paused=False, next_at=next_at))
     return get(database, schedule.tenant, schedule.name)
 
 
@@ -141,8 +116,7 @@ def waiting(database: Database) -> list[tuple[Schedule, float]]:
 
 def _with_clock(database: Database, which: sa.ColumnElement[bool]) -> list[tuple[Schedule, float]]:
     query = sa.select(_schedule, now().label("clock")).where(~_schedule.c.paused, which)
-    with database.read() as connection:
-        return [(row_mapping.schedule(row), float(row.clock)) for row in connection.execute(query)]
+    return [(read(Schedule, row), float(row.clock)) for row in database.rows(query)]
 
 
 def advance(database: Database, schedule: Schedule, fires: Sequence[DueFire], next_at: float) -> bool:
@@ -188,19 +162,16 @@ def pending(database: Database) -> list[tuple[Schedule, Fire]]:
         .order_by(_fire.c.fire_at)
     )
     with database.read() as connection:
-        waiting = [row_mapping.fire(row) for row in connection.execute(query)]
+        waiting = [read(Fire, row) for row in connection.execute(query)]
         wanted = {fire.schedule_id for fire in waiting}
-        by_id = {
-            row.id: row_mapping.schedule(row) for row in connection.execute(sa.select(_schedule)) if row.id in wanted
-        }
+        by_id = {row.id: read(Schedule, row) for row in connection.execute(sa.select(_schedule)) if row.id in wanted}
     return [(by_id[fire.schedule_id], fire) for fire in waiting]
 
 
 def count_pending(database: Database, schedule_id: str) -> int:
     """How many fires of the schedule wait for a job."""
     query = sa.select(sa.func.count()).where(_fire.c.schedule_id == schedule_id, _fire.c.state == FireState.PENDING)
-    with database.read() as connection:
-        return connection.execute(query).scalar_one()
+    return int(database.scalar(query))
 
 
 def unfinished_before(database: Database, key: FireKey) -> list[Fire]:
@@ -210,15 +181,13 @@ def unfinished_before(database: Database, key: FireKey) -> list[Fire]:
         _fire.c.fire_at < key.fire_at,
         sa.or_(_fire.c.state == FireState.PENDING, _job.c.state.not_in(TERMINAL_JOB)),
     ).order_by(_fire.c.fire_at)
-    with database.read() as connection:
-        return [row_mapping.fire(row) for row in connection.execute(query)]
+    return database.records(Fire, query)
 
 
 def fires(database: Database, schedule_id: str, *, limit: int = 20) -> list[Fire]:
     """The schedule's fires, the newest first."""
     query = _fires.where(_fire.c.schedule_id == schedule_id).order_by(_fire.c.fire_at.desc()).limit(limit)
-    with database.read() as connection:
-        return [row_mapping.fire(row) for row in connection.execute(query)]
+    return database.records(Fire, query)
 
 
 def settle(database: Database, key: FireKey, state: FireState, reason: str) -> bool:
@@ -229,16 +198,43 @@ def settle(database: Database, key: FireKey, state: FireState, reason: str) -> b
 
 def note(database: Database, key: FireKey, reason: str) -> None:
     """Say what a pending fire waits for."""
-    with database.write() as connection:
-        connection.execute(
-            _fire.update()
-            .where(
-                _fire.c.schedule_id == key.schedule_id,
-                _fire.c.fire_at == key.fire_at,
-                _fire.c.state == FireState.PENDING,
-            )
-            .values(reason=reason)
-        )
+    mine = (_fire.c.schedule_id == key.schedule_id, _fire.c.fire_at == key.fire_at)
+    database.change(_fire.update().where(*mine, _fire.c.state == FireState.PENDING).values(reason=reason))
+
+
+def lock_fire(connection: sa.Connection, database: Database, key: FireKey) -> None:
+    """Take hold of a pending fire, and of its schedule, until the transaction ends.
+
+    Raises :class:`IllegalTransition` when it is not pending any more: another tick was faster, or the schedule is gone.
+    """
+    connection.execute(database.locked(sa.select(_schedule.c.id).where(_schedule.c.id == key.schedule_id)))
+    query = sa.select(_fire.c.state).where(_fire.c.schedule_id == key.schedule_id, _fire.c.fire_at == key.fire_at)
+    state = connection.execute(database.locked(query)).scalar()
+    if state != FireState.PENDING:
+        raise IllegalTransition("fire", state or "removed", FireState.SUBMITTED, "it has been seen to already")
+
+
+def mark_submitted(connection: sa.Connection, key: FireKey, job_id: str) -> None:
+    """The locked fire has its job: in the transaction that inserts it, so that neither is ever without the other."""
+    failpoints.hit("fire.inserted")
+    if not move_fire(connection, key, FireState.SUBMITTED, job_id=job_id, reason=None):
+        raise IllegalTransition("fire", "unlocked", FireState.SUBMITTED, "it was not pending")
+
+
+def note_consumed(connection: sa.Connection, job_id: str, consumed: ConsumedFiles) -> None:
+    """Note the files that a job takes, in the transaction that stores its plan."""
+    rows = [
+        {"job_id": job_id, "schedule_id": consumed.schedule_id, "uri": uri, "etag": etag}
+        for uri, etag in consumed.files
+    ]
+    for start in range(0, len(rows), _CHUNK):
+        connection.execute(tables.schedule_file.insert(), rows[start : start + _CHUNK])
+
+
+def mark_processed(connection: sa.Connection, job_id: str) -> None:
+    """The job has completed: no later fire takes its files, even if it is retried and then ends otherwise."""
+    file = tables.schedule_file
+    connection.execute(file.update().where(file.c.job_id == job_id, file.c.done_at.is_(None)).values(done_at=now()))
 
 
 def live_jobs(database: Database) -> list[str]:
@@ -249,8 +245,7 @@ def live_jobs(database: Database) -> list[str]:
         .where(_job.c.state.not_in(TERMINAL_JOB))
         .order_by(_job.c.id)
     )
-    with database.read() as connection:
-        return list(connection.execute(query).scalars())
+    return database.scalars(query)
 
 
 def incremental_of(database: Database, job_id: str) -> str | None:
@@ -260,8 +255,8 @@ def incremental_of(database: Database, job_id: str) -> str | None:
         .join(_fire, _fire.c.schedule_id == _schedule.c.id)
         .where(_fire.c.job_id == job_id, _schedule.c.incremental)
     )
-    with database.read() as connection:
-        return connection.execute(query).scalar()
+    found: str | None = database.scalar(query)
+    return found
 
 
 def processed(database: Database, schedule_id: str, uris: Sequence[str]) -> set[tuple[str, str]]:

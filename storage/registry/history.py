@@ -11,6 +11,7 @@ from storage.registry import records
 from storage.registry.records import ModelEvent, Owned
 from storage.sql import tables
 from storage.sql.database import Database, now
+from storage.sql.row_mapping import read
 from storage.states import RevisionState
 
 _model, _event = tables.model, tables.model_event
@@ -24,7 +25,7 @@ def record(connection: sa.Connection, model_id: str, kind: str, actor: str, **va
 def events(database: Database, model: Owned) -> list[ModelEvent]:
     """All events of a model, the oldest first; also of one that was removed. Raises :class:`NotFound`."""
     with database.read() as connection:
-        return [records.event(row) for row in connection.execute(_events(connection, model))]
+        return [read(ModelEvent, row) for row in connection.execute(_events(connection, model))]
 
 
 def active_at(database: Database, model: Owned, at: float) -> ModelEvent | None:

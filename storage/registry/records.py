@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from storage.sql.registry_tables import OPERATOR
+from storage.sql.row_mapping import read
 from storage.states import RevisionState
 
 
@@ -94,21 +95,4 @@ def owned(row: Any) -> Owned:
 
 def revision(row: sa.Row[Any]) -> Revision:
     """``row`` holds the revision's columns, and the model's ``tenant`` and ``name``."""
-    return Revision(
-        row.id, owned(row), row.number, RevisionState(row.state), row.digest, row.place, row.task, row.created_at
-    )
-
-
-def event(row: sa.Row[Any]) -> ModelEvent:
-    return ModelEvent(
-        row.at,
-        row.actor,
-        row.type,
-        row.number,
-        row.digest,
-        row.alias,
-        row.from_state,
-        row.to_state,
-        row.reason,
-        row.forced,
-    )
+    return read(Revision, row, model=owned(row))

@@ -10,9 +10,8 @@ import uuid_utils
 from storage.errors import Conflict, NotFound
 from storage.registry import history, records
 from storage.registry.records import Artifact, Owned, Revision
-from storage.sql import tables
+from storage.sql import row_mapping, tables, upsert
 from storage.sql.database import Database, now
-from storage.sql.upsert import insert
 from storage.states import TERMINAL_JOB, RevisionState
 
 _model, _revision, _artifact = tables.model, tables.model_revision, tables.model_artifact
@@ -80,16 +79,7 @@ def add(
         if artifacts:
             connection.execute(
                 _artifact.insert(),
-                [
-                    {
-                        "revision_id": revision_id,
-                        "name": item.name,
-                        "at": item.at,
-                        "n_bytes": item.n_bytes,
-                        "sha256": item.sha256,
-                    }
-                    for item in artifacts
-                ],
+                [{"revision_id": revision_id, **row_mapping.values(item)} for item in artifacts],
             )
         return _by_id(connection, revision_id), known is None
 
@@ -135,15 +125,13 @@ def visible(database: Database, tenant: str | None, name: str) -> Owned | None:
         .where(sa.exists().where(_revision.c.model_id == _model.c.id))
         .order_by(_model.c.tenant.desc())
     )
-    with database.read() as connection:
-        row = connection.execute(query).first()
+    row = database.row(query)
     return None if row is None else records.owned(row)
 
 
 def get(database: Database, model: Owned, number: int) -> Revision:
     """The revision of this number, or :class:`NotFound`."""
-    with database.read() as connection:
-        row = connection.execute(_revisions.where(*_of(model), _revision.c.number == number)).first()
+    row = database.row(_revisions.where(*_of(model), _revision.c.number == number))
     if row is None:
         raise NotFound(f"model {model} has no revision {number}{_those_there(database, model)}")
     return records.revision(row)
@@ -152,8 +140,7 @@ def get(database: Database, model: Owned, number: int) -> Revision:
 def by_alias(database: Database, model: Owned, alias: str) -> Revision:
     """The revision that an alias means, or :class:`NotFound`."""
     query = _revisions.join(_alias, _alias.c.revision_id == _revision.c.id)
-    with database.read() as connection:
-        row = connection.execute(query.where(*_of(model), _alias.c.alias == alias)).first()
+    row = database.row(query.where(*_of(model), _alias.c.alias == alias))
     if row is None:
         raise NotFound(f"model {model} has no alias {alias!r}{_those_there(database, model)}")
     return records.revision(row)
@@ -161,15 +148,13 @@ def by_alias(database: Database, model: Owned, alias: str) -> Revision:
 
 def by_id(database: Database, revision_id: str) -> Revision | None:
     """The revision of this id; ``None`` for one that was removed."""
-    with database.read() as connection:
-        row = connection.execute(_revisions.where(_revision.c.id == revision_id)).first()
+    row = database.row(_revisions.where(_revision.c.id == revision_id))
     return None if row is None else records.revision(row)
 
 
 def active(database: Database, model: Owned) -> Revision | None:
     """The active revision, if any."""
-    with database.read() as connection:
-        row = connection.execute(_revisions.where(*_of(model), _revision.c.state == RevisionState.ACTIVE)).first()
+    row = database.row(_revisions.where(*_of(model), _revision.c.state == RevisionState.ACTIVE))
     return None if row is None else records.revision(row)
 
 
@@ -180,8 +165,7 @@ def listed(database: Database, *, tenant: str | None = None, model: Owned | None
         query = query.where(*_of(model))
     elif tenant is not None:
         query = query.where(_model.c.tenant.in_([tenant, records.stored_tenant(None)]))
-    with database.read() as connection:
-        return [records.revision(row) for row in connection.execute(query)]
+    return [records.revision(row) for row in database.rows(query)]
 
 
 def aliases(database: Database, model: Owned) -> dict[str, int]:
@@ -193,15 +177,13 @@ def aliases(database: Database, model: Owned) -> dict[str, int]:
         .where(*_of(model))
         .order_by(_alias.c.alias)
     )
-    with database.read() as connection:
-        return {row.alias: row.number for row in connection.execute(query)}
+    return {row.alias: row.number for row in database.rows(query)}
 
 
 def artifacts(database: Database, revision_id: str) -> list[Artifact]:
     """The files of a revision, by name."""
     query = sa.select(_artifact).where(_artifact.c.revision_id == revision_id).order_by(_artifact.c.name)
-    with database.read() as connection:
-        return [Artifact(row.name, row.at, row.n_bytes, row.sha256) for row in connection.execute(query)]
+    return database.records(Artifact, query)
 
 
 def remove(database: Database, revision: Revision, *, actor: str) -> None:
@@ -221,15 +203,8 @@ def remove(database: Database, revision: Revision, *, actor: str) -> None:
         ).scalar()
         if user is not None:
             raise Conflict(f"job {user} uses {revision.reference}: wait for it, or cancel it first")
-        history.record(
-            connection,
-            model_id,
-            "removed",
-            actor,
-            number=found.number,
-            digest=found.digest,
-            from_state=found.state,
-        )
+        what = {"number": found.number, "digest": found.digest, "from_state": found.state}
+        history.record(connection, model_id, "removed", actor, **what)
         connection.execute(_revision.delete().where(_revision.c.id == revision.id))
 
 
@@ -263,7 +238,7 @@ def numbered(connection: sa.Connection, model_id: str, number: int) -> Revision 
 
 def _made(database: Database, connection: sa.Connection, model: Owned) -> str:
     values = {"id": str(uuid_utils.uuid7()), "tenant": records.stored_tenant(model.tenant), "name": model.name}
-    connection.execute(insert(connection, _model).values(**values, created_at=now()).on_conflict_do_nothing())
+    connection.execute(upsert.insert(connection, _model).values(**values, created_at=now()).on_conflict_do_nothing())
     return locked(database, connection, model)
 
 

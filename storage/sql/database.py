@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import sqlalchemy as sa
-from pyroaring import BitMap
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
@@ -24,16 +23,17 @@ from storage.errors import (
     InvalidSettings,
     RowmillError,
     TransientError,
-    Unreachable,
     WaitTimeout,
 )
 from storage.objects.local_files import make_room
-from storage.sql import revisions
+from storage.sql import driver_errors, revisions, row_mapping
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from alembic.config import Config
 
-_BUSY_SECONDS = 60
+    R = TypeVar("R", bound=DataclassInstance)
+
 _CONNECT_SECONDS = 10
 """How long PostgreSQL may take to accept a connection, where the URL does not say (``connect_timeout``)."""
 _IDLE_SECONDS = 30.0
@@ -80,17 +80,6 @@ def _today_sqlite(element: today, compiler: Any, **kw: Any) -> str:
     return "CAST(julianday('now') - 2440587.5 AS INTEGER)"
 
 
-def pack(rows: BitMap) -> bytes:
-    """A bitmap as bytes for a column."""
-    rows.run_optimize()
-    return rows.serialize()
-
-
-def unpack(data: bytes | None) -> BitMap:
-    """A column's bytes as a bitmap; NULL is empty."""
-    return BitMap.deserialize(data) if data is not None else BitMap()
-
-
 class Database:
     """One database. ``write()`` and ``read()`` are the only ways in; both yield a connection inside a transaction.
 
@@ -124,7 +113,7 @@ class Database:
         return str(self.url.database) if self.sqlite else self.url.render_as_string()
 
     def _sqlite_engine(self, begin: str) -> sa.Engine:
-        engine = sa.create_engine(self.url, connect_args={"timeout": _BUSY_SECONDS}, json_serializer=_dump)
+        engine = sa.create_engine(self.url, connect_args={"timeout": driver_errors.BUSY_SECONDS}, json_serializer=_dump)
 
         @sa.event.listens_for(engine, "connect")
         def _connect(connection: Any, record: Any) -> None:
@@ -152,7 +141,7 @@ class Database:
             try:
                 transaction.commit()
             except DBAPIError as error:
-                raise CommitUnknown(f"the outcome of a COMMIT is not known: {_reason(error)}") from error
+                raise CommitUnknown(f"the outcome of a COMMIT is not known: {driver_errors.reason(error)}") from error
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
@@ -167,63 +156,48 @@ class Database:
         except RowmillError:
             raise
         except (DBAPIError, sqlite3.Error) as error:
-            if (ours := self._explained(error)) is not None:
+            if (ours := driver_errors.explained(error, self.place, sqlite=self.sqlite)) is not None:
                 raise ours from error
             raise
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             # What was read makes no sense. Either the file is damaged, or this is a mistake of ours.
-            if (damage := self._damage()) is not None:
+            if self.sqlite and (damage := driver_errors.damage(self.place)) is not None:
                 raise CorruptDatabase(self.place, damage) from error
             raise
 
-    def _explained(self, error: DBAPIError | sqlite3.Error) -> RowmillError | None:
-        """Our error for one of the driver's; ``None`` for one that tells of a wrong statement."""
-        cause = error.orig if isinstance(error, DBAPIError) else error
-        if self.sqlite:
-            return self._explained_sqlite(error, getattr(cause, "sqlite_errorname", None) or "")
-        sqlstate = getattr(cause, "sqlstate", None)
-        if sqlstate in _RETRYABLE_SQLSTATES:
-            return TransientError(f"the database is busy: {_reason(error)}")
-        gone = isinstance(error, sa.exc.OperationalError) and (sqlstate is None or sqlstate[:2] in _PG_GONE)
-        if gone or getattr(error, "connection_invalidated", False):
-            return Unreachable(f"the database at {self.place} does not answer: {_reason(error)}")
-        if sqlstate is not None and sqlstate.startswith(_PG_REFUSED):
-            return Unreachable(f"the database at {self.place} refuses the connection: {_reason(error)}")
-        if sqlstate is None and isinstance(error, (sa.exc.NotSupportedError, sa.exc.ProgrammingError)):
-            # The driver's own words, before anything was asked of the server: an encoding that it does not know.
-            return InvalidSettings(f"PostgreSQL's client cannot use it: {_reason(error)}", field="database_url")
-        return None
+    def rows(self, query: sa.Executable) -> list[Any]:
+        """All rows of a query, read in a transaction of its own."""
+        with self.read() as connection:
+            return list(connection.execute(query))
 
-    def _explained_sqlite(self, error: DBAPIError | sqlite3.Error, code: str) -> RowmillError | None:
-        if code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-            return TransientError(
-                f"the database is busy: {self.place} was locked by another process for {_BUSY_SECONDS} s"
-            )
-        if code.startswith(("SQLITE_READONLY", "SQLITE_PERM", "SQLITE_AUTH")):
-            return Unreachable(
-                f"the database file {self.place} cannot be written ({_reason(error)}); correct its permissions, or set "
-                "data_dir to a folder that can be written"
-            )
-        if code.startswith(_SQLITE_GONE):
-            return Unreachable(f"the database file {self.place} cannot be used: {_reason(error)}")
-        if code.startswith(_SQLITE_DAMAGED):
-            return CorruptDatabase(self.place, _reason(error))
-        if isinstance(error, (sa.exc.IntegrityError, sqlite3.IntegrityError)):
-            return None
-        damage = self._damage()
-        return None if damage is None else CorruptDatabase(self.place, damage)
+    def row(self, query: sa.Executable) -> sa.Row[Any] | None:
+        """The first row of a query, if any."""
+        with self.read() as connection:
+            return connection.execute(query).first()
 
-    def _damage(self) -> str | None:
-        """What SQLite's own check finds wrong with the file; ``None`` when nothing is, or on PostgreSQL."""
-        if not self.sqlite:
-            return None
-        uri = f"{Path(str(self.url.database)).absolute().as_uri()}?mode=ro"
-        try:
-            with closing(sqlite3.connect(uri, uri=True)) as connection:
-                found = connection.execute("PRAGMA integrity_check(1)").fetchone()
-        except (sqlite3.Error, UnicodeError) as error:
-            return _first_line(error)
-        return None if found is None or found[0] == "ok" else str(found[0]).splitlines()[-1]
+    def scalars(self, query: sa.Executable) -> list[Any]:
+        """The first column of a query."""
+        return [row[0] for row in self.rows(query)]
+
+    def scalar(self, query: sa.Executable) -> Any:
+        """The first column of the first row; ``None`` without a row."""
+        row = self.row(query)
+        return None if row is None else row[0]
+
+    def records(self, kind: type[R], query: sa.Executable) -> list[R]:
+        """All rows of a query, as records of this kind."""
+        return [row_mapping.read(kind, row) for row in self.rows(query)]
+
+    def record(self, kind: type[R], query: sa.Executable) -> R | None:
+        """The first row of a query, if any, as a record of this kind."""
+        row = self.row(query)
+        return None if row is None else row_mapping.read(kind, row)
+
+    def change(self, statement: sa.Executable) -> int:
+        """Run one statement in a transaction of its own; returns how many rows it has changed."""
+        with self.write() as connection:
+            result: Any = connection.execute(statement)
+            return int(result.rowcount)
 
     def locked(self, query: sa.Select[Any], *, skip: bool = False) -> sa.Select[Any]:
         """The query with its rows locked until the transaction ends. SQLite's write lock already covers them.
@@ -235,8 +209,7 @@ class Database:
 
     def clock(self) -> float:
         """The database's time, in Unix seconds."""
-        with self.read() as connection:
-            return float(connection.execute(sa.select(now())).scalar_one())
+        return float(self.scalar(sa.select(now())))
 
     def revision(self) -> str | None:
         """The schema revision that the database is at; ``None`` when it has no tables yet."""
@@ -290,11 +263,11 @@ class Database:
             try:
                 yield connection
             except DBAPIError as error:
-                if "already exists" not in _reason(error):
+                if "already exists" not in driver_errors.reason(error):
                     raise
                 raise RowmillError(
-                    f"the database at {self.place} is another program's, or a part of Rowmill's: {_reason(error)}; use "
-                    "another data_dir or database_url"
+                    f"the database at {self.place} is another program's, or a part of Rowmill's: "
+                    f"{driver_errors.reason(error)}; use another data_dir or database_url"
                 ) from error
 
     def downgrade(self, target: str) -> None:
@@ -380,20 +353,3 @@ def _parse(url: str) -> sa.URL:
 
 def _dump(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
-
-
-_RETRYABLE_SQLSTATES: Sequence[str] = ("40001", "40P01", "55P03")
-_PG_GONE = ("08", "53", "57")
-"""Classes of SQLSTATE: connection failure, out of resources, shut down by an operator."""
-_PG_REFUSED = ("28", "3D", "42501")
-"""SQLSTATEs of a wrong password, a database that is not there, and a missing right."""
-_SQLITE_GONE = ("SQLITE_CANTOPEN", "SQLITE_IOERR", "SQLITE_FULL", "SQLITE_PROTOCOL", "SQLITE_NOLFS")
-_SQLITE_DAMAGED = ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_FORMAT")
-
-
-def _reason(error: DBAPIError | sqlite3.Error) -> str:
-    return _first_line((error.orig if isinstance(error, DBAPIError) else None) or error)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

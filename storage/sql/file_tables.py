@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from storage.sql.column_types import Id, Json, Text
-from storage.sql.schema import Big, ExactJson, Seconds, metadata
+from storage.sql.column_types import Id, Json, State, Text
+from storage.sql.schema import Big, ExactJson, Seconds, metadata, none_of, one_of
 from storage.states import TERMINAL_BATCH, BatchState
 
 file = sa.Table(
@@ -27,15 +27,14 @@ file = sa.Table(
     sa.Index("ix_file_expires_at", "expires_at"),
 )
 
-_terminal = ", ".join(f"'{state}'" for state in sorted(TERMINAL_BATCH))
-_LIVE = sa.text(f"state NOT IN ({_terminal})")
+_LIVE = none_of(TERMINAL_BATCH)
 
 batch = sa.Table(
     "batch",
     metadata,
     sa.Column("id", Id, primary_key=True),
     sa.Column("tenant", Id, nullable=False),
-    sa.Column("state", Text, nullable=False),
+    sa.Column("state", State(BatchState), nullable=False),
     sa.Column("endpoint", Text, nullable=False),
     # Not a foreign key: a file may be gone, or may never have been there, and the batch keeps its id.
     sa.Column("input_file_id", Text, nullable=False),
@@ -70,7 +69,7 @@ batch = sa.Table(
     sa.Column("cancelling_at", Seconds),
     sa.Column("cancelled_at", Seconds),
     sa.Column("expired_at", Seconds),
-    sa.CheckConstraint(f"state IN ({', '.join(repr(str(s)) for s in BatchState)})", name="state"),
+    one_of(BatchState),
     sa.Index("uq_batch_tenant_idem_key", "tenant", "idem_key", unique=True),
     sa.Index("ix_batch_tenant_created_at_id", "tenant", "created_at", "id"),
     sa.Index("ix_batch_tenant_body_hash", "tenant", "body_hash"),

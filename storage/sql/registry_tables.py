@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from storage.sql.column_types import Id, Json, Text
-from storage.sql.schema import Big, Seconds, metadata
+from storage.sql.column_types import Id, Json, State, Text
+from storage.sql.schema import Big, Seconds, metadata, one_of
 from storage.states import RevisionState
 
 OPERATOR = ""
@@ -31,12 +31,12 @@ model_revision = sa.Table(
     sa.Column("id", Id, primary_key=True),
     sa.Column("model_id", Id, sa.ForeignKey("model.id"), nullable=False),
     sa.Column("number", sa.Integer, nullable=False),
-    sa.Column("state", Text, nullable=False),
+    sa.Column("state", State(RevisionState), nullable=False),
     sa.Column("digest", Id, nullable=False),
     sa.Column("place", Text, nullable=False),
     sa.Column("task", Text),
     sa.Column("created_at", Seconds, nullable=False),
-    sa.CheckConstraint(f"state IN ({', '.join(repr(str(s)) for s in RevisionState)})", name="state"),
+    one_of(RevisionState),
     sa.UniqueConstraint("model_id", "number"),
     sa.UniqueConstraint("model_id", "digest"),
     # What lets one revision of a model be active at a time, whoever activates.

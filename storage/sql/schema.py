@@ -1,6 +1,9 @@
-"""What all tables share: the naming of constraints, and column types."""
+"""What all tables share: the naming of constraints, column types, and conditions on states."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
 
 import sqlalchemy as sa
 
@@ -19,3 +22,13 @@ ExactJson = sa.JSON()
 """Read back as it was given. JSONB would sort the keys (a JSON Schema's properties are answered in their order) and
 refuses a NUL (a column's name may hold one)."""
 Seconds: sa.Double[float] = sa.Double()
+
+
+def one_of(states: type[StrEnum]) -> sa.CheckConstraint:
+    """The column ``state`` holds one of these."""
+    return sa.CheckConstraint(f"state IN ({', '.join(repr(state.value) for state in states)})", name="state")
+
+
+def none_of(states: Iterable[StrEnum]) -> sa.TextClause:
+    """The column ``state`` holds none of these: the condition of a partial index."""
+    return sa.text(f"state NOT IN ({', '.join(repr(state.value) for state in sorted(states))})")

@@ -1,7 +1,8 @@
 """The SQLAlchemy tables. Migrations are made from these; nothing else defines a column.
 
 Times are Unix seconds as doubles, written by the database's own clock (``storage.sql.database.now``), so that SQLite
-and PostgreSQL hold the same values. Bitmaps are serialised Roaring bitmaps of row indices within the shard.
+and PostgreSQL hold the same values. Bitmaps hold row indices within the shard. A column is known to Python by the name
+of its record's field, which may differ from its name in the database.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from storage.deaths import Step
-from storage.sql.column_types import Id, Json, Text
+from storage.records import TOKENS as TOKENS
+from storage.sql.column_types import Id, Json, Rows, Slices, State, Text
 from storage.sql.file_tables import batch as batch
 from storage.sql.file_tables import file as file
 from storage.sql.key_tables import api_key as api_key
@@ -20,17 +22,13 @@ from storage.sql.registry_tables import model_artifact as model_artifact
 from storage.sql.registry_tables import model_event as model_event
 from storage.sql.registry_tables import model_report as model_report
 from storage.sql.registry_tables import model_revision as model_revision
-from storage.sql.schema import Big, ExactJson, Seconds
+from storage.sql.schema import Big, ExactJson, Seconds, none_of, one_of
 from storage.sql.schema import metadata as metadata
-from storage.states import TERMINAL_JOB, FireState, JobState, ShardState
+from storage.states import TERMINAL_JOB, AttemptState, FireState, JobState, ShardState
 
 
 def _count(name: str) -> sa.Column[int]:
     return sa.Column(name, Big, nullable=False, server_default="0")
-
-
-TOKENS = ("prompt_tokens", "cached_tokens", "completion_tokens")
-"""Columns of token counters, of jobs and of shards; engines report them as result columns of these names."""
 
 
 def _tokens() -> tuple[sa.Column[int], ...]:
@@ -75,8 +73,7 @@ tenant_usage = sa.Table(
 )
 """``day`` counts UTC days since 1970-01-01, by the database's clock."""
 
-_terminal = ", ".join(f"'{state}'" for state in sorted(TERMINAL_JOB))
-_LIVE_JOB = sa.text(f"state NOT IN ({_terminal})")
+_LIVE_JOB = none_of(TERMINAL_JOB)
 _DELETED = sa.text("deleted_at IS NOT NULL")
 
 job = sa.Table(
@@ -84,14 +81,14 @@ job = sa.Table(
     metadata,
     sa.Column("id", Id, primary_key=True),
     sa.Column("tenant", Text, nullable=False),
-    sa.Column("state", Text, nullable=False),
+    sa.Column("state", State(JobState), nullable=False),
     sa.Column("priority", sa.Integer, nullable=False),
     sa.Column("queue", Text, nullable=False),
     sa.Column("engine", Text, nullable=False),
     sa.Column("engine_key", Text, nullable=False),
     sa.Column("spec", ExactJson, nullable=False),
     sa.Column("spec_hash", Text, nullable=False),
-    sa.Column("idem_key", Text),
+    sa.Column("idem_key", Text, key="idempotency_key"),
     sa.Column("plan", ExactJson, nullable=False, server_default="{}"),
     # The registered revision that the job's model was resolved to at submit; NULL for a path.
     sa.Column("model", sa.JSON(none_as_null=True)),
@@ -109,7 +106,8 @@ job = sa.Table(
     sa.Column("max_failed_rows", Big),
     sa.Column("finalize_epoch", sa.Integer, nullable=False, server_default="0"),
     sa.Column("publishing", sa.Boolean, nullable=False, server_default=sa.text("false")),
-    sa.Column("touched", sa.Boolean, nullable=False, server_default=sa.text("false")),
+    # A finalizer that had lost its lease may have disturbed what is published.
+    sa.Column("touched", sa.Boolean, key="needs_republish", nullable=False, server_default=sa.text("false")),
     # How often a process died while it planned or published the job.
     sa.Column("n_lost", sa.Integer, nullable=False, server_default="0"),
     sa.Column("finalize_owner", Text),
@@ -123,9 +121,9 @@ job = sa.Table(
     sa.Column("deleted_at", Seconds),
     # A newer job has published at the same output, and was deleted.
     sa.Column("overtaken", sa.Boolean, nullable=False, server_default=sa.text("false")),
-    sa.CheckConstraint(f"state IN ({', '.join(repr(str(s)) for s in JobState)})", name="state"),
+    one_of(JobState),
     sa.Index("ix_job_deleted_at", "deleted_at", sqlite_where=_DELETED, postgresql_where=_DELETED),
-    sa.Index("uq_job_tenant_idem_key", "tenant", "idem_key", unique=True),
+    sa.Index("uq_job_tenant_idem_key", "tenant", "idempotency_key", unique=True),
     sa.Index("uq_job_live_output", "output_uri", unique=True, sqlite_where=_LIVE_JOB, postgresql_where=_LIVE_JOB),
     sa.Index("ix_job_output_uri", "output_uri"),
     sa.Index("ix_job_touched", "id", sqlite_where=sa.text("touched"), postgresql_where=sa.text("touched")),
@@ -144,7 +142,7 @@ source = sa.Table(
     sa.Column("n_rows", Big, nullable=False),
     sa.Column("partition", ExactJson, nullable=False),
     # Of a file that holds rows of the input in another order than the input's: which rows.
-    sa.Column("rows_bm", sa.LargeBinary),
+    sa.Column("rows_bm", Rows, key="rows"),
 )
 
 _READY = sa.text("state = 'ready'")
@@ -164,13 +162,13 @@ shard = sa.Table(
     sa.Column("queue", Text, nullable=False),
     sa.Column("priority", sa.Integer, nullable=False),
     sa.Column("engine_key", Id, nullable=False, server_default=sa.text("''")),
-    sa.Column("state", Text, nullable=False),
+    sa.Column("state", State(ShardState), nullable=False),
     sa.Column("row_start", Big, nullable=False),
     sa.Column("row_n", sa.Integer, nullable=False),
-    sa.Column("slices", Json, nullable=False),
-    sa.Column("select_bm", sa.LargeBinary),
-    sa.Column("done_bm", sa.LargeBinary),
-    sa.Column("failed_bm", sa.LargeBinary),
+    sa.Column("slices", Slices, nullable=False),
+    sa.Column("select_bm", Rows, key="select"),
+    sa.Column("done_bm", Rows(or_empty=True), key="done"),
+    sa.Column("failed_bm", Rows(or_empty=True), key="failed"),
     _count("n_done"),
     _count("n_failed"),
     sa.Column("run_after", Seconds, nullable=False, server_default="0"),
@@ -181,10 +179,10 @@ shard = sa.Table(
     sa.Column("n_fail", sa.Integer, nullable=False, server_default="0"),
     sa.Column("n_lost", sa.Integer, nullable=False, server_default="0"),
     sa.Column("n_crash", sa.Integer, nullable=False, server_default="0"),
-    sa.Column("suspect_bm", sa.LargeBinary),
+    sa.Column("suspect_bm", Rows, key="suspect"),
     *_tokens(),
     sa.Column("error", Text),
-    sa.CheckConstraint(f"state IN ({', '.join(repr(str(s)) for s in ShardState)})", name="state"),
+    one_of(ShardState),
     sa.CheckConstraint("state <> 'running' OR (lease_owner IS NOT NULL AND lease_until IS NOT NULL)", name="leased"),
     sa.UniqueConstraint("job_id", "gen", "idx"),
     # The lease is not indexed, so that heartbeats stay heap-only updates; running shards are few.
@@ -211,15 +209,15 @@ attempt = sa.Table(
     sa.Column("shard_id", Id, sa.ForeignKey("shard.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("attempt_no", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("worker_id", Text, nullable=False),
-    sa.Column("state", Text, nullable=False),
+    sa.Column("state", State(AttemptState), nullable=False),
     sa.Column("started_at", Seconds, nullable=False),
     sa.Column("ended_at", Seconds),
     _count("rows_resumed"),
     _count("rows_computed"),
     # Of those, rows that were not computed but found to kill the engine: no progress.
     sa.Column("n_poison", sa.Integer, nullable=False, server_default="0"),
-    sa.Column("step", Text, nullable=False, server_default=Step.LOADING),
-    sa.Column("alone_bm", sa.LargeBinary),
+    sa.Column("step", State(Step), nullable=False, server_default=Step.LOADING),
+    sa.Column("alone_bm", Rows, key="alone"),
     sa.Column("stats", Json, nullable=False, server_default="{}"),
     sa.Column("error", Text),
 )
@@ -234,8 +232,8 @@ part_file = sa.Table(
     sa.Column("n_bytes", Big, nullable=False),
     sa.Column("sha256", Text, nullable=False),
     sa.Column("etag", Text, nullable=False),
-    sa.Column("rows_bm", sa.LargeBinary, nullable=False),
-    sa.Column("failed_bm", sa.LargeBinary, nullable=False),
+    sa.Column("rows_bm", Rows, key="rows", nullable=False),
+    sa.Column("failed_bm", Rows, key="failed", nullable=False),
 )
 
 row_exception = sa.Table(
@@ -334,13 +332,13 @@ schedule_fire = sa.Table(
     metadata,
     sa.Column("schedule_id", Id, sa.ForeignKey("schedule.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("fire_at", Seconds, primary_key=True, autoincrement=False),
-    sa.Column("state", Text, nullable=False),
+    sa.Column("state", State(FireState), nullable=False),
     sa.Column("job_id", Id, sa.ForeignKey("job.id", ondelete="SET NULL")),
     sa.Column("reason", Text),
     _count("missed"),
     sa.Column("decided_at", Seconds, nullable=False),
     sa.Column("settled_at", Seconds),
-    sa.CheckConstraint(f"state IN ({', '.join(repr(str(s)) for s in FireState)})", name="state"),
+    one_of(FireState),
     sa.Index("ix_schedule_fire_job_id", "job_id"),
     sa.Index("ix_schedule_fire_pending", "fire_at", sqlite_where=_PENDING, postgresql_where=_PENDING),
 )

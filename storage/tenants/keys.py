@@ -16,6 +16,7 @@ import uuid_utils
 from storage.errors import Conflict, InvalidJob, NotFound
 from storage.sql import tables
 from storage.sql.database import Database, now
+from storage.sql.row_mapping import read
 
 MARK = "rm_"
 """What every key begins with, so that secret scanners find one that leaked."""
@@ -101,20 +102,18 @@ def find(database: Database, text: str) -> tuple[ApiKey, bool] | None:
     digest = _digest(text)
     query = sa.select(_key, now().label("now")).where(_key.c.prefix == text[:_PREFIX])
     found = None
-    with database.read() as connection:
-        for row in connection.execute(query):
-            if hmac.compare_digest(row.sha256, digest):
-                found = _record_of(row), _record_of(row).is_valid(float(row.now))
+    for row in database.rows(query):
+        if hmac.compare_digest(row.sha256, digest):
+            found = _key_of(row), _key_of(row).is_valid(float(row.now))
     return found
 
 
 def get(database: Database, key_id: str, *, tenant: str | None = None) -> ApiKey:
     """The key of this id (of this tenant). Raises :class:`NotFound`."""
-    with database.read() as connection:
-        row = connection.execute(_of(key_id, tenant)).first()
+    row = database.row(_of(key_id, tenant))
     if row is None:
         raise _unknown(key_id)
-    return _record_of(row)
+    return _key_of(row)
 
 
 def listed(
@@ -126,8 +125,7 @@ def listed(
         query = query.where(_key.c.tenant == tenant)
     if after is not None:
         query = query.where(_key.c.id < after)
-    with database.read() as connection:
-        return [_record_of(row) for row in connection.execute(query)]
+    return [_key_of(row) for row in database.rows(query)]
 
 
 def revoke(database: Database, key_id: str, *, actor: str, tenant: str | None = None) -> ApiKey:
@@ -156,7 +154,7 @@ def rotate(
         row = connection.execute(database.locked(query)).first()
         if row is None:
             raise _unknown(key_id)
-        old, at = _record_of(row), float(row.now)
+        old, at = _key_of(row), float(row.now)
         if not old.is_valid(at):
             raise Conflict(f"key {key_id} is revoked or has expired; create a new one", field="key")
         left = None if old.expires_at is None else old.expires_at - at
@@ -172,8 +170,7 @@ def rotate(
 def events(database: Database, key_id: str) -> list[KeyEvent]:
     """What was done with a key, oldest first."""
     query = sa.select(_event).where(_event.c.key_id == key_id).order_by(_event.c.id)
-    with database.read() as connection:
-        return [KeyEvent(row.key_id, row.type, row.at, row.actor, row.data) for row in connection.execute(query)]
+    return database.records(KeyEvent, query)
 
 
 def _insert(
@@ -212,9 +209,8 @@ def _of(key_id: str, tenant: str | None) -> sa.Select[Any]:
     return query if tenant is None else query.where(_key.c.tenant == tenant)
 
 
-def _record_of(row: sa.Row[Any]) -> ApiKey:
-    scopes = frozenset(Scope(name) for name in row.scopes)
-    return ApiKey(row.id, row.tenant, row.prefix, scopes, row.created_at, row.expires_at, row.revoked_at)
+def _key_of(row: sa.Row[Any]) -> ApiKey:
+    return read(ApiKey, row, scopes=frozenset(map(Scope, row.scopes)))
 
 
 def _digest(text: str) -> str:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from storage.errors import QuotaExceeded
-from storage.sql import tables
+from storage.sql import tables, upsert
 from storage.sql.database import Database, today
-from storage.sql.upsert import insert
 from storage.tenants import tenants
 from storage.tenants.tenants import Tenant
 
@@ -54,7 +53,7 @@ def count(connection: sa.Connection, name: str, *, rows: int = 0, tokens: int = 
     if not rows and not tokens:
         return
     table = tables.tenant_usage
-    new = insert(connection, table).values(tenant=name, day=today(), rows=rows, tokens=tokens)
+    new = upsert.insert(connection, table).values(tenant=name, day=today(), rows=rows, tokens=tokens)
     added = {"rows": table.c.rows + new.excluded.rows, "tokens": table.c.tokens + new.excluded.tokens}
     connection.execute(new.on_conflict_do_update(index_elements=["tenant", "day"], set_=added))
 

@@ -10,9 +10,9 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from storage.errors import Conflict, InvalidJob, NotFound
-from storage.sql import tables
+from storage.sql import tables, upsert
 from storage.sql.database import Database, now, today
-from storage.sql.upsert import insert
+from storage.sql.row_mapping import read
 from storage.states import TERMINAL_JOB, ShardState
 
 LIMITS = ("max_running", "max_jobs", "rows_per_day", "tokens_per_day")
@@ -53,8 +53,7 @@ def add(database: Database, name: str, **values: Any) -> Tenant:
         raise InvalidJob(f"a name has 1 to 64 letters, digits, and _ . -; not {name!r}", field="tenant")
     _check(values)
     try:
-        with database.write() as connection:
-            connection.execute(tables.tenant.insert().values(name=name, created_at=now(), **values))
+        database.change(tables.tenant.insert().values(name=name, created_at=now(), **values))
     except IntegrityError:
         raise Conflict(f"there is a tenant {name!r} already; 'rowmill tenant set' changes it", field="tenant") from None
     return get(database, name)
@@ -64,11 +63,9 @@ def change(database: Database, name: str, **values: Any) -> Tenant:
     """Set some of the values; what runs or is queued already is left alone. Raises :class:`NotFound`."""
     _check(values)
     table = tables.tenant
-    with database.write() as connection:
-        # The name too, so that nothing to change is a change as well.
-        result = connection.execute(table.update().where(table.c.name == name).values(name=name, **values))
-        if result.rowcount != 1:
-            raise _unknown(name)
+    # The name too, so that nothing to change is a change as well.
+    if database.change(table.update().where(table.c.name == name).values(name=name, **values)) != 1:
+        raise _unknown(name)
     return get(database, name)
 
 
@@ -98,17 +95,15 @@ def remove(database: Database, name: str) -> None:
 
 def get(database: Database, name: str) -> Tenant:
     """The tenant, or :class:`NotFound`."""
-    with database.read() as connection:
-        row = connection.execute(sa.select(tables.tenant).where(tables.tenant.c.name == name)).first()
-    if row is None:
+    found = database.record(Tenant, sa.select(tables.tenant).where(tables.tenant.c.name == name))
+    if found is None:
         raise _unknown(name)
-    return record(row)
+    return found
 
 
 def listed(database: Database) -> list[Tenant]:
     """All tenants by name."""
-    with database.read() as connection:
-        return [record(row) for row in connection.execute(sa.select(tables.tenant).order_by(tables.tenant.c.name))]
+    return database.records(Tenant, sa.select(tables.tenant).order_by(tables.tenant.c.name))
 
 
 def usage(database: Database, name: str) -> Usage:
@@ -150,17 +145,11 @@ def known(database: Database, connection: sa.Connection, name: str, *, create: b
                 f"'rowmill tenant add {name}'",
                 field="tenant",
             )
-        statement = insert(connection, tables.tenant).values(name=name, created_at=now())
-        connection.execute(statement.on_conflict_do_nothing())
+        new = upsert.insert(connection, tables.tenant).values(name=name, created_at=now())
+        connection.execute(new.on_conflict_do_nothing())
         row = _locked(database, connection, name)
         assert row is not None
-    return record(row)
-
-
-def record(row: sa.Row[Any]) -> Tenant:
-    return Tenant(
-        row.name, row.weight, row.max_running, row.max_jobs, row.rows_per_day, row.tokens_per_day, row.created_at
-    )
+    return read(Tenant, row)
 
 
 def _locked(database: Database, connection: sa.Connection, name: str) -> sa.Row[Any] | None:

@@ -19,7 +19,7 @@ from storage import failpoints
 from storage.broker import CONTROL_QUEUE
 from storage.errors import Conflict, IllegalTransition, NotFound
 from storage.files import batches, files
-from storage.files.records import Batch, File, Purpose
+from storage.files.records import Batch, File, NewBatch, Purpose
 from storage.queue import jobs
 from storage.records import Job
 from storage.states import BatchState
@@ -47,21 +47,23 @@ def upload(session: Session, text: str, tenant: str = "acme") -> File:
     return files.finish(runtime.database, file_id, tenant=tenant, filename="in.jsonl", n_bytes=len(text), seconds=None)
 
 
-def create(session: Session, file_id: str, **values: Any) -> Batch:
+def create(
+    session: Session, file_id: str, *, window_seconds: float = 86_400.0, repeated: bool = False, **values: Any
+) -> Batch:
     given: dict[str, Any] = {
-        "batch_id": places.new_id("batch"),
+        "id": places.new_id("batch"),
         "tenant": "acme",
         "endpoint": CHAT,
         "input_file_id": file_id,
         "completion_window": "24h",
-        "window_seconds": 86_400.0,
         "metadata": None,
         "output_seconds": None,
         "idem_key": None,
         "body_hash": "0",
         "key_id": None,
     }
-    return batches.create(session.runtime.database, **{**given, **values})
+    new = NewBatch(**(given | values))
+    return batches.create(session.runtime.database, new, window_seconds=window_seconds, repeated=repeated)
 
 
 def to_the_end(session: Session, batch: Batch) -> Batch:

@@ -20,7 +20,7 @@ from pipeline.config.settings import Settings
 from storage import states
 from storage.records import OUTPUT_SEQ
 from storage.sql import tables
-from storage.sql.database import Database, unpack
+from storage.sql.database import Database
 from storage.states import AttemptState, FireState, JobState, ShardState
 from tests.chaos.client import Asked
 from tests.chaos.scripts import NO_SPACE, Script
@@ -103,8 +103,8 @@ class Verdict:
             yield f"it is still {shard.state}"
         if any(row.state == "running" for row in attempts):
             yield "an attempt is still running"
-        flushed = [unpack(row.rows_bm) for row in parts if row.seq != OUTPUT_SEQ]
-        done = unpack(shard.done_bm)
+        flushed = [row.rows for row in parts if row.seq != OUTPUT_SEQ]
+        done = shard.done
         self.counts["rows flushed"] += sum(map(len, flushed))
         if sum(map(len, flushed)) != len(done) or BitMap.union(BitMap(), *flushed) != done:
             yield f"{sum(map(len, flushed))} rows are in its parts, {len(done)} are done"
@@ -113,7 +113,7 @@ class Verdict:
         outputs = [row.attempt_no for row in parts if row.seq == OUTPUT_SEQ]
         won = [row.attempt_no for row in attempts if row.state == "succeeded"]
         if shard.state == ShardState.COMMITTED:
-            wanted = BitMap(range(shard.row_n)) if shard.select_bm is None else unpack(shard.select_bm)
+            wanted = BitMap(range(shard.row_n)) if shard.select is None else shard.select
             if done != wanted:
                 yield f"it is committed with {len(done)} of {len(wanted)} rows"
             if not outputs == won == [shard.committed_attempt]:
@@ -126,7 +126,7 @@ class Verdict:
         newest = {row.idx: row for row in sorted(shards, key=lambda row: row.gen)}
         whole = {row.idx: row.row_n for row in committed}
         taken_back = sum(
-            row.row_n if row.select_bm is None else len(unpack(row.select_bm))
+            row.row_n if row.select is None else len(row.select)
             for row in newest.values()
             if row.idx in whole and row.state != ShardState.COMMITTED
         )
@@ -189,7 +189,7 @@ class Verdict:
         # What must be there: all rows of a whole output; of a partial one those that some attempt has flushed.
         rows: set[int] = set()
         for shard in shards:
-            done = range(shard.row_n) if shard.state == ShardState.COMMITTED else unpack(shard.done_bm)
+            done = range(shard.row_n) if shard.state == ShardState.COMMITTED else shard.done
             rows |= {shard.row_start + row for row in done}
         expected = self._expected(client, asked)
         self.counts["rows asked for"] += expected.num_rows

@@ -43,7 +43,7 @@ JOB = Job(
     expires_at=None,
     cancel_requested_at=None,
     max_failed_rows=None,
-    touched=False,
+    needs_republish=False,
 )
 SOURCES = [Source(0, "s3://in/a", "e1", 5, 250, {"year": "2024"})]
 

@@ -9,7 +9,7 @@ import uuid_utils
 from pyroaring import BitMap
 
 from storage.queue import claims, jobs
-from storage.records import OUTPUT_SEQ, Claim, Job, PartFile, ShardPlan, Slice, Source
+from storage.records import OUTPUT_SEQ, Claim, Job, NewJob, PartFile, ShardPlan, Slice, Source
 from storage.sql import tables
 from storage.sql.database import Database
 
@@ -17,10 +17,9 @@ OWNER = "worker-1"
 LEASE = 60.0
 
 
-def unplanned_job(database: Database, **values: Any) -> Job:
-    job_id = str(uuid_utils.uuid7())
+def new_job(**values: Any) -> NewJob:
+    job_id = values.pop("id", str(uuid_utils.uuid7()))
     given: dict[str, Any] = {
-        "job_id": job_id,
         "tenant": "default",
         "priority": 0,
         "queue": "fake",
@@ -31,10 +30,15 @@ def unplanned_job(database: Database, **values: Any) -> Job:
         "idempotency_key": None,
         "output_uri": f"/out/{job_id}",
         "max_failed_rows": None,
-        "window_seconds": 3600.0,
-        "actor": "test",
     }
-    return jobs.insert(database, **(given | values))
+    return NewJob(id=job_id, **(given | values))
+
+
+def unplanned_job(
+    database: Database, *, window_seconds: float = 3600.0, actor: str = "test", new_tenant: bool = True, **values: Any
+) -> Job:
+    new = new_job(**values)
+    return jobs.insert(database, new, window_seconds=window_seconds, actor=actor, new_tenant=new_tenant)
 
 
 def planned_job(database: Database, *, shards: int = 2, rows: int = 10, **values: Any) -> Job:

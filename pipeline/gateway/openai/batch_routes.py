@@ -18,6 +18,7 @@ from pipeline.spec.job_spec import duration_seconds
 from pipeline.spec.request_fields import TASK_OF
 from pipeline.spec.values import plain_text
 from storage.files import batches
+from storage.files.records import NewBatch
 
 router = APIRouter(tags=["batches"])
 
@@ -50,21 +51,20 @@ def create(
     output_seconds = _output_seconds(body.get("output_expires_after"))
     in_body = body.get("idempotency_key")
     key = _key(in_body if in_body is not None else idempotency_key)
-    found = batches.create(
-        gateway.database,
-        batch_id=places.new_id("batch"),
+    new = NewBatch(
+        id=places.new_id("batch"),
         tenant=caller.tenant,
         endpoint=endpoint,
         input_file_id=file_id,
         completion_window=window,
-        window_seconds=duration_seconds(window),
         metadata=metadata,
         output_seconds=output_seconds,
         idem_key=key,
         body_hash=_canonical(body),
         key_id=caller.key_id,
-        repeated=_is_repeated(x_stainless_retry_count),
     )
+    repeated = _is_repeated(x_stainless_retry_count)
+    found = batches.create(gateway.database, new, window_seconds=duration_seconds(window), repeated=repeated)
     gateway.batches.wake()
     return objects.batch(gateway.database, found)
 

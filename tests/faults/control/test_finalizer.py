@@ -108,7 +108,9 @@ def test_25_a_finalizer_wakes_up_after_another_has_completed(world: World, point
     late.kill()
     other = Worker(world.settings)
     try:
-        wait_until(lambda: (other.finalize(), not world.rows("job", id=job)[0].touched)[1], "the end of the repair")
+        wait_until(
+            lambda: (other.finalize(), not world.rows("job", id=job)[0].needs_republish)[1], "the end of the repair"
+        )
     finally:
         other.close()
     assert visible(world) == (200, True, True)

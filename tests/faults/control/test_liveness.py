@@ -49,7 +49,7 @@ def check(world: World, job: str, *, again: int = 0) -> None:
     rows = world.published()
     assert rows.column("id").to_pylist() == list(range(world.n_rows))
     assert [n for n, error in enumerate(rows.column("error").to_pylist()) if error is not None] == [7]
-    failed = sum(shard.select_bm is not None for shard in world.shards(job))
+    failed = sum(shard.select is not None for shard in world.shards(job))
     assert sum(attempt.rows_computed for attempt in world.attempts(job)) == world.n_rows + again + failed
 
 

@@ -44,6 +44,7 @@ from storage.records import (
     OUTPUT_SEQ,
     Claim,
     Job,
+    NewJob,
     PartFile,
     RowException,
     ShardPlan,
@@ -51,7 +52,7 @@ from storage.records import (
     Source,
 )
 from storage.sql import tables
-from storage.sql.database import Database, now, unpack
+from storage.sql.database import Database, now
 from storage.states import OPEN_SHARD, TERMINAL_JOB, AttemptState, JobState, ShardState
 from tests.examples import PROFILE
 
@@ -328,11 +329,11 @@ class StorageMachine(RuleBasedStateMachine):
         job_id = f"job-{len(self.jobs):04d}"
 
         def insert() -> Job:
-            return jobs.insert(
-                self.database, job_id=job_id, tenant="t", priority=priority, queue="q", engine="fake", engine_key="e",
-                spec={}, spec_hash=work, idempotency_key=key, output_uri=output, max_failed_rows=max_failed,
-                window_seconds=-1.0 if overdue else LEASE, actor="client",
+            new = NewJob(
+                id=job_id, tenant="t", priority=priority, queue="q", engine="fake", engine_key="e", spec={},
+                spec_hash=work, idempotency_key=key, output_uri=output, max_failed_rows=max_failed,
             )  # fmt: skip
+            return jobs.insert(self.database, new, window_seconds=-1.0 if overdue else LEASE, actor="client")
 
         same = next((job for job in self.jobs.values() if key is not None and job.key == key + work), None)
         other = any(job.key is not None and job.key[0] == key for job in self.jobs.values())
@@ -583,7 +584,9 @@ class StorageMachine(RuleBasedStateMachine):
         assert {(p.attempt_no, p.seq): set(p.rows) for p in claim.parts} == flushed
         below = [s for s in job.shards.values() if s.idx == shard.idx and s.gen < shard.gen and s.committed]
         base = max(below, key=lambda s: s.gen, default=None)
-        assert (claim.base and claim.base.uri) == (base and _uri(base.id, base.committed or 0, OUTPUT_SEQ))
+        assert (claim.previous_output and claim.previous_output.uri) == (
+            base and _uri(base.id, base.committed or 0, OUTPUT_SEQ)
+        )
         self.claims.append(claim)
         return claim
 
@@ -1168,9 +1171,9 @@ def _read(database: Database, first_event: int) -> _Stored:
                 row.attempt_no,
                 row.lease_owner,
                 row.committed_attempt,
-                set(unpack(row.done_bm)),
-                set(unpack(row.failed_bm)),
-                None if row.select_bm is None else frozenset(unpack(row.select_bm)),
+                set(row.done),
+                set(row.failed),
+                None if row.select is None else frozenset(row.select),
                 row.n_done,
                 row.n_failed,
                 row.n_fail,
@@ -1184,10 +1187,7 @@ def _read(database: Database, first_event: int) -> _Stored:
             (row.shard_id, row.attempt_no): (row.worker_id, row.state, row.rows_resumed, row.rows_computed)
             for row in every["attempt"]
         },
-        parts={
-            (row.shard_id, row.attempt_no, row.seq): (set(unpack(row.rows_bm)), set(unpack(row.failed_bm)))
-            for row in every["part_file"]
-        },
+        parts={(row.shard_id, row.attempt_no, row.seq): (set(row.rows), set(row.failed)) for row in every["part_file"]},
         exceptions={(row.shard_id, row.row_idx): row.code for row in every["row_exception"]},
         used=(sum(row.rows for row in every["tenant_usage"]), sum(row.tokens for row in every["tenant_usage"])),
         events=[(row.job_id, row.shard_id, row.attempt_no, row.type) for row in events],

@@ -389,7 +389,7 @@ def test_22_a_lost_file_and_a_late_finalizer(world: World) -> None:
     work(world, job)
     [first, _] = sorted((world.output / "data").iterdir())
     first.unlink()
-    publish_leases.report_touched(world.database, str(world.output), actor="test")
+    publish_leases.request_republish(world.database, str(world.output), actor="test")
     other = Worker(world.settings)
     try:
         other.finalize()

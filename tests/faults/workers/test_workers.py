@@ -191,7 +191,7 @@ def test_05_frozen_inside_a_transaction(
 
 def _written(world: World, job: str) -> tuple[Any, ...]:
     """All that a fenced attempt might change. Not the lease, which the attempt that holds it renews meanwhile."""
-    columns = ("state", "attempt_no", "lease_owner", "committed_attempt", "n_done", "done_bm", "n_fail", "n_lost")
+    columns = ("state", "attempt_no", "lease_owner", "committed_attempt", "n_done", "done", "n_fail", "n_lost")
     return (
         [tuple(getattr(shard, name) for name in columns) for shard in world.shards(job)],
         [(part.attempt_no, part.seq) for part in world.rows("part_file")],

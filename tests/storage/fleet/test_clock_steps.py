@@ -184,12 +184,12 @@ def test_an_ended_job_is_published_once_more_though_a_finalizer_died_at_it(datab
     assert first is not None
     publish_leases.begin_publishing(database, first, actor=OWNER)
     publish_leases.complete(database, first, JobState.COMPLETED, actor=OWNER)
-    publish_leases.report_touched(database, job.output_uri, actor="late")
+    publish_leases.request_republish(database, job.output_uri, actor="late")
     for lease in (-1.0, LEASE):  # the first of them dies
         again = publish_leases.claim_finalize(database, owner=OWNER, lease_seconds=lease)
         assert again is not None
         publish_leases.begin_publishing(database, again, actor=OWNER)
-    publish_leases.report_touched(database, job.output_uri, actor="late")
+    publish_leases.request_republish(database, job.output_uri, actor="late")
     assert publish_leases.complete(database, again, JobState.COMPLETED, actor=OWNER) is None, "touched meanwhile"
     publish_leases.begin_publishing(database, again, actor=OWNER)
     assert publish_leases.complete(database, again, JobState.COMPLETED, actor=OWNER) is not None

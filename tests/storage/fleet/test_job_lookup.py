@@ -6,30 +6,10 @@ import pytest
 
 from storage.errors import NotFound
 from storage.fleet import job_lookup
-from storage.queue import jobs
 from storage.sql import tables
 from storage.sql.database import Database
 from storage.states import JobState
-from tests.storage.jobs_in_sql import planned_job
-
-
-def _insert(database: Database, job_id: str) -> None:
-    jobs.insert(
-        database,
-        job_id=job_id,
-        tenant="default",
-        priority=0,
-        queue="fake",
-        engine="fake",
-        engine_key="key",
-        spec={"task": "generate"},
-        spec_hash="hash",
-        idempotency_key=None,
-        output_uri=f"/out/{job_id}",
-        max_failed_rows=None,
-        window_seconds=60.0,
-        actor="test",
-    )
+from tests.storage.jobs_in_sql import planned_job, unplanned_job
 
 
 def test_a_job_is_found_by_the_beginning_or_the_end_of_its_id(database: Database) -> None:
@@ -50,7 +30,7 @@ def test_short_ids_stay_unambiguous(database: Database) -> None:
     begins = "aabbccdd-139b-77f5-b424-000000000002"
     ends = "01a22c61-139b-77f5-b424-0000aabbccdd"
     for job_id in (*alike, *twins, begins, ends):
-        _insert(database, job_id)
+        unplanned_job(database, id=job_id)
     short = job_lookup.short_ids(database, [*alike, *twins, begins, ends])
     assert [short[job_id] for job_id in alike] == ["a35eaecc52ff", "b35faecc52ff"]
     assert [short[job_id] for job_id in twins] == ["77f5-b424-000000000001", "77f6-b424-000000000001"]

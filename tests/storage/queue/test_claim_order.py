@@ -211,18 +211,20 @@ def test_an_engine_whose_loading_has_not_paid_off_is_kept_at_work_and_the_others
     planned_job(database, tenant="a", shards=6, engine_key="mine")
     planned_job(database, tenant="b", shards=6, engine_key="other")
 
-    def tenants(count: int, keep: tuple[str, ...]) -> list[str]:
+    def tenants(count: int, sticky_keys: tuple[str, ...]) -> list[str]:
         found = [
-            claims.claim(database, owner=OWNER, lease_seconds=LEASE, queues=["fake"], warm=("mine",), keep=keep)
+            claims.claim(
+                database, owner=OWNER, lease_seconds=LEASE, queues=["fake"], warm=("mine",), sticky_keys=sticky_keys
+            )
             for _ in range(count)
         ]
         return [claim.job.tenant for claim in found if claim]
 
-    assert tenants(3, keep=("mine",)) == ["a", "a", "a"]
-    assert tenants(3, keep=()) == ["b", "b", "b"]
-    assert sorted(tenants(2, keep=())) == ["a", "b"]
+    assert tenants(3, sticky_keys=("mine",)) == ["a", "a", "a"]
+    assert tenants(3, sticky_keys=()) == ["b", "b", "b"]
+    assert sorted(tenants(2, sticky_keys=())) == ["a", "b"]
     urgent = planned_job(database, tenant="b", shards=1, engine_key="other", priority=1)
-    claim = claims.claim(database, owner=OWNER, lease_seconds=LEASE, queues=["fake"], keep=("mine",))
+    claim = claims.claim(database, owner=OWNER, lease_seconds=LEASE, queues=["fake"], sticky_keys=("mine",))
     assert claim is not None and claim.job.id == urgent.id
 
 

@@ -37,7 +37,7 @@ def test_deaths_with_no_row_inside_fail_the_job_and_say_where(database: Database
         claim = lose(database, job, step)
         assert counters(database, claim) == (number, 0)
     [shard] = stored(database, "shard", id=claim.shard.id)
-    assert (shard.state, shard.suspect_bm) == (ShardState.FAILED, None)
+    assert (shard.state, shard.suspect) == (ShardState.FAILED, None)
     assert step.phrase in shard.error
     found = jobs.get(database, job.id)
     # The other shard would end in the same way.

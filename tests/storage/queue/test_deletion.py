@@ -96,7 +96,7 @@ def test_what_a_deleted_job_published_is_not_replaced_by_an_older_one(database: 
     for job in (older, unpublished):
         with pytest.raises(Conflict, match="belongs to"):
             reopen.reopen(database, job.id, failed_only=True, window_seconds=60.0, actor="test")
-    publish_leases.report_touched(database, "/out/shared", actor="test")
+    publish_leases.request_republish(database, "/out/shared", actor="test")
     assert publish_leases.claim_finalize(database, owner=OWNER, lease_seconds=LEASE) is None
     # Whoever published nothing leaves the output to those before it.
     first = _cancelled(database, planned_job(database, output_uri="/out/other"))
@@ -112,7 +112,7 @@ def test_what_a_deleted_job_published_is_not_replaced_by_an_older_one(database: 
 
 def test_a_job_that_is_published_once_more_is_not_deleted(database: Database) -> None:
     job = _cancelled(database, planned_job(database))
-    publish_leases.report_touched(database, job.output_uri, actor="test")
+    publish_leases.request_republish(database, job.output_uri, actor="test")
     with pytest.raises(Conflict, match="published once more"):
         deletion.mark(database, job.id)
     assert deletion.due(database, older_than=-1.0, limit=9) == []

@@ -20,7 +20,7 @@ from storage.records import OUTPUT_SEQ, RowException
 from storage.sql import revisions, tables
 from storage.sql.database import Database
 from storage.states import JobState, ShardState
-from tests.storage.jobs_in_sql import LEASE, OWNER, output, part, planned_job, stored, take
+from tests.storage.jobs_in_sql import LEASE, OWNER, output, part, planned_job, stored, take, unplanned_job
 
 
 def finish(database: Database, job_id: str) -> JobState:
@@ -31,15 +31,11 @@ def finish(database: Database, job_id: str) -> JobState:
 
 def test_the_same_key_is_the_same_job(database: Database) -> None:
     job = planned_job(database, idempotency_key="k")
-    values = {
-        "job_id": "another", "tenant": "default", "priority": 0, "queue": "fake", "engine": "fake", "engine_key": "key",
-        "spec": {}, "spec_hash": "hash", "idempotency_key": "k", "output_uri": job.output_uri,
-        "max_failed_rows": None, "window_seconds": 1.0, "actor": "test",
-    }  # fmt: skip
-    assert jobs.insert(database, **values).id == job.id
+    values = {"id": "another", "spec": {}, "idempotency_key": "k", "output_uri": job.output_uri}
+    assert unplanned_job(database, **values).id == job.id
     with pytest.raises(Conflict, match="belongs to job"):
-        jobs.insert(database, **(values | {"spec_hash": "other"}))
-    assert jobs.insert(database, **(values | {"tenant": "b", "output_uri": "/elsewhere"})).id == "another"
+        unplanned_job(database, **(values | {"spec_hash": "other"}))
+    assert unplanned_job(database, **(values | {"tenant": "b", "output_uri": "/elsewhere"})).id == "another"
 
 
 def test_two_live_jobs_cannot_share_an_output(database: Database) -> None:
@@ -142,11 +138,11 @@ def test_retrying_failed_rows_makes_a_new_generation(database: Database) -> None
     assert (again.state, again.gen, again.n_open, again.rows_done, again.rows_failed) == (JobState.QUEUED, 1, 1, 18, 0)
     claim = take(database, job)
     assert list(claim.todo) == [3, 4]
-    assert claim.base is not None
-    assert claim.base.attempt_no == 1
+    assert claim.previous_output is not None
+    assert claim.previous_output.attempt_no == 1
     attempts.flush(database, claim, part(claim, [3, 4], failed=(4,)), tokens={})
     assert attempts.commit(database, claim, output(claim, (4,)), stats={}) is JobState.FINALIZING
-    closed = list(publish_leases.closed_shards(database, job.id, page=1))
+    closed = list(publish_leases.finished_shards(database, job.id, page=1))
     assert [(item.shard.idx, item.shard.gen) for item in closed] == [(0, 1), (1, 0)]
     assert all(item.output is not None for item in closed)
     assert finish(database, job.id) is JobState.COMPLETED

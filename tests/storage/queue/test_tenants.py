@@ -8,12 +8,13 @@ import pytest
 
 from storage.errors import Conflict, InvalidJob, NotFound, QuotaExceeded
 from storage.queue import attempts, jobs, reopen
+from storage.records import NewJob
 from storage.sql import tables
 from storage.sql.database import Database
 from storage.states import JobState
 from storage.tenants import tenants
 from storage.tenants.tenants import Usage
-from tests.storage.jobs_in_sql import output, part, planned_job, stored, take
+from tests.storage.jobs_in_sql import new_job, output, part, planned_job, stored, take
 
 
 def finish(database: Database, tenant: str, tokens: int = 0, **values: object) -> str:
@@ -82,7 +83,7 @@ def test_live_jobs_are_limited_and_ended_ones_are_not_live(database: Database) -
     error = caught.value
     assert (error.quota, error.used, error.limit, error.resets_at, error.exit_code) == ("max_jobs", 2, 2, None, 8)
     # The same work under its key is no further job.
-    assert jobs.insert(database, **same_request(database)).idempotency_key == "k"
+    assert jobs.insert(database, same_request(database), window_seconds=60.0, actor="test").idempotency_key == "k"
     end(database, first.id)
     planned_job(database, tenant="t")
     # A retry makes a job live again.
@@ -94,23 +95,9 @@ def test_live_jobs_are_limited_and_ended_ones_are_not_live(database: Database) -
     assert jobs.get(database, first.id).state is JobState.COMPLETED
 
 
-def same_request(database: Database) -> dict[str, object]:
-    [row] = [row for row in stored(database, "job") if row.idem_key == "k"]
-    return {
-        "job_id": "new",
-        "tenant": "t",
-        "priority": 0,
-        "queue": "fake",
-        "engine": "fake",
-        "engine_key": "key",
-        "spec": {},
-        "spec_hash": row.spec_hash,
-        "idempotency_key": "k",
-        "output_uri": "/elsewhere",
-        "max_failed_rows": None,
-        "window_seconds": 60.0,
-        "actor": "test",
-    }
+def same_request(database: Database) -> NewJob:
+    [row] = [row for row in stored(database, "job") if row.idempotency_key == "k"]
+    return new_job(tenant="t", spec={}, spec_hash=row.spec_hash, idempotency_key="k", output_uri="/elsewhere")
 
 
 def test_the_limit_on_live_jobs_holds_however_many_submit_at_once(database: Database) -> None:
