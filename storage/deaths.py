@@ -12,7 +12,7 @@ from enum import StrEnum
 CAREFUL_AFTER = 3
 """Crashes in a row without progress after which a shard's rows are run in ever smaller groups."""
 MOST_CRASHES = 20
-"""Crashes after which a shard is given up, however small the groups."""
+"""Crashes after which a shard fails, however small the groups."""
 
 
 class Step(StrEnum):
@@ -48,7 +48,7 @@ class FailureCounts:
     opens: bool = False
 
     def is_spent(self, max_losses: int) -> bool:
-        """Whether the shard is to be given up. The last loss that is allowed may begin a search, which has its own."""
+        """Whether the shard fails. The last loss that is allowed may begin a search, which has its own."""
         return self.crashes >= MOST_CRASHES or self.losses >= max_losses + (self.crashes >= CAREFUL_AFTER)
 
 

@@ -41,12 +41,12 @@ from storage.redaction import redact_text
 class RowmillError(Exception):
     """Base of the tree. ``exit_code`` is what the command line ends with.
 
-    ``elsewhere``: another worker may well succeed, because what is wrong may be this one's: an engine or a model that
-    is missing here, a permission, a clock.
+    ``retry_on_other_worker``: what is wrong may be this worker's alone (an engine or a model that is missing here, a
+    permission, a clock), so that another one may succeed.
     """
 
     exit_code = 1
-    elsewhere = False
+    retry_on_other_worker = False
 
     def __init__(self, *args: object) -> None:
         # Here, so that no message that is shown, logged or stored holds a secret.
@@ -74,13 +74,13 @@ class InvalidInput(InvalidJob):
 class InvalidModel(InvalidJob):
     """The model is not there, is damaged, or cannot do the task."""
 
-    elsewhere = True
+    retry_on_other_worker = True
 
 
 class EngineMissing(InvalidJob):
     """The engine that the job needs is not installed, or does not run on this machine."""
 
-    elsewhere = True
+    retry_on_other_worker = True
 
 
 class Conflict(InvalidJob):

@@ -96,7 +96,7 @@ class NewJob:
 class Job(NewJob):
     """One job. ``rows_*`` and ``tokens`` count committed shards only; what running ones have flushed is in the shards.
 
-    ``gen`` counts its retries. ``n_open`` shards are still to end, ``n_dead`` of the ended ones failed.
+    ``gen`` counts its retries. ``n_open`` shards are still to end, ``n_failed_shards`` of the ended ones failed.
     ``stop_reason`` is set when the job is being wound down (or was): ``"cancelled"``, ``"expired"``,
     ``"max_failed_rows"``, ``"failed"``. ``publishing``: this job has begun to replace whatever was published at its
     output; ``needs_republish``: a finalizer without its lease may have disturbed that since.
@@ -109,7 +109,7 @@ class Job(NewJob):
     gen: int
     n_shards: int
     n_open: int
-    n_dead: int
+    n_failed_shards: int
     rows_total: int
     rows_done: int
     rows_failed: int

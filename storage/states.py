@@ -50,7 +50,7 @@ class ShardState(StrEnum):
     COMMITTED = "committed"
     """One attempt's output is final. Nothing moves it."""
     FAILED = "failed"
-    """Dead letter: the budget of failures or losses is spent. Only ``job retry`` reopens it."""
+    """The budget of failures or losses is spent. Only ``job retry`` reopens it."""
     CANCELLED = "cancelled"
     """Its job was wound down first. Only ``job retry`` reopens it."""
 
@@ -71,7 +71,7 @@ class AttemptState(StrEnum):
     CANCELLED = "cancelled"
     """Ended because the job was wound down."""
     SUPERSEDED = "superseded"
-    """It came back after it had been given up; it wrote nothing."""
+    """It came back after its shard had moved on; it wrote nothing."""
 
 
 class RequestState(StrEnum):
@@ -84,7 +84,7 @@ class RequestState(StrEnum):
     SUCCEEDED = "succeeded"
     """Flushed with a result."""
     FAILED = "failed"
-    """Flushed with an error, or its shard was given up. Only a retry computes it again."""
+    """Flushed with an error, or its shard failed. Only a retry computes it again."""
     CANCELLED = "cancelled"
     """Its job was cancelled before the row was computed. Only a retry computes it."""
     EXPIRED = "expired"

@@ -23,14 +23,14 @@ from tasks import control
 log = logs.get_logger(__name__)
 
 
-def run(queues: Sequence[str], engines: Sequence[str], slots: int, *, beside: bool) -> int:
+def run(queues: Sequence[str], engines: Sequence[str], slots: int, *, with_control: bool) -> int:
     """Work until a signal, or somebody by way of the database, asks for the end; returns the exit code.
 
-    ``slots`` shards at once, 0 for control work only; ``beside``: with a process of its own for control work.
+    ``slots`` shards at once, 0 for control work only; ``with_control``: with a process of its own for control work.
     """
     celery_app.configure(engines=tuple(engines), queues=tuple(queues), slots=slots)
     celery_app.worker()  # registered before it takes anything; what is wrong is raised here
-    other = control.ControlProcess() if beside else None
+    other = control.ControlProcess() if with_control else None
     try:
         worker = celery_app.app.Worker(
             hostname=f"{'-'.join(queues)}-{os.getpid()}@{platform.node()}",
@@ -60,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     logs.set_up(celery_app.settings.log_level, celery_app.settings.log_format)
     try:
-        return run(given.queues, given.engines, given.slots, beside=given.control and CONTROL_QUEUE not in given.queues)
+        return run(
+            given.queues, given.engines, given.slots, with_control=given.control and CONTROL_QUEUE not in given.queues
+        )
     except RowmillError as error:
         if celery_app.settings.log_format == "json":
             log.error("%s", error, action=Action.COMMAND_FAILED)  # noqa: TRY400 - the message says it all

@@ -67,8 +67,8 @@ def execute(
     """Take a claimed shard to the end of its attempt, whatever happens: committed, failed, released or cancelled.
 
     Nothing is raised: every outcome is in the database. ``others``: there may be other workers, so what may be wrong
-    with this one alone (``RowmillError.elsewhere``) fails the attempt, and the job only when the shard's budget is
-    spent. Returns whether this worker is fit for such a shard, as far as this attempt can say.
+    with this one alone (``RowmillError.retry_on_other_worker``) fails the attempt, and the job only when the shard's
+    budget is spent. Returns whether this worker is fit for such a shard, as far as this attempt can say.
     """
     with bound(**attempt_ids(runtime, claim)):
         return _execute(runtime, claim, keeper, interrupt, others=others)
@@ -95,7 +95,7 @@ def _execute(runtime: Runtime, claim: Claim, keeper: LeaseKeeper, interrupt: Can
         )
         _report(runtime, claim, attempts.release, stats=measures.so_far(), error=str(error))
     except (InputChanged, InvalidJob) as error:
-        fit = not error.elsewhere
+        fit = not error.retry_on_other_worker
         spent = claim.shard.n_fail + 1 >= runtime.settings.max_failures
         if fit or spent or not others:
             _report(runtime, claim, attempts.fail_job, str(error), stats=measures.so_far())
@@ -103,7 +103,7 @@ def _execute(runtime: Runtime, claim: Claim, keeper: LeaseKeeper, interrupt: Can
             _fail(runtime, claim, str(error), measures)
     except BaseException as error:
         # Of any kind: SystemExit of a model's code, or a panic of a Rust library, would end this thread in silence.
-        fit = not getattr(error, "elsewhere", False)
+        fit = not getattr(error, "retry_on_other_worker", False)
         # Not swallowed: it is the attempt's recorded error, and costs one failure of the shard's budget.
         if not isinstance(error, RowmillError):
             log.exception(

@@ -30,7 +30,7 @@ def retry_job(runtime: Runtime, job_id: str, *, failed_only: bool = True) -> Job
                 f"what job {job_id} was made of has been deleted (its rows lay in another order, in files of its own); "
                 f"'rowmill job retry {job_id} --all' computes every row again"
             )
-        nothing = not job.rows_failed and not job.n_dead
+        nothing = not job.rows_failed and not job.n_failed_shards
         lost = nothing and not runtime.store.exists(locations.success(job.output_uri))
     if job.state in TERMINAL_JOB and not job.plan and runtime.settings.broker_url is not None:
         preflight.check_in_fleet(runtime, preflight.request_of_job(runtime, job, spec))

@@ -198,7 +198,7 @@ def _if_reachable(notify: Callable[[str], None], field: str) -> Iterator[None]:
     except (TransientError, InvalidSettings) as error:
         notify(_unseen(field, error))
     except RowmillError as error:
-        if error.elsewhere:
+        if error.retry_on_other_worker:
             notify(_unseen(field, error))
             return
         if isinstance(error, InvalidJob) and error.field is None:

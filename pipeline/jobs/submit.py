@@ -161,7 +161,9 @@ def _own_output(runtime: Runtime, job: Job, spec: JobSpec) -> None:
     try:
         output_owner.acquire(runtime, job, overwrite=spec.overwrite)
     except RowmillError as error:
-        if runtime.settings.broker_url is not None and (error.elsewhere or isinstance(error, TransientError)):
+        if runtime.settings.broker_url is not None and (
+            error.retry_on_other_worker or isinstance(error, TransientError)
+        ):
             runtime.notify(f"the output is left to a worker to take, since it cannot be reached from here: {error}")
             return
         if isinstance(error, InvalidJob):
@@ -173,7 +175,7 @@ def _own_output(runtime: Runtime, job: Job, spec: JobSpec) -> None:
 def _done_before(runtime: Runtime, request: preflight.Request) -> Job | None:
     spec, store = request.spec, runtime.store
     job = jobs.newest_on_output(runtime.database, spec.output)
-    if job is None or job.state is not JobState.COMPLETED or job.n_dead or job.spec_hash != spec.work_hash():
+    if job is None or job.state is not JobState.COMPLETED or job.n_failed_shards or job.spec_hash != spec.work_hash():
         return None
     plan = PlanRecord.from_json(job.plan)
     if plan.model_digest != request.model.digest or not (

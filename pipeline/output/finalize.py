@@ -106,9 +106,9 @@ def _complete(runtime: Runtime, job: Job, target: JobState, error: str | None) -
 def _why(runtime: Runtime, job: Job, target: JobState) -> str | None:
     if target is not JobState.FAILED:
         return None
-    first = publish_leases.first_dead(runtime.database, job.id)
+    first = publish_leases.first_failed_shard(runtime.database, job.id)
     detail = f"; shard {first.idx}: {first.error}" if first else ""
-    return f"{job.n_dead} of {job.n_shards} shards failed{detail}"
+    return f"{job.n_failed_shards} of {job.n_shards} shards failed{detail}"
 
 
 def _publish(runtime: Runtime, job: Job) -> Job:
@@ -133,7 +133,7 @@ def _publish(runtime: Runtime, job: Job) -> Job:
         job = publish_leases.drop_lost_outputs(runtime.database, job, lost, actor=runtime.actor)
         target = publish_leases.end_state(job)
     # A completed job that is published once more, and whose file is lost by now, is not whole any more.
-    whole = target is JobState.COMPLETED and not job.n_dead
+    whole = target is JobState.COMPLETED and not job.n_failed_shards
     if not entries and whole:
         names.add(_publish_empty(runtime, job))
     if whole and (rows := sum(entry["rows"] for entry in entries)) != job.rows_total:
@@ -262,7 +262,7 @@ def _useless(runtime: Runtime, job: Job, target: JobState) -> str | None:
     was made of stays for a retry, until the retention is over; where nothing was flushed, there is nothing to keep.
     """
     work = locations.work_dir(job.output_uri, job.id)
-    if target is not JobState.COMPLETED or job.n_dead:
+    if target is not JobState.COMPLETED or job.n_failed_shards:
         return None if reports.progress(runtime.database, job).rows_done else work
     if job.rows_failed and job.plan.get("part_rows"):
         return None

@@ -139,7 +139,7 @@ def attempt(database: Database, shard_id: str, attempt_no: int) -> Attempt:
 
 
 def shards(database: Database, job_id: str, *, state: ShardState | None = None) -> list[Shard]:
-    """The job's shards in row order, all generations; ``state`` narrows them (``failed``: the dead letters)."""
+    """The job's shards in row order, all generations; ``state`` narrows them."""
     table = tables.shard
     query = sa.select(table).where(table.c.job_id == job_id).order_by(table.c.idx, table.c.gen)
     if state is not None:

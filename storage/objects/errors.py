@@ -15,7 +15,7 @@ from storage.errors import (
     Unreachable,
 )
 from storage.locations import WRAPPERS, protocol
-from storage.objects.retry import chain, response_code, status_of, type_names
+from storage.objects.retry import chain, http_status, response_code, type_names
 
 E = TypeVar("E", bound=RowmillError)
 
@@ -56,14 +56,14 @@ def explain(uri: str, error: Exception, *, writing: bool = False) -> RowmillErro
         if isinstance(cause, OSError) and cause.errno in _FULL:
             return StorageFull(f"no space left to write {uri}; free some, then resume the job")
         if _lacks_credentials(cause):
-            return _elsewhere(
+            return _retry_on_other_worker(
                 Unreachable(
                     f"{uri}: the object store does not accept our credentials ({_first_line(cause)}); "
                     f"correct storage_options.{protocol(uri)}, or this machine's clock"
                 )
             )
-        if status_of(cause) == _FORBIDDEN:
-            return _elsewhere(_refusal(uri, f"permission denied ({_first_line(cause)})", writing))
+        if http_status(cause) == _FORBIDDEN:
+            return _retry_on_other_worker(_refusal(uri, f"permission denied ({_first_line(cause)})", writing))
         if type_names(cause) & _CLIENTS:
             return RowmillError(f"cannot {'write' if writing else 'read'} {uri}: {_first_line(cause)}")
         if "botocore.exceptions.BotoCoreError" in type_names(cause):
@@ -87,7 +87,7 @@ def explain(uri: str, error: Exception, *, writing: bool = False) -> RowmillErro
     if isinstance(error, FileNotFoundError):
         return _refusal(uri, "there is no such bucket or folder" if writing else "it does not exist", writing)
     if isinstance(error, PermissionError) or error.errno in _REFUSED:
-        return _elsewhere(_refusal(uri, f"permission denied ({reason})", writing))
+        return _retry_on_other_worker(_refusal(uri, f"permission denied ({reason})", writing))
     if isinstance(error, (IsADirectoryError, NotADirectoryError)) or error.errno in _NO_PATH:
         return _refusal(uri, reason[:1].lower() + reason[1:], writing)
     if error.errno in _NO_NAME:
@@ -106,16 +106,16 @@ def _lacks_credentials(error: BaseException) -> bool:
     """Also those that have expired: an operator can mend it while the job waits."""
     azure = getattr(error, "error_code", None)
     codes = {response_code(error), str(getattr(azure, "value", azure))}
-    return bool(type_names(error) & _NO_CREDENTIALS or codes & _BAD_CREDENTIALS or status_of(error) == _UNAUTHORIZED)
+    return bool(type_names(error) & _NO_CREDENTIALS or codes & _BAD_CREDENTIALS or http_status(error) == _UNAUTHORIZED)
 
 
 def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _elsewhere(error: E) -> E:
+def _retry_on_other_worker(error: E) -> E:
     """Perhaps this machine's fault alone: its identity, its mounts, its clock."""
-    error.elsewhere = True
+    error.retry_on_other_worker = True
     return error
 
 
@@ -135,7 +135,7 @@ def not_opened(uri: str, name: str, *, known: bool) -> InvalidJob:
         f"file system of fsspec is once the setting storage_options.{name} is there"
     )
     error = InvalidJob(f"{uri}: {name}:// is not opened: {remedy}")
-    return _elsewhere(error) if known else error
+    return _retry_on_other_worker(error) if known else error
 
 
 def no_filesystem(uri: str, name: str, error: Exception) -> InvalidJob:
@@ -143,7 +143,7 @@ def no_filesystem(uri: str, name: str, error: Exception) -> InvalidJob:
     if isinstance(error, ImportError):
         extra = _EXTRAS.get(name)
         what = f"install rowmill[{extra}]" if extra else f"install the package that fsspec needs for it ({error})"
-        return _elsewhere(InvalidJob(f"{uri}: nothing here reads {name}:// URLs; {what}"))
+        return _retry_on_other_worker(InvalidJob(f"{uri}: nothing here reads {name}:// URLs; {what}"))
     return InvalidJob(f"{uri}: {name}:// is not a kind of URL that fsspec knows")
 
 

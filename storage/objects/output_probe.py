@@ -128,13 +128,13 @@ def refused(output: str, step: str) -> Iterator[None]:
     except TransientError:
         raise
     except RowmillError as error:
-        if step == LOOK and isinstance(error, InvalidJob) and not error.elsewhere:
+        if step == LOOK and isinstance(error, InvalidJob) and not error.retry_on_other_worker:
             # No right would help: it is a file, or a place that nothing here can open.
             text = f"{_words(error)}; an output is a folder, here or in an object store: choose another one"
         else:
             text = f"{reason(output, step, error)}; {remedy(output, step, error)}"
         found = InvalidJob(text, field="output")
-        found.elsewhere = error.elsewhere
+        found.retry_on_other_worker = error.retry_on_other_worker
         raise found from error
 
 

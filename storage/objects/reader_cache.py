@@ -26,7 +26,7 @@ class OpenReaderCache:
         self._lock = threading.Lock()
         self._items: list[_OpenReader] = []  # the longest kept first
 
-    def park(self, key: Hashable, position: int, reader: Any) -> None:
+    def put(self, key: Hashable, position: int, reader: Any) -> None:
         """Keep a reader that goes on at ``position``; the one that was kept longest may have to go for it."""
         with self._lock:
             self._items.append(_OpenReader((os.getpid(), key), position, reader))

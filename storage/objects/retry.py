@@ -73,7 +73,7 @@ def response_code(error: BaseException) -> str | None:
     return None
 
 
-def status_of(error: BaseException) -> int | None:
+def http_status(error: BaseException) -> int | None:
     """The HTTP status that the error carries, if any."""
     response = getattr(error, "response", None)
     if isinstance(response, Mapping):
@@ -93,7 +93,7 @@ def is_transient(error: BaseException) -> bool:
             return True
         if isinstance(cause, OSError) and cause.errno in _ERRNOS:
             return True
-        if type_names(cause) & _TYPES or status_of(cause) in _STATUSES:
+        if type_names(cause) & _TYPES or http_status(cause) in _STATUSES:
             return True
     return response_code(error) in _CODES
 

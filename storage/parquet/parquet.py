@@ -146,7 +146,7 @@ def _read_file(
     end = last.row_lo + last.row_n
     if end < reader.footer.num_rows:
         # The next shard often goes on here: it need not decode, or fetch, the row group from its start.
-        store.open_readers.park(key, end, reader)
+        store.open_readers.put(key, end, reader)
     else:
         reader.close()
 

@@ -35,8 +35,8 @@ def flush(
 ) -> None:
     """Make a part file, already stored and verified, a resume point. Raises :class:`LeaseLost` when fenced.
 
-    ``n_poison`` of its rows were not computed: they are given up because they kill the engine. Safe to repeat: a flush
-    that an earlier, unanswered COMMIT made is left unchanged.
+    ``n_poison`` of its rows were not computed: they become row errors because they kill the engine. Safe to repeat: a
+    flush that an earlier, unanswered COMMIT made is left unchanged.
     """
     try:
         _flush(database, claim, part, tokens, exceptions, n_poison)
@@ -206,7 +206,7 @@ def fail(
     crash: bool = False,
     stats: Mapping[str, Any] | None = None,
 ) -> ShardState:
-    """End the attempt as failed: ready again after ``delay`` seconds, or given up once ``max_failures`` are spent.
+    """End the attempt as failed. Its shard is ready again after ``delay`` seconds, or fails after ``max_failures``.
 
     ``crash`` says that the engine died under its rows. That costs nothing while a poison row is searched for, nor when
     the attempt had flushed some: the shard comes to an end, however often its engine dies. ``max_losses`` searches that
@@ -219,18 +219,18 @@ def fail(
         values: dict[str, Any] = {"n_fail": held.n_fail, "n_crash": held.n_crash, "n_lost": held.n_lost}
         if crash:
             progress, alone = has_progress(attempt), attempt.alone is not None
-            toll = after_crash(held.n_crash, held.n_lost, progress=progress, alone=alone)
-            searching = toll.crashes >= CAREFUL_AFTER
+            cost = after_crash(held.n_crash, held.n_lost, progress=progress, alone=alone)
+            searching = cost.crashes >= CAREFUL_AFTER
             values["n_fail"] += not searching and not progress
-            values["n_crash"] = toll.crashes
+            values["n_crash"] = cost.crashes
             if searching:
-                values["n_lost"] = toll.losses
-            values |= suspects(attempt, opens=toll.opens)
-            given_up = toll.is_spent(max_losses) if searching else values["n_fail"] >= max_failures
+                values["n_lost"] = cost.losses
+            values |= suspects(attempt, opens=cost.opens)
+            fails = cost.is_spent(max_losses) if searching else values["n_fail"] >= max_failures
         else:
             values["n_fail"] += 1
-            given_up = values["n_fail"] >= max_failures
-        target = ShardState.FAILED if given_up else ShardState.READY
+            fails = values["n_fail"] >= max_failures
+        target = ShardState.FAILED if fails else ShardState.READY
         move_shard(
             connection,
             held,
@@ -243,7 +243,7 @@ def fail(
         )
         _end_attempt(connection, claim, AttemptState.FAILED, error=error, stats=dict(stats or {}))
         if target is ShardState.FAILED:
-            close_shard(connection, job, claim.owner, dead=True)
+            close_shard(connection, job, claim.owner, failed=True)
     return target
 
 
@@ -275,7 +275,7 @@ def fail_job(database: Database, claim: Claim, error: str, *, stats: Mapping[str
         move_shard(connection, held, ShardState.FAILED, claim.owner, error=error, data={"error": error})
         _end_attempt(connection, claim, AttemptState.FAILED, error=error, stats=dict(stats or {}))
         fail_whole(connection, job, error, claim.owner)
-        close_shard(connection, locked_job(database, connection, claim.job.id), claim.owner, dead=True)
+        close_shard(connection, locked_job(database, connection, claim.job.id), claim.owner, failed=True)
 
 
 def release(

@@ -29,13 +29,18 @@ def locked_job(database: Database, connection: sa.Connection, job_id: str) -> sa
 
 
 def close_shard(
-    connection: sa.Connection, job: sa.Row[Any], actor: str, *, committed: sa.Row[Any] | None = None, dead: bool = False
+    connection: sa.Connection,
+    job: sa.Row[Any],
+    actor: str,
+    *,
+    committed: sa.Row[Any] | None = None,
+    failed: bool = False,
 ) -> JobState:
     """Count one shard of the locked ``job`` as ended; the last one moves the job on. Returns the job's state."""
     table = tables.job
     values: dict[str, Any] = {"n_open": table.c.n_open - 1}
-    if dead:
-        values["n_dead"] = table.c.n_dead + 1
+    if failed:
+        values["n_failed_shards"] = table.c.n_failed_shards + 1
     rows_failed = job.rows_failed
     if committed is not None:
         values |= {

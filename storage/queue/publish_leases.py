@@ -151,10 +151,10 @@ def _update(connection: sa.Connection, claimed: Job, **values: Any) -> None:
 
 
 def drop_lost_outputs(database: Database, claimed: Job, lost: Mapping[str, LostOutput], *, actor: str) -> Job:
-    """Give up committed shards whose files are gone or damaged: ``lost`` maps their ids to what was found.
+    """Drop committed shards whose files are gone or damaged: ``lost`` maps their ids to what was found.
 
-    Each is followed by a dead shard of the next generation, which a retry of the job computes again: over all its rows,
-    or over those that the lost generation had computed, where the output of an earlier one stands. Raises
+    Each is followed by a failed shard of the next generation, which a retry of the job computes again: over all its
+    rows, or over those that the lost generation had computed, where the output of an earlier one stands. Raises
     :class:`LeaseLost` when another finalizer has taken the job.
     """
     job, shard, part = tables.job, tables.shard, tables.part_file
@@ -167,7 +167,7 @@ def drop_lost_outputs(database: Database, claimed: Job, lost: Mapping[str, LostO
             connection,
             claimed,
             gen=gen,
-            n_dead=job.c.n_dead + len(found),
+            n_failed_shards=job.c.n_failed_shards + len(found),
             rows_done=job.c.rows_done - taken_back,
             rows_failed=job.c.rows_failed - sum(len(row.failed) for row in found),
             **{name: job.c[name] - sum(getattr(row, name) for row in found) for name in tables.TOKENS},
@@ -244,13 +244,13 @@ def end_state(job: Job) -> JobState:
         return {"cancelled": JobState.CANCELLED, "expired": JobState.EXPIRED}.get(
             job.stop_reason or "", JobState.FAILED
         )
-    return JobState.FAILED if job.n_dead else JobState.COMPLETED
+    return JobState.FAILED if job.n_failed_shards else JobState.COMPLETED
 
 
 def _is_whole(job: Job) -> bool:
     """Whether every row of the job is done, and no more of them failed than may."""
     few = job.max_failed_rows is None or job.rows_failed <= job.max_failed_rows
-    return bool(job.plan) and not job.n_dead and few and job.rows_done == job.rows_total
+    return bool(job.plan) and not job.n_failed_shards and few and job.rows_done == job.rows_total
 
 
 def complete(database: Database, claimed: Job, target: JobState, *, actor: str, error: str | None = None) -> Job | None:
@@ -285,8 +285,8 @@ def _republish_requested_since(connection: sa.Connection, job_id: str) -> bool:
     return connection.execute(query.order_by(event.c.id.desc()).limit(1)).scalar() == REPUBLISH
 
 
-def first_dead(database: Database, job_id: str) -> Shard | None:
-    """The first shard that was given up, if any: its error is the job's."""
+def first_failed_shard(database: Database, job_id: str) -> Shard | None:
+    """The first failed shard, if any: its error is the job's."""
     shard = tables.shard
     query = sa.select(shard).where(shard.c.job_id == job_id, shard.c.state == ShardState.FAILED).order_by(shard.c.idx)
     return database.record(Shard, query.limit(1))

@@ -18,10 +18,10 @@ from storage.states import AttemptState, ShardState
 
 @dataclass(frozen=True, slots=True)
 class Reaped:
-    """``ready`` shards may be claimed again; ``dead`` ones have spent their budget of losses."""
+    """``ready`` shards may be claimed again; ``failed`` ones have spent their budget of losses."""
 
     ready: int
-    dead: int
+    failed: int
 
 
 def reap(database: Database, *, lease_seconds: float, max_losses: int, actor: str, batch: int = 200) -> Reaped:
@@ -55,16 +55,16 @@ def _take_back(
     shard = tables.shard
     query = sa.select(shard).where(shard.c.state == ShardState.RUNNING, condition)
     query = query.order_by(shard.c.tenant, shard.c.id).limit(batch)  # as its index has them
-    ready = dead = 0
+    ready = failed = 0
     while True:
         moved = 0
         for row in database.rows(query):
             target = _lose(database, row, why, max_losses=max_losses, actor=actor)
             moved += target is not None
             ready += target is ShardState.READY
-            dead += target is ShardState.FAILED
+            failed += target is ShardState.FAILED
         if not moved:
-            return Reaped(ready, dead)
+            return Reaped(ready, failed)
 
 
 def _lose(database: Database, row: sa.Row[Any], why: str, *, max_losses: int, actor: str) -> ShardState | None:
@@ -73,11 +73,11 @@ def _lose(database: Database, row: sa.Row[Any], why: str, *, max_losses: int, ac
         locked = connection.execute(database.locked(sa.select(job).where(job.c.id == row.job_id))).one()
         attempt = attempts.read_attempt(connection, row.id, row.attempt_no)
         step, progress, alone = attempt.step, attempts.has_progress(attempt), attempt.alone is not None
-        toll = after_loss(step, row.n_crash, row.n_lost, progress=progress, alone=alone)
-        blamed = attempts.suspects(attempt, opens=toll.opens) if step is Step.COMPUTING else {}
-        given_up = toll.is_spent(max_losses)
-        target = ShardState.FAILED if given_up else ShardState.READY
-        count = max(toll.losses, toll.crashes)
+        cost = after_loss(step, row.n_crash, row.n_lost, progress=progress, alone=alone)
+        blamed = attempts.suspects(attempt, opens=cost.opens) if step is Step.COMPUTING else {}
+        fails = cost.is_spent(max_losses)
+        target = ShardState.FAILED if fails else ShardState.READY
+        count = max(cost.losses, cost.crashes)
         reason = f"given up after {count} attempts in a row were lost without progress, the last one {step.phrase}"
         moved = move_shard(
             connection,
@@ -85,24 +85,24 @@ def _lose(database: Database, row: sa.Row[Any], why: str, *, max_losses: int, ac
             target,
             actor,
             guard=shard.c.lease_until == row.lease_until,
-            n_lost=toll.losses,
-            n_crash=toll.crashes,
-            error=reason if given_up else row.error,
-            data={"lost": toll.losses, "crashes": toll.crashes, "owner": row.lease_owner, "step": step},
+            n_lost=cost.losses,
+            n_crash=cost.crashes,
+            error=reason if fails else row.error,
+            data={"lost": cost.losses, "crashes": cost.crashes, "owner": row.lease_owner, "step": step},
             **blamed,
         )
         if not moved:
             return None
         error = f"{why} {step.phrase}"
         move_attempt(connection, row.id, row.attempt_no, AttemptState.RUNNING, AttemptState.LOST, error=error)
-        if given_up:
+        if fails:
             if step is not Step.COMPUTING and not _has_computed(connection, row.job_id):
                 # What no row is to blame for would end each of the job's shards in turn.
                 job_progress.fail_whole(
                     connection, locked, f"its worker died {step.phrase}, {count} times in a row", actor
                 )
                 locked = connection.execute(sa.select(job).where(job.c.id == row.job_id)).one()
-            job_progress.close_shard(connection, locked, actor, dead=True)
+            job_progress.close_shard(connection, locked, actor, failed=True)
         return target
 
 

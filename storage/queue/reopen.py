@@ -1,4 +1,4 @@
-"""Reopening a job that has ended: its dead and cancelled shards, and new shards over rows that failed."""
+"""Reopening a job that has ended: its failed and cancelled shards, and new shards over rows that failed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def reopen(
 ) -> Job:
     """Queue an ended job again, as its next generation.
 
-    Shards that were given up or cancelled become ready again and go on from what they had flushed. For committed ones a
+    Shards that failed or were cancelled become ready again and go on from what they had flushed. For committed ones a
     new shard computes just the failed rows, or all rows when ``failed_only`` is false; the output is republished whole.
     A job that lacks nothing but its publishing goes straight to that.
 
@@ -62,7 +62,7 @@ def reopen(
             if newer is not None or found.overtaken:
                 whose = f"to the newer job {newer}" if newer else "to a newer job, which was deleted"
                 raise Conflict(f"the output {found.output_uri} belongs {whose}; submit a new job")
-            if state is JobState.COMPLETED and failed_only and not (found.n_dead or found.rows_failed or lost):
+            if state is JobState.COMPLETED and failed_only and not (found.n_failed_shards or found.rows_failed or lost):
                 raise Conflict(f"job {job_id} is complete and has no failed rows: there is nothing to retry")
             again = 0
             if plan_again or not found.plan:  # or it never got past planning
@@ -189,7 +189,7 @@ def _reopen_shards(
         actor,
         gen=gen,
         n_open=opened,
-        n_dead=0,
+        n_failed_shards=0,
         rows_done=columns.rows_done - rows_back,
         rows_failed=columns.rows_failed - failed_back,
         data={"gen": gen, "shards": opened, "rows": rows_back},

@@ -27,8 +27,8 @@ from storage.sql.schema import metadata as metadata
 from storage.states import TERMINAL_JOB, AttemptState, FireState, JobState, ShardState
 
 
-def _count(name: str) -> sa.Column[int]:
-    return sa.Column(name, Big, nullable=False, server_default="0")
+def _count(name: str, key: str | None = None) -> sa.Column[int]:
+    return sa.Column(name, Big, key=key or name, nullable=False, server_default="0")
 
 
 def _tokens() -> tuple[sa.Column[int], ...]:
@@ -98,7 +98,7 @@ job = sa.Table(
     sa.Column("gen", sa.Integer, nullable=False, server_default="0"),
     _count("n_shards"),
     _count("n_open"),
-    _count("n_dead"),
+    _count("n_dead", key="n_failed_shards"),
     _count("rows_total"),
     _count("rows_done"),
     _count("rows_failed"),

@@ -132,7 +132,7 @@ class Verdict:
         )
         expected = {
             "n_open": 0,
-            "n_dead": sum(row.state == ShardState.FAILED for row in shards),
+            "n_failed_shards": sum(row.state == ShardState.FAILED for row in shards),
             "n_shards": len(newest),
             "rows_total": sum(row.row_n for row in newest.values()),
             "rows_done": sum(whole.values()) - taken_back,

@@ -387,7 +387,7 @@ class World:
         assert sum(part["rows"] for part in manifest["parts"]) == self.n_rows
 
         failed = sum(error is not None for error in expected.column("error").to_pylist())
-        assert (job.rows_done, job.rows_failed, job.n_open, job.n_dead) == (self.n_rows, failed, 0, 0)
+        assert (job.rows_done, job.rows_failed, job.n_open, job.n_failed_shards) == (self.n_rows, failed, 0, 0)
         for name in ("prompt_tokens", "completion_tokens"):
             tokens = sum(value or 0 for value in expected.column(name).to_pylist())
             assert job.tokens[name] == tokens, f"{name} of the job are not those of its rows"

@@ -49,11 +49,11 @@ def reap(invocation: Invocation) -> None:
     with _runtime(invocation) as runtime:
         found = [maintenance.recover_local(runtime), maintenance.reap(runtime)]
         expired = maintenance.expire(runtime)
-    ready, dead = sum(item.ready for item in found), sum(item.dead for item in found)
+    ready, failed = sum(item.ready for item in found), sum(item.failed for item in found)
     if invocation.as_json:
-        output.emit_json({"ready": ready, "given_up": dead, "expired_jobs": expired})
+        output.emit_json({"ready": ready, "given_up": failed, "expired_jobs": expired})
     else:
-        output.emit(f"{ready} shards are ready again, {dead} were given up, {len(expired)} jobs have expired")
+        output.emit(f"{ready} shards are ready again, {failed} were given up, {len(expired)} jobs have expired")
 
 
 @app.command()

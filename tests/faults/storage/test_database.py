@@ -166,11 +166,11 @@ def test_13_down_for_longer_than_a_lease(world: World, server: servers.Server, t
     lease_until = time.time() + world.settings.lease_seconds  # at the latest; the server shares this machine's clock
     wait_until(lambda: time.time() > lease_until, "the end of every lease")
     server.start()
-    assert reap(world.client._runtime) == Reaped(ready=0, dead=0)
+    assert reap(world.client._runtime) == Reaped(ready=0, failed=0)
     for worker in workers:
         worker.signal(signal.SIGCONT)
     wait_until(lambda: _age(world) > world.settings.lease_seconds, "the end of the reaper's patience")
-    assert reap(world.client._runtime) == Reaped(ready=0, dead=0)
+    assert reap(world.client._runtime) == Reaped(ready=0, failed=0)
     assert world.attempt_states(job) == [AttemptState.RUNNING, AttemptState.RUNNING]
     assert all(shard.lease_until > lease_until for shard in world.shards(job))
     gate.touch()

@@ -150,7 +150,7 @@ class JobModel:
         return sum(item.state in OPEN_SHARD for item in self.shards.values())
 
     @property
-    def n_dead(self) -> int:
+    def n_failed_shards(self) -> int:
         return sum(item.state is ShardState.FAILED for item in self.shards.values())
 
     @property
@@ -490,7 +490,7 @@ class StorageMachine(RuleBasedStateMachine):
                 plan_again=plan_again,
             )  # fmt: skip
 
-        nothing = job.state is JobState.COMPLETED and failed_only and not (job.n_dead or job.rows_failed)
+        nothing = job.state is JobState.COMPLETED and failed_only and not (job.n_failed_shards or job.rows_failed)
         if job.state not in TERMINAL_JOB or self.is_overtaken(job) or nothing:
             with pytest.raises(Conflict):
                 call()
@@ -974,7 +974,7 @@ class StorageMachine(RuleBasedStateMachine):
             stopped = {"cancelled": JobState.CANCELLED, "expired": JobState.EXPIRED}
             assert target is stopped.get(job.stop_reason or "", JobState.FAILED)
         else:
-            assert target is (JobState.FAILED if job.n_dead else JobState.COMPLETED)
+            assert target is (JobState.FAILED if job.n_failed_shards else JobState.COMPLETED)
         self.let_go(job)
         self.move_job(job, target)
 
@@ -1028,8 +1028,8 @@ class StorageMachine(RuleBasedStateMachine):
         self.holds_by_itself(stored)
         assert stored.jobs == {
             job.id: (
-                job.state, job.gen, job.stop_reason, job.n_open, job.n_dead, job.rows_done, job.rows_failed, job.tokens,
-                job.epoch, job.finalizer, job.finalizer_lives, job.publishing,
+                job.state, job.gen, job.stop_reason, job.n_open, job.n_failed_shards, job.rows_done,
+                job.rows_failed, job.tokens, job.epoch, job.finalizer, job.finalizer_lives, job.publishing,
             )
             for job in self.jobs.values()
         }  # fmt: skip
@@ -1097,7 +1097,7 @@ class StorageMachine(RuleBasedStateMachine):
         self.tick("ada")
         assert all(job.state in TERMINAL_JOB for job in self.jobs.values()), "a job is stuck"
         for job in self.jobs.values():
-            if not self.is_overtaken(job) and (job.state is not JobState.COMPLETED or job.n_dead):
+            if not self.is_overtaken(job) and (job.state is not JobState.COMPLETED or job.n_failed_shards):
                 self.retry_one(job, failed_only=True, plan_again=job.gen % 2 == 1)
                 self.tick("bob")
                 assert job.state is JobState.COMPLETED, "a retry did not complete it"
@@ -1154,7 +1154,7 @@ def _read(database: Database, first_event: int) -> _Stored:
                 row.gen,
                 row.stop_reason,
                 row.n_open,
-                row.n_dead,
+                row.n_failed_shards,
                 row.rows_done,
                 row.rows_failed,
                 row.prompt_tokens,

@@ -245,7 +245,7 @@ def test_07_a_zombie_commits_before_the_reaper(world: World) -> None:
     job, zombie = _zombie(world)
     zombie.signal(signal.SIGCONT)
     world.wait(job, JobState.COMPLETED)
-    assert world.reap() == Reaped(ready=0, dead=0)
+    assert world.reap() == Reaped(ready=0, failed=0)
     assert world.attempt_states(job) == [AttemptState.SUCCEEDED, AttemptState.SUCCEEDED]
     assert zombie.end() == 0
     world.check(job)

@@ -78,7 +78,7 @@ def test_a_missing_right_is_named(
     with pytest.raises(InvalidJob, match=f"{step} below {output} failed: .*{right}") as refused:
         output_probe.require(store, output, f"{output}/.rowmill/try/")
     assert refused.value.field == "output"
-    assert refused.value.elsewhere
+    assert refused.value.retry_on_other_worker
     faults.script = lambda method, path: None
     assert len(store.list_tree(output)) == (step == DELETE)
 

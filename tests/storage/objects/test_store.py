@@ -651,7 +651,7 @@ def test_a_refusal_is_not_retried(shaky: Place, faults: Faults) -> None:
     with pytest.raises(InvalidJob, match="permission denied") as refused, shaky.store.create(shaky("f")) as file:
         file.write(b"data")
     assert faults.injected == 1
-    assert refused.value.elsewhere, "another worker may have the permission"
+    assert refused.value.retry_on_other_worker, "another worker may have the permission"
     faults.next(403, method="HEAD", times=-1)
     with pytest.raises(InvalidInput, match="permission denied"):
         shaky.store.info(shaky("f"))
@@ -676,7 +676,7 @@ def test_bad_credentials_are_no_fault_of_the_job(shaky: Place, faults: Faults, c
     faults.next(403, method="PUT", times=-1, code=code)
     with pytest.raises(Unreachable, match=r"top/f: .*credentials.*storage_options\.s3") as refused:
         shaky.store.put_bytes(shaky("f"), b"x")
-    assert refused.value.elsewhere
+    assert refused.value.retry_on_other_worker
     faults.next(403, method="GET", times=-1, code=code)
     with pytest.raises(Unreachable, match="credentials"):
         shaky.store.find(shaky("d"))

@@ -228,7 +228,7 @@ def test_failures_back_off_and_then_are_given_up(database: Database) -> None:
     claim = take(database, job)
     assert shards.fail(database, claim, "no luck", delay=0.0, max_failures=3) is ShardState.FAILED
     done = jobs.get(database, job.id)
-    assert (done.state, done.n_dead, done.n_open) == (JobState.FINALIZING, 1, 0)
+    assert (done.state, done.n_failed_shards, done.n_open) == (JobState.FINALIZING, 1, 0)
 
 
 def test_an_engine_that_dies_after_progress_costs_nothing(database: Database) -> None:

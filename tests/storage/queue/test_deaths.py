@@ -41,7 +41,7 @@ def test_deaths_with_no_row_inside_fail_the_job_and_say_where(database: Database
     assert step.phrase in shard.error
     found = jobs.get(database, job.id)
     # The other shard would end in the same way.
-    assert (found.state, found.stop_reason, found.n_dead) == (JobState.CANCELLING, "failed", 1)
+    assert (found.state, found.stop_reason, found.n_failed_shards) == (JobState.CANCELLING, "failed", 1)
     assert found.error == f"its worker died {step.phrase}, 3 times in a row"
     assert {attempt.error for attempt in stored(database, "attempt")} == {f"its worker died {step.phrase}"}
 

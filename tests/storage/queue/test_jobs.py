@@ -163,7 +163,7 @@ def test_retrying_reopens_what_was_given_up(database: Database) -> None:
     attempts.fail(database, claim, "no luck", delay=0.0, max_failures=1)
     assert finish(database, job.id) is JobState.FAILED
     again = reopen.reopen(database, job.id, failed_only=True, window_seconds=60, actor="test")
-    assert (again.n_open, again.n_dead, again.error) == (1, 0, None)
+    assert (again.n_open, again.n_failed_shards, again.error) == (1, 0, None)
     claim = take(database, job)
     assert len(claim.todo) == 8
     assert stored(database, "shard")[0].n_fail == 0

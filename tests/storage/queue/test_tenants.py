@@ -89,7 +89,7 @@ def test_live_jobs_are_limited_and_ended_ones_are_not_live(database: Database) -
     # A retry makes a job live again.
     with database.write() as connection:
         connection.execute(tables.shard.update().where(tables.shard.c.job_id == first.id).values(state="cancelled"))
-        connection.execute(tables.job.update().where(tables.job.c.id == first.id).values(n_dead=1))
+        connection.execute(tables.job.update().where(tables.job.c.id == first.id).values(n_failed_shards=1))
     with pytest.raises(QuotaExceeded):
         reopen.reopen(database, first.id, failed_only=True, window_seconds=60.0, actor="test")
     assert jobs.get(database, first.id).state is JobState.COMPLETED
