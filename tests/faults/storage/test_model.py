@@ -1091,6 +1091,7 @@ class StorageMachine(RuleBasedStateMachine):
         self.settled = {
             (job.id, shard.idx): set(range(shard.row_n)) - shard.wanted | shard.done - shard.failed
             for job in self.jobs.values()
+            if job.reopening is not False  # a retry of all rows still waits for its plan: every row is asked for again
             for shard in job.newest
         }
         self.one_lease_passes()
