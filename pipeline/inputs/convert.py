@@ -24,7 +24,7 @@ from storage.errors import InvalidInput
 from storage.objects.store import ObjectInfo, ObjectStore
 from storage.parquet import arrow_schemas, parquet
 from storage.parquet.batches import readable, unfolded
-from storage.parquet.nested_arrays import cast, masked
+from storage.parquet.nested_arrays import cast, masked, with_types
 from storage.parquet.parquet import ParquetOutput
 
 CHUNK_BYTES = 256 * 2**20
@@ -166,16 +166,17 @@ def _plain_type(kind: Any) -> Any:
 
 
 def _valid(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The batch, checked. Raises ``pa.ArrowInvalid``.
+    """The batch, checked, but for text that is not UTF-8: that is its row's error. Raises ``pa.ArrowInvalid``.
 
     What lies below a null struct or list may be anything: pyarrow leaves an index into no category at all there.
     """
+    found = with_types(batch, arrow_schemas.as_bytes(batch.schema))
     try:
-        batch.validate(full=True)
+        found.validate(full=True)
     except pa.ArrowInvalid:
-        columns = [masked(column) for column in batch.columns]
-        batch = pa.RecordBatch.from_arrays(columns, schema=batch.schema)
-        batch.validate(full=True)
+        found = pa.RecordBatch.from_arrays([masked(column) for column in found.columns], schema=found.schema)
+        found.validate(full=True)
+        return with_types(found, batch.schema)
     return batch
 
 

@@ -8,6 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from storage.parquet.arrow_schemas import changed
+from storage.parquet.nested_arrays import cast
+
 Mask = npt.NDArray[np.bool_]
 
 
@@ -20,12 +23,11 @@ def without_broken(column: pa.ChunkedArray[Any]) -> tuple[pa.ChunkedArray[Any], 
         return column, None
     masks, chunks = [], []
     for chunk in column.chunks:
-        plain = _unfolded(chunk)
+        plain = cast(chunk, changed(chunk.type, _by_row))
         mask = np.zeros(len(chunk), dtype=np.bool_)
         _mark(plain, 0, mask)
         rows = pa.array(np.arange(len(chunk)), mask=mask)
-        cleaned = plain.take(rows)
-        chunks.append(cleaned if cleaned.type == chunk.type else cleaned.dictionary_encode().cast(chunk.type))
+        chunks.append(cast(plain.take(rows), chunk.type))
         masks.append(mask)
     return pa.chunked_array(chunks, type=column.type), np.concatenate(masks)
 
@@ -40,17 +42,22 @@ def _holds_text(kind: Any) -> bool:
     return any(_holds_text(kind.field(at).type) for at in range(kind.num_fields))
 
 
+def _by_row(kind: Any) -> Any:
+    """Without dictionaries and list views: what a row refers to is what all rows do, and one broken text would spoil
+    them all."""
+    if pa.types.is_list_view(kind):
+        return pa.list_(kind.value_field)
+    if pa.types.is_large_list_view(kind):
+        return pa.large_list(kind.value_field)
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
 def _is_valid(chunk: Any) -> bool:
     try:
         chunk.validate(full=True)
     except pa.ArrowInvalid:
         return False
     return True
-
-
-def _unfolded(chunk: Any) -> Any:
-    """Without a dictionary, of which one broken text would spoil all rows."""
-    return chunk.dictionary.take(chunk.indices) if isinstance(chunk, pa.DictionaryArray) else chunk
 
 
 def _mark(chunk: Any, first: int, mask: Mask) -> None:

@@ -19,6 +19,13 @@ MOST_LEVELS = 100
 """Of a Parquet schema, its root counted: what Arrow's reader takes by default. A list takes two, a struct one."""
 
 
+_BYTES: dict[Any, Any] = {
+    pa.string(): pa.binary(),
+    pa.large_string(): pa.large_binary(),
+    pa.string_view(): pa.binary_view(),
+}
+
+
 def check(schema: pa.Schema, where: str) -> None:
     """Refuse names that are not UTF-8 and types that are nested too deeply. ``where`` is the file, for messages.
 
@@ -165,6 +172,19 @@ def _takeable(kind: Any) -> Any:
     if pa.types.is_string_view(kind):
         return pa.large_string()
     return pa.large_binary() if pa.types.is_binary_view(kind) else kind
+
+
+def as_bytes(schema: pa.Schema) -> pa.Schema:
+    """Columns of the same layout without a type that asks something of the bytes: no text, no extension."""
+    return _changed_columns(schema, _bytes)
+
+
+def _bytes(kind: Any) -> Any:
+    if isinstance(kind, pa.BaseExtensionType):
+        return changed(kind.storage_type, _bytes)
+    if isinstance(kind, pa.RunEndEncodedType):
+        return pa.run_end_encoded(kind.run_end_type, changed(kind.value_type, _bytes))
+    return _BYTES.get(kind, kind)
 
 
 def unordered(kind: Any) -> Any:

@@ -33,6 +33,10 @@ def cast(column: Any, kind: Any) -> Any:
         return cast(column.storage, kind)
     if _is_nested(column.type) and _is_nested(kind):
         return _rebuilt(column, kind, cast)
+    if isinstance(column, pa.DictionaryArray) and not pa.types.is_dictionary(kind):
+        return cast(column.dictionary, kind).take(column.indices)
+    if pa.types.is_dictionary(kind) and not isinstance(column, pa.DictionaryArray):
+        return column.dictionary_encode().cast(kind)
     return column.cast(kind)
 
 
@@ -43,6 +47,22 @@ def cast_batch(batch: Any, schema: pa.Schema) -> Any:
         return batch
     columns = [cast(column, kind) for column, kind in zip(batch.columns, schema.types, strict=True)]
     return type(batch).from_arrays(columns, schema=schema)
+
+
+class _Buffers:
+    """What Arrow's C data interface hands over, under another type or schema."""
+
+    def __init__(self, found: Any, kind: Any) -> None:
+        self._found, self._kind = found, kind
+
+    def __arrow_c_array__(self, requested_schema: object = None) -> tuple[object, object]:
+        return self._kind.__arrow_c_schema__(), self._found.__arrow_c_array__()[1]
+
+
+def with_types(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """The batch's buffers, uncopied, as columns of types of the same layout: text as bytes, for instance."""
+    found: Any = _Buffers(batch, schema)
+    return pa.record_batch(found)
 
 
 def masked(column: Any) -> Any:

@@ -21,6 +21,12 @@ COLUMNS: Mapping[str, Any] = {
     "list": pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), RAW),
     "struct": pa.StructArray.from_arrays([RAW], ["t"]),
 }
+IN_IPC: Mapping[str, Any] = COLUMNS | {
+    "list of dictionaries": pa.ListArray.from_arrays(COLUMNS["list"].offsets, COLUMNS["dictionary"]),
+    "map": pa.MapArray.from_arrays([0, 1, 2, 3], RAW, pa.array([1, 2, 3])),
+    "list view": pa.ListViewArray.from_arrays([0, 1, 2], [1, 1, 1], RAW),
+    "json": pa.ExtensionArray.from_storage(pa.json_(), RAW),
+}
 
 
 @pytest.fixture
@@ -51,6 +57,16 @@ def test_the_cell_is_null_and_the_row_has_its_error(
     assert table["v"].is_valid().to_pylist() == [True, False, True]
     assert [error and error["code"] for error in table["error"].to_pylist()] == [None, "invalid_utf8", None]
     assert table["output"].is_valid().to_pylist() == [True, False, True]
+
+
+@pytest.mark.parametrize("kind", list(IN_IPC))
+def test_arrow_ipc(client: Client, tmp_path: Path, kind: str) -> None:
+    rows = pa.table({"id": [1, 2, 3], "v": IN_IPC[kind]})
+    with pa.ipc.new_stream(str(tmp_path / "in.arrow"), rows.schema) as stream:
+        stream.write_table(rows)
+    table = run(client, tmp_path / "in.arrow", prompt="{id}")
+    assert table["v"].is_valid().to_pylist() == [True, False, True]
+    assert [error and error["code"] for error in table["error"].to_pylist()] == [None, "invalid_utf8", None]
 
 
 @pytest.mark.parametrize("order", ["input", "prefix"])

@@ -25,6 +25,7 @@ def columns() -> dict[str, tuple[Any, list[Any]]]:
         "large_string": (large, WANTED),
         "dictionary": (pa.DictionaryArray.from_arrays(rows, RAW), WANTED),
         "list": (pa.ListArray.from_arrays(each, RAW), listed),
+        "list of dictionaries": (pa.ListArray.from_arrays(each, pa.DictionaryArray.from_arrays(rows, RAW)), listed),
         "struct": (
             pa.StructArray.from_arrays([rows, RAW], ["n", "t"]),
             [None if broken else {"n": n, "t": WANTED[n]} for n, broken in enumerate(BROKEN)],
