@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from storage.parquet.batches import readable
 
 BLOCK_BYTES = 16 * 2**20
 """Also the longest row that can be read."""
-_OTHER_DELIMITERS = {";": "';'", "\t": "'\\t'", "|": "'|'"}
+_DELIMITERS = {",": "','", ";": "';'", "\t": "'\\t'", "|": "'|'"}
+_TABS = re.compile(r"\.tsv(\.gz|\.zst)?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ class CsvReader:
     def _file(self, uri: str, compression: Codec | None) -> _File:
         with self._stream(uri, compression) as stream:
             try:
-                reader = csv.reader(_text(stream), delimiter=self._delimiter)
+                reader = csv.reader(_text(stream), delimiter=self._delimiter(uri))
                 with readable(uri, InvalidInput, "it is not readable CSV"):
                     skipped, names = next(((at, row) for at, row in enumerate(reader, 1) if row), (0, None))
             except csv.Error as error:
@@ -133,17 +135,18 @@ class CsvReader:
                     field="encoding",
                 )
         if self._options.csv_delimiter is None and len(names) == 1:
-            for other, shown in _OTHER_DELIMITERS.items():
+            own = _DELIMITERS[self._delimiter(uri)]
+            for other, shown in _DELIMITERS.items():
                 if other in names[0]:
                     raise InvalidInput(
-                        f"{uri}, line 1 has no ',' and holds {shown}: say which one separates the columns with "
-                        f"csv_delimiter (--csv-delimiter {shown}; --csv-delimiter , if it is one column)",
+                        f"{uri}, line 1 has no {own} and holds {shown}: say which one separates the columns with "
+                        f"csv_delimiter (--csv-delimiter {shown}; --csv-delimiter {own} if it is one column)",
                         field="csv_delimiter",
                     )
 
-    @property
-    def _delimiter(self) -> str:
-        return self._options.csv_delimiter or ","
+    def _delimiter(self, uri: str) -> str:
+        tabs = _TABS.search(uri.lower()) is not None
+        return self._options.csv_delimiter or ("\t" if tabs else ",")
 
     def _stream(self, uri: str, compression: Codec | None) -> Any:
         return compressed.opened(self._store, uri, compression, self._options.encoding)
@@ -163,7 +166,7 @@ class CsvReader:
             while True:
                 with readable(file.uri, InvalidInput, "it is not readable CSV"):
                     if reader is None:
-                        reader = _reader(stream, names, read, file.skipped, self._delimiter, refuse)
+                        reader = _reader(stream, names, read, file.skipped, self._delimiter(file.uri), refuse)
                     batch = next(reader, None)
                 if refused:
                     raise self._ragged(file, refused[0])
@@ -175,7 +178,7 @@ class CsvReader:
         """pyarrow counts rows; people count lines, and a quoted value may span several."""
         where = f"row {row.number}"
         with self._stream(file.uri, file.compression) as stream:
-            reader = csv.reader(_text(stream), delimiter=self._delimiter)
+            reader = csv.reader(_text(stream), delimiter=self._delimiter(file.uri))
             before = 0
             with suppress(csv.Error):  # longer than the csv module's limit: the row number must do
                 for values in reader:

@@ -38,13 +38,14 @@ _KINDS = {
     ".ndjson": Kind.JSONL,
     ".json": Kind.JSONL,
     ".csv": Kind.CSV,
+    ".tsv": Kind.CSV,
     ".arrow": Kind.IPC,
     ".feather": Kind.IPC,
     ".ipc": Kind.IPC,
 }
 _CODECS: dict[str, Codec] = {".gz": "gzip", ".zst": "zstd"}
 _TABLES = (
-    ".tsv", ".orc", ".avro", ".xls", ".xlsx", ".ods", ".h5", ".npy", ".npz", ".db", ".sqlite", ".xml", ".yaml", ".yml",
+    ".orc", ".avro", ".xls", ".xlsx", ".ods", ".h5", ".npy", ".npz", ".db", ".sqlite", ".xml", ".yaml", ".yml",
     ".pkl", ".tar", ".zip", ".gz", ".zst", ".bz2", ".xz", ".lz4", ".sz", ".snappy", ".br", ".tmp", ".part",
 )  # fmt: skip
 """What may well hold rows, or be a file on its way: passing over one would lose them."""

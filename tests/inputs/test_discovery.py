@@ -126,7 +126,7 @@ def test_files_that_are_evidently_no_data_are_passed_over_and_named(tmp_path: Pa
         find(tmp_path, "in/*.txt")
 
 
-@pytest.mark.parametrize("name", ["b.tsv", "b.avro", "b.parquet.gz", "b.csv.bz2", "b.parquet.tmp", "b"])
+@pytest.mark.parametrize("name", ["b.orc", "b.avro", "b.parquet.gz", "b.csv.bz2", "b.parquet.tmp", "b"])
 def test_files_that_may_hold_rows_are_never_passed_over(tmp_path: Path, name: str) -> None:
     put(tmp_path / "in/a.parquet")
     (tmp_path / "in" / name).write_text("hello")
@@ -713,6 +713,15 @@ def test_another_delimiter_is_named_or_given(tmp_path: Path, delimiter: str) -> 
     assert rows_of(find(tmp_path, "in.csv", csv_delimiter=delimiter)) == [{"a": "x,y", "b": 1}]
     (tmp_path / "in.csv").write_text("a;b\nx\n")
     assert rows_of(find(tmp_path, "in.csv", csv_delimiter=",")) == [{"a;b": "x"}]
+
+
+def test_tabs_separate_what_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "in.tsv").write_text("a\tb\nx,y\t1\n")
+    assert rows_of(find(tmp_path, "in.tsv")) == [{"a": "x,y", "b": 1}]
+    (tmp_path / "in.tsv").write_text("a,b\nx,1\n")
+    with pytest.raises(InvalidInput, match="--csv-delimiter ','"):
+        find(tmp_path, "in.tsv")
+    assert rows_of(find(tmp_path, "in.tsv", csv_delimiter=",")) == [{"a": "x", "b": 1}]
 
 
 @pytest.mark.parametrize("name", ["in.csv", "in.jsonl", "in.csv.gz"])
