@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -103,6 +103,30 @@ class Invocation:
             self.service_log.info("%s", message, action=Action.COMMAND_NOTICE)
         elif not self.quiet:
             say(message)
+
+    def show(self, document: Mapping[str, Any], text: str) -> None:
+        """The result on stdout: the document with ``--json``, else the text."""
+        if self.as_json:
+            output.emit_json(document)
+        else:
+            output.emit(text)
+
+    def show_table(
+        self,
+        document: Mapping[str, Any],
+        columns: Sequence[str],
+        lines: Iterable[Sequence[object]],
+        *,
+        none: str,
+        right: Sequence[str] = (),
+    ) -> None:
+        """A list on stdout: the document with ``--json``, else a table; without lines, the notice ``none``."""
+        if self.as_json:
+            output.emit_json(document)
+        elif found := list(lines):
+            output.emit(output.table(columns, found, right))
+        else:
+            self.notice(none)
 
     def fail(self, error: BaseException) -> int:
         """Tell what went wrong, and return the exit code."""

@@ -26,16 +26,12 @@ def show(invocation: Invocation) -> None:
         invocation.notice(f"warning: {warning}")
     shown = [(origin, redact(origin.value, origin.name.rpartition(".")[2])) for origin in loaded.origins]
     effective = redact_url(loaded.settings.effective_database_url)
-    if invocation.as_json:
-        settings: dict[str, Any] = {
-            origin.name: {"value": value, "kind": origin.kind, "source": origin.source} for origin, value in shown
-        }
-        files = [{"kind": file.kind, "path": str(file.path), "exists": file.exists} for file in loaded.files]
-        output.emit_json(
-            {"settings": settings, "database": effective, "files": files, "warnings": list(loaded.warnings)}
-        )
-        return
+    settings: dict[str, Any] = {
+        origin.name: {"value": value, "kind": origin.kind, "source": origin.source} for origin, value in shown
+    }
+    files = [{"kind": file.kind, "path": str(file.path), "exists": file.exists} for file in loaded.files]
+    document = {"settings": settings, "database": effective, "files": files, "warnings": list(loaded.warnings)}
     rows = [(origin.name, "-" if value in (None, {}) else value, origin.source) for origin, value in shown]
-    output.emit(output.table(("setting", "value", "source"), rows))
     read = [(f"{file.kind} file", f"{file.path}" + ("" if file.exists else " (not there)")) for file in loaded.files]
-    output.emit("\n" + output.pairs([("database", effective), *read]))
+    text = output.table(("setting", "value", "source"), rows)
+    invocation.show(document, f"{text}\n\n{output.pairs([('database', effective), *read])}")

@@ -1,10 +1,13 @@
-"""A job's attempts and events as JSON documents: the same on the command line and over HTTP."""
+"""Records as JSON documents: the same on the command line and over HTTP. Times are Unix seconds."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
-from storage.records import Attempt, Event
+if TYPE_CHECKING:
+    from storage.fleet.workers import WorkerStatus
+    from storage.records import Attempt, Event, Fire, Schedule
 
 
 def attempt(item: Attempt) -> dict[str, Any]:
@@ -34,4 +37,40 @@ def event(item: Event) -> dict[str, Any]:
         "attempt": item.attempt_no,
         "actor": item.actor,
         "data": dict(item.data),
+    }
+
+
+def schedule(item: Schedule) -> dict[str, Any]:
+    document = asdict(item)
+    return {**document, "job": document.pop("spec"), "next_at": None if item.paused else item.next_at}
+
+
+def fire(item: Fire) -> dict[str, Any]:
+    return {
+        "fire_at": item.fire_at,
+        "state": str(item.state),
+        "reason": item.reason,
+        "missed": item.missed,
+        "job": item.job_id,
+        "job_state": None if item.job_state is None else str(item.job_state),
+        "decided_at": item.decided_at,
+        "settled_at": item.settled_at,
+    }
+
+
+def worker(seen: WorkerStatus) -> dict[str, Any]:
+    item = seen.worker
+    return {
+        "id": item.id,
+        "state": seen.state,
+        "host": item.host,
+        "engines": list(item.engines),
+        "queues": list(item.queues),
+        "slots": item.slots,
+        "shards": list(seen.holds),
+        "warm": [dict(each) for each in seen.warm],
+        "trouble": seen.trouble,
+        "version": item.version,
+        "started_at": seen.started_at,
+        "silent_seconds": round(seen.silent_seconds, 3),
     }

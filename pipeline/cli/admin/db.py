@@ -21,11 +21,7 @@ def upgrade(invocation: Invocation) -> None:
     from storage.sql import database
 
     url = invocation.loaded.settings.effective_database_url
-    revision = database.upgrade(url)
-    if invocation.as_json:
-        output.emit_json({"database": redact_url(url), "revision": revision})
-    else:
-        output.emit(f"{redact_url(url)} is at revision {revision}")
+    _tell(invocation, url, database.upgrade(url))
 
 
 @app.command()
@@ -60,8 +56,9 @@ def downgrade(
         raise InvalidJob(
             f"going back to {revision} drops what later revisions keep; make a backup first", field="--yes"
         )
-    at = database.downgrade(url, revision)
-    if invocation.as_json:
-        output.emit_json({"database": redact_url(url), "revision": at})
-    else:
-        output.emit(f"{redact_url(url)} is at revision {at}")
+    _tell(invocation, url, database.downgrade(url, revision))
+
+
+def _tell(invocation: Invocation, url: str, revision: str) -> None:
+    shown = redact_url(url)
+    invocation.show({"database": shown, "revision": revision}, f"{shown} is at revision {revision}")

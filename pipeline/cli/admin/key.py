@@ -51,17 +51,13 @@ def list_keys(
     """Keys, the newest first, revoked and expired ones included; never the keys themselves."""
     with invocation.client() as client:
         found = client.keys.list(tenant)
-    if invocation.as_json:
-        output.emit_json({"keys": [key.to_json() for key in found]})
-        return
-    if not found:
-        invocation.notice("no keys; 'rowmill key create' makes one")
-        return
     lines = [
         (key.id, key.tenant, f"{key.prefix}…", " ".join(sorted(key.scopes)), _state(key, time.time()),
          output.moment(key.created_at), output.moment(key.expires_at)) for key in found
     ]  # fmt: skip
-    output.emit(output.table(("id", "tenant", "key", "scopes", "state", "created", "expires"), lines))
+    columns = ("id", "tenant", "key", "scopes", "state", "created", "expires")
+    document = {"keys": [key.to_json() for key in found]}
+    invocation.show_table(document, columns, lines, none="no keys; 'rowmill key create' makes one")
 
 
 @app.command()
@@ -70,10 +66,7 @@ def revoke(invocation: Invocation, key: KeyId) -> None:
     """End a key now. Jobs that were submitted with it go on."""
     with invocation.client() as client:
         revoked = client.keys.revoke(key)
-    if invocation.as_json:
-        output.emit_json({"revoked": revoked.to_json()})
-    else:
-        output.emit(f"key {key} is revoked")
+    invocation.show({"revoked": revoked.to_json()}, f"key {key} is revoked")
 
 
 @app.command()
@@ -93,10 +86,8 @@ def rotate(
 
 
 def _show_new(invocation: Invocation, text: str, key: ApiKey) -> None:
-    if invocation.as_json:
-        output.emit_json({"key": text, **key.to_json()})
-    else:
-        output.emit(text)
+    invocation.show({"key": text, **key.to_json()}, text)
+    if not invocation.as_json:
         ends = f", until {output.moment(key.expires_at)}" if key.expires_at is not None else ""
         invocation.notice(f"{key.id} of tenant {key.tenant}{ends}; the key is not shown again")
 

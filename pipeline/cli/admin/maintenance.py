@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import typer
@@ -24,17 +23,11 @@ def queues(invocation: Invocation) -> None:
     """Shards by queue and state."""
     from storage.fleet import reports
 
-    with _runtime(invocation) as runtime:
+    with closing(_runtime(invocation)) as runtime:
         counts = reports.shards_by_queue(runtime.database)
-    if invocation.as_json:
-        output.emit_json({"queues": counts})
-        return
-    if not counts:
-        invocation.notice("no shards")
-        return
     states = ("ready", "running", "committed", "failed", "cancelled")
     lines = [[queue, *(f"{found.get(state, 0):,}" for state in states)] for queue, found in sorted(counts.items())]
-    output.emit(output.table(("queue", *states), lines, right=states))
+    invocation.show_table({"queues": counts}, ("queue", *states), lines, right=states, none="no shards")
 
 
 @app.command()
@@ -46,14 +39,14 @@ def reap(invocation: Invocation) -> None:
     """
     from pipeline.worker import maintenance
 
-    with _runtime(invocation) as runtime:
+    with closing(_runtime(invocation)) as runtime:
         found = [maintenance.recover_local(runtime), maintenance.reap(runtime)]
         expired = maintenance.expire(runtime)
     ready, failed = sum(item.ready for item in found), sum(item.failed for item in found)
-    if invocation.as_json:
-        output.emit_json({"ready": ready, "given_up": failed, "expired_jobs": expired})
-    else:
-        output.emit(f"{ready} shards are ready again, {failed} were given up, {len(expired)} jobs have expired")
+    invocation.show(
+        {"ready": ready, "given_up": failed, "expired_jobs": expired},
+        f"{ready} shards are ready again, {failed} were given up, {len(expired)} jobs have expired",
+    )
 
 
 @app.command()
@@ -66,24 +59,19 @@ def gc(invocation: Invocation) -> None:
     """
     from pipeline.worker import maintenance
 
-    with _runtime(invocation) as runtime:
+    with closing(_runtime(invocation)) as runtime:
         deleted = maintenance.collect_garbage(runtime, budget=math.inf)
         jobs = maintenance.delete_jobs(runtime, budget=math.inf)
         files, n_bytes = maintenance.collect_results(runtime)
-    if invocation.as_json:
-        output.emit_json({"deleted": deleted, "deleted_jobs": jobs, "result_cache": {"files": files, "bytes": n_bytes}})
-    else:
-        output.emit(f"{deleted} locations were deleted")
-        output.emit(f"{output.plural(jobs, 'ended job')} past the retention deleted")
-        output.emit(f"{files} files of cached results were deleted ({output.size(n_bytes)})")
+    invocation.show(
+        {"deleted": deleted, "deleted_jobs": jobs, "result_cache": {"files": files, "bytes": n_bytes}},
+        f"{deleted} locations were deleted\n"
+        f"{output.plural(jobs, 'ended job')} past the retention deleted\n"
+        f"{files} files of cached results were deleted ({output.size(n_bytes)})",
+    )
 
 
-@contextmanager
-def _runtime(invocation: Invocation) -> Iterator[Runtime]:
+def _runtime(invocation: Invocation) -> Runtime:
     from pipeline.process.runtime import start
 
-    runtime = start(invocation.loaded.settings)
-    try:
-        yield runtime
-    finally:
-        runtime.close()
+    return start(invocation.loaded.settings)

@@ -12,10 +12,11 @@ import typer
 
 from pipeline.cli import output, values
 from pipeline.cli.command import Invocation, command
+from pipeline.client import documents
 
 if TYPE_CHECKING:
     from pipeline.schedules.api import Upcoming
-    from storage.records import Fire, Schedule
+    from storage.records import Schedule
 
 app = typer.Typer(help="Schedules: jobs that are submitted again and again.", no_args_is_help=True)
 
@@ -82,17 +83,12 @@ def list_schedules(
     """Schedules by name."""
     with invocation.client() as client:
         found = client.schedules.list(tenant)
-    if invocation.as_json:
-        output.emit_json({"schedules": [_schedule(item) for item in found]})
-        return
-    if not found:
-        invocation.notice("no schedules")
-        return
-    lines = [
+    lines = (
         (s.name, s.cron, s.tz, "paused" if s.paused else _moment(s.next_at, s.tz), s.overlap, s.spec["output"])
         for s in found
-    ]
-    output.emit(output.table(("name", "cron", "zone", "next", "overlap", "output"), lines))
+    )
+    document = {"schedules": [documents.schedule(item) for item in found]}
+    invocation.show_table(document, ("name", "cron", "zone", "next", "overlap", "output"), lines, none="no schedules")
 
 
 @app.command()
@@ -108,7 +104,8 @@ def show(
         schedule = client.schedules.get(name, tenant)
         fires = client.schedules.fires(name, tenant, limit)
     if invocation.as_json:
-        output.emit_json({"schedule": _schedule(schedule), "fires": [_fire(item, schedule.tz) for item in fires]})
+        shown = [documents.fire(f) | {"local": _moment(f.fire_at, schedule.tz, "T")} for f in fires]
+        output.emit_json({"schedule": documents.schedule(schedule), "fires": shown})
         return
     output.emit(_described(schedule))
     if fires:
@@ -156,28 +153,19 @@ def remove(invocation: Invocation, name: Name, tenant: Tenant = "default") -> No
     """Delete a schedule and what is known of its fires. Their jobs stay as they are."""
     with invocation.client() as client:
         client.schedules.remove(name, tenant)
-    if invocation.as_json:
-        output.emit_json({"removed": name})
-    else:
-        output.emit(f"{name}  removed")
+    invocation.show({"removed": name}, f"{name}  removed")
 
 
 def _tell(invocation: Invocation, schedule: Schedule) -> None:
-    if invocation.as_json:
-        output.emit_json({"schedule": _schedule(schedule)})
-    else:
-        output.emit(
-            f"{schedule.name}  " + ("paused" if schedule.paused else f"next {_moment(schedule.next_at, schedule.tz)}")
-        )
+    comes = "paused" if schedule.paused else f"next {_moment(schedule.next_at, schedule.tz)}"
+    invocation.show({"schedule": documents.schedule(schedule)}, f"{schedule.name}  {comes}")
 
 
 def _tell_upcoming(invocation: Invocation, name: str, found: Iterable[Upcoming]) -> None:
-    if invocation.as_json:
-        items = [{"fire_at": f.at, "local": f.local, "input": list(f.input), "output": f.output} for f in found]
-        output.emit_json({"name": name, "next": items})
-        return
+    found = list(found)
+    items = [{"fire_at": f.at, "local": f.local, "input": list(f.input), "output": f.output} for f in found]
     lines = [(f.local, ", ".join(f.input), f.output) for f in found]
-    output.emit(output.table(("fire", "input", "output"), lines))
+    invocation.show({"name": name, "next": items}, output.table(("fire", "input", "output"), lines))
 
 
 def _described(s: Schedule) -> str:
@@ -200,38 +188,6 @@ def _described(s: Schedule) -> str:
     )
 
 
-def _schedule(s: Schedule) -> dict[str, Any]:
-    return {
-        "id": s.id,
-        "tenant": s.tenant,
-        "name": s.name,
-        "cron": s.cron,
-        "tz": s.tz,
-        "job": dict(s.spec),
-        "overlap": s.overlap,
-        "misfire": s.misfire,
-        "misfire_grace": s.misfire_grace,
-        "incremental": s.incremental,
-        "paused": s.paused,
-        "next_at": None if s.paused else s.next_at,
-        "created_at": s.created_at,
-    }
-
-
-def _fire(f: Fire, tz: str) -> dict[str, Any]:
-    return {
-        "fire_at": f.fire_at,
-        "local": datetime.fromtimestamp(f.fire_at, ZoneInfo(tz)).isoformat(),
-        "state": str(f.state),
-        "reason": f.reason,
-        "missed": f.missed,
-        "job": f.job_id,
-        "job_state": None if f.job_state is None else str(f.job_state),
-        "decided_at": f.decided_at,
-        "settled_at": f.settled_at,
-    }
-
-
-def _moment(at: float, tz: str) -> str:
+def _moment(at: float, tz: str, sep: str = " ") -> str:
     """A time in the schedule's own zone, with the offset that tells apart what the clock shows twice."""
-    return datetime.fromtimestamp(at, ZoneInfo(tz)).isoformat(sep=" ")
+    return datetime.fromtimestamp(at, ZoneInfo(tz)).isoformat(sep=sep)

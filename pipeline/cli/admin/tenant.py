@@ -72,12 +72,6 @@ def list_tenants(invocation: Invocation) -> None:
     """All tenants, and what they use now."""
     with invocation.client() as client:
         found = [_described(client, tenant.name) for tenant in client.tenants()]
-    if invocation.as_json:
-        output.emit_json({"tenants": found})
-        return
-    if not found:
-        invocation.notice("no tenants")
-        return
     columns = ("tenant", "weight", "jobs", "running", "rows today", "tokens today")
     lines = [
         [
@@ -90,7 +84,7 @@ def list_tenants(invocation: Invocation) -> None:
         ]
         for item in found
     ]
-    output.emit(output.table(columns, lines, right=columns[1:]))
+    invocation.show_table({"tenants": found}, columns, lines, right=columns[1:], none="no tenants")
 
 
 @app.command()
@@ -107,30 +101,21 @@ def remove(invocation: Invocation, tenant: Name) -> None:
     """Forget a tenant that has no live jobs, with its limits and its use. Its ended jobs stay."""
     with invocation.client() as client:
         client.remove_tenant(tenant)
-    if invocation.as_json:
-        output.emit_json({"removed": tenant})
-    else:
-        output.emit(f"tenant {tenant} was removed")
+    invocation.show({"removed": tenant}, f"tenant {tenant} was removed")
 
 
 def _show(invocation: Invocation, client: Client, name: str) -> None:
     item = _described(client, name)
-    if invocation.as_json:
-        output.emit_json({"tenant": item})
-        return
-    output.emit(
-        output.pairs(
-            [
-                ("tenant", name),
-                ("weight", output.count(item["weight"])),
-                ("running shards", _of(item, "running", "max_running")),
-                ("live jobs", _of(item, "jobs", "max_jobs")),
-                ("rows today", _of(item, "rows_today", "rows_per_day")),
-                ("tokens today", _of(item, "tokens_today", "tokens_per_day")),
-                ("since", output.moment(item["created_at"])),
-            ]
-        )
-    )
+    facts = [
+        ("tenant", name),
+        ("weight", output.count(item["weight"])),
+        ("running shards", _of(item, "running", "max_running")),
+        ("live jobs", _of(item, "jobs", "max_jobs")),
+        ("rows today", _of(item, "rows_today", "rows_per_day")),
+        ("tokens today", _of(item, "tokens_today", "tokens_per_day")),
+        ("since", output.moment(item["created_at"])),
+    ]
+    invocation.show({"tenant": item}, output.pairs(facts))
 
 
 def _described(client: Client, name: str) -> dict[str, Any]:

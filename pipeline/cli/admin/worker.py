@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +12,7 @@ import typer
 from pipeline.cli import errors, output
 from pipeline.cli.command import Invocation, command
 from pipeline.cli.exec_module import become
+from pipeline.client import documents
 from storage.errors import EngineMissing, InvalidJob, InvalidSettings, NotFound, Unreachable, WaitTimeout
 
 if TYPE_CHECKING:
@@ -123,13 +124,7 @@ def list_workers(invocation: Invocation) -> None:
     with _database(invocation) as database:
         database.ensure_schema()
         found = workers.listed(database)
-    if invocation.as_json:
-        output.emit_json({"workers": [_worker(seen) for seen in found]})
-        return
-    if not found:
-        invocation.notice("no workers")
-        return
-    for seen in found:
+    for seen in () if invocation.as_json else found:
         if seen.trouble:
             invocation.notice(f"{seen.worker.id} gets no work: {seen.trouble}")
         if seen.dropped_messages:
@@ -150,28 +145,13 @@ def list_workers(invocation: Invocation) -> None:
         ]
         for seen in found
     ]
-    output.emit(output.table(columns, lines, right=("slots", "shards")))
+    document = {"workers": [_worker(seen) for seen in found]}
+    invocation.show_table(document, columns, lines, right=("slots", "shards"), none="no workers")
 
 
 def _worker(seen: WorkerStatus) -> dict[str, Any]:
-    worker = seen.worker
-    return {
-        "id": worker.id,
-        "state": seen.state,
-        "host": worker.host,
-        "pid": worker.pid,
-        "engines": list(worker.engines),
-        "queues": list(worker.queues),
-        "slots": worker.slots,
-        "shards": list(seen.holds),
-        "warm": [dict(item) for item in seen.warm],
-        "trouble": seen.trouble,
-        "dropped_messages": seen.dropped_messages,
-        "version": worker.version,
-        "started_at": seen.started_at,
-        "silent_seconds": round(seen.silent_seconds, 3),
-        "lease_seconds": worker.lease_seconds,
-    }
+    own = {"pid": seen.worker.pid, "lease_seconds": seen.worker.lease_seconds}
+    return {**documents.worker(seen), **own, "dropped_messages": seen.dropped_messages}
 
 
 @app.command()
@@ -265,10 +245,8 @@ def health(invocation: Invocation) -> int:
         return errors.OK
     healthy = bool(found) and not any(seen.state == "silent" or seen.trouble for seen in found)
     gets_work = healthy and any(seen.state == "alive" for seen in found)
-    if invocation.as_json:
-        output.emit_json({"healthy": healthy, "gets_work": gets_work, "workers": [_worker(seen) for seen in found]})
-    else:
-        output.emit("\n".join(map(_health, found)) or "no worker runs here")
+    document = {"healthy": healthy, "gets_work": gets_work, "workers": [_worker(seen) for seen in found]}
+    invocation.show(document, "\n".join(map(_health, found)) or "no worker runs here")
     return errors.OK if healthy else errors.ERROR
 
 
@@ -281,15 +259,10 @@ def _health(seen: WorkerStatus) -> str:
     return f"{said}: it takes no more work" if seen.state == "draining" else said
 
 
-@contextmanager
-def _database(invocation: Invocation) -> Iterator[Database]:
+def _database(invocation: Invocation) -> closing[Database]:
     from storage.sql.database import Database
 
     try:
-        database = Database(invocation.loaded.settings.effective_database_url)
+        return closing(Database(invocation.loaded.settings.effective_database_url))
     except OSError as error:
         raise Unreachable(f"the database's folder cannot be used: {error.strerror}: {error.filename}") from error
-    try:
-        yield database
-    finally:
-        database.close()

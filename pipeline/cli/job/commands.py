@@ -77,10 +77,7 @@ def show(
 def _show_row(invocation: Invocation, job: str, row: int) -> None:
     with invocation.client() as client:
         request = client.request(client.job(job).id, row)
-    if invocation.as_json:
-        output.emit_json({"request": request.to_json()})
-    else:
-        output.emit(output.pairs(request.to_json().items()))
+    invocation.show({"request": request.to_json()}, output.pairs(request.to_json().items()))
 
 
 def describe(status: JobStatus) -> list[tuple[str, object]]:
@@ -258,16 +255,13 @@ def profile(
         raise NotFound(f"job {job} has no profile; 'rowmill run --profile' makes one")
     traces = [each["trace"] for each in found if each["trace"]]
     merged = together(found)
-    if invocation.as_json:
-        output.emit_json({**merged, "traces": traces})
-        return
     lines = [
         [each["operator"], each["provider"], f"{each['runs']:,}", f"{each['seconds']:.3f}", f"{each['share']:.1%}"]
         for each in merged["operators"][:top]
     ]
     columns = ("operator", "provider", "runs", "seconds", "share")
-    output.emit(output.table(columns, lines, right=columns[2:]))
-    for trace in traces:
+    invocation.show({**merged, "traces": traces}, output.table(columns, lines, right=columns[2:]))
+    for trace in () if invocation.as_json else traces:
         invocation.notice(f"trace, for chrome://tracing or Perfetto: {trace}")
 
 
@@ -285,11 +279,8 @@ def resume(invocation: Invocation, job: JobId) -> int:
 
 
 def _tell(invocation: Invocation, status: JobStatus) -> None:
-    if invocation.as_json:
-        output.emit_json({"job": status.to_json()})
-        return
-    output.emit(f"{status.id}  {status.state}")
-    if status.message:
+    invocation.show({"job": status.to_json()}, f"{status.id}  {status.state}")
+    if status.message and not invocation.as_json:
         invocation.notice(status.message)
 
 
@@ -352,8 +343,5 @@ def watch(invocation: Invocation, job: JobId) -> int:
 
 def _end(invocation: Invocation, status: JobStatus) -> int:
     with streams.reader_may_leave():
-        if invocation.as_json:
-            output.emit_json({"job": status.to_json()})
-        else:
-            output.emit(output.pairs(describe(status)))
+        invocation.show({"job": status.to_json()}, output.pairs(describe(status)))
     return errors.exit_code(status)

@@ -34,10 +34,7 @@ def submit(
             return wait_until_ended(invocation, handle)
         status = handle.status()
     with streams.reader_may_leave():
-        if invocation.as_json:
-            output.emit_json({"job": status.to_json()})
-        else:
-            output.emit(status.id)
+        invocation.show({"job": status.to_json()}, status.id)
     if invocation.loaded.settings.broker_url is None:
         invocation.notice(
             f"no broker_url is set, so no worker will take it; to run it here: rowmill job wait {status.id}"
@@ -55,18 +52,12 @@ def estimate(invocation: Invocation, fields: dict[str, Any]) -> None:
     """
     with invocation.client() as client:
         found = client.estimate(**fields)
-    if invocation.as_json:
-        output.emit_json({"estimate": found.to_json()})
-        return
-    output.emit(
-        output.pairs(
-            [
-                ("files", f"{found.files:,}"),
-                ("rows", f"{found.rows:,}"),
-                ("bytes", output.size(found.n_bytes) + ", uncompressed"),
-                ("shards", f"{found.shards:,}"),
-                ("engine", found.engine),
-                ("columns read", ", ".join(found.columns)),
-            ]
-        )
-    )
+    facts = [
+        ("files", f"{found.files:,}"),
+        ("rows", f"{found.rows:,}"),
+        ("bytes", output.size(found.n_bytes) + ", uncompressed"),
+        ("shards", f"{found.shards:,}"),
+        ("engine", found.engine),
+        ("columns read", ", ".join(found.columns)),
+    ]
+    invocation.show({"estimate": found.to_json()}, output.pairs(facts))

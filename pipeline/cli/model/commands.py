@@ -173,10 +173,7 @@ def _resolve(invocation: Invocation, name: str) -> Model:
 
 
 def report(invocation: Invocation, facts: dict[str, Any]) -> None:
-    if invocation.as_json:
-        output.emit_json(facts)
-        return
     shown = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in facts.items()}
     if isinstance(reasons := facts.get("reasons"), list):
         shown["reasons"] = "; ".join(reasons)
-    output.emit(output.pairs((key.replace("_", " "), value) for key, value in shown.items()))
+    invocation.show(facts, output.pairs((key.replace("_", " "), value) for key, value in shown.items()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +14,7 @@ from pipeline.cli.command import Invocation, command
 
 if TYPE_CHECKING:
     from pipeline.client.client import Client
-    from storage.registry.records import ModelEvent, Report, Revision
+    from storage.registry.records import ModelEvent, Revision
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The model's name.", show_default=False)]
 Reference = Annotated[
@@ -54,14 +55,8 @@ def list_models(
 ) -> None:
     """Registered models, and which revision of each is active."""
     with invocation.client() as client:
-        found = _by_model(client.models.list(tenant))
-        documents = [_model(client, items) for items in found]
-    if invocation.as_json:
-        output.emit_json({"models": documents})
-        return
-    if not documents:
-        invocation.notice("no models; 'rowmill model add NAME PATH' registers one")
-        return
+        found = groupby(client.models.list(tenant), key=lambda revision: revision.model)
+        documents = [_model(client, list(revisions)) for _, revisions in found]
     lines = [
         (
             item["name"],
@@ -74,7 +69,8 @@ def list_models(
         for item in documents
     ]
     columns = ("model", "tenant", "active", "revisions", "aliases", "task")
-    output.emit(output.table(columns, lines, right=("active", "revisions")))
+    none = "no models; 'rowmill model add NAME PATH' registers one"
+    invocation.show_table({"models": documents}, columns, lines, right=("active", "revisions"), none=none)
 
 
 @command
@@ -83,15 +79,19 @@ def show(invocation: Invocation, name: Reference, tenant: Tenant = None) -> None
     with invocation.client() as client:
         found = client.models.get(name, tenant)
         if "@" in name:
-            document = {**_revision(found), "tenant": tenant, "reports": _reports(client.models.reports(name, tenant))}
+            reports = [
+                {"id": report.id, "verdict": report.verdict, "at": report.at, "actor": report.actor}
+                for report in client.models.reports(name, tenant)
+            ]
+            document = {**_revision(found), "tenant": tenant, "reports": reports}
         else:
             document = _model(client, client.models.revisions(name, tenant))
     if invocation.as_json:
         output.emit_json({"model": document})
         return
     if "@" in name:
-        shown = {key: value for key, value in document.items() if key != "reports"}
-        output.emit(output.pairs((key.replace("_", " "), value) for key, value in shown.items()))
+        shown = {key.replace("_", " "): value for key, value in document.items() if key != "reports"}
+        output.emit(output.pairs(shown.items()))
         found_reports = [(item["id"], item["verdict"], output.moment(item["at"])) for item in document["reports"]]
         if found_reports:
             output.emit("\n" + output.table(("report", "verdict", "at"), found_reports))
@@ -125,13 +125,7 @@ def show_history(
             events = [] if active is None else [active]
         else:
             events = client.models.history(name, tenant)
-    if invocation.as_json:
-        documents = [_event(event) for event in events]
-        output.emit_json({"events": documents} if moment is None else {"active": next(iter(documents), None)})
-        return
-    if not events:
-        invocation.notice(f"no revision of {name} was active then")
-        return
+    documents = [_event(event) for event in events]
     columns = ("at", "actor", "what", "revision", "from", "to", "reason")
     lines = [
         (
@@ -145,7 +139,9 @@ def show_history(
         )
         for event in events
     ]
-    output.emit(output.table(columns, lines, right=("revision",)))
+    document = {"events": documents} if moment is None else {"active": next(iter(documents), None)}
+    none = f"no revision of {name} was active then"
+    invocation.show_table(document, columns, lines, right=("revision",), none=none)
 
 
 @command
@@ -200,10 +196,7 @@ def remove(invocation: Invocation, name: Reference, tenant: Tenant = None) -> No
     """Forget a revision, by default all of them. The history stays, and so do the files."""
     with invocation.client() as client:
         removed = [revision.reference for revision in client.models.remove(name, tenant=tenant)]
-    if invocation.as_json:
-        output.emit_json({"removed": removed})
-    else:
-        output.emit(f"{', '.join(removed)} removed")
+    invocation.show({"removed": removed}, f"{', '.join(removed)} removed")
 
 
 def register(app: typer.Typer) -> None:
@@ -247,17 +240,7 @@ def _tell(invocation: Invocation, revision: Revision) -> None:
         "digest": revision.digest,
         "state": str(revision.state),
     }
-    if invocation.as_json:
-        output.emit_json(facts)
-    else:
-        output.emit(output.pairs(facts.items()))
-
-
-def _by_model(revisions: list[Revision]) -> list[list[Revision]]:
-    found: dict[tuple[str | None, str], list[Revision]] = {}
-    for revision in revisions:
-        found.setdefault(revision.model, []).append(revision)
-    return list(found.values())
+    invocation.show(facts, output.pairs(facts.items()))
 
 
 def _model(client: Client, revisions: list[Revision]) -> dict[str, Any]:
@@ -282,10 +265,6 @@ def _revision(revision: Revision) -> dict[str, Any]:
         "task": revision.task,
         "created_at": revision.created_at,
     }
-
-
-def _reports(reports: list[Report]) -> list[dict[str, Any]]:
-    return [{"id": report.id, "verdict": report.verdict, "at": report.at, "actor": report.actor} for report in reports]
 
 
 def _event(event: ModelEvent) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.client import documents
 from pipeline.client.keys import Keys
 from pipeline.gateway.auth import Admin, Caller, Reader
 from pipeline.gateway.context import Gateway, Here
-from pipeline.gateway.native import documents
 from storage.fleet import reports, workers
+from storage.registry.records import Revision
 
 router = APIRouter()
 Name = Annotated[str, Path(max_length=200)]
@@ -50,7 +51,7 @@ class NewKey(BaseModel):
 @router.get("/models", tags=["models"])
 def models(gateway: Here, caller: Reader) -> dict[str, Any]:
     """Revisions of the models that the tenant may name: its own and the operator's."""
-    return {"models": [documents.revision(item) for item in gateway.client.models.list(caller.tenant)]}
+    return {"models": [_revision(item) for item in gateway.client.models.list(caller.tenant)]}
 
 
 @router.get("/tenants", tags=["tenants"])
@@ -136,3 +137,15 @@ def queues(gateway: Here, caller: Admin) -> dict[str, Any]:
 def _keys(gateway: Gateway, caller: Caller) -> Keys:
     """The audit trail names the caller's key."""
     return Keys(gateway.runtime, caller.actor)
+
+
+def _revision(item: Revision) -> dict[str, Any]:
+    return {
+        "name": item.model.name,
+        "tenant": item.model.tenant,
+        "revision": item.number,
+        "state": str(item.state),
+        "digest": item.digest,
+        "task": item.task,
+        "created_at": item.created_at,
+    }

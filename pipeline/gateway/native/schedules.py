@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.client import documents
 from pipeline.gateway.auth import Reader, Submitter
 from pipeline.gateway.context import Here
-from pipeline.gateway.native import documents
 from pipeline.gateway.native.admission import admitted
 
 router = APIRouter(prefix="/schedules", tags=["schedules"])
