@@ -64,7 +64,7 @@ def stats(store: ObjectStore, uri: str, *, check: bool = False) -> FileStats:
         groups = (footer.row_group(i) for i in range(footer.num_row_groups))
         sizes = tuple((group.num_rows, max(0, group.total_byte_size)) for group in groups)
         unreadable: dict[str, str] = {}
-        if check and not footer_check.is_safe(footer_check.raw_footer(file)):
+        if check and not footer_check.is_safe(footer):
             unreadable = unreadable_columns(parquet)
             if not unreadable:
                 raise InvalidInput(f"{uri}: its footer is damaged", field="input")
