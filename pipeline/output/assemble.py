@@ -101,8 +101,7 @@ def result_table(schema: pa.Schema, results: Sequence[Results]) -> pa.Table:
         chunks = [batch.column(at) for batch in values] + [pa.nulls(len(failures), field.type)]
         columns.append(pa.chunked_array(chunks, type=field.type))
     table = pa.Table.from_arrays([pa.array(rows), *columns, errors], schema=part_schema(schema))
-    order = np.argsort(rows, kind="stable")
-    return table if np.array_equal(order, np.arange(len(rows))) else table.take(order)
+    return table if (rows[1:] >= rows[:-1]).all() else table.take(np.argsort(rows, kind="stable"))
 
 
 def _values(batch: Results, schema: pa.Schema) -> pa.RecordBatch:
@@ -220,6 +219,7 @@ def assemble(
             failed |= BitMap(rows[bad].astype(np.uint32))
             file_out.write(pa.Table.from_arrays([*columns, *results.columns], schema=schema))
             n_rows += len(rows)
+        inputs.finish()
         if n_rows != len(held):
             raise CorruptFile(f"{len(held)} rows were flushed for {target_uri}, and {n_rows} were found")
     return Assembled(file_out.written, n_rows, len(failed), failed, missing)
@@ -228,7 +228,8 @@ def assemble(
 def _in_memory(
     results: pa.Table, stored: pa.Schema, batch_rows: int
 ) -> Iterator[tuple[npt.NDArray[np.int64], pa.RecordBatch]]:
-    for batch in results.to_batches(batch_rows):
+    # An engine's batches may be small, and each step of the merge ends where one of them does.
+    for batch in results.combine_chunks().to_batches(batch_rows):
         yield batch.column(0).to_numpy(), pa.RecordBatch.from_arrays(batch.columns[1:], schema=stored)
 
 
@@ -337,3 +338,8 @@ class _Kept:
             self._rows, self._batch = self._rows[count:], self._batch.slice(count)
             at += count
         return list(pa.Table.from_batches(taken).columns)
+
+    def finish(self) -> None:
+        """Read to the end, after which the next shard goes on from there: it need not decode a row group again."""
+        if self._batches is not None and next(self._batches, None) is not None:
+            raise CorruptFile("the input holds more rows than the shard")

@@ -78,5 +78,7 @@ def merge(runs: Sequence[Run], schema: pa.Schema) -> Iterator[tuple[Rows, pa.Tab
         taken = [item for item in (run.upto(last) for run in open_runs) if item is not None]
         rows = np.concatenate([rows for rows, _ in taken])
         table = pa.Table.from_batches([columns for _, columns in taken], schema=schema)
-        order = np.argsort(rows, kind="stable")
-        yield rows[order], table if len(taken) == 1 else table.take(order)
+        if len(taken) > 1:
+            order = np.argsort(rows, kind="stable")
+            rows, table = rows[order], table.take(order)
+        yield rows, table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ def without_broken(column: pa.ChunkedArray[Any]) -> tuple[pa.ChunkedArray[Any], 
     return pa.chunked_array(chunks, type=column.type), np.concatenate(masks)
 
 
+@lru_cache
 def _holds_text(kind: Any) -> bool:
     if isinstance(kind, pa.BaseExtensionType):
         return _holds_text(kind.storage_type)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import pyarrow as pa
@@ -19,6 +19,8 @@ from storage.parquet.broken_dictionaries import healed, is_refusal, plain_batche
 
 _STREAM_BYTES = (64 * 2**10, 2**20)
 """Least and most bytes of each column chunk that are read ahead, instead of whole chunks."""
+_FEW_ROWS = 256
+"""Rows that are decoded to see a dictionary, which comes with the first of them that has a value."""
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 8, "FLOAT": 4, "DOUBLE": 8, "BYTE_ARRAY": 4}
 """Bytes that a value takes in memory at least; of text, its offset."""
 _DICTIONARY = frozenset({"RLE_DICTIONARY", "PLAIN_DICTIONARY"})
@@ -210,7 +212,7 @@ class Readable:
                 per_row = -(-values // rows)
                 # No value is longer than its chunk: most chunks need no look at their dictionary.
                 if stored * per_row * min(rows, self._batch_rows) > self._batch_bytes:
-                    few = max(1, min(self._batch_rows, self._batch_bytes // max(1, 4 * per_row)))
+                    few = max(1, min(self._batch_rows, self._batch_bytes // max(1, 4 * per_row), _FEW_ROWS))
                     try:
                         worst += per_row * self._longest_in_dictionary(number, chunk.path_in_schema, few)
                     except pa.ArrowInvalid as error:
@@ -225,14 +227,17 @@ class Readable:
             return max(0, self.footer.schema.column(index).length or 0)
         return _WIDTHS.get(physical_type, 0)
 
+    @cached_property
+    def _folded(self) -> pq.ParquetFile:
+        """The file with all its text as dictionaries."""
+        return self._opened([self.footer.schema.column(index).path for index in self._indices])
+
     def _longest_in_dictionary(self, number: int, path: str, few: int) -> int:
         """Bytes of the longest value that the chunk's dictionary page holds; 0 when it has none.
 
         The dictionary comes with the first value, which is in the first ``few`` rows unless those are all empty lists.
         """
-        for batch in self._opened([path]).iter_batches(
-            batch_size=few, row_groups=[number], columns=[path], use_threads=False
-        ):
+        for batch in self._folded.iter_batches(batch_size=few, row_groups=[number], columns=[path], use_threads=False):
             found = [values for column in batch.columns for values in dictionaries(column)]
             if any(len(values.dictionary) for values in found):
                 return _longest(found)

@@ -212,6 +212,17 @@ def test_any_split_into_parts_gives_the_rows_in_order(
     STORE.verify(assembled.written)
 
 
+def test_the_next_shard_reads_on_where_this_one_ended(tmp_path: Path) -> None:
+    shard = Shard(tmp_path, 30)
+    shard.flush(dict.fromkeys(range(30), "text"))
+    shard.assemble()
+    last = shard.sources[1]
+    left = (last.uri, last.etag, ("id", "text"), ("int64", "string"), 16, 2**20)
+    reader = STORE.open_readers.take(left, 20)
+    assert reader is not None, "the row group is not decoded from its start again"
+    reader.close()
+
+
 def test_prefix_and_no_kept_columns(tmp_path: Path) -> None:
     shard = Shard(tmp_path, 2)
     shard.flush({0: "a", 1: FAILED})
