@@ -29,6 +29,8 @@ from storage.states import TERMINAL_JOB, JobState
 HEARTBEAT_SECONDS = 5.0
 """Short enough that ``rowmill job cancel`` from another terminal is felt at once; a third of the lease at most."""
 PROGRESS_SECONDS = 0.25
+_PROGRESS_SHARE = 0.02
+"""Most of a processor that looking at the progress takes; it is looked at less often where that takes long."""
 IDLE_SECONDS = 0.5
 """How long a slot without a shard waits before it asks again (a shard in backoff, or held by another process)."""
 
@@ -141,13 +143,16 @@ def _work(
     slots = [_Slot(runtime, job_id, keeper, interrupt, ended) for _ in range(count)]
     for slot in slots:
         slot.start()
+    pause = PROGRESS_SECONDS
     try:
         for slot in slots:
-            while not slot.done.wait(PROGRESS_SECONDS):
+            while not slot.done.wait(pause):
+                began = time.thread_time()
                 status = job_status(runtime.database, jobs.get(runtime.database, job_id))
                 on_progress(with_unflushed(runtime, status))
                 if status.state is JobState.CANCELLING:
                     keeper.stop_all(JOB_STOPPING)
+                pause = max(PROGRESS_SECONDS, (time.thread_time() - began) / _PROGRESS_SHARE)
     except BaseException:
         # Ctrl-C in this thread, or an error of ``on_progress``: the shards are flushed and handed back all the same.
         interrupt.cancel(INTERRUPTED)

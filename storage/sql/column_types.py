@@ -10,6 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from pyroaring import BitMap
+from sqlalchemy.dialects.postgresql import JSONB
 
 from storage.records import Slice
 from storage.storable import storable, storable_json
@@ -73,15 +74,8 @@ class Rows(sa.TypeDecorator[BitMap]):
 class Json(sa.TypeDecorator[Any]):
     """JSON, made :func:`storable_json` on its way in: JSONB on PostgreSQL."""
 
-    impl = sa.JSON
+    impl = sa.JSON().with_variant(JSONB(), "postgresql")
     cache_ok = True
-
-    def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[Any]:
-        if dialect.name != "postgresql":
-            return super().load_dialect_impl(dialect)
-        from sqlalchemy.dialects.postgresql import JSONB  # embedded databases start without it
-
-        return dialect.type_descriptor(JSONB())
 
     def process_bind_param(self, value: Any, dialect: sa.Dialect) -> Any:
         return storable_json(value)

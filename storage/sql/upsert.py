@@ -5,13 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import sqlite
+from sqlalchemy.dialects import postgresql, sqlite
 
 
 def insert(connection: sa.Connection, table: sa.Table) -> Any:
     """An insert with ``on_conflict_do_nothing`` and ``on_conflict_do_update``, for the connection's database."""
-    if connection.dialect.name == "sqlite":
-        return sqlite.insert(table)
-    from sqlalchemy.dialects import postgresql  # embedded databases start without it
-
-    return postgresql.insert(table)
+    return (sqlite if connection.dialect.name == "sqlite" else postgresql).insert(table)

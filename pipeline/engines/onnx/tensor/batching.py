@@ -48,7 +48,7 @@ class Batching:
             keys[-1][:, list(axes)] = _ANY
         columns = list(sizes.values())
         key = np.concatenate([*keys, *(np.where(apart, size, _ANY)[:, None] for size in columns)], axis=1)
-        if not key.shape[1]:
+        if not len(good) or (not columns and (key == key[0]).all()):
             return [good] if len(good) else []
         _, group = np.unique(key, axis=0, return_inverse=True)
         # Of several axes all but the last in steps, so that the last one is in order within them.

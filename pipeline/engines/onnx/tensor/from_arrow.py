@@ -134,6 +134,8 @@ def _layout(column: Column) -> _Layout:
 
 
 def _any_between(flags: npt.NDArray[np.bool_], low: Indices, high: Indices) -> npt.NDArray[np.bool_]:
+    if not flags.any():
+        return np.zeros(len(low), np.bool_)
     sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(flags)])
     low = np.minimum(low, len(flags))
     return np.asarray(sums[np.maximum(high, low)] > sums[low])
