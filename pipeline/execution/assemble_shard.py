@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pyarrow as pa
 from pyroaring import BitMap
 
@@ -40,26 +42,17 @@ def assemble_shard(
 def _assemble(
     attempt: AttemptContext, schema: pa.Schema, parts: tuple[PartFile, ...], results: pa.Table | None
 ) -> PartFile:
-    claim, plan, store, settings = attempt.claim, attempt.plan, attempt.runtime.store, attempt.runtime.settings
-    shard = claim.shard
+    claim, plan, runtime = attempt.claim, attempt.plan, attempt.runtime
+    store, shard = runtime.store, claim.shard
     assembled = assemble.assemble(
-        store,
+        replace(attempt.rows, batch_rows=runtime.settings.copy_batch_rows),
         f"{attempt.directory}/output.parquet",
-        job_schema=plan.schema,
-        keep=plan.keep,
-        result_schema=schema,
-        prefix=attempt.spec.output_prefix,
-        sources=claim.sources,
-        slices=shard.slices,
-        row_n=shard.row_n,
+        assemble.OutputColumns(plan.keep, schema, attempt.spec.output_prefix),
         parts=parts,
-        results=results,
         base=claim.previous_output
         if plan.part_rows
         else published(store, claim.job.output_uri, shard.idx, claim.previous_output),
-        partial=False,
-        batch_rows=settings.copy_batch_rows,
-        batch_bytes=settings.read_batch_bytes,
+        results=results,
     )
     store.verify(assembled.written)
     return PartFile(

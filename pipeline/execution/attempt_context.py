@@ -9,6 +9,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from pipeline.engines.base import Cancellation
 from pipeline.execution.attempt_steps import AttemptSteps
+from pipeline.inputs.input_rows import InputRows
 from pipeline.models import adapters
 from pipeline.models.model import Model
 from pipeline.output import owner
@@ -74,6 +75,11 @@ class AttemptContext:
                 job.output_uri, job.id, shard.idx, shard.gen, claim.attempt_no, secrets.token_hex(4)
             ),
         )
+
+    @property
+    def rows(self) -> InputRows:
+        """The shard's rows in the input."""
+        return self.runtime.input_rows(self.claim.sources, self.claim.shard.slices, self.plan.schema)
 
     def check_adapters(self) -> None:
         """Raise :class:`InvalidModel` for an adapter that is not the one that the job was planned with."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 from pyroaring import BitMap
@@ -16,7 +17,6 @@ from pipeline.execution.prefetch import ReadAhead
 from pipeline.planning.sequences import SequenceRows
 from pipeline.requests.engine import answering
 from pipeline.spec.error_codes import RowErrorCode
-from storage.parquet import parquet
 
 
 class EngineCalls:
@@ -26,7 +26,8 @@ class EngineCalls:
         self._attempt, self._flusher = attempt, flusher
         self._engine = answering(engine, attempt.spec)
         self._pending = PendingRows(attempt.claim.todo)
-        self._sequences = None if attempt.spec.sequence is None else self._sequence_rows(attempt.spec.sequence)
+        sequence = attempt.spec.sequence
+        self._sequences = None if sequence is None else SequenceRows(attempt.rows, sequence)
 
     @property
     def pending(self) -> BitMap:
@@ -72,34 +73,12 @@ class EngineCalls:
                     self._flusher.drain()  # the engine broke after its last answer
                 raise
 
-    def _sequence_rows(self, column: str) -> SequenceRows:
-        claim, settings = self._attempt.claim, self._attempt.runtime.settings
-        return SequenceRows(
-            self._attempt.runtime.store,
-            claim.sources,
-            claim.shard.slices,
-            schema=self._attempt.plan.schema,
-            column=column,
-            batch_rows=settings.read_batch_rows,
-            batch_bytes=settings.read_batch_bytes,
-        )
-
     def _read(self, only: BitMap) -> ReadAhead:
-        claim, plan, settings = self._attempt.claim, self._attempt.plan, self._attempt.runtime.settings
-        batch_rows = settings.read_batch_rows
+        rows, settings = self._attempt.rows, self._attempt.runtime.settings
         if isinstance(self._engine, ReadsMany) and "read_batch_rows" not in settings.model_fields_set:
-            batch_rows = self._engine.batch_rows or batch_rows
-        batches = parquet.read(
-            self._attempt.runtime.store,
-            claim.sources,
-            claim.shard.slices,
-            schema=plan.schema,
-            columns=plan.columns,
-            only=only,
-            batch_rows=batch_rows,
-            batch_bytes=settings.read_batch_bytes,
-        )
-        return ReadAhead((RowBatch(rows, columns) for rows, columns in batches), settings.read_ahead_bytes)
+            rows = replace(rows, batch_rows=self._engine.batch_rows or rows.batch_rows)
+        batches = rows.read(self._attempt.plan.columns, only)
+        return ReadAhead((RowBatch(ids, columns) for ids, columns in batches), settings.read_ahead_bytes)
 
 
 def _poisoned(rows: BitMap) -> Iterator[ResultBatch]:

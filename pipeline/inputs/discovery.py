@@ -23,7 +23,6 @@ from pipeline.inputs.schema import UnifiedSchema
 from pipeline.spec.text_options import TextOptions, TextSpec
 from storage import locations
 from storage.errors import InvalidInput
-from storage.locations import normalize
 from storage.logs import pool_with_ids
 from storage.objects import listing
 from storage.objects.store import ObjectInfo, ObjectStore
@@ -48,7 +47,7 @@ _NOT_ASKED_FOR = "it was not converted, because the job names it nowhere: name i
 
 
 class InputSpec(TextSpec, Protocol):
-    """The part of a job's specification that says where its rows come from and go to."""
+    """The part of a job's specification that says where its rows come from and go to, with normalized locations."""
 
     @property
     def input(self) -> tuple[str, ...]: ...
@@ -104,8 +103,15 @@ class _File:
 
 def new_files(store: ObjectStore, spec: InputSpec, done: Processed) -> list[ObjectInfo]:
     """The files of the input that ``done`` does not name as they are now; possibly none."""
-    infos = [info for pattern in map(normalize, spec.input) for info in _listed(store, pattern, lambda _: None)[0]]
-    seen = done([info.uri for info in infos])
+    return _without(done, _files(store, spec))
+
+
+def _files(store: ObjectStore, spec: InputSpec) -> list[ObjectInfo]:
+    return [info for pattern in spec.input for info in _listed(store, pattern, lambda _: None)[0]]
+
+
+def _without(done: Processed | None, infos: Sequence[ObjectInfo]) -> list[ObjectInfo]:
+    seen = set() if done is None else done([info.uri for info in infos])
     return [info for info in infos if (info.uri, info.etag) not in seen]
 
 
@@ -195,11 +201,10 @@ def _typed(item: pa.Field[pa.DataType]) -> pa.Field[pa.DataType]:
 def _footers(store: ObjectStore, files: Sequence[_File]) -> Iterator[parquet.FileStats]:
     with pool_with_ids(_READERS, "rowmill-footers") as pool:
         for start in range(0, len(files), _AHEAD):
-            yield from pool.map(partial(_stats, store), files[start : start + _AHEAD])
-
-
-def _stats(store: ObjectStore, file: _File) -> parquet.FileStats:
-    return parquet.stats(store, file.info.uri, check=not file.converted)
+            yield from pool.map(
+                lambda file: parquet.stats(store, file.info.uri, check=not file.converted),
+                files[start : start + _AHEAD],
+            )
 
 
 def _parquet_files(store: ObjectStore, found: Sequence[tuple[_File, Format]], converter: Converter) -> Iterator[_File]:
@@ -224,7 +229,7 @@ def convert_again(
     """
     keys = {locations.chunk_key(uri)[:KEY_CHARS] for uri in chunks}
     files = []
-    for pattern in map(normalize, spec.input):
+    for pattern in spec.input:
         infos, table = _listed(store, pattern, lambda _: None)
         files += [(info, table or format_of(store, info.uri)) for info in infos if key_of(info) in keys]
     converter = Converter(store, TextOptions.of(spec, spec.wanted_columns), work_dir_uri)
@@ -245,12 +250,11 @@ def convert_again(
 def _found(
     store: ObjectStore, spec: InputSpec, notify: Callable[[str], None], done: Processed | None
 ) -> list[tuple[_File, Format]]:
-    output = normalize(spec.output)
     found: list[tuple[_File, Format]] = []
     by: dict[str, str] = {}
-    shared = _shared_folder([normalize(pattern) for pattern in spec.input])
-    for pattern in map(normalize, spec.input):
-        refuse_output_inside(pattern, output)
+    shared = _shared_folder(spec.input)
+    for pattern in spec.input:
+        refuse_output_inside(pattern, spec.output)
         try:
             data, table = _listed(store, pattern, notify)
         except InvalidInput as error:
@@ -260,15 +264,12 @@ def _found(
                 f"no file matches {pattern} (names that begin with '.' or '_' are not read){_about_brackets(pattern)}",
                 field="input",
             )
-        if done is not None:
-            seen = done([info.uri for info in data])
-            data = [info for info in data if (info.uri, info.etag) not in seen]
+        data = _without(done, data)
         here: dict[Kind, str] = {}
         for info in data:
-            if _is_within(info.uri, locations.data_dir(output)) or _is_within(
-                info.uri, f"{output}/{locations.WORK_FOLDER}"
-            ):
-                raise InvalidInput(f"{info.uri} lies where the output goes ({output})", field="input")
+            own = (locations.data_dir(spec.output), f"{spec.output}/{locations.WORK_FOLDER}")
+            if any(_is_within(info.uri, folder) for folder in own):
+                raise InvalidInput(f"{info.uri} lies where the output goes ({spec.output})", field="input")
             if info.uri in by:
                 raise InvalidInput(f"{info.uri} is in the input twice: {by[info.uri]} and {pattern}", field="input")
             by[info.uri] = pattern
@@ -296,8 +297,7 @@ def fingerprint(files: Iterable[tuple[str, str]]) -> str:
 
 def fingerprint_now(store: ObjectStore, spec: InputSpec) -> str:
     """:func:`fingerprint` of the input's files as they are now. Raises :class:`InvalidInput` where there are none."""
-    listed = (_listed(store, pattern, lambda _: None)[0] for pattern in map(normalize, spec.input))
-    return fingerprint((info.uri, info.etag) for infos in listed for info in infos)
+    return fingerprint((info.uri, info.etag) for info in _files(store, spec))
 
 
 def _listed(

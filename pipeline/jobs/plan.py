@@ -146,19 +146,13 @@ def store_plan(runtime: Runtime, job: Job, prepared: Prepared, consumed: Consume
 
 
 def _shards(runtime: Runtime, prepared: Prepared) -> Iterable[ShardPlan]:
-    spec, found, settings = prepared.request.spec, prepared.found, runtime.settings
+    spec, found = prepared.request.spec, prepared.found
     shards = shard_plan.plan(found.files, shard_rows=spec.shard_rows, shard_bytes=spec.shard_bytes)
     if spec.sequence is None:
         return shards
-    column = sequences.SequenceRows(
-        runtime.store,
-        {source.idx: source for source in found.sources},
-        [item for file in found.files for item in file.slices()],
-        schema=prepared.record.schema,
-        column=spec.sequence,
-        batch_rows=settings.read_batch_rows,
-        batch_bytes=settings.read_batch_bytes,
-    )
+    sources = {source.idx: source for source in found.sources}
+    slices = [item for file in found.files for item in file.slices()]
+    column = sequences.SequenceRows(runtime.input_rows(sources, slices, prepared.record.schema), spec.sequence)
     return sequences.kept_whole(shards, column.spans())
 
 

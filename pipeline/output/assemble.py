@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyroaring import BitMap
 
-from pipeline.inputs.parquet_metadata import carried
+from pipeline.inputs.input_rows import InputRows
+from pipeline.inputs.schema import carried
 from pipeline.output import merge
 from pipeline.output.merge import Run
 from pipeline.output.text_check import without_broken
@@ -22,7 +23,7 @@ from pipeline.spec.error_codes import RowErrorCode
 from storage.errors import CorruptFile, RowmillError
 from storage.objects.store import ObjectStore, Written
 from storage.parquet import parquet
-from storage.records import PartFile, Slice, Source
+from storage.records import PartFile
 
 ROW_COLUMN = "__row"
 ERROR_TYPE = pa.struct([pa.field("code", pa.string()), pa.field("message", pa.string())])
@@ -66,6 +67,21 @@ class Assembled:
     n_failed: int
     failed: BitMap
     missing: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputColumns:
+    """What an output has: ``keep`` of the input, ``results`` of the engine with ``prefix`` before their names."""
+
+    keep: Sequence[str]
+    results: pa.Schema
+    prefix: str
+
+    def schema(self, job_schema: pa.Schema) -> pa.Schema:
+        """Layout of an output file: kept input columns, prefixed result columns, the error."""
+        stored = [field.with_name(self.prefix + field.name) for field in list(_stored(self.results))[:-1]]
+        fields = [*(job_schema.field(name) for name in self.keep), *stored, ERROR_FIELD]
+        return pa.schema(fields, metadata=carried(job_schema.metadata, self.keep))
 
 
 def part_schema(schema: pa.Schema) -> pa.Schema:
@@ -116,13 +132,6 @@ def _types(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name}: {field.type}" for field in schema)
 
 
-def output_schema(job_schema: pa.Schema, keep: Sequence[str], result_schema: pa.Schema, prefix: str) -> pa.Schema:
-    """Layout of an output file: kept input columns, prefixed result columns, the error."""
-    stored = [field.with_name(prefix + field.name) for field in list(_stored(result_schema))[:-1]]
-    fields = [*(job_schema.field(name) for name in keep), *stored, ERROR_FIELD]
-    return pa.schema(fields, metadata=carried(job_schema.metadata, keep))
-
-
 def stored_result_schema(
     store: ObjectStore, parts: Sequence[PartFile], base: PartFile | None, keep: Sequence[str], prefix: str
 ) -> pa.Schema:
@@ -143,24 +152,16 @@ def _between(schema: pa.Schema, first: int, prefix: str) -> pa.Schema:
 
 
 def assemble(
-    store: ObjectStore,
+    rows: InputRows,
     target_uri: str,
+    columns: OutputColumns,
     *,
-    job_schema: pa.Schema,
-    keep: Sequence[str],
-    result_schema: pa.Schema,
-    prefix: str,
-    sources: Mapping[int, Source],
-    slices: Sequence[Slice],
-    row_n: int,
     parts: Sequence[PartFile],
     base: PartFile | None,
-    partial: bool,
-    batch_rows: int,
-    batch_bytes: int,
+    partial: bool = False,
     results: pa.Table | None = None,
 ) -> Assembled:
-    """Merge part files into one file of the shard's rows in order: one output row for each input row.
+    """Merge part files into one file of a shard's ``rows`` in order: one output row for each input row.
 
     ``parts`` are oldest first: of a row that two of them hold, the later one counts. ``base`` is the output of an
     earlier generation and counts where no part holds a row. ``results`` are all rows of a shard that has no file yet,
@@ -170,6 +171,7 @@ def assemble(
     Raises :class:`CorruptFile` when a file is not what was flushed or, unless ``partial``, when a row is in none of
     them; the target is not written then.
     """
+    row_n, keep = rows.n_rows, columns.keep
     files = ([base] if base is not None else []) + list(parts)
     held = BitMap().union(*(file.rows for file in files)) if files else BitMap()
     if results is not None:
@@ -181,44 +183,30 @@ def assemble(
         low, high = missing[0]
         raise CorruptFile(f"no part file holds rows {low} to {high - 1} of a shard of {row_n} rows")
 
-    stored = _stored(result_schema)
-    share = max(_SMALLEST_BATCH_BYTES, batch_bytes // max(1, len(files)))
+    stored = _stored(columns.results)
+    share = replace(rows, batch_bytes=max(_SMALLEST_BATCH_BYTES, rows.batch_bytes // max(1, len(files))))
     whole = _WHOLE_BYTES // max(1, len(files))
     runs = []
     later = BitMap()
     for file in reversed(files):
         owned = file.rows - later
         later |= file.rows
-        layout = (len(keep), False) if file is base else (1, True)
+        skip = len(keep) if file is base else None
         if owned:
-            runs.append(Run(file.uri, owned, _reader(store, file, *layout, stored, batch_rows, share, whole)))
+            runs.append(Run(file.uri, owned, _reader(share, file, stored, skip, whole)))
     if results is not None:
-        runs.append(Run(target_uri, held, _in_memory(results, stored, batch_rows)))
-    kept = None
-    if keep:
-        only = held if missing else None
-        kept = parquet.read(
-            store,
-            sources,
-            slices,
-            schema=job_schema,
-            columns=keep,
-            only=only,
-            batch_rows=batch_rows,
-            batch_bytes=batch_bytes,
-        )
-
-    schema = output_schema(job_schema, keep, result_schema, prefix)
+        runs.append(Run(target_uri, held, _in_memory(results, stored, rows.batch_rows)))
+    schema = columns.schema(rows.schema)
     failed = BitMap()
     n_rows = 0
-    inputs = _Kept(kept)
-    with parquet.writer(store, target_uri, schema) as file_out:
-        for rows, computed in merge.merge(runs, stored):
-            columns, results = _readable(inputs.take(rows), keep, computed)
-            bad = pc.is_valid(results.column(results.num_columns - 1)).to_numpy()
-            failed |= BitMap(rows[bad].astype(np.uint32))
-            file_out.write(pa.Table.from_arrays([*columns, *results.columns], schema=schema))
-            n_rows += len(rows)
+    inputs = _Kept(rows.read(keep, held if missing else None) if keep else None)
+    with parquet.writer(rows.store, target_uri, schema) as file_out:
+        for ids, computed in merge.merge(runs, stored):
+            kept, made = _readable(inputs.take(ids), keep, computed)
+            bad = pc.is_valid(made.column(made.num_columns - 1)).to_numpy()
+            failed |= BitMap(ids[bad].astype(np.uint32))
+            file_out.write(pa.Table.from_arrays([*kept, *made.columns], schema=schema))
+            n_rows += len(ids)
         inputs.finish()
         if n_rows != len(held):
             raise CorruptFile(f"{len(held)} rows were flushed for {target_uri}, and {n_rows} were found")
@@ -270,32 +258,30 @@ def ranges(rows: BitMap) -> tuple[tuple[int, int], ...]:
 
 
 def _reader(
-    store: ObjectStore,
-    file: PartFile,
-    skip: int,
-    numbered: bool,
-    stored: pa.Schema,
-    batch_rows: int,
-    batch_bytes: int,
-    whole_bytes: int,
+    limits: InputRows, file: PartFile, stored: pa.Schema, skip: int | None, whole_bytes: int
 ) -> Iterator[tuple[npt.NDArray[np.int64], pa.RecordBatch]]:
     """Rows and columns of a part file, from when it is first asked; checked against what the database says of it.
 
-    ``skip`` columns come before the results. Where no column numbers the rows, they are the file's in order.
+    ``limits`` says how much is read at a time. In a part file a column numbers the rows. An assembled file has ``skip``
+    other columns before the results, and its rows are in order.
     """
+    store = limits.store
     expected = np.array(file.rows.to_array(), dtype=np.int64)
     with _opened(store, file, whole_bytes) as reader:
-        schema, n_rows, batches = parquet.scan(reader, file.uri, batch_rows=batch_rows, batch_bytes=batch_bytes)
+        schema, n_rows, batches = parquet.scan(
+            reader, file.uri, batch_rows=limits.batch_rows, batch_bytes=limits.batch_bytes
+        )
+        first = 1 if skip is None else skip
         if n_rows != len(expected):
             raise CorruptFile(f"{file.uri} has {n_rows} rows; {len(expected)} were flushed")
-        if schema.types[skip:] != stored.types:
+        if schema.types[first:] != stored.types:
             raise CorruptFile(f"{file.uri} has result columns {_types(schema)}, not {_types(stored)}")
         at = 0
         for batch in batches:
             rows = expected[at : at + batch.num_rows]
-            if numbered and not np.array_equal(batch.column(0).to_numpy(), rows):
+            if skip is None and not np.array_equal(batch.column(0).to_numpy(), rows):
                 raise CorruptFile(f"{file.uri} does not hold the rows that were flushed to it")
-            yield rows, pa.RecordBatch.from_arrays(batch.columns[skip:], schema=stored)
+            yield rows, pa.RecordBatch.from_arrays(batch.columns[first:], schema=stored)
             at += batch.num_rows
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from pipeline.spec import json_text
 from storage import locations
 from storage.errors import Conflict
-from storage.locations import normalize
 from storage.objects.store import ObjectStore
 from storage.queue.publish_leases import FinishedShard
 from storage.records import Job, PartFile
@@ -91,7 +90,7 @@ def outputs_gone(store: ObjectStore, job: Job, closed_shards: Iterable[FinishedS
         if closed.output is not None:
             if there is None:
                 there = set(store.list_tree(locations.attempts_dir(job.output_uri, job.id)))
-            if normalize(closed.output.uri) not in there:
+            if closed.output.uri not in there:
                 gone.append(closed.shard.id)
     return gone
 
@@ -101,4 +100,4 @@ def chunks_are_gone(store: ObjectStore, chunks: Sequence[str]) -> bool:
     if not chunks:
         return False
     there = set(store.list_tree(chunks[0].rpartition("/")[0]))
-    return any(normalize(uri) not in there for uri in chunks)
+    return any(uri not in there for uri in chunks)

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from pipeline.output import assemble, manifest, merge_regrouped, openai_lines, owner
 from pipeline.output.destination import chunks_are_gone, earlier_parts, is_free
-from pipeline.output.publish_shard import assemble_partial, publish_shard
+from pipeline.output.publish_shard import publish_shard
 from pipeline.planning.plan import PlanRecord
 from pipeline.process import metrics
 from pipeline.process.heartbeat import lease_renewer
@@ -173,16 +173,7 @@ def _publish_shards(
     part_rows = PlanRecord.from_json(job.plan).part_rows if job.plan else None
     if part_rows is not None:
         made = merge_regrouped.publish(
-            runtime.store,
-            job,
-            closed_shards,
-            part_rows=part_rows,
-            earlier=earlier,
-            limits=merge_regrouped.Limits(runtime.settings.read_batch_rows, runtime.settings.read_batch_bytes),
-            sources_of=lambda shard: publish_leases.shard_sources(runtime.database, shard),
-            partial=lambda closed: assemble_partial(runtime, job, closed),
-            notify=runtime.notify,
-            renew=lambda: _guard(runtime, job),
+            runtime, job, closed_shards, part_rows=part_rows, earlier=earlier, renew=lambda: _guard(runtime, job)
         )
         return made.entries, made.names, made.lost
     entries: list[dict[str, Any]] = []

@@ -17,14 +17,17 @@ import pyarrow as pa
 from pyroaring import BitMap
 
 from pipeline.output import manifest, merge
-from pipeline.output.assemble import Assembled, ranges
+from pipeline.output.assemble import ranges
 from pipeline.output.merge import Rows
+from pipeline.output.publish_shard import assemble_partial
+from pipeline.process.runtime import Runtime
 from storage import failpoints, locations
 from storage.errors import CorruptFile, InputChanged, InvalidInput
 from storage.objects.store import ObjectStore
 from storage.parquet import parquet
 from storage.parquet.arrow_schemas import takeable
 from storage.parquet.nested_arrays import cast_batch
+from storage.queue import publish_leases
 from storage.queue.publish_leases import FinishedShard, LostOutput
 from storage.records import Job, PartFile, Shard, Source
 
@@ -35,15 +38,7 @@ _SMALLEST_BATCH_BYTES = 256 * 2**10
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """Rows and bytes that are read at a time, of all files together."""
-
-    batch_rows: int
-    batch_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Restored:
+class Merged:
     """``entries``: the manifest's, in row order; ``lost``: shards whose committed files are gone or damaged, by id."""
 
     entries: list[dict[str, Any]]
@@ -61,33 +56,29 @@ class _Run:
 
 
 def publish(
-    store: ObjectStore,
+    runtime: Runtime,
     job: Job,
     closed_shards: Iterable[FinishedShard],
     *,
     part_rows: int,
     earlier: Mapping[str, Mapping[str, Any]],
-    limits: Limits,
-    sources_of: Callable[[Shard], Mapping[int, Source]],
-    partial: Callable[[FinishedShard], Assembled],
-    notify: Callable[[str], None],
     renew: Callable[[], None],
-) -> Restored:
+) -> Merged:
     """Write ``data/part-*.parquet`` of ``part_rows`` rows of the input each, as far as shards have finished them.
 
-    ``earlier``: the manifest's entries of what this job had published before, by path. They stay as they are when they
-    hold more rows than there are now: those that were flushed may have been collected since.
-    ``partial`` assembles what an unfinished shard has flushed; ``renew`` is called before each step and raises
-    :class:`LeaseLost` when the steps are another finalizer's. Raises :class:`CorruptFile` for a file that went bad
-    after it was checked.
+    ``earlier``: the manifest's entries of what this job had published before, by path. Those files stay unchanged when
+    they hold more rows than there are now: the flushed rows may have been collected since. ``renew`` is called before
+    each step and raises :class:`LeaseLost` when the steps are another finalizer's. Raises :class:`CorruptFile` for a
+    file that went bad after it was checked.
     """
+    store = runtime.store
     folder = f"{locations.attempts_dir(job.output_uri, job.id)}merge-{secrets.token_hex(4)}"
-    merger = _Merger(store, folder, limits, renew)
+    merger = _Merger(runtime, folder, renew)
     lost: dict[str, LostOutput] = {}
     for count, closed in enumerate(closed_shards):
         if count % _RENEW_EVERY == 0:
             renew()
-        held = input_rows(closed.shard, sources_of(closed.shard))
+        held = _rows_of(closed.shard, publish_leases.shard_sources(runtime.database, closed.shard))
         if closed.output is not None:
             try:
                 merger.add(_checked(store, closed.output, held))
@@ -96,19 +87,19 @@ def publish(
                 lost[closed.shard.id] = LostOutput(str(error), previous_stands=older is not None)
                 if older is not None:
                     merger.add(older)
-        elif (run := _unfinished(store, closed, held, partial, notify)) is not None:
+        elif (run := _unfinished(runtime, job, closed, held)) is not None:
             merger.add(run)
     kept = {f"{job.output_uri.rstrip('/')}/{path}": dict(entry) for path, entry in earlier.items()}
     if merger.n_rows < sum(entry["rows"] for entry in kept.values()) and all(
         store.holds(uri, entry["sha256"]) for uri, entry in kept.items()
     ):
-        notify("the output stays as it was published before: less of it is there to be published now")
-        return Restored(list(kept.values()), set(kept), lost)
+        runtime.notify("the output stays as it was published before: less of it is there to be published now")
+        return Merged(list(kept.values()), set(kept), lost)
     entries, names = merger.parts(job.output_uri, job.rows_total, part_rows)
-    return Restored(entries, names, lost)
+    return Merged(entries, names, lost)
 
 
-def input_rows(shard: Shard, sources: Mapping[int, Source]) -> BitMap:
+def _rows_of(shard: Shard, sources: Mapping[int, Source]) -> BitMap:
     """The rows of the input that a shard of a regrouped job holds, in its order."""
     (piece,) = shard.slices
     rows = sources[piece.source].rows
@@ -130,23 +121,18 @@ def _older(store: ObjectStore, closed: FinishedShard, rows: BitMap) -> _Run | No
         return None
 
 
-def _unfinished(
-    store: ObjectStore,
-    closed: FinishedShard,
-    rows: BitMap,
-    partial: Callable[[FinishedShard], Assembled],
-    notify: Callable[[str], None],
-) -> _Run | None:
+def _unfinished(runtime: Runtime, job: Job, closed: FinishedShard, rows: BitMap) -> _Run | None:
+    """What an unfinished shard has flushed, as one file."""
     if not closed.parts and closed.previous_output is None:
         return None
     number = closed.shard.idx
     try:
-        assembled = partial(closed)
+        assembled = assemble_partial(runtime, job, closed)
     except (InputChanged, CorruptFile, InvalidInput) as error:
-        if (run := _older(store, closed, rows)) is not None:
-            notify(f"shard {number} stays as it was published before: {error}")
+        if (run := _older(runtime.store, closed, rows)) is not None:
+            runtime.notify(f"shard {number} stays as it was published before: {error}")
             return run
-        notify(f"shard {number} is left out of the partial output: {error}")
+        runtime.notify(f"shard {number} is left out of the partial output: {error}")
         return None
     there = np.ones(len(rows), dtype=bool)
     for low, high in assembled.missing:
@@ -158,8 +144,8 @@ def _unfinished(
 class _Merger:
     """Runs, kept few: as soon as there are ``FAN_IN`` of a level, they become one of the next."""
 
-    def __init__(self, store: ObjectStore, folder: str, limits: Limits, renew: Callable[[], None]) -> None:
-        self._store, self._folder, self._limits, self._renew = store, folder, limits, renew
+    def __init__(self, runtime: Runtime, folder: str, renew: Callable[[], None]) -> None:
+        self._store, self._settings, self._folder, self._renew = runtime.store, runtime.settings, folder, renew
         self._levels: list[list[_Run]] = []
         self._written = 0
 
@@ -233,7 +219,7 @@ class _Merger:
     def _tables(self, runs: Sequence[_Run]) -> Iterator[tuple[Rows, pa.Table]]:
         if not runs:
             return
-        share = max(_SMALLEST_BATCH_BYTES, self._limits.batch_bytes // len(runs))
+        share = max(_SMALLEST_BATCH_BYTES, self._settings.read_batch_bytes // len(runs))
         given = parquet.stats(self._store, runs[0].uri).schema
         yield np.empty(0, dtype=np.int64), given.empty_table()
         schema = takeable(given)
@@ -244,7 +230,7 @@ class _Merger:
     def _batches(self, run: _Run, schema: pa.Schema, n_bytes: int) -> Iterator[tuple[Rows, pa.RecordBatch]]:
         with closing(self._store.open(run.uri)) as reader:
             found, n_rows, batches = parquet.scan(
-                reader, run.uri, batch_rows=self._limits.batch_rows, batch_bytes=n_bytes
+                reader, run.uri, batch_rows=self._settings.read_batch_rows, batch_bytes=n_bytes
             )
             if n_rows != len(run.rows) or takeable(found).types != schema.types:
                 raise CorruptFile(f"{run.uri} does not hold the rows or the columns that it should")

@@ -97,20 +97,12 @@ def assemble_partial(runtime: Runtime, job: Job, closed: FinishedShard) -> assem
     )
     schema = assemble.stored_result_schema(runtime.store, closed.parts, base, plan.keep, spec.output_prefix)
     return assemble.assemble(
-        runtime.store,
+        runtime.input_rows(publish_leases.shard_sources(runtime.database, shard), shard.slices, plan.schema),
         f"{directory}/output.parquet",
-        job_schema=plan.schema,
-        keep=plan.keep,
-        result_schema=schema,
-        prefix=spec.output_prefix,
-        sources=publish_leases.shard_sources(runtime.database, shard),
-        slices=shard.slices,
-        row_n=shard.row_n,
+        assemble.OutputColumns(plan.keep, schema, spec.output_prefix),
         parts=closed.parts,
         base=base,
         partial=True,
-        batch_rows=runtime.settings.read_batch_rows,
-        batch_bytes=runtime.settings.read_batch_bytes,
     )
 
 

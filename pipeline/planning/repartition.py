@@ -20,6 +20,7 @@ from pyroaring import BitMap
 from pipeline.inputs import row_groups
 from pipeline.inputs.discovery import Inputs
 from pipeline.inputs.disk_list import DiskBackedList
+from pipeline.inputs.input_rows import InputRows
 from pipeline.planning import shard_plan
 from pipeline.planning.spill import PartitionedSpill
 from pipeline.prefix import range_partition
@@ -83,17 +84,16 @@ class JobRows:
         """All rows of the job with these columns: (their numbers in the job, the columns)."""
         first = 0
         for file in self.found.files:
-            source = self.found.sources[file.source]
-            for rows, batch in parquet.read(
+            source, limits = self.found.sources[file.source], self.limits
+            copied = InputRows(
                 self.store,
                 {source.idx: source},
                 file.slices(),
-                schema=self.found.schema,
-                columns=names,
-                only=None,
-                batch_rows=self.limits.batch_rows,
-                batch_bytes=self.limits.batch_bytes,
-            ):
+                self.found.schema,
+                limits.batch_rows,
+                limits.batch_bytes,
+            )
+            for rows, batch in copied.read(names):
                 self.going_on()
                 yield rows + first, batch
             first += file.rows

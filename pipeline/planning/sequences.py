@@ -3,45 +3,23 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 from pyroaring import BitMap
 
 from pipeline.engines.sequence_keys import keys_of
-from storage.objects.store import ObjectStore
-from storage.parquet import parquet
-from storage.records import ShardPlan, Slice, Source
+from pipeline.inputs.input_rows import InputRows
+from storage.records import ShardPlan, Slice
 
 
 class SequenceRows:
-    """The rows of each sequence, by numbers that count through ``slices``. Reads one column."""
+    """The rows of each sequence, by their indices in ``rows``. Reads one column."""
 
-    def __init__(
-        self,
-        store: ObjectStore,
-        sources: Mapping[int, Source],
-        slices: Sequence[Slice],
-        *,
-        schema: Any,
-        column: str,
-        batch_rows: int,
-        batch_bytes: int,
-    ) -> None:
+    def __init__(self, rows: InputRows, column: str) -> None:
         self._rows: dict[Hashable, BitMap] = {}
-        batches = parquet.read(
-            store,
-            sources,
-            slices,
-            schema=schema,
-            columns=(column,),
-            only=None,
-            batch_rows=batch_rows,
-            batch_bytes=batch_bytes,
-        )
-        for rows, batch in batches:
+        for ids, batch in rows.read((column,)):
             found: dict[Hashable, list[int]] = {}
-            for row, key in zip(rows.tolist(), keys_of(batch.column(0)), strict=True):
+            for row, key in zip(ids.tolist(), keys_of(batch.column(0)), strict=True):
                 if key is not None:
                     found.setdefault(key, []).append(row)
             for key, more in found.items():

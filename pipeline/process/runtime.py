@@ -6,19 +6,21 @@ import errno
 import os
 import platform
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
 import uuid_utils
 
 from pipeline.config.settings import Settings
 from pipeline.engines import registry
 from pipeline.engines.base import EngineContext
 from pipeline.engines.pool import EnginePool
+from pipeline.inputs.input_rows import InputRows
 from pipeline.process.exclusive import PreemptibleLock
 from pipeline.process.permissions import RowFiles, granted
 from pipeline.registry.resolver import Resolver
@@ -27,6 +29,7 @@ from storage.errors import CommitUnknown, InvalidSettings, TransientError
 from storage.fleet import workers
 from storage.fleet.workers import Worker
 from storage.objects.store import ObjectStore
+from storage.records import Slice, Source
 from storage.sql.database import Database
 
 CACHE_PATIENCE_SECONDS = 10.0
@@ -68,6 +71,11 @@ class Runtime:
     def models(self) -> Resolver:
         """From what jobs call their models to the models on disk."""
         return Resolver(self.database, self.store, self.settings.cache_dir, self.notify)
+
+    def input_rows(self, sources: Mapping[int, Source], slices: Sequence[Slice], schema: pa.Schema) -> InputRows:
+        """Rows of a job's input, read in batches as the settings say."""
+        settings = self.settings
+        return InputRows(self.store, sources, slices, schema, settings.read_batch_rows, settings.read_batch_bytes)
 
     def register(self) -> None:
         """Make this process known as a worker. Only then may it claim."""

@@ -13,6 +13,7 @@ from functools import partial
 
 from pipeline.inputs import discovery
 from pipeline.jobs.control import cancel_job
+from pipeline.jobs.preflight import absolute
 from pipeline.jobs.submit import submit_job
 from pipeline.process.runtime import Runtime
 from pipeline.schedules.cron import MOST_WAITING, CronTimes, due, local
@@ -109,7 +110,7 @@ def _submit(runtime: Runtime, schedule: Schedule, fire: Fire) -> str | None:
         fields = job_fields(schedule.spec, schedule.name, times, fire.fire_at)
         if schedule.incremental:
             done = partial(schedules.processed, runtime.database, schedule.id)
-            if not discovery.new_files(runtime.store, parse(fields), done):
+            if not discovery.new_files(runtime.store, absolute(parse(fields), registered=True), done):
                 reason = "no file is new since the last completed fire"
                 schedules.settle(runtime.database, fire.key, FireState.EMPTY, reason)
                 return None

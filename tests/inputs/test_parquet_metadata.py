@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from pipeline import Client
 from pipeline.config.settings import Settings
-from pipeline.inputs.parquet_metadata import agreed, carried
+from pipeline.inputs.schema import agreed, carried
 
 GEO = json.dumps({"version": "1.1.0", "primary_column": "where", "columns": {"where": {"encoding": "WKB"}}}).encode()
 

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from pyroaring import BitMap
 
 from pipeline.engines.base import ResultBatch, RowFailure
+from pipeline.inputs.input_rows import InputRows
 from pipeline.output import assemble as assembly
 from pipeline.output import merge
-from pipeline.output.assemble import Assembled, assemble, result_table
+from pipeline.output.assemble import Assembled, OutputColumns, assemble, result_table
 from pipeline.output.merge import Run
 from storage.errors import CorruptFile, RowmillError
 from storage.objects.store import ObjectStore
@@ -80,21 +81,12 @@ class Shard:
         return part
 
     def assemble(self, name: str = "output", **overrides: Any) -> Assembled:
-        arguments: dict[str, Any] = {
-            "job_schema": self.schema,
-            "keep": ("id", "text"),
-            "result_schema": SCHEMA,
-            "prefix": "",
-            "sources": self.sources,
-            "slices": self.slices,
-            "row_n": self.n,
-            "parts": self.parts,
-            "base": None,
-            "partial": False,
-            "batch_rows": 16,
-            "batch_bytes": 2**20,
-        }
-        return assemble(STORE, f"{self.folder}/{name}.parquet", **{**arguments, **overrides})
+        rows = InputRows(STORE, self.sources, self.slices, self.schema, batch_rows=16, batch_bytes=2**20)
+        schema = overrides.pop("result_schema", SCHEMA)
+        columns = OutputColumns(overrides.pop("keep", ("id", "text")), schema, overrides.pop("prefix", ""))
+        limits = {key: overrides.pop(key) for key in ("batch_rows", "batch_bytes") if key in overrides}
+        arguments = {"parts": self.parts, "base": None, **overrides}
+        return assemble(replace(rows, **limits), f"{self.folder}/{name}.parquet", columns, **arguments)
 
     def as_base(self, assembled: Assembled) -> PartFile:
         written = assembled.written
