@@ -115,13 +115,8 @@ def attempt_dir(output: str, job_id: str, shard_idx: int, gen: int, attempt_no: 
     return f"{attempts_dir(output, job_id)}{gen}-{shard_idx:05d}/{attempt_no}-{nonce}"
 
 
-def input_chunk(output: str, job_id: str, n: int) -> str:
-    """Chunk ``n`` of input that was converted to Parquet."""
-    return chunk_in(work_dir(output, job_id), n)
-
-
 def chunk_in(work_dir_uri: str, n: int, key: str = "") -> str:
-    """:func:`input_chunk`, from the work folder; ``key`` tells apart chunks made of different content."""
+    """Chunk ``n`` of input that was converted to Parquet; ``key`` tells apart chunks made of different content."""
     suffix = f"-{key}" if key else ""
     return f"{work_dir_uri.rstrip('/')}/input/chunk-{n:05d}{suffix}.parquet"
 

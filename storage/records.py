@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from pyroaring import BitMap
 
-from storage.states import TERMINAL_JOB, AttemptState, FireState, JobState, ShardState
+from storage.states import AttemptState, FireState, JobState, ShardState
 
 TOKENS = ("prompt_tokens", "cached_tokens", "completion_tokens")
 """Columns of token counters, of jobs and of shards; engines report them as result columns of these names."""
@@ -283,8 +283,3 @@ class Fire:
     @property
     def key(self) -> FireKey:
         return FireKey(self.schedule_id, self.fire_at)
-
-    @property
-    def job_is_live(self) -> bool:
-        """Whether its job has yet to end."""
-        return self.job_state is not None and self.job_state not in TERMINAL_JOB

@@ -38,7 +38,7 @@ app = Celery(
     "rowmill",
     broker=settings.broker_url,
     events="tasks.events:Events",
-    include=["tasks.jobs", "tasks.shards", "tasks.beat"],
+    include=["tasks.wakeups"],
 )
 app.conf.update(
     accept_content=["json"],

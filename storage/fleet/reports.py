@@ -33,7 +33,6 @@ class Progress:
     failures: int
     losses: int
     rows_resumed: int
-    next_run_after: float | None
     running: int
     loading: int
     loading_seconds: float
@@ -73,9 +72,6 @@ def progress(database: Database, job: Job) -> Progress:
         moved = max(
             at for at in (job.created_at, job.started_at, tried.ended, job.cancel_requested_at) if at is not None
         )
-        due = connection.execute(
-            sa.select(sa.func.min(shard.c.run_after)).where(shard.c.job_id == job.id, shard.c.state == ShardState.READY)
-        ).scalar()
     unsettled = [row for state, row in counts.items() if state != ShardState.COMMITTED]
     return Progress(
         rows_done=job.rows_done + sum(int(row.n_done) for row in unsettled),
@@ -86,7 +82,6 @@ def progress(database: Database, job: Job) -> Progress:
         failures=int(tried.failed),
         losses=int(tried.lost),
         rows_resumed=int(tried.resumed),
-        next_run_after=due,
         running=int(at_work.n),
         loading=int(at_work.loading),
         loading_seconds=max(0.0, at_work.clock - at_work.since) if at_work.since is not None else 0.0,

@@ -97,7 +97,6 @@ class Readable:
     def __init__(
         self,
         file: Any,
-        uri: str,
         columns: Sequence[str] | None,
         batch_rows: int,
         batch_bytes: int,

@@ -156,14 +156,16 @@ def _open(store: ObjectStore, source: Source, target: pa.Schema, batch_rows: int
         file = stack.enter_context(closing(store.open(source.uri)))
         _check_version(source, getattr(file, "etag", None) or source.etag)
         with readable(source.uri, InvalidInput, "it is not a readable Parquet file"):
-            reader = Readable(file, source.uri, target.names, batch_rows, batch_bytes, target)
+            reader = Readable(file, target.names, batch_rows, batch_bytes, target)
         stack.pop_all()
     return reader
 
 
-def _guarded(batches: Iterator[tuple[int, pa.RecordBatch]], where: str) -> Iterator[tuple[int, pa.RecordBatch]]:
+def _guarded(
+    batches: Iterator[tuple[int, pa.RecordBatch]], where: str, kind: type[RowmillError] = InvalidInput
+) -> Iterator[tuple[int, pa.RecordBatch]]:
     while True:
-        with readable(where, InvalidInput, "it is damaged"):
+        with readable(where, kind, "it is damaged"):
             item = next(batches, None)
         if item is None:
             return
@@ -224,19 +226,14 @@ def scan(
     Raises :class:`CorruptFile`, at once or while iterating.
     """
     with readable(uri, CorruptFile, "it is not a readable Parquet file"):
-        reader = Readable(file, uri, None, batch_rows, batch_bytes)
+        reader = Readable(file, None, batch_rows, batch_bytes)
 
     def batches() -> Iterator[pa.RecordBatch]:
         groups = list(row_groups(reader.footer, 0, reader.footer.num_rows))
         reader.plan(groups)
         for group in groups:
             found = reader.batches(group)
-            while True:
-                with readable(f"{uri}, row group {group.number}", CorruptFile, "it is damaged"):
-                    item = next(found, None)
-                if item is None:
-                    break
-                yield item[1]
+            yield from (batch for _, batch in _guarded(found, f"{uri}, row group {group.number}", CorruptFile))
 
     return reader.schema, reader.footer.num_rows, batches()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
@@ -16,6 +17,15 @@ from storage.sql.database import Database
 from storage.states import RevisionState, check
 
 _revision = tables.model_revision
+
+
+class _Change(NamedTuple):
+    """What the history says of a change, and of who made it."""
+
+    type: str
+    actor: str
+    reason: str | None
+    forced: bool = False
 
 
 def activate(
@@ -32,15 +42,8 @@ def activate(
     Raises :class:`ActivationRefused`, and changes nothing, when it is active already, when another one is active than
     the caller has seen, and, unless ``forced``, when its newest validation did not pass.
     """
-    with _one_active(database, revision) as connection:
-        model_id = revisions.locked(database, connection, revision.model)
-        current = revisions.refreshed(connection, revision)
-        if current.state is RevisionState.ACTIVE:
-            raise ActivationRefused(f"{current.reference} is active already")
-        if not forced:
-            _require_pass(current, reports.newest(connection, current.id))
-        _exchange(connection, model_id, replacing, current, "activated", actor, reason, forced=forced)
-        return revisions.refreshed(connection, revision)
+    change = _Change("activated", actor, reason, forced)
+    return _exchange(database, revision, replacing, change, prove=not forced)
 
 
 def previous(database: Database, model: Owned) -> Revision:
@@ -58,13 +61,7 @@ def roll_back(
     database: Database, target: Revision, *, replacing: Revision | None, actor: str, reason: str | None = None
 ) -> Revision:
     """Make the revision active that was so before. Raises :class:`ActivationRefused` as :func:`activate` does."""
-    with _one_active(database, target) as connection:
-        model_id = revisions.locked(database, connection, target.model)
-        current = revisions.refreshed(connection, target)
-        if current.state is RevisionState.ACTIVE:
-            raise ActivationRefused(f"{current.reference} is active already")
-        _exchange(connection, model_id, replacing, current, "rolled_back", actor, reason)
-        return revisions.refreshed(connection, target)
+    return _exchange(database, target, replacing, _Change("rolled_back", actor, reason), prove=False)
 
 
 def retire(database: Database, revision: Revision, *, actor: str, reason: str | None = None) -> Revision:
@@ -72,7 +69,7 @@ def retire(database: Database, revision: Revision, *, actor: str, reason: str | 
     with database.write() as connection:
         model_id = revisions.locked(database, connection, revision.model)
         current = revisions.refreshed(connection, revision)
-        _move(connection, model_id, current, RevisionState.RETIRED, "retired", actor, reason)
+        _move(connection, model_id, current, RevisionState.RETIRED, _Change("retired", actor, reason))
         return revisions.refreshed(connection, revision)
 
 
@@ -87,13 +84,13 @@ def judged(database: Database, revision: Revision, report: Report) -> Revision:
         current = revisions.refreshed(connection, revision)
         reports.insert(connection, current.id, report)
         target = RevisionState.VALIDATED if passed else RevisionState.DRAFT
-        reason = f"{report.verdict}, report {report.id}"
+        change = _Change("validated", report.actor, f"{report.verdict}, report {report.id}")
         if (passed and current.state in (RevisionState.DRAFT, RevisionState.RETIRED)) or (
             not passed and current.state is RevisionState.VALIDATED
         ):
-            _move(connection, model_id, current, target, "validated", report.actor, reason)
+            _move(connection, model_id, current, target, change)
         else:
-            _record(connection, model_id, current, "validated", report.actor, current.state, reason)
+            _record(connection, model_id, current, current.state, change)
         return revisions.refreshed(connection, revision)
 
 
@@ -121,80 +118,41 @@ def _one_active(database: Database, revision: Revision) -> Iterator[sa.Connectio
 
 
 def _exchange(
-    connection: sa.Connection,
-    model_id: str,
-    replacing: Revision | None,
-    target: Revision,
-    kind: str,
-    actor: str,
-    reason: str | None,
-    *,
-    forced: bool = False,
-) -> None:
-    query = sa.select(_revision.c.id, _revision.c.number).where(
-        _revision.c.model_id == model_id, _revision.c.state == RevisionState.ACTIVE
-    )
-    now_active = connection.execute(query).first()
-    if (now_active.id if now_active else None) != (replacing.id if replacing else None):
-        found = f"revision {now_active.number}" if now_active else "none"
-        seen = f"revision {replacing.number}" if replacing else "none"
-        raise ActivationRefused(
-            f"{found} of {target.model} is active now, {seen} was when this began: look at it, and try again"
+    database: Database, revision: Revision, replacing: Revision | None, change: _Change, *, prove: bool
+) -> Revision:
+    with _one_active(database, revision) as connection:
+        model_id = revisions.locked(database, connection, revision.model)
+        current = revisions.refreshed(connection, revision)
+        if current.state is RevisionState.ACTIVE:
+            raise ActivationRefused(f"{current.reference} is active already")
+        if prove:
+            _require_pass(current, reports.newest(connection, current.id))
+        query = sa.select(_revision.c.id, _revision.c.number).where(
+            _revision.c.model_id == model_id, _revision.c.state == RevisionState.ACTIVE
         )
-    if replacing is not None:
-        why = f"by {target.reference}" + (", a rollback" if kind == "rolled_back" else "")
-        _move(
-            connection,
-            model_id,
-            revisions.refreshed(connection, replacing),
-            RevisionState.RETIRED,
-            "replaced",
-            actor,
-            why,
-        )
-    _move(connection, model_id, target, RevisionState.ACTIVE, kind, actor, reason, forced=forced)
+        now_active = connection.execute(query).first()
+        if (now_active.id if now_active else None) != (replacing.id if replacing else None):
+            found, seen = (f"revision {item.number}" if item else "none" for item in (now_active, replacing))
+            raise ActivationRefused(
+                f"{found} of {revision.model} is active now, {seen} was when this began: look at it, and try again"
+            )
+        if replacing is not None:
+            why = f"by {current.reference}" + (", a rollback" if change.type == "rolled_back" else "")
+            before = revisions.refreshed(connection, replacing)
+            _move(connection, model_id, before, RevisionState.RETIRED, _Change("replaced", change.actor, why))
+        _move(connection, model_id, current, RevisionState.ACTIVE, change)
+        return revisions.refreshed(connection, revision)
 
 
-def _move(
-    connection: sa.Connection,
-    model_id: str,
-    revision: Revision,
-    target: RevisionState,
-    kind: str,
-    actor: str,
-    reason: str | None,
-    *,
-    forced: bool = False,
-) -> None:
+def _move(connection: sa.Connection, model_id: str, revision: Revision, target: RevisionState, change: _Change) -> None:
     check(revision.state, target)
-    connection.execute(
-        _revision.update()
-        .where(_revision.c.id == revision.id, _revision.c.state == revision.state)
-        .values(state=target)
-    )
-    _record(connection, model_id, revision, kind, actor, target, reason, forced=forced)
+    mine = (_revision.c.id == revision.id, _revision.c.state == revision.state)
+    connection.execute(_revision.update().where(*mine).values(state=target))
+    _record(connection, model_id, revision, target, change)
 
 
 def _record(
-    connection: sa.Connection,
-    model_id: str,
-    revision: Revision,
-    kind: str,
-    actor: str,
-    target: RevisionState,
-    reason: str | None,
-    *,
-    forced: bool = False,
+    connection: sa.Connection, model_id: str, revision: Revision, target: RevisionState, change: _Change
 ) -> None:
-    history.record(
-        connection,
-        model_id,
-        kind,
-        actor,
-        number=revision.number,
-        digest=revision.digest,
-        from_state=revision.state,
-        to_state=target,
-        reason=reason,
-        forced=forced,
-    )
+    what = {"number": revision.number, "digest": revision.digest, "from_state": revision.state, "to_state": target}
+    history.record(connection, model_id, change.type, change.actor, **what, reason=change.reason, forced=change.forced)

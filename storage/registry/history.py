@@ -11,7 +11,6 @@ from storage.registry import records
 from storage.registry.records import ModelEvent, Owned
 from storage.sql import tables
 from storage.sql.database import Database, now
-from storage.sql.row_mapping import read
 from storage.states import RevisionState
 
 _model, _event = tables.model, tables.model_event
@@ -24,8 +23,12 @@ def record(connection: sa.Connection, model_id: str, kind: str, actor: str, **va
 
 def events(database: Database, model: Owned) -> list[ModelEvent]:
     """All events of a model, the oldest first; also of one that was removed. Raises :class:`NotFound`."""
-    with database.read() as connection:
-        return [read(ModelEvent, row) for row in connection.execute(_events(connection, model))]
+    mine = (_model.c.tenant == records.stored_tenant(model.tenant), _model.c.name == model.name)
+    query = sa.select(_event).join(_model, _model.c.id == _event.c.model_id).where(*mine).order_by(_event.c.id)
+    found = database.records(ModelEvent, query)
+    if not found:  # a model begins with an event
+        raise NotFound(f"there is no model {model}; 'rowmill model list' shows those there are")
+    return found
 
 
 def active_at(database: Database, model: Owned, at: float) -> ModelEvent | None:
@@ -55,14 +58,3 @@ def activations(connection: sa.Connection, model_id: str) -> list[int]:
             while found and found[-1] != number:
                 found.pop()
     return found
-
-
-def _events(connection: sa.Connection, model: Owned) -> sa.Select[Any]:
-    known = connection.execute(
-        sa.select(_model.c.id).where(
-            _model.c.tenant == records.stored_tenant(model.tenant), _model.c.name == model.name
-        )
-    ).scalar()
-    if known is None:
-        raise NotFound(f"there is no model {model}; 'rowmill model list' shows those there are")
-    return sa.select(_event).where(_event.c.model_id == known).order_by(_event.c.id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import sqlalchemy as sa
 import uuid_utils
@@ -66,16 +67,8 @@ def add(
                     created_at=now(),
                 )
             )
-            history.record(
-                connection,
-                model_id,
-                "added",
-                actor,
-                number=number,
-                digest=digest,
-                to_state=RevisionState.DRAFT,
-                reason=place,
-            )
+            what = {"number": number, "digest": digest, "to_state": RevisionState.DRAFT, "reason": place}
+            history.record(connection, model_id, "added", actor, **what)
         if artifacts:
             connection.execute(
                 _artifact.insert(),
@@ -95,22 +88,11 @@ def set_alias(database: Database, revision: Revision, alias: str, *, actor: str)
         ).scalar()
         if before == revision.number:
             return
-        at = (_alias.c.model_id == model_id, _alias.c.alias == alias)
-        if before is None:
-            connection.execute(_alias.insert().values(model_id=model_id, alias=alias, revision_id=revision.id))
-        else:
-            connection.execute(_alias.update().where(*at).values(revision_id=revision.id))
-        history.record(
-            connection,
-            model_id,
-            "alias",
-            actor,
-            number=revision.number,
-            digest=revision.digest,
-            alias=alias,
-            from_state=None if before is None else str(before),
-            to_state=str(revision.number),
-        )
+        new = upsert.insert(connection, _alias).values(model_id=model_id, alias=alias, revision_id=revision.id)
+        keys = [_alias.c.model_id, _alias.c.alias]
+        connection.execute(new.on_conflict_do_update(index_elements=keys, set_={"revision_id": revision.id}))
+        what = {"number": revision.number, "digest": revision.digest, "alias": alias, "to_state": str(revision.number)}
+        history.record(connection, model_id, "alias", actor, **what, from_state=before and str(before))
 
 
 def visible(database: Database, tenant: str | None, name: str) -> Owned | None:
@@ -210,19 +192,22 @@ def remove(database: Database, revision: Revision, *, actor: str) -> None:
 
 def locked(database: Database, connection: sa.Connection, model: Owned) -> str:
     """The model's id, its row locked until the transaction ends: changes of one model take turns."""
-    query = sa.select(_model.c.id).where(*_of(model))
-    model_id = connection.execute(database.locked(query)).scalar()
-    if model_id is None:
-        raise _unknown(model)
-    return str(model_id)
+    return _found(model, connection.execute(database.locked(_ids(model))).scalar())
 
 
 def id_of(connection: sa.Connection, model: Owned) -> str:
-    """The model's id. Raises :class:`NotFound`."""
-    model_id = connection.execute(sa.select(_model.c.id).where(*_of(model))).scalar()
+    """The model's id, also of one whose revisions were removed. Raises :class:`NotFound`."""
+    return _found(model, connection.execute(_ids(model)).scalar())
+
+
+def _ids(model: Owned) -> sa.Select[Any]:
+    return sa.select(_model.c.id).where(*_of(model))
+
+
+def _found(model: Owned, model_id: str | None) -> str:
     if model_id is None:
-        raise _unknown(model)
-    return str(model_id)
+        raise NotFound(f"there is no model {model}; 'rowmill model list' shows those there are")
+    return model_id
 
 
 def refreshed(connection: sa.Connection, revision: Revision) -> Revision:
@@ -260,7 +245,3 @@ def _those_there(database: Database, model: Owned) -> str:
     named = aliases(database, model)
     more = f", and aliases {', '.join(named)}" if named else ""
     return f"; it has revisions {', '.join(numbers)}{more}"
-
-
-def _unknown(model: Owned) -> NotFound:
-    return NotFound(f"there is no model {model}; 'rowmill model list' shows those there are")

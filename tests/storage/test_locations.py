@@ -57,7 +57,7 @@ def test_only_final_files_are_among_the_data(idx: int, gen: int, attempt: int, n
     output = "s3://b/run"
     attempt_dir = locations.attempt_dir(output, "job", idx, gen, attempt, nonce)
     assert attempt_dir.startswith(locations.attempts_dir(output, "job"))
-    for path in (f"{attempt_dir}/output.parquet", locations.input_chunk(output, "job", idx)):
+    for path in (f"{attempt_dir}/output.parquet", locations.chunk_in(locations.work_dir(output, "job"), idx)):
         assert path.startswith(locations.work_dir(output, "job")) and "//" not in path.removeprefix("s3://")
         assert not fnmatchcase(path, f"{locations.data_dir(output)}/*.parquet")
     assert fnmatchcase(locations.part(output, idx), "s3://b/run/data/part-[0-9]*.parquet")
