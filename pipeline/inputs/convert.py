@@ -127,7 +127,8 @@ class Converter:
                     file.seek(0)
                     reader = pa.ipc.open_stream(file)
                 positions = self._ipc_positions(uri, reader.schema)
-                yield _plain(reader.schema.empty_table(), positions)
+                schema = _plain_schema(reader.schema, positions)
+                yield schema.empty_table()
                 batches = (
                     (reader.get_batch(i) for i in range(reader.num_record_batches))
                     if isinstance(reader, pa.ipc.RecordBatchFileReader)
@@ -141,7 +142,7 @@ class Converter:
                     # Offsets that lead out of a buffer would end the process as soon as somebody follows them.
                     batch = _valid(batch)
                 for piece in unfolded(batch, UNFOLDED_BYTES):
-                    yield _plain(pa.Table.from_batches([piece]), positions)
+                    yield _plain(piece, positions, schema)
 
     def _ipc_positions(self, uri: str, schema: pa.Schema) -> list[int]:
         """Of the columns that are read: wanted, the only ones of their name, of types that Parquet has."""
@@ -180,17 +181,19 @@ def _valid(batch: pa.RecordBatch) -> pa.RecordBatch:
     return batch
 
 
-def _plain(table: pa.Table, positions: Sequence[int]) -> pa.Table:
-    """The columns at ``positions``, run ends decoded."""
-    fields = [table.schema.field(at) for at in positions]
-    plain = [item.with_type(_plain_type(item.type)) for item in fields]
+def _plain_schema(schema: pa.Schema, positions: Sequence[int]) -> pa.Schema:
+    """The fields at ``positions``, run ends decoded."""
+    fields = [schema.field(at).with_type(_plain_type(schema.field(at).type)) for at in positions]
+    return pa.schema(fields, metadata=typing.cast(Any, schema.metadata))
+
+
+def _plain(batch: pa.RecordBatch, positions: Sequence[int], schema: pa.Schema) -> pa.Table:
+    """The columns at ``positions``, as ``schema`` has them."""
     columns = [
-        pa.chunked_array([pc.call_function("run_end_decode", [chunk]) for chunk in column.chunks], kind.type)
-        if isinstance(item.type, pa.RunEndEncodedType)
-        else column
-        for item, kind, column in zip(fields, plain, (table.column(at) for at in positions), strict=True)
+        pc.call_function("run_end_decode", [column]) if isinstance(column, pa.RunEndEncodedArray) else column
+        for column in map(batch.column, positions)
     ]
-    return pa.Table.from_arrays(columns, schema=pa.schema(plain, metadata=typing.cast(Any, table.schema.metadata)))
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 class _Chunks:

@@ -783,6 +783,29 @@ def test_columns_that_cannot_be_read_are_told_with_the_reason(tmp_path: Path) ->
     assert "interval" in find(tmp_path, "in.arrow").unreadable["gap"]
 
 
+RUNS = pa.RunEndEncodedArray.from_arrays(pa.array([1], pa.int32()), pa.array(["x"]))
+GAP = pa.array([(1, 2, 3)], pa.month_day_nano_interval())
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.UnionArray.from_sparse(pa.array([0], pa.int8()), [pa.array([1])]),
+        pa.UnionArray.from_dense(pa.array([0], pa.int8()), pa.array([0], pa.int32()), [pa.array(["x"])]),
+        pa.ListArray.from_arrays([0, 1], RUNS),
+        pa.StructArray.from_arrays([GAP], ["a"]),
+    ],
+    ids=lambda column: str(column.type)[:20],
+)
+def test_columns_that_parquet_cannot_hold_do_not_matter_unless_wanted(tmp_path: Path, column: Any) -> None:
+    rows = pa.table({"text": ["a"], "v": column})
+    with pa.ipc.new_file(tmp_path / "in.arrow", rows.schema) as writer:
+        writer.write_table(rows)
+    assert "which Parquet does not have" in find(tmp_path, "in.arrow").unreadable["v"]
+    found = find(tmp_path, "in.arrow", wanted_columns=frozenset({"text"}))
+    assert pq.read_table(found.sources[0].uri).to_pylist() == [{"text": "a"}]
+
+
 def test_run_ends_are_decoded(tmp_path: Path) -> None:
     runs = pa.RunEndEncodedArray.from_arrays(pa.array([2, 3], pa.int32()), pa.array(["x", "y"]))
     with pa.ipc.new_file(tmp_path / "in.arrow", pa.schema([pa.field("r", runs.type)])) as writer:
