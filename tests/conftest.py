@@ -33,17 +33,44 @@ import sqlalchemy as sa
 
 pytest.register_assert_rewrite("pipeline.engines.testing", "pipeline.engines.testing_calls")
 
+from pipeline import Client
 from pipeline.config.settings import Settings
 from storage.sql import database
-from tests import examples, servers
+from tests import disks, examples, servers
 
 examples.load_profile()
+disks.do_not_wait()
 
 SERVERS = {"postgres_server", "redis_server", "s3_server"}
 
 
+# What takes longest comes first, so that two processes end together; by turns what computes and what waits.
+LONGEST = [
+    "engines/vllm/test_engine.py",
+    "faults/storage/test_model.py",
+    "acceptance/test_main_job.py",
+    "faults/control/test_finalizer.py",
+    "engines/vllm/test_pooling.py",
+    "faults/storage/test_objects.py",
+    "engines/vllm/test_reuse.py",
+    "faults/control/test_liveness.py",
+    "engines/vllm/test_tasks.py",
+    "faults/storage/test_commit.py",
+    "engines/vllm/prompts/test_media.py",
+    "integration/test_fleet.py",
+    "engines/vllm/process/test_recycling.py",
+    "faults/workers/test_workers.py",
+    "packaged/test_smollm2.py",
+    "faults/control/test_broker.py",
+    "embedded/test_result_cache.py",
+    "integration/test_worker.py",
+]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that asks for a server, or that is of PostgreSQL, has the mark ``server``: `make unit` leaves it out."""
+    """The longest files first; the mark ``server`` for what asks for a server or is of PostgreSQL (`make unit`)."""
+    place = {Path(__file__).parent / name: at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
     for item in items:
         if SERVERS.intersection(getattr(item, "fixturenames", ())) or item.get_closest_marker("postgres"):
             item.add_marker("server")
@@ -217,3 +244,9 @@ def settings(tmp_path: Path, cache_dir: Path, sqlite_template: Path) -> Settings
     (tmp_path / "data").mkdir()
     shutil.copy(sqlite_template, tmp_path / "data/rowmill.db")
     return Settings(data_dir=tmp_path / "data", cache_dir=cache_dir)
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[Client]:
+    with Client(settings=settings) as client:
+        yield client

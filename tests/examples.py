@@ -7,7 +7,7 @@ import os
 import hypothesis
 
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "default")
-_SHARE = 4
+_SHARE = 8
 """By default a test tries one in this many of the examples that it has in the thorough profile."""
 
 

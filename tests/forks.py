@@ -17,6 +17,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tests import disks
+
 # Nothing here starts a thread or reads the settings when it is imported (``tasks.app`` does).
 _IMPORTED = ["celery.apps.beat", "celery.apps.worker", "celery.bin.celery", "celery.concurrency.thread", "psycopg"]
 _IMPORTED += ["pipeline.cli.main", "pipeline.engines.fake.engine", "pipeline.worker.worker", "tests.faults.driver"]
@@ -69,5 +71,6 @@ def _become(command: list[str], environment: dict[str, str], out: str, err: str,
     os.chdir(cwd)
     sys.path.insert(0, cwd)
     sys.argv[:] = command
+    disks.do_not_wait()
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")  # the module is imported already: yes
     runpy.run_module(command[0], run_name="__main__", alter_sys=True)

@@ -28,8 +28,8 @@ CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Iterator[Session]:
-    opened = Session(Settings(data_dir=tmp_path / "data", cache_dir=tmp_path / "cache", read_batch_rows=2))
+def session(settings: Settings) -> Iterator[Session]:
+    opened = Session(settings.model_copy(update={"read_batch_rows": 2}))
     yield opened
     opened.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -71,14 +72,16 @@ class Rowmill:
 
 
 @pytest.fixture
-def rowmill(tmp_path: Path) -> Rowmill:
-    home = tmp_path / "home"
+def rowmill(tmp_path: Path, sqlite_template: Path) -> Rowmill:
+    home, data = tmp_path / "home", tmp_path / "data"
     home.mkdir()
+    data.mkdir()
+    shutil.copy(sqlite_template, data / "rowmill.db")  # migrating is tested once
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ROWMILL_")}
     environment |= {
         "PYTHONPATH": str(REPOSITORY),
         "XDG_CONFIG_HOME": str(tmp_path / "config"),
-        "ROWMILL_DATA_DIR": str(tmp_path / "data"),
+        "ROWMILL_DATA_DIR": str(data),
         "ROWMILL_CACHE_DIR": str(tmp_path / "cache"),
         "NO_COLOR": "1",
         "COLUMNS": "200",

@@ -117,6 +117,7 @@ def test_a_bad_setting_as_json(rowmill: Rowmill) -> None:
 
 
 def test_db_upgrade_can_be_repeated(rowmill: Rowmill) -> None:
+    Path(rowmill.environment["ROWMILL_DATA_DIR"], "rowmill.db").unlink()
     first, second = rowmill("db", "upgrade"), rowmill("db", "upgrade", "--json")
     assert (first.code, second.code) == (0, 0)
     assert second.document["revision"] in first.out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import Client
-from pipeline.config.settings import Settings
 from storage.errors import InvalidInput, JobFailed
 
 RAW = pa.array([b"fine", b"caf\xe9", b"good"]).view(pa.string())
@@ -27,12 +26,6 @@ IN_IPC: Mapping[str, Any] = COLUMNS | {
     "list view": pa.ListViewArray.from_arrays([0, 1, 2], [1, 1, 1], RAW),
     "json": pa.ExtensionArray.from_storage(pa.json_(), RAW),
 }
-
-
-@pytest.fixture
-def client(settings: Settings) -> Iterator[Client]:
-    with Client(settings=settings) as client:
-        yield client
 
 
 def run(client: Client, path: Path, **more: Any) -> pa.Table:

@@ -30,8 +30,10 @@ def fields(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("sessions", [1, 2])
-def test_a_profiled_job_leaves_traces_and_shares_of_time(tmp_path: Path, fields: dict[str, Any], sessions: int) -> None:
-    with Client(settings=Settings(data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")) as client:
+def test_a_profiled_job_leaves_traces_and_shares_of_time(
+    settings: Settings, tmp_path: Path, fields: dict[str, Any], sessions: int
+) -> None:
+    with Client(settings=settings) as client:
         status = client.run(**fields, shard_rows=40, engine_options={"sessions": sessions, "max_batch": 8})
         attempts = client.job(status.id).attempts()
     assert status.state == "completed" and status.rows_done == 80 and len(attempts) == 2
@@ -49,10 +51,10 @@ def test_a_profiled_job_leaves_traces_and_shares_of_time(tmp_path: Path, fields:
     assert pq.read_table(tmp_path / "out" / "data").num_rows == 80
 
 
-def test_an_engine_without_traces_is_refused(tmp_path: Path, fields: dict[str, Any]) -> None:
+def test_an_engine_without_traces_is_refused(settings: Settings, tmp_path: Path, fields: dict[str, Any]) -> None:
     fields |= {"model": "fake"}
     with (
-        Client(settings=Settings(data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")) as client,
+        Client(settings=settings) as client,
         pytest.raises(InvalidJob, match=r"profile: engine 'fake' writes no traces"),
     ):
         client.run(**fields)

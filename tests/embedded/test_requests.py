@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from pipeline import Client
-from pipeline.config.settings import Settings
 from pipeline.engines import registry
 from pipeline.requests import job
 from pipeline.spec.job_spec import JobSpec, Task
@@ -29,12 +27,6 @@ from storage.states import JobState
 from tests.engines.onnx.support import FLOAT, INT64, graph, value
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
-
-
-@pytest.fixture
-def client(settings: Settings) -> Iterator[Client]:
-    with Client(settings=settings) as client:
-        yield client
 
 
 def line(name: str, url: str = CHAT, **body: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,6 @@ from storage.states import AttemptState, JobState, RequestState
 from tests.faults.driver import wait_until
 
 ERROR = pa.struct([("code", pa.string()), ("message", pa.string())])
-
-
-@pytest.fixture
-def client(settings: Settings) -> Iterator[Client]:
-    with Client(settings=settings) as client:
-        yield client
 
 
 @pytest.fixture

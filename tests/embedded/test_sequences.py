@@ -40,9 +40,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def client(tmp_path: Path) -> Iterator[Client]:
-    settings = Settings(data_dir=tmp_path / "data", cache_dir=tmp_path / "cache", flush_rows=3, read_batch_rows=5)
-    with Client(settings=settings) as client:
+def client(settings: Settings) -> Iterator[Client]:
+    with Client(settings=settings.model_copy(update={"flush_rows": 3, "read_batch_rows": 5})) as client:
         yield client
 
 

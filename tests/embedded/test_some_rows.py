@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,6 @@ from storage.objects.store import ObjectStore
 from storage.states import JobState
 
 N = 1000
-
-
-@pytest.fixture
-def client(settings: Settings) -> Iterator[Client]:
-    with Client(settings=settings) as client:
-        yield client
 
 
 @pytest.fixture

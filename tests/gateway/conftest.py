@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
@@ -14,11 +13,6 @@ from pipeline.gateway.context import Gateway
 from storage.tenants import keys, tenants
 
 NewKey = Callable[..., dict[str, str]]
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return Settings(data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")
 
 
 @pytest.fixture

@@ -20,12 +20,10 @@ from tests.gateway.conftest import NewKey
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
+def settings(settings: Settings, tmp_path: Path) -> Settings:
     (tmp_path / "acme").mkdir()
     pq.write_table(pa.table({"text": [f"t{n}" for n in range(5)]}), tmp_path / "acme" / "in.parquet")
-    return Settings(
-        data_dir=tmp_path / "data", cache_dir=tmp_path / "cache", job_uri_prefixes=(f"{tmp_path}/{{tenant}}",)
-    )
+    return settings.model_copy(update={"job_uri_prefixes": (f"{tmp_path}/{{tenant}}",)})
 
 
 def spec_of(folder: Path, name: str = "out", **more: Any) -> dict[str, Any]:

@@ -40,8 +40,8 @@ def call(web: TestClient, method: str, path: str, headers: dict[str, str], named
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return Settings(data_dir=tmp_path / "data", cache_dir=tmp_path / "cache", job_uri_prefixes=(f"{tmp_path}",))
+def settings(settings: Settings, tmp_path: Path) -> Settings:
+    return settings.model_copy(update={"job_uri_prefixes": (f"{tmp_path}",)})
 
 
 def test_every_route_needs_a_key_with_its_scope(web: TestClient, key: NewKey) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import io
-from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import Client
-from pipeline.config.settings import Settings
 from storage.errors import InvalidInput
 from storage.parquet import batches as parquet_batches
 from storage.states import JobState
-
-
-@pytest.fixture
-def client(settings: Settings) -> Iterator[Client]:
-    with Client(settings=settings) as client:
-        yield client
 
 
 def put(folder: Path, *columns: Any, **options: Any) -> None:

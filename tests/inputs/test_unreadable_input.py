@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import pyarrow.parquet.encryption as pe
 import pytest
 
 from pipeline import Client
-from pipeline.config.settings import Settings
 from storage.errors import InvalidInput
 from storage.objects.store import ObjectStore
 from storage.parquet import footer_check, parquet
@@ -42,12 +41,6 @@ def encrypted(path: Path, columns: Collection[str] = (), *, footer: bool = False
     with pq.ParquetWriter(path, ROWS.schema, encryption_properties=properties) as writer:
         writer.write_table(ROWS)
     return path
-
-
-@pytest.fixture
-def client(settings: Settings) -> Iterator[Client]:
-    with Client(settings=settings) as client:
-        yield client
 
 
 def fields(path: Path, prompt: str = "{text}", **more: Any) -> dict[str, Any]:

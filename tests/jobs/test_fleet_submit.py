@@ -34,12 +34,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def client(tmp_path: Path, cache_dir: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+def client(settings: Settings, tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
     """The client of a fleet without workers."""
     pq.write_table(pa.table({"id": [1, 2], "text": ["a", "b"]}), tmp_path / "in.parquet")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(preflight, "PATIENCE_SECONDS", 0.0)
-    with Client(settings=Settings(data_dir=tmp_path / "data", cache_dir=cache_dir, broker_url=redis_url)) as client:
+    with Client(settings=settings.model_copy(update={"broker_url": redis_url})) as client:
         yield client
 
 

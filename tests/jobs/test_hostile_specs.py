@@ -51,10 +51,10 @@ FIELDS = sorted(JobSpec.model_fields)
 
 
 @pytest.fixture
-def client(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+def client(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
     pq.write_table(pa.table({"id": [1, 2], "text": ["a", "b"]}), tmp_path / "in.parquet")
     monkeypatch.chdir(tmp_path)
-    with Client(settings=Settings(data_dir=tmp_path / "data", cache_dir=cache_dir)) as client:
+    with Client(settings=settings) as client:
         yield client
 
 

@@ -20,10 +20,10 @@ from tests.registry.models import write_model
 
 
 @pytest.fixture
-def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+def client(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
     monkeypatch.chdir(tmp_path)
     pq.write_table(pa.table({"text": [f"text {n}" for n in range(20)]}), tmp_path / "in.parquet")
-    with Client(settings=Settings(data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")) as client:
+    with Client(settings=settings.model_copy(update={"cache_dir": tmp_path / "cache"})) as client:
         yield client
 
 

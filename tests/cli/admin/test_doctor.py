@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -226,6 +227,7 @@ def test_the_verdict(found: list[Check], code: int) -> None:
 
 def test_the_command(rowmill: Rowmill) -> None:
     secrets = ("--setting", "storage_options.s3.key=k", "--setting", "storage_options.s3.secret=hunter2")
+    shutil.rmtree(rowmill.home.parent / "data")
     done = rowmill("doctor", "--json", *secrets, ROWMILL_CACHE_DIRR="x")
     assert done.code == 0, done.out
     assert "hunter2" not in done.out + done.err

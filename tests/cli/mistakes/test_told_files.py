@@ -229,12 +229,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return (home / "data" / "rowmill.db").read_bytes()
 
 
+def emptied(rowmill: Rowmill) -> Path:
+    """The data folder, without a database."""
+    data = Path(rowmill.environment["ROWMILL_DATA_DIR"])
+    shutil.rmtree(data)
+    data.mkdir()
+    return data
+
+
 def look(rowmill: Rowmill, content: bytes) -> Iterator[Done]:
     """What commands that read say of a database with this content."""
-    data = Path(rowmill.environment["ROWMILL_DATA_DIR"])
-    shutil.rmtree(data, ignore_errors=True)
-    data.mkdir()
-    (data / "rowmill.db").write_bytes(content)
+    (emptied(rowmill) / "rowmill.db").write_bytes(content)
     for words in (("job", "list"), ("admin", "queues"), ("run", "in.parquet", "-o", "out", *EMBED)):
         yield told(rowmill.inside(*words), home=rowmill.home)
 
@@ -266,8 +271,8 @@ def test_a_database_that_is_none(rowmill: Rowmill, whole: bytes) -> None:
 
 
 def test_a_folder_and_a_newer_database(rowmill: Rowmill, whole: bytes) -> None:
-    data = Path(rowmill.environment["ROWMILL_DATA_DIR"])
-    (data / "rowmill.db").mkdir(parents=True)
+    data = emptied(rowmill)
+    (data / "rowmill.db").mkdir()
     assert "rowmill.db is a folder, not a file" in told(rowmill.inside("job", "list"), 2, home=rowmill.home).err
     (data / "rowmill.db").rmdir()
     (data / "rowmill.db").write_bytes(whole)
@@ -279,8 +284,7 @@ def test_a_folder_and_a_newer_database(rowmill: Rowmill, whole: bytes) -> None:
 
 @pytest.mark.parametrize("statement", ["CREATE TABLE job (x)", "CREATE TABLE worker (x)"])
 def test_a_database_of_another_program(rowmill: Rowmill, statement: str) -> None:
-    data = Path(rowmill.environment["ROWMILL_DATA_DIR"])
-    data.mkdir(parents=True)
+    data = emptied(rowmill)
     with closing(sqlite3.connect(data / "rowmill.db")) as connection:
         connection.execute(statement)
         connection.commit()
@@ -288,8 +292,7 @@ def test_a_database_of_another_program(rowmill: Rowmill, statement: str) -> None
 
 
 def test_a_database_that_is_a_pipe(rowmill: Rowmill) -> None:
-    data = Path(rowmill.environment["ROWMILL_DATA_DIR"])
-    data.mkdir(parents=True)
+    data = emptied(rowmill)
     os.mkfifo(data / "rowmill.db")
     assert "rowmill.db is a named pipe" in told(rowmill.inside("job", "list"), 2, home=rowmill.home).err
 
@@ -305,8 +308,7 @@ def test_a_job_that_is_named_twice_is_deleted_once(rowmill: Rowmill) -> None:
 def test_a_database_that_another_process_has_locked(
     rowmill: Rowmill, whole: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = Path(rowmill.environment["ROWMILL_DATA_DIR"])
-    data.mkdir()
+    data = emptied(rowmill)
     (data / "rowmill.db").write_bytes(whole)
     with closing(sqlite3.connect(data / "rowmill.db")) as connection:
         connection.execute("BEGIN EXCLUSIVE")
