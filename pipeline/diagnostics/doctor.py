@@ -42,6 +42,8 @@ def checks(loaded: LoadedSettings, *, deep: bool = False, output: str | None = N
     :class:`~storage.errors.InvalidJob` when it is no place at all.
     """
     settings = loaded.settings
+    if output is not None:
+        doctor_output.refuse(output)
     with ThreadPoolExecutor(2, thread_name_prefix="doctor") as pool:
         # The engines' probes take seconds, in processes of their own: they run while the rest is looked at.
         probes = [

@@ -18,19 +18,20 @@ from storage.objects.store import ObjectStore
 _PATIENCE_SECONDS = 10.0
 
 
-def checks(settings: Settings, output: str | None) -> Iterator[Check]:
-    """Each request that a job makes at ``output``, as a check that names the right it needs.
-
-    Raises :class:`~storage.errors.InvalidJob` for what is no place at all.
-    """
-    if output is None:
-        yield Check("output", "skip", "give --output URI to try what jobs do there: put, get, list, copy, delete")
-        return
+def refuse(output: str) -> None:
+    """Raises :class:`~storage.errors.InvalidJob` for what is no place at all."""
     try:
         places.plain_place(output)
         places.writable_place(output)
     except ValueError as error:
         raise InvalidJob(str(error), field="output") from None
+
+
+def checks(settings: Settings, output: str | None) -> Iterator[Check]:
+    """Each request that a job makes at ``output``, as a check that names the right it needs."""
+    if output is None:
+        yield Check("output", "skip", "give --output URI to try what jobs do there: put, get, list, copy, delete")
+        return
     output = locations.normalize(output)
     try:
         filesystems.opened(output, locations.protocol(output), settings.storage_options)
