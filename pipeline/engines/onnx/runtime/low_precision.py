@@ -1,13 +1,14 @@
 """Element types that neither numpy nor Arrow has: bfloat16, the 8-bit and 4-bit floats, 4-bit and 2-bit integers.
 
 A column carries them in the next wider type that holds each of their values exactly (``CARRIERS``). Their numpy types
-come from the package ``ml_dtypes``, which ``onnx`` brings. ONNX Runtime's binding takes and gives them by address only;
-it keeps types below eight bits packed, the first element in the lowest bits, and strings need a detour.
+come from ``ml_dtypes``. ONNX Runtime's binding takes and gives them by address only; ``onnx`` packs and unpacks those
+below eight bits. Strings beside them need a detour.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 from functools import cache
 from typing import Any
 
@@ -31,42 +32,16 @@ CARRIERS: dict[str, npt.DTypeLike] = {
 }
 """Element type as ONNX Runtime spells it → numpy type of the column."""
 
-_CODES = {
-    "bfloat16": 16,
-    "float8e4m3fn": 17,
-    "float8e4m3fnuz": 18,
-    "float8e5m2": 19,
-    "float8e5m2fnuz": 20,
-    "uint4": 21,
-    "int4": 22,
-    "float4e2m1": 23,
-    "float8e8m0": 24,
-    "uint2": 25,
-    "int2": 26,
-}
-"""``onnx.TensorProto.DataType``."""
-
-_BITS = {"int4": 4, "uint4": 4, "float4e2m1": 4, "int2": 2, "uint2": 2}
-_IN_ML_DTYPES = {
-    "float8e4m3fn": "float8_e4m3fn",
-    "float8e4m3fnuz": "float8_e4m3fnuz",
-    "float8e5m2": "float8_e5m2",
-    "float8e5m2fnuz": "float8_e5m2fnuz",
-    "float8e8m0": "float8_e8m0fnu",
-    "float4e2m1": "float4_e2m1fn",
-}
-
 
 def dtype_of(name: str) -> np.dtype[Any] | None:
-    """The numpy type of one of these element types; ``None`` for other names, and where ``ml_dtypes`` is missing."""
+    """The numpy type of one of these element types; ``None`` for other names, and where ``onnx`` is missing."""
     if name not in CARRIERS:
         return None
     try:
-        import ml_dtypes
+        from onnx import TensorProto, helper
     except ImportError:
         return None
-    dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, _IN_ML_DTYPES.get(name, name)))
-    return dtype
+    return helper.tensor_dtype_to_np_dtype(TensorProto.DataType.Value(name.upper()))
 
 
 @cache
@@ -121,10 +96,12 @@ def bind(binding: Any, name: str, array: Array) -> None:
     if not is_low_precision(array.dtype):
         binding.bind_cpu_input(name, array)
         return
-    kind = _names()[array.dtype]
-    packed = pack(array, _BITS.get(kind, 8))
+    from onnx import numpy_helper
+
+    tensor = numpy_helper.from_array(array)
+    packed = np.frombuffer(tensor.raw_data, np.uint8)
     binding._numpy_obj_references[name] = packed  # as bind_cpu_input does: bind_input keeps no reference
-    binding.bind_input(name, "cpu", 0, _CODES[kind], array.shape, packed.ctypes.data)
+    binding.bind_input(name, "cpu", 0, tensor.data_type, array.shape, packed.ctypes.data)
 
 
 def array_of(value: Any) -> Array:
@@ -133,36 +110,12 @@ def array_of(value: Any) -> Array:
     dtype = dtype_of(kind)
     if dtype is None:
         return np.asarray(value.numpy())
-    shape = tuple(value.shape())
-    count = int(np.prod(shape, dtype=np.int64))
-    bits = _BITS.get(kind, 8 * dtype.itemsize)
-    data = ctypes.string_at(value.data_ptr(), (count * bits + 7) // 8) if count else b""
-    raw = np.frombuffer(data, np.uint8)
-    if bits < 8:
-        raw = unpack(raw, count, bits, signed=kind.startswith("int"))
-    return raw.view(dtype).reshape(shape)
+    import ml_dtypes
+    from onnx import TensorProto, numpy_helper
 
-
-def pack(array: Array, bits: int) -> Array:
-    """Elements of ``bits`` bits, one in each byte, as the runtime keeps them: uint8 [ceil(n * bits / 8)]."""
-    raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    if bits == 8 or array.dtype.itemsize > 1:
-        return raw
-    per_byte = 8 // bits
-    padded = np.zeros(-(-len(raw) // per_byte) * per_byte, np.uint8)
-    padded[: len(raw)] = raw & np.uint8((1 << bits) - 1)
-    lanes = padded.reshape(-1, per_byte)
-    packed = np.zeros(len(lanes), np.uint8)
-    for lane in range(per_byte):
-        packed |= lanes[:, lane] << np.uint8(lane * bits)
-    return packed
-
-
-def unpack(raw: Array, count: int, bits: int, *, signed: bool) -> Array:
-    """The ``count`` elements of packed bytes, uint8 [count]; ``signed``: with the sign spread over the byte."""
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    values = ((raw[:, None] >> shifts[None, :]) & np.uint8((1 << bits) - 1)).reshape(-1)[:count]
-    if signed:
-        sign = np.uint8(1 << (bits - 1))
-        values = (values ^ sign) - sign  # wraps around in eight bits
-    return np.ascontiguousarray(values)
+    shape = value.shape()
+    limits: Any = ml_dtypes.finfo if CARRIERS[kind] is np.float32 else ml_dtypes.iinfo
+    n_bytes = (math.prod(shape) * limits(dtype).bits + 7) // 8
+    data = ctypes.string_at(value.data_ptr(), n_bytes) if n_bytes else b""
+    tensor = TensorProto(data_type=TensorProto.DataType.Value(kind.upper()), dims=shape, raw_data=data)
+    return np.asarray(numpy_helper.to_array(tensor))
