@@ -38,6 +38,10 @@ REPORT = "export.json"
 GRAPH = "model.onnx"
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+_LONGEST = 1100
+_SHAPES = ((1, 1), (1, 2), (1, 5), (3, 17), (2, 63), (2, 300), (2, _LONGEST))
+"""Rows and tokens that a graph is tried with. What looks at a window or at blocks of tokens, 64 to 512 in most models,
+computes something else for a text that is longer than several of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,10 +277,8 @@ def _samples(model: Any) -> Iterator[dict[str, Any]]:
     import torch
 
     config = model.model.config
-    longest = int(getattr(config, "max_position_embeddings", 0) or 64) - 2
     generator = torch.Generator().manual_seed(0)
-    for rows, length in ((1, 1), (1, 5), (3, 17), (2, 300)):
-        length = max(1, min(length, longest))
+    for rows, length in sorted({(rows, min(length, longest(config))) for rows, length in _SHAPES}):
         mask = torch.ones(rows, length, dtype=torch.long)
         if rows > 1:
             mask[1:, max(1, length // 2) :] = 0
@@ -285,6 +287,12 @@ def _samples(model: Any) -> Iterator[dict[str, Any]]:
             "attention_mask": mask,
             "token_type_ids": (torch.arange(length) >= length // 2).long().expand(rows, length).contiguous(),
         }
+
+
+def longest(config: Any) -> int:
+    """Most tokens of a sample: what the model takes, as far as its configuration says."""
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return max(1, int(positions) - 2) if positions else _LONGEST
 
 
 def _ids(config: Any, rows: int, length: int, generator: Any) -> Any:

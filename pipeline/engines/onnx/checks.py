@@ -92,8 +92,13 @@ def signature_of(model: Model, options: OnnxOptions) -> Signature | None:
     """
     graph = choose_graph(model, options)
     if graph is None:
-        raise InvalidModel(f"task 'tensor' runs an ONNX graph, and {model.path} holds none", field="model")
+        raise without_a_graph(model)
     return onnx_graph.of_file(graph)
+
+
+def without_a_graph(model: Model) -> InvalidModel:
+    """What is raised where task ``tensor`` finds no graph."""
+    return InvalidModel(f"task 'tensor' runs an ONNX graph, and {model.path} holds none", field="model")
 
 
 def check_text(task: Task, model: Model, options: OnnxOptions, pooling: str = "auto") -> TextFolder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,13 +24,12 @@ from pipeline.engines.onnx.runtime import layout as onnx_layout
 from pipeline.engines.onnx.runtime import options as onnx_options
 from pipeline.engines.onnx.runtime import signature as onnx_graph
 from pipeline.engines.onnx.runtime.autotune import Bench
-from pipeline.engines.onnx.runtime.calibration_feeds import Feed, feeds
 from pipeline.engines.onnx.runtime.graph_cache import Graphs, n_bytes
-from pipeline.engines.onnx.runtime.layout import Layout
+from pipeline.engines.onnx.runtime.graph_model import GraphModel
 from pipeline.engines.onnx.runtime.ort import import_runtime, installed
 from pipeline.engines.onnx.runtime.run import CancelScope
 from pipeline.engines.onnx.runtime.session_pool import SessionPool, memory_for_copies
-from pipeline.engines.onnx.runtime.stream import PreparedRows, sample, stream
+from pipeline.engines.onnx.runtime.stream import Feed, feeds, sample, stream
 from pipeline.engines.onnx.tensor.small_rows import READ_ROWS, are_small
 from pipeline.engines.onnx.tensor.tensor_model import TensorModel, tensor_results
 from pipeline.models.export import Exported, exported
@@ -54,25 +53,14 @@ class OnnxEngine(checks.OnnxPlacement):
         self._task = task
         self._options = onnx_options.parse(options)
         self._context = context
-        self._closed = False
-        self._pool: SessionPool | None = None
-        self._text: TextModel | None = None
-        self._image: ImageModel | None = None
-        self._tensor: TensorModel | None = None
-        self._exported: Exported | None = None
-        self._libraries: tuple[Path, ...] = ()
-        self._graph: Path | None = None
-        self._graphs: Graphs | None = None
-        self._version = ""
-        self._key = ""
-        self._layout_from = "default"
         self._profile: Path | None = None
-        self._small = False
+        self._closed = False
+        self._loaded: _Loaded | None = None
 
     @property
     def batch_rows(self) -> int | None:
         """See :class:`pipeline.engines.base.ReadsMany`."""
-        return READ_ROWS if self._small else None
+        return READ_ROWS if self._loaded is not None and self._loaded.model.small_rows else None
 
     @classmethod
     def check(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:
@@ -148,65 +136,58 @@ class OnnxEngine(checks.OnnxPlacement):
 
     def load(self) -> None:
         """Export where needed, open the sessions, run one sample. See :meth:`pipeline.engines.base.Engine.load`."""
-        runtime = import_runtime()
-        self._version = str(runtime.__version__)
-        options, notify = self._options, self._context.notify
-        self._libraries = custom_ops.libraries(options.custom_ops, self._context.permissions.custom_op_paths)
+        runtime, options = import_runtime(), self._options
+        libraries = custom_ops.libraries(options.custom_ops, self._context.permissions.custom_op_paths)
         # What was allowed is what is loaded: a loader looks names up elsewhere, and a link may change meanwhile.
-        options = options.model_copy(update={"custom_ops": tuple(map(str, self._libraries))})
-        self._options = options
-        folder: TextFolder | None = None
+        options = self._options = options.model_copy(update={"custom_ops": tuple(map(str, libraries))})
         images = self._task is not Task.TENSOR and checks.takes_images(self._model, options)
+        folder: TextFolder | None = None
         if images:
             checks.check_image(self._task, self._model, options)
         elif self._task is not Task.TENSOR:
             folder = checks.check_text(self._task, self._model, options)
         graph = checks.choose_graph(self._model, options)
+        export: Exported | None = None
         if graph is None:
             if folder is None:
-                raise InvalidModel(
-                    f"task 'tensor' runs an ONNX graph, and {self._model.path} holds none", field="model"
-                )
-            graph, folder = self._export(folder)
-        self._graph = graph
-        self._graphs = graphs = Graphs(runtime, graph, self._model, options, self._context.cache_dir)
-        cached = self._remembered(runtime, graph, folder is not None)
+                raise checks.without_a_graph(self._model)
+            export = self._export(folder)
+            graph, folder = export.graph, replace(folder, tokenizer=folder.tokenizer or export.tokenizer)
+        graphs = Graphs(runtime, graph, self._model, options, self._context.cache_dir)
+        key, cached, origin = None, None, "options"
+        if not onnx_layout.fixed(options, text=folder is not None):
+            providers = runtime.get_available_providers()
+            key = autotune.key(self._model.digest, graph, self._task, runtime.__version__, providers, options)
+            cached = autotune.read(self._context.cache_dir, key)
+            origin = "default" if cached is None else "cache"
         if cached is not None and options.sessions is None:  # the memory may have been another's when it was measured
             copies = memory_for_copies(graphs.file())
             cached = replace(cached, sessions=min(cached.sessions, max(1, copies)))
-        self._pool = pool = SessionPool.open(graphs, options, notify, cached, self._profile)
-        if pool.layout != cached and self._layout_from == "cache":
-            self._layout_from = "default"  # measured on a device that is gone
+        pool = SessionPool.open(graphs, options, self._context.notify, cached, self._profile)
+        if pool.layout != cached and origin == "cache":
+            origin = "default"  # measured on a device that is gone
         try:
-            signature = onnx_graph.of_session(pool.session, graph)
-            if images:
-                recipe, fetch = read_image_folder(self._model), self._context.fetch
-                self._image = ImageModel(self._task, recipe, signature, pool, options, fetch)
-            elif folder is not None:
-                self._text = TextModel(self._task, folder, signature, pool, options, notify)
-            else:
-                # As check saw it: ONNX Runtime's inference may know more of the shapes than the file says.
-                mode = onnx_graph.row_mode(onnx_graph.of_file(graph) or signature, options.row_mode)
-                limits, small = onnx_graph.index_limits(graph), are_small(signature, mode, n_bytes(graph))
-                self._small = small and not options.masks and not options.state
-                self._tensor = TensorModel(signature, mode, pool, options, notify, limits, small=self._small)
+            model = self._model_of(graph, pool, folder, images=images)
         except BaseException:
-            self.close()
+            pool.close()
             raise
+        self._loaded = _Loaded(runtime.__version__, graphs, pool, model, key, origin, export, libraries)
 
-    def _remembered(self, runtime: Any, graph: Path, text: bool) -> Layout | None:
-        if onnx_layout.fixed(self._options, text=text):
-            self._layout_from = "options"
-            return None
-        providers = runtime.get_available_providers()
-        self._key = autotune.key(self._model.digest, graph, self._task, self._version, providers, self._options)
-        cached = autotune.read(self._context.cache_dir, self._key)
-        if cached is not None:
-            self._layout_from = "cache"
-        return cached
+    def _model_of(self, graph: Path, pool: SessionPool, folder: TextFolder | None, *, images: bool) -> GraphModel:
+        options, notify = self._options, self._context.notify
+        signature = onnx_graph.of_session(pool.session, graph)
+        if images:
+            recipe = read_image_folder(self._model)
+            return ImageModel(self._task, recipe, signature, pool, options, self._context.fetch)
+        if folder is not None:
+            return TextModel(self._task, folder, signature, pool, options, notify)
+        # As check saw it: ONNX Runtime's inference may know more of the shapes than the file says.
+        mode = onnx_graph.row_mode(onnx_graph.of_file(graph) or signature, options.row_mode)
+        small = are_small(signature, mode, n_bytes(graph))
+        return TensorModel(signature, mode, pool, options, notify, onnx_graph.index_limits(graph), small=small)
 
-    def _export(self, folder: TextFolder) -> tuple[Path, TextFolder]:
-        self._exported = done = exported(
+    def _export(self, folder: TextFolder) -> Exported:
+        return exported(
             folder.weights,
             "encoder" if self._task is Task.EMBED else "classifier",
             self._model.digest,
@@ -215,58 +196,44 @@ class OnnxEngine(checks.OnnxPlacement):
             name=self._model.name,
             tokenizer=folder.tokenizer is None,
         )
-        return done.graph, replace(folder, tokenizer=folder.tokenizer or done.tokenizer)
+
+    def _running(self) -> _Loaded:
+        if self._loaded is None or self._closed:
+            raise EngineDead("the ONNX Runtime engine is not loaded, or was closed", blame=Blame.OTHERS)
+        return self._loaded
 
     def result_schema(self, spec: JobSpec) -> pa.Schema:
         """See :meth:`pipeline.engines.base.Engine.result_schema`."""
-        if self._text is not None:
-            return self._text.result_schema(spec)
-        if self._image is not None:
-            return self._image.result_schema(spec)
-        if self._tensor is not None:
-            return self._tensor.result_schema(spec)
-        raise EngineDead("the ONNX Runtime engine is not loaded")
+        return (self._loaded or self._running()).model.result_schema(spec)
 
     def infer(self, spec: JobSpec, batches: Iterable[RowBatch], cancel: Cancellation) -> Iterator[ResultBatch]:
         """See :meth:`pipeline.engines.base.Engine.infer`. Rows come out by batch, longest texts of a window first."""
-        if self._pool is None or self._closed:
-            raise EngineDead("the ONNX Runtime engine is not loaded, or was closed", blame=Blame.OTHERS)
-        self._pool.check_process()
-        return stream(self._prepared(spec, batches), self._pool, cancel)
-
-    def _prepared(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[PreparedRows]:
-        if self._text is not None:
-            return self._text.prepare(spec, batches)
-        if self._image is not None:
-            return self._image.prepare(spec, batches)
-        assert self._tensor is not None
-        return self._tensor.prepare(spec, batches)
+        loaded = self._running()
+        loaded.pool.check_process()
+        return stream(loaded.model.prepare(spec, batches), loaded.pool, cancel)
 
     def benchmark(self, spec: JobSpec, batches: Iterable[RowBatch]) -> dict[str, Any] | None:
         """Measure layouts on ``batches``, some hundred rows or more; remember the fastest for engines that load later.
 
         ``None`` when there is nothing to measure: no row can be run, or the options fix everything.
         """
-        if self._pool is None or self._closed:
-            raise EngineDead("the ONNX Runtime engine is not loaded, or was closed", blame=Blame.OTHERS)
-        model = self._text or self._image or self._tensor
-        assert self._graphs is not None and model is not None
-        if self._layout_from == "options":
+        loaded = self._running()
+        if loaded.key is None:
             return None
+        model, text = loaded.model, isinstance(loaded.model, TextModel)
         counts = Counter(model.counts)
         try:
             # Of texts, the first window; of tensors, what was given.
-            windows = list(islice(self._prepared(spec, batches), 1 if self._text is not None else None))
-            tuned = Bench(self._graphs, self._options, self._pool, partial(sample, windows), CancelScope()).tune(
-                text=self._text is not None
-            )
+            windows = list(islice(model.prepare(spec, batches), 1 if text else None))
+            bench = Bench(loaded.graphs, self._options, loaded.pool, partial(sample, windows), CancelScope())
+            tuned = bench.tune(text=text)
         finally:
             model.counts.clear()
             model.counts.update(counts)
         if tuned is None:
             return None
-        autotune.write(self._context.cache_dir, self._key, tuned)
-        return tuned.told()
+        autotune.write(self._context.cache_dir, loaded.key, tuned)
+        return tuned.to_json()
 
     @classmethod
     def feeding_options(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -275,59 +242,60 @@ class OnnxEngine(checks.OnnxPlacement):
 
     def feeds(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[Feed]:
         """What the graph is fed for these rows, batch by batch: graph input → array. For calibration."""
-        if self._pool is None or self._closed:
-            raise EngineDead("the ONNX Runtime engine is not loaded, or was closed", blame=Blame.OTHERS)
-        return feeds(self._prepared(spec, batches), self._pool)
+        loaded = self._running()
+        return feeds(loaded.model.prepare(spec, batches), loaded.pool)
 
     def profiled(self, folder: Path) -> OnnxEngine:
         """See :meth:`pipeline.execution.profiling.Profiled.profiled`. It runs in this one's layout."""
-        assert self._pool is not None
-        layout = self._pool.layout.to_json()
-        options = self._options.model_copy(update={**layout, "autotune": False})
+        layout = self._running().pool.layout.to_json()
         twin = OnnxEngine(self._model, self._task, {}, self._context)
-        twin._options, twin._profile = options, folder
+        twin._options = self._options.model_copy(update={**layout, "autotune": False})
+        twin._profile = folder
         twin.load()
         return twin
 
     def stats(self) -> dict[str, Any]:
         """Versions, real placement, how rows are batched, counters since ``load``; after ``close`` too."""
-        pool, text, image, tensor = self._pool, self._text, self._image, self._tensor
-        facts: dict[str, Any] = {
-            "engine": self.name,
-            "onnxruntime": self._version,
-            "distribution": list(installed()),
-            "graph": None if self._graph is None else self._graph.name,
-        }
-        if pool is not None:
-            facts |= {"providers": list(pool.providers), "nodes": pool.placement, "layout_from": self._layout_from}
-            facts |= {**pool.layout.to_json(), "kept_runs": pool.kept_runs, "kept_graph": pool.file.optimized}
-        if self._libraries:
-            facts["custom_ops"] = custom_ops.digests(self._libraries)
-        if text is not None:
-            facts |= {
-                "output": text.output,
-                "token_budget": text.token_budget,
-                "max_length": text.tokenizer.max_length,
-            }
-            facts |= text.counts
-        if image is not None:
-            facts |= {"output": image.output, "image_batch": image.batch}
-            facts |= image.counts
-        if tensor is not None:
-            facts |= tensor.facts()
-        if self._exported is not None:
-            facts["export"] = {
-                "exporter": self._exported.exporter,
-                "max_abs_diff": self._exported.max_abs_diff,
-                "versions": self._exported.versions,
-                "from_cache": self._exported.from_cache,
-            }
-        return facts
+        facts: dict[str, Any] = {"engine": self.name, "distribution": list(installed())}
+        return facts if self._loaded is None else facts | self._loaded.facts()
 
     def close(self) -> None:
         """Wait for the runs in flight, then free the sessions. Safe to call twice, and after a failed ``load``."""
         self._closed = True
-        if self._pool is not None:
-            self._pool.close()
-        if self._image is not None:
-            self._image.close()
+        if self._loaded is not None:
+            self._loaded.model.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What :meth:`OnnxEngine.load` made. ``key``: under which a measured layout is remembered; ``None`` where the
+    options leave nothing to measure. ``layout_from``: ``options``, ``cache`` or ``default``."""
+
+    version: str
+    graphs: Graphs
+    pool: SessionPool
+    model: GraphModel
+    key: str | None
+    layout_from: str
+    export: Exported | None
+    libraries: tuple[Path, ...]
+
+    def facts(self) -> dict[str, Any]:
+        pool = self.pool
+        facts: dict[str, Any] = {
+            "onnxruntime": self.version,
+            "graph": self.graphs.raw.name,
+            "providers": list(pool.providers),
+            "nodes": pool.placement,
+            "layout_from": self.layout_from,
+            **pool.layout.to_json(),
+            "kept_runs": pool.kept_runs,
+            "kept_graph": pool.file.optimized,
+        }
+        if self.libraries:
+            facts["custom_ops"] = custom_ops.digests(self.libraries)
+        facts |= self.model.facts()
+        if self.export is not None:
+            names = ("exporter", "max_abs_diff", "versions", "from_cache")
+            facts["export"] = {name: getattr(self.export, name) for name in names}
+        return facts

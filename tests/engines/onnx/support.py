@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -15,8 +15,11 @@ from onnx import TensorProto, helper
 
 from pipeline.engines.base import Cancellation, EngineContext, ResultBatch, RowBatch, RowFailure
 from pipeline.engines.onnx.engine import OnnxEngine
+from pipeline.engines.onnx.runtime.graph_model import GraphModel
 from pipeline.models.model import Model
 from pipeline.spec.job_spec import JobSpec, Task
+
+M = TypeVar("M", bound=GraphModel)
 
 
 def model_at(path: Path, *, graphs: Sequence[str] = ()) -> Model:
@@ -46,6 +49,12 @@ def engine(path: Path, spec: JobSpec, cache: Path, said: list[str] | None = None
     )
     made.load()
     return made
+
+
+def model_of(made: OnnxEngine, kind: type[M]) -> M:
+    """What a loaded engine runs."""
+    assert made._loaded is not None and isinstance(made._loaded.model, kind)
+    return made._loaded.model
 
 
 def batches(columns: pa.RecordBatch, size: int = 100, first: int = 0) -> Iterator[RowBatch]:

@@ -203,8 +203,8 @@ def test_loading_has_no_limit_of_seconds_and_lanes_share_the_buffers(
     made = engine(path, job("embed"), tmp_path, row_timeout=60.0, sessions=2, lanes=2, io_binding=True)
     assert limits and set(limits) == {None}
     run(made, job("embed"), pa.record_batch({"text": ["the"]}))
-    assert made._pool is not None
-    shares = [runner._kept_bytes for runner in made._pool._runners]
+    assert made._loaded is not None
+    shares = [runner._kept_bytes for runner in made._loaded.pool._runners]
     made.close()
     assert limits[-1] == 60.0
     assert len(shares) == 4 and sum(shares) <= onnx_run.KEPT_BYTES

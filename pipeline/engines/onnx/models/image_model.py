@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,20 +17,15 @@ from pipeline.engines.media.images import ImageReader, png
 from pipeline.engines.model_config.image import ImageFolder
 from pipeline.engines.model_config.text import class_activation
 from pipeline.engines.onnx.models.output_head import label_column
+from pipeline.engines.onnx.runtime.graph_model import GraphModel, finite_rows, runs
 from pipeline.engines.onnx.runtime.options import OnnxOptions
-from pipeline.engines.onnx.runtime.session_pool import (
-    Array,
-    BoundRunner,
-    CancelScope,
-    RunFailed,
-    SessionPool,
-    is_out_of_memory,
-)
+from pipeline.engines.onnx.runtime.run import Array, BoundRunner
+from pipeline.engines.onnx.runtime.session_pool import SessionPool
 from pipeline.engines.onnx.runtime.signature import GraphValue, Signature
 from pipeline.engines.onnx.runtime.stream import Batch, Indices, PreparedRows, bisect, record_batch, windows
 from pipeline.host.cpu import available_cores
 from pipeline.spec.job_spec import JobSpec, Task
-from storage.errors import InvalidJob, InvalidModel, TransientError
+from storage.errors import InvalidJob, InvalidModel
 
 Floats = npt.NDArray[np.float32]
 
@@ -93,7 +87,7 @@ def token_states(signature: Signature) -> int | None:
     return next(iter(named or others), None)
 
 
-class ImageModel:
+class ImageModel(GraphModel):
     """A loaded image graph. Raises :class:`~storage.errors.InvalidModel` when graph and recipe do not fit."""
 
     def __init__(
@@ -110,16 +104,15 @@ class ImageModel:
             raise InvalidModel(
                 f"the graph takes no images, [n, 3, height, width] or [n, height, width, 3]: {signature}", field="model"
             )
+        super().__init__(pool, options)
         self.task = task
         self._input = value
         self._folder = folder
-        self._pool = pool
-        self._lock, self._measuring = threading.Lock(), threading.Lock()
+        self._measuring = threading.Lock()
         self._own = image_head(task, signature)
         self._states = token_states(signature) if task is Task.EMBED else None
         self.output = signature.outputs[self._own].name
         self._names = [value.name for value in signature.outputs]
-        self.counts: Counter[str] = Counter()
         first = (value.dims or (None,))[0]
         self._fixed_batch = first if isinstance(first, int) else None
         self.batch = self._fixed_batch or min(options.max_batch, CPU_BATCH if pool.on_cpu else GPU_BATCH)
@@ -134,21 +127,16 @@ class ImageModel:
         self._labels = label_column(folder.config, width, options.labels if task is Task.CLASSIFY else None)
 
     def close(self) -> None:
+        super().close()
         self._reader.close()
 
     def _measure(self, head: int) -> tuple[int, int]:
         """One run before the first row: proves that graph and recipe fit, and tells an output's width and its axes."""
-        try:
-            out = self._pool.submit(
-                CancelScope(timed=False), lambda run: self._forward(run, self._sample[None], head)
-            ).result()
-        except RunFailed as error:
-            if is_out_of_memory(error):
-                raise TransientError(f"the memory does not hold one run of the model: {error}") from error
-            shape = list(self._sample.shape)
-            raise InvalidModel(
-                f"the graph does not run on an image of shape {shape}, as the recipe makes it: {error}", field="model"
-            ) from error
+        shape = list(self._sample.shape)
+        out = self.first_run(
+            lambda run: self._forward(run, self._sample[None], head),
+            f"an image of shape {shape}, as the recipe makes it",
+        )
         ranks = (2,) if self.task is Task.CLASSIFY else (2, 3, 4)
         if out.ndim not in ranks or (out.ndim == 4 and out.shape[2:] != (1, 1)):
             raise InvalidModel(
@@ -156,8 +144,10 @@ class ImageModel:
             )
         return int(out.shape[1] if out.ndim == 4 else out.shape[-1]), out.ndim
 
+    def facts(self) -> dict[str, Any]:
+        return {"output": self.output, "image_batch": self.batch, **self.counts}
+
     def result_schema(self, spec: JobSpec) -> pa.Schema:
-        """Result columns of the task, as the output contract has them; images have no tokens."""
         if self.task is Task.CLASSIFY:
             return pa.schema(results.classify_fields())
         return pa.schema([pa.field("embedding", results.embedding_type(spec, self._shapes[self._head(spec)][0]))])
@@ -176,7 +166,6 @@ class ImageModel:
         return self._states
 
     def prepare(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[PreparedRows]:
-        """Decode window by window, as the stream asks for them."""
         assert spec.column is not None
         size = BATCHES_AHEAD * self.batch * max(1, self._pool.size // 2)
         for rows, parts in windows(batches, size, WINDOW_BYTES):
@@ -208,7 +197,7 @@ class ImageModel:
                 self._batch(spec, rows, images, np.array(members[start : start + most], np.int64))
                 for start in range(0, len(members), most)
             ]
-        self._count(rows=len(rows))
+        self.count(rows=len(rows))
         return PreparedRows(batches, tuple(RowFailure(int(rows[at]), *failure) for at, failure in failed.items()))
 
     def _batch(self, spec: JobSpec, rows: Indices, images: list[Any], items: Indices) -> Batch:
@@ -218,18 +207,15 @@ class ImageModel:
             parts, refused = bisect(
                 lambda part: self._numbers(spec, self._forward(run, np.stack([images[at] for at in part]), head), head),
                 items,
-                lambda: self._still_works(run),
+                lambda: runs(lambda: self._forward(run, self._sample[None], self._own)),
             )
             if len(parts) > 1 and not refused:
                 self._too_large(len(items))
-            done = np.concatenate([part for part, _ in parts]) if parts else np.empty(0, np.int64)
-            finite = np.concatenate([results.finite(made) for _, made in parts]) if parts else np.empty(0, np.bool_)
-            refused += [(int(at), *results.NOT_FINITE) for at in done[~finite]]
+            done, made = finite_rows(parts, refused)
             failures = tuple(RowFailure(int(rows[at]), code, message) for at, code, message in refused)
-            if not finite.any():
-                return ResultBatch(np.empty(0, np.int64), None, failures)
-            values = self._values(spec, np.concatenate([made for _, made in parts])[finite])
-            return ResultBatch(rows[done[finite]], values, failures)
+            if not len(done):
+                return ResultBatch(done, None, failures)
+            return ResultBatch(rows[done], self._values(spec, made["numbers"]), failures)
 
         return compute
 
@@ -241,21 +227,22 @@ class ImageModel:
         if channels_last(self._input):
             feed = np.ascontiguousarray(feed.transpose(0, 2, 3, 1))
         output = run({self._input.name: feed})[head][:n]
-        self._count(runs=1)
+        self.count(runs=1)
         if not output.ndim or len(output) != n:
             raise InvalidModel(f"graph output {self._names[head]!r} has shape {list(output.shape)} for {n} images")
         return output
 
-    def _numbers(self, spec: JobSpec, output: Array, head: int) -> Floats:
-        """Probabilities or embeddings as the model gives them, float32 [k, width]."""
+    def _numbers(self, spec: JobSpec, output: Array, head: int) -> dict[str, Array]:
+        """``numbers``: probabilities or embeddings as the model gives them, float32 [k, width]; and ``finite``."""
         out = output.astype(np.float32, copy=False)
-        if self.task is Task.CLASSIFY:
-            softmax = class_activation(self._folder.config, self._shapes[head][0]) == "softmax"
-            return pooling.softmax(out) if softmax else pooling.sigmoid(out)
         width, rank = self._shapes[head]
-        if rank == 3:
+        if self.task is Task.CLASSIFY:
+            softmax = class_activation(self._folder.config, width) == "softmax"
+            out = pooling.softmax(out) if softmax else pooling.sigmoid(out)
+        elif rank == 3:
             out = out.mean(axis=1) if spec.pooling == "mean" else out[:, -1 if spec.pooling == "last" else 0]
-        return out.reshape(len(out), width)
+        out = out.reshape(len(out), width)
+        return {"numbers": out, "finite": results.finite(out)}
 
     def _values(self, spec: JobSpec, numbers: Floats) -> pa.RecordBatch:
         if self.task is Task.CLASSIFY:
@@ -263,22 +250,11 @@ class ImageModel:
         stored = results.finished(spec, numbers, normalize=bool(spec.normalize))
         return record_batch({"embedding": results.embedding_column(stored)}, self.result_schema(spec))
 
-    def _still_works(self, run: BoundRunner) -> bool:
-        try:
-            self._forward(run, self._sample[None], self._own)
-        except RunFailed:
-            return False
-        return True
-
     def _too_large(self, n_rows: int) -> None:
         with self._lock:
             if self._fixed_batch is None and self.batch >= n_rows:
                 self.batch = max(1, n_rows // 2)
                 self.counts["batch_halvings"] += 1
-
-    def _count(self, **numbers: int) -> None:
-        with self._lock:
-            self.counts.update(numbers)
 
 
 def _grey() -> bytes:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,20 +18,21 @@ from pipeline.engines.model_config.text import TextFolder
 from pipeline.engines.onnx.models.length_batching import batches_by_length
 from pipeline.engines.onnx.models.output_head import Head, check_layers, fixed_shape, head, label_column, own_embedding
 from pipeline.engines.onnx.models.tokenizer import DistinctTexts, TextTokenizer, Tokens, distinct
+from pipeline.engines.onnx.runtime.graph_model import GraphModel, finite_rows, runs
 from pipeline.engines.onnx.runtime.options import OnnxOptions
-from pipeline.engines.onnx.runtime.run import Array, BoundRunner, CancelScope, RunFailed
-from pipeline.engines.onnx.runtime.session_pool import SessionPool, is_out_of_memory
+from pipeline.engines.onnx.runtime.run import Array, BoundRunner
+from pipeline.engines.onnx.runtime.session_pool import SessionPool
 from pipeline.engines.onnx.runtime.signature import Signature
 from pipeline.engines.onnx.runtime.stream import Batch, Indices, PreparedRows, bisect, record_batch, windows
 from pipeline.spec.job_spec import JobSpec, Task
-from storage.errors import InvalidJob, InvalidModel, TransientError
+from storage.errors import InvalidJob, InvalidModel
 
 Floats = npt.NDArray[np.float32]
 
 WINDOW_BYTES = 32 * 2**20
 
 
-class TextModel:
+class TextModel(GraphModel):
     """A loaded text graph with its tokenizer. Raises :class:`~storage.errors.InvalidModel` when they do not fit."""
 
     def __init__(
@@ -45,12 +44,9 @@ class TextModel:
         options: OnnxOptions,
         notify: Callable[[str], None] = lambda message: None,
     ) -> None:
+        super().__init__(pool, options)
         self.task = task
         self._folder = folder
-        self._pool = pool
-        self._options = options
-        self._lock = threading.Lock()
-        self.counts: Counter[str] = Counter()
         self._inputs = {value.name: value for value in signature.inputs}
         if unknown := set(self._inputs) - _MADE:
             raise InvalidModel(
@@ -87,28 +83,20 @@ class TextModel:
             raise InvalidModel(f"task 'score' needs a model with one output; this one has {width}: use 'classify'")
         self._labels = label_column(folder.config, width, options.labels if task is Task.CLASSIFY else None)
 
-    @property
-    def output(self) -> str:
-        """The graph's output that is read unless a job says how to pool."""
-        return self._own.name
+    def facts(self) -> dict[str, Any]:
+        limits = {"token_budget": self.token_budget, "max_length": self.tokenizer.max_length}
+        return {"output": self._own.name, **limits, **self.counts}
 
     def _head(self, spec: JobSpec) -> Head:
         return self._own if spec.pooling == "auto" else self._states
 
     def _measure_width(self, used: Head) -> int:
         """One run before the first row: proves that graph and tokenizer fit, and tells the width of the output."""
-        try:
-            out = self._pool.submit(
-                CancelScope(timed=False), lambda run: self._forward(run, used, self._sample, np.zeros(1, np.int64))
-            ).result()
-        except RunFailed as error:
-            if is_out_of_memory(error):
-                raise TransientError(f"the memory does not hold one run of the model: {error}") from error
-            raise InvalidModel(f"the graph does not run on a tokenized text: {error}") from error
+        one = np.zeros(1, np.int64)
+        out = self.first_run(lambda run: self._forward(run, used, self._sample, one), "a tokenized text")
         return int(out.shape[-1])
 
     def result_schema(self, spec: JobSpec) -> pa.Schema:
-        """Result columns of the task, as the output contract has them."""
         fields: list[Any]
         match self.task:
             case Task.EMBED:
@@ -137,7 +125,6 @@ class TextModel:
         return self._folder.prompts.of(spec) if self.task is Task.EMBED else ""
 
     def prepare(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[PreparedRows]:
-        """Tokenize window by window, as the stream asks for them."""
         columns = [name for name in (spec.column, spec.pair_column) if name is not None]
         job = _TextJob(self, spec)
         prompt = self._prompt(spec)
@@ -147,10 +134,6 @@ class TextModel:
             tokens = self.tokenizer.encode(texts.texts, truncate=truncate, prompt=prompt)
             pieces = self.tokenizer.split(texts.texts, tokens, prompt) if spec.overlong == "split" else {}
             yield job.window(rows, texts, tokens, pieces)
-
-    def count(self, **numbers: int) -> None:
-        with self._lock:
-            self.counts.update(numbers)
 
     def too_large(self, budget: int) -> None:
         """A batch of this budget failed whole and passed in halves: use half of it from now on."""
@@ -178,11 +161,7 @@ class TextModel:
 
     def still_works(self, run: BoundRunner) -> bool:
         """Whether the session computes what it computed when it was loaded."""
-        try:
-            self._forward(run, self._own, self._sample, np.zeros(1, np.int64))
-        except RunFailed:
-            return False
-        return True
+        return runs(lambda: self._forward(run, self._own, self._sample, np.zeros(1, np.int64)))
 
     def _forward(self, run: BoundRunner, used: Head, tokens: Tokens, items: Indices) -> Floats:
         feed = self._feed(tokens, items)
@@ -371,22 +350,16 @@ class _TextJob:
             )
             if len(parts) > 1 and not refused:
                 model.too_large(budget)
-            done = np.concatenate([part for part, _ in parts]) if parts else np.empty(0, np.int64)
-            made = {
-                name: np.concatenate([columns[name] for _, columns in parts]) for name in (parts[0][1] if parts else ())
-            }
-            finite = made.pop("finite", np.empty(0, np.bool_))
-            refused += [(int(text), *results.NOT_FINITE) for text in done[~finite]]
-            done = done[finite]
+            done, made = finite_rows(parts, refused)
             failures = tuple(
                 RowFailure(int(rows[at]), code, message)
                 for text, code, message in refused
                 for at in members[bounds[text] : bounds[text + 1]]
             )
             if not len(done):
-                return ResultBatch(np.empty(0, np.int64), None, failures)
+                return ResultBatch(done, None, failures)
             repeats = bounds[done + 1] - bounds[done]
-            kept = {name: np.repeat(column[finite], repeats, axis=0) for name, column in made.items()}
+            kept = {name: np.repeat(column, repeats, axis=0) for name, column in made.items()}
             at = np.concatenate([members[bounds[text] : bounds[text + 1]] for text in done])
             values = model.values(spec, kept, np.repeat(tokens.lengths[done], repeats))
             return ResultBatch(rows[at], values, failures)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -64,20 +64,12 @@ class Tuned:
     layout: Layout
     trials: tuple[Trial, ...]
 
-    def told(self) -> dict[str, Any]:
-        """For people: ``chosen`` and ``trials``, layouts in words."""
-        trials = [
-            {"layout": str(t.layout), "rows_per_second": t.rows_per_second, "ratio": t.ratio, "chosen": t.chosen}
-            for t in self.trials
-        ]
-        return {"chosen": str(self.layout), "trials": trials}
-
     def to_json(self) -> dict[str, Any]:
-        trials = [
-            {**trial.layout.to_json(), "rows_per_second": trial.rows_per_second, "ratio": trial.ratio}
-            for trial in self.trials
-        ]
-        return {"layout": self.layout.to_json(), "trials": trials}
+        """For people: ``chosen`` and ``trials``, layouts in words."""
+        return {
+            "chosen": str(self.layout),
+            "trials": [{**asdict(trial), "layout": str(trial.layout)} for trial in self.trials],
+        }
 
 
 class Bench:
@@ -215,7 +207,7 @@ def write(cache_dir: Path, name: str, tuned: Tuned) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(tuned.to_json(), file, indent=1)
+            json.dump({"layout": tuned.layout.to_json(), **tuned.to_json()}, file, indent=1)
         Path(temporary).replace(path)
 
 

@@ -236,16 +236,30 @@ class SessionRunner:
 
 
 class BoundRunner:
-    """A session runner, bound to the cancel scope of one ``infer`` call while it works on one batch."""
+    """A session runner, bound to the cancel scope of one ``infer`` call while it works on one batch.
 
-    def __init__(self, runner: SessionRunner, scope: CancelScope) -> None:
+    ``fed``: a list that gets a copy of what the graph is fed.
+    """
+
+    def __init__(self, runner: SessionRunner, scope: CancelScope, fed: list[dict[str, Array]] | None = None) -> None:
         self._runner = runner
         self._scope = scope
+        self._fed = fed
+
+    def recording(self, fed: list[dict[str, Array]]) -> BoundRunner:
+        """The same, with a list that gets what the graph is fed."""
+        return BoundRunner(self._runner, self._scope, fed)
+
+    def _record(self, feed: Mapping[str, Array]) -> None:
+        if self._fed is not None:
+            self._fed.append({name: array.copy() for name, array in feed.items()})
 
     def __call__(self, feed: Mapping[str, Array]) -> list[Array]:
         """See :meth:`SessionRunner.run`."""
+        self._record(feed)
         return self._runner.run(feed, self._scope)
 
     def one(self, feed: Mapping[str, Array], output: str, shape: tuple[int, ...] | None) -> Array:
         """See :meth:`SessionRunner.run_one`: the next run may overwrite the result."""
+        self._record(feed)
         return self._runner.run_one(feed, output, shape, self._scope)

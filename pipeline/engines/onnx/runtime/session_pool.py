@@ -29,12 +29,7 @@ from pipeline.engines.onnx.runtime.ort import (
     wanted_providers,
     with_engine_cache,
 )
-from pipeline.engines.onnx.runtime.run import KEPT_BYTES, SessionRunner, Stopped
-from pipeline.engines.onnx.runtime.run import Array as Array
-from pipeline.engines.onnx.runtime.run import BoundRunner as BoundRunner
-from pipeline.engines.onnx.runtime.run import CancelScope as CancelScope
-from pipeline.engines.onnx.runtime.run import RunFailed as RunFailed
-from pipeline.engines.onnx.runtime.run import is_out_of_memory as is_out_of_memory
+from pipeline.engines.onnx.runtime.run import KEPT_BYTES, BoundRunner, CancelScope, SessionRunner, Stopped
 from pipeline.host.cpu import available_cores
 from storage.errors import Blame, EngineDead, EngineMissing
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.engines.base import Cancellation, ResultBatch, RowBatch, RowFailure
-from pipeline.engines.onnx.runtime.run import BoundRunner, CancelScope, RunFailed, RunTimedOut, Stopped
+from pipeline.engines.onnx.runtime.run import Array, BoundRunner, CancelScope, RunFailed, RunTimedOut, Stopped
 from pipeline.engines.onnx.runtime.session_pool import SessionPool
 from pipeline.spec.error_codes import MESSAGE_LIMIT, RowErrorCode
 from storage.errors import Blame, EngineDead
@@ -35,6 +35,8 @@ YIELD_SECONDS = 0.5
 
 Batch = Callable[[BoundRunner], ResultBatch]
 """A batch's work on one session."""
+Feed = dict[str, Array]
+"""Graph input → array."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,19 @@ def stream(prepared: Iterator[PreparedRows], pool: SessionPool, cancel: Cancella
         forget()
         scope.stop()
         settle(running)
+
+
+def feeds(prepared: Iterable[PreparedRows], pool: SessionPool) -> Iterator[Feed]:
+    """What the graph is fed for every batch, in order. The batches are computed: a carried state feeds later rows."""
+    for window in prepared:
+        for batch in window.batches:
+            fed: list[Feed] = []
+
+            def record(run: BoundRunner, batch: Batch = batch, fed: list[Feed] = fed) -> ResultBatch:
+                return batch(run.recording(fed))
+
+            pool.submit(CancelScope(), record).result()
+            yield from fed
 
 
 def settle(futures: Iterable[Future[Any]]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,8 +10,10 @@ import pyarrow as pa
 
 from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
 from pipeline.engines.onnx.runtime import low_precision
+from pipeline.engines.onnx.runtime.graph_model import GraphModel, runs
 from pipeline.engines.onnx.runtime.options import OnnxOptions
-from pipeline.engines.onnx.runtime.session_pool import Array, BoundRunner, RunFailed, SessionPool
+from pipeline.engines.onnx.runtime.run import Array, BoundRunner
+from pipeline.engines.onnx.runtime.session_pool import SessionPool
 from pipeline.engines.onnx.runtime.signature import Dim, GraphValue, RowMode, Signature, fixed_batch
 from pipeline.engines.onnx.runtime.stream import Batch, Indices, PreparedRows, bisect, record_batch
 from pipeline.engines.onnx.tensor import small_rows
@@ -56,7 +56,7 @@ def tensor_results(signature: Signature, options: OnnxOptions) -> tuple[str, ...
     return tuple(value.name for value in signature.outputs if value.name not in carried)
 
 
-class TensorModel:
+class TensorModel(GraphModel):
     """A loaded graph without any meaning of its own."""
 
     def __init__(
@@ -72,17 +72,14 @@ class TensorModel:
     ) -> None:
         """``limits``: graph input → rows of the table that it indexes (see :func:`.onnx_graph.index_limits`).
         ``small``: whether its rows are (see :mod:`.small_rows`)."""
+        super().__init__(pool, options)
         self._signature = signature
-        self._options = options
         self._limits = limits
-        self._pool = pool
-        self._notify = notify
-        self._lock = threading.Lock()
+        self.small_rows = small and not options.masks and not options.state
         self._fixed = fixed_batch(signature) if mode == "stack" else None
-        most = small_rows.ROWS if small and "max_batch" not in options.model_fields_set else options.max_batch
+        most = small_rows.ROWS if self.small_rows and "max_batch" not in options.model_fields_set else options.max_batch
         self._max_batch = min(most, self._fixed or most)
         self._sample: dict[str, Array] | None = None
-        self.counts: Counter[str] = Counter()
         self._mode = mode
         self._masks = Masks(signature, options.masks)
         self._masks.check(mode)
@@ -131,7 +128,7 @@ class TensorModel:
             tensors[mask] = self._masks.made(axis, tensors)
             failures = tensors[mask].failures | failures
         self._invariance.padding.announce(made)
-        self._count(rows=n)
+        self.count(rows=n)
         if self._carried:
             return PreparedRows(self._steps(spec, batch, tensors, failures, sequences))
         good = np.setdiff1d(np.arange(n), np.fromiter(failures, np.int64, len(failures)))
@@ -298,7 +295,7 @@ class TensorModel:
         if self._sample is None:
             self._sample = {name: array.copy() for name, array in (feed | state).items()}
         found = dict(zip((value.name for value in self._signature.outputs), run(feed | state), strict=True))
-        self._count(runs=1)
+        self.count(runs=1)
         columns = self._columns(self._of_one_row([found[value.name] for value in self._outputs]))
         sequences.states[key] = {to: found[source].copy() for to, source in self._carried.output_of.items()}
         return columns
@@ -338,7 +335,7 @@ class TensorModel:
         if self._fixed is not None:
             n_rows = len(next(iter(rows.values())))
             outputs = [output[:n_rows] for output in outputs]  # what filled the batch up is no row
-        self._count(runs=1)
+        self.count(runs=1)
         return outputs
 
     def _alone(self, run: BoundRunner, tensors: Mapping[str, RowTensors], item: Indices) -> list[Array]:
@@ -373,23 +370,14 @@ class TensorModel:
         return record_batch(columns, self._schema)
 
     def _still_works(self, run: BoundRunner) -> bool:
-        if self._sample is None:
-            return True
-        try:
-            run(self._sample)
-        except RunFailed:
-            return False
-        return True
+        sample = self._sample
+        return sample is None or runs(lambda: run(sample))
 
     def _too_large(self, n_rows: int) -> None:
         with self._lock:
             if self._max_batch >= n_rows:
                 self._max_batch = max(1, n_rows // 2)
                 self.counts["batch_halvings"] += 1
-
-    def _count(self, **numbers: int) -> None:
-        with self._lock:
-            self.counts.update(numbers)
 
 
 def _joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:

@@ -15,10 +15,11 @@ from onnx import helper
 from examples.tiny_encoder import build_classifier, build_encoder
 from pipeline.engines.base import EngineContext
 from pipeline.engines.onnx.engine import OnnxEngine
+from pipeline.engines.onnx.models.text_model import TextModel
 from pipeline.engines.onnx.runtime import ort
 from pipeline.models import export
 from storage.errors import EngineMissing, InvalidModel
-from tests.engines.onnx.support import FLOAT, INT64, graph, job, model_at, value
+from tests.engines.onnx.support import FLOAT, INT64, graph, job, model_at, model_of, value
 
 DIGEST = "0123456789abcdef" * 4
 
@@ -168,8 +169,8 @@ def test_a_tokenizer_is_converted_when_there_is_only_a_vocabulary(tmp_path: Path
     (path / "tokenizer.json").unlink()
     made = OnnxEngine(model_at(path), job("classify").task, {}, EngineContext(tmp_path / "cache"))
     made.load()
-    assert made._text is not None
-    encoded = made._text.tokenizer.encode([("the red",)], truncate=True)
+    model = model_of(made, TextModel)
+    encoded = model.tokenizer.encode([("the red",)], truncate=True)
     made.close()
     assert encoded.ids.tolist() == [tokens[token] for token in ("[CLS]", "the", "red", "[SEP]")]
 

@@ -28,11 +28,12 @@ from pipeline.engines.media.images import lookup_table, opened, to_input
 from pipeline.engines.model_config.image import recipe
 from pipeline.engines.onnx.engine import OnnxEngine
 from pipeline.engines.onnx.models import image_model
+from pipeline.engines.onnx.models.image_model import ImageModel
 from pipeline.models.resolve import resolve
 from pipeline.process.permissions import RowFiles
 from storage.errors import InvalidInput, InvalidJob, InvalidModel
 from storage.objects.store import ObjectStore
-from tests.engines.onnx.support import FLOAT, batches, by_label, embeddings, graph, job, model_at, run, value
+from tests.engines.onnx.support import FLOAT, batches, by_label, embeddings, graph, job, model_at, model_of, run, value
 from tests.examples import examples
 
 SPEC = job("classify", column="image")
@@ -247,8 +248,8 @@ def test_only_formats_of_photographs_are_read(loaded: OnnxEngine) -> None:
 
 
 def test_what_becomes_large_is_decoded_alone_too(loaded: OnnxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert loaded._image is not None
-    reader = loaded._image._reader
+    model = model_of(loaded, ImageModel)
+    reader = model._reader
     becomes = images.resized((2, 2), reader._recipe)
     assert becomes is not None and becomes[0] * becomes[1] > 100
     monkeypatch.setattr(images, "LARGE_PIXELS", 100)
@@ -256,12 +257,12 @@ def test_what_becomes_large_is_decoded_alone_too(loaded: OnnxEngine, monkeypatch
 
 
 def test_a_window_ends_on_decoded_bytes(loaded: OnnxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert loaded._image is not None
+    model = model_of(loaded, ImageModel)
     rows = pa.record_batch({"image": [*(encoded(picture(n)) for n in range(20)), b"no image"]})
     whole, _ = run(loaded, SPEC, rows)
-    assert len(list(loaded._image.prepare(SPEC, batches(rows)))) < 3
+    assert len(list(model.prepare(SPEC, batches(rows)))) < 3
     monkeypatch.setattr(image_model, "DECODED_BYTES", 1)
-    found = list(loaded._image.prepare(SPEC, batches(rows)))
+    found = list(model.prepare(SPEC, batches(rows)))
     assert len(found) == 3 and [len(window.batches) for window in found] == [8, 8, 4]
     parts, failures = run(loaded, SPEC, rows)
     assert list(failures) == [20]
@@ -270,8 +271,7 @@ def test_a_window_ends_on_decoded_bytes(loaded: OnnxEngine, monkeypatch: pytest.
 
 
 def test_a_batch_that_is_halved_while_a_window_is_read(loaded: OnnxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = loaded._image
-    assert model is not None
+    model = model_of(loaded, ImageModel)
     rows = pa.record_batch({"image": [encoded(picture(n)) for n in range(30)]})
     expected, _ = run(loaded, SPEC, rows)
     read, size = images.ImageReader.read, model.batch
@@ -297,8 +297,8 @@ def test_a_pooling_is_of_the_token_states(vit: Path, tmp_path: Path) -> None:
         how: embeddings(run(made, job("embed", column="image", pooling=how, normalize=False), rows)[0])
         for how in ("auto", "mean", "cls", "last")
     }
-    assert made._image is not None
-    pixels = np.stack([made._image._reader.prepare(encoded(picture(n))) for n in range(5)])
+    model = model_of(made, ImageModel)
+    pixels = np.stack([model._reader.prepare(encoded(picture(n))) for n in range(5)])
     made.close()
     session = onnxruntime.InferenceSession(str(path / "model.onnx"), providers=["CPUExecutionProvider"])
     states, pooled = session.run(["last_hidden_state", "pooler_output"], {"pixel_values": pixels})

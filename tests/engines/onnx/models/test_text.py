@@ -23,6 +23,7 @@ from examples.tiny_encoder import LABELS, MAX_LENGTH, build_classifier, build_en
 from pipeline.engines.base import Cancellation, EngineContext, RowBatch
 from pipeline.engines.onnx.engine import OnnxEngine
 from pipeline.engines.onnx.models import tokenizer as onnx_tokens
+from pipeline.engines.onnx.models.text_model import TextModel
 from pipeline.spec.job_spec import parse
 from storage.errors import EngineDead, EngineMissing, InvalidInput, InvalidJob, InvalidModel
 from tests.engines.onnx.support import (
@@ -37,6 +38,7 @@ from tests.engines.onnx.support import (
     graph,
     job,
     model_at,
+    model_of,
     run,
     value,
 )
@@ -380,9 +382,9 @@ class Watched:
 def test_the_pieces_of_a_gigantic_text_are_counted_by_its_beginning(
     tiny: OnnxEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert tiny._text is not None
-    watched = Watched(tiny._text.tokenizer._cut)
-    monkeypatch.setattr(tiny._text.tokenizer, "_cut", watched)
+    model = model_of(tiny, TextModel)
+    watched = Watched(model.tokenizer._cut)
+    monkeypatch.setattr(model.tokenizer, "_cut", watched)
     monkeypatch.setattr(onnx_tokens, "CLIP_CHARACTERS", 1000)
     monkeypatch.setattr(onnx_tokens, "MAX_PIECES", 2)
     spec = job("embed", overlong="split")
@@ -402,10 +404,10 @@ def test_gigantic_pairs_give_what_their_beginnings_give(
     """Cutting a pair makes every combination of the pieces of both: two of 300,000 characters would take minutes."""
     spec = job("classify", pair_column="other")
     made = engine(classifier, spec, cache)
-    assert made._text is not None
+    model = model_of(made, TextModel)
     huge, spaces = "old river " * 30_000, " " * 200_000 + "old river"
-    watched = Watched(made._text.tokenizer._cut)
-    monkeypatch.setattr(made._text.tokenizer, "_cut", watched)
+    watched = Watched(model.tokenizer._cut)
+    monkeypatch.setattr(model.tokenizer, "_cut", watched)
     pairs = {"text": [huge, huge, "red", "red"], "other": ["red fox", huge, huge, "red fox"]}
     table, failures = run(made, spec, pa.record_batch(pairs))
     assert not failures and watched.longest <= onnx_tokens.PAIR_CHARACTERS * MAX_LENGTH

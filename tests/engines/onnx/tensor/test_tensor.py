@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from pipeline.engines.base import Cancellation, EngineContext
 from pipeline.engines.onnx.engine import OnnxEngine
 from pipeline.engines.onnx.runtime import low_precision, session_pool
+from pipeline.engines.onnx.runtime.run import CancelScope
 from pipeline.models import int8_overflow
 from pipeline.models.resolve import resolve
 from storage.errors import EngineDead, InvalidInput, InvalidJob, InvalidModel
@@ -535,13 +536,13 @@ def endless(tmp_path: Path) -> Path:
 def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Set when a run has been handed to ONNX Runtime."""
     event = threading.Event()
-    enter = session_pool.CancelScope.enter
+    enter = CancelScope.enter
 
-    def told(call: session_pool.CancelScope, options: Any) -> None:
+    def told(call: CancelScope, options: Any) -> None:
         enter(call, options)
         event.set()
 
-    monkeypatch.setattr(session_pool.CancelScope, "enter", told)
+    monkeypatch.setattr(CancelScope, "enter", told)
     return event  # type: ignore[return-value]
 
 
