@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.models import cache_entry
+from pipeline.spec import json_text
 from storage.errors import EngineMissing, InvalidModel
 
 Kind = Literal["encoder", "classifier"]
@@ -36,6 +37,12 @@ TOLERANCE = 1e-3
 OPSET = 18
 REPORT = "export.json"
 GRAPH = "model.onnx"
+
+WITHOUT_GRAPH = {
+    "longformer": "its attention windows follow the length of a text, which no exporter of PyTorch can write",
+}
+"""Model types that are refused before a job begins: both exporters fail, or their graphs differ from PyTorch at some
+length. Tried with torch 2.13 and transformers 5 on tiny checkpoints of the text encoders that Transformers has."""
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _LONGEST = 1100
@@ -59,9 +66,16 @@ class Exported:
 
 def check_exportable(folder: Path) -> None:
     """Raise :class:`~storage.errors.InvalidModel` when ``folder`` holds no checkpoint that can be exported: weights in
-    safetensors, never pickled ones."""
+    safetensors, never pickled ones, of an architecture that has a graph."""
     if not (folder / "config.json").is_file():
         raise InvalidModel(f"{folder} holds neither an ONNX graph nor a Transformers checkpoint (no config.json)")
+    kind = json_text.loads((folder / "config.json").read_bytes()).get("model_type")
+    if kind in WITHOUT_GRAPH:
+        raise InvalidModel(
+            f"{folder} is of the architecture {kind!r}, which has no ONNX graph: {WITHOUT_GRAPH[kind]}. Use a model of "
+            "another architecture (docs/reference/architectures.md lists some)",
+            field="model",
+        )
     if any(folder.glob("*.safetensors")):
         return
     if pickled := sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow as pa
 
@@ -13,7 +13,7 @@ from pipeline.engines.model_config import image
 from pipeline.engines.model_config.text import TextFolder
 from pipeline.engines.model_config.text import read as read_folder
 from pipeline.engines.onnx.models.image_model import POOLED, image_head, image_input, token_states
-from pipeline.engines.onnx.models.output_head import check_layers, head
+from pipeline.engines.onnx.models.output_head import check_classes, check_inputs, check_layers, head
 from pipeline.engines.onnx.models.tokenizer import is_text
 from pipeline.engines.onnx.runtime import options as onnx_options
 from pipeline.engines.onnx.runtime import signature as onnx_graph
@@ -26,36 +26,8 @@ from pipeline.engines.onnx.tensor.tensor_model import column_of, made_here, row_
 from pipeline.engines.sequence_keys import check_type
 from pipeline.models.export import check_exportable
 from pipeline.models.model import Model
-from pipeline.models.tasks import tasks_of
 from pipeline.spec.job_spec import JobSpec, Task
 from storage.errors import InvalidInput, InvalidJob, InvalidModel
-
-
-class OnnxPlacement:
-    """When a job runs on ONNX Runtime, and what that takes of a machine: see the protocols of
-    :mod:`pipeline.engines.base`, ``FitsModels``, ``NamesTasks``, ``NeedsPackage`` and ``CarriesState``."""
-
-    tasks: ClassVar[frozenset[Task]] = frozenset({Task.EMBED, Task.CLASSIFY, Task.SCORE, Task.TENSOR})
-
-    @classmethod
-    def fits(cls, task: Task, model: Model) -> bool:
-        """Whether the model can do the task, and the task is one of this engine's."""
-        return model.path is not None and task in cls.tasks & tasks_of(model)
-
-    @classmethod
-    def tasks_with(cls, model: Model) -> frozenset[Task]:
-        """What the model is made for."""
-        return tasks_of(model)
-
-    @classmethod
-    def package(cls) -> tuple[str, str]:
-        """See :class:`~pipeline.engines.base.NeedsPackage`."""
-        return "onnxruntime", "rowmill[onnx], or rowmill[onnx-gpu] where there is a GPU"
-
-    @classmethod
-    def stateful_tasks(cls) -> frozenset[Task]:
-        """See :class:`~pipeline.engines.base.CarriesState`: graphs whose state the option ``state`` names."""
-        return frozenset({Task.TENSOR})
 
 
 def choose_graph(model: Model, options: OnnxOptions) -> Path | None:
@@ -116,14 +88,19 @@ def check_text(task: Task, model: Model, options: OnnxOptions, pooling: str = "a
         )
     signature = onnx_graph.of_file(graph) if graph is not None else None
     if signature is not None:
-        if "input_ids" not in {value.name for value in signature.inputs}:
-            raise InvalidModel(f"{graph} has no input 'input_ids', so it takes no text: {signature}", field="model")
+        check_inputs(signature)
         used = head(task, signature)
+        check_classes(task, _width(signature, used.position), options.labels)
         if task is Task.EMBED:
             check_layers(folder, used)
             if used.rank == 2 and pooling != "auto":
                 raise InvalidJob("the graph pools by itself; leave it at 'auto'", field="pooling")
     return folder
+
+
+def _width(signature: Signature, position: int) -> Dim:
+    dims = signature.outputs[position].dims
+    return dims[-1] if dims else None
 
 
 def _fitting_architecture(task: Task, model: Model, folder: TextFolder, *, exports: bool) -> None:
@@ -183,7 +160,7 @@ def check_image(task: Task, model: Model, options: OnnxOptions, pooling: str = "
         )
     signature = onnx_graph.of_file(graph)
     if signature is not None:
-        image_head(task, signature)
+        check_classes(task, _width(signature, image_head(task, signature)), options.labels)
         if task is Task.EMBED and pooling != "auto" and token_states(signature) is None:
             raise InvalidJob(POOLED, field="pooling")
 

@@ -34,11 +34,12 @@ from pipeline.engines.onnx.tensor.small_rows import READ_ROWS, are_small
 from pipeline.engines.onnx.tensor.tensor_model import TensorModel, tensor_results
 from pipeline.models.export import Exported, exported
 from pipeline.models.model import Model
+from pipeline.models.tasks import tasks_of
 from pipeline.spec.job_spec import JobSpec, Task
 from storage.errors import Blame, EngineDead, InvalidJob, InvalidModel
 
 
-class OnnxEngine(checks.OnnxPlacement):
+class OnnxEngine:
     """One graph on ONNX Runtime. Speaks :class:`~pipeline.engines.base.Engine`; options: ``OnnxOptions``.
 
     Models: a ``.onnx`` file, or a directory with one; a Transformers or sentence-transformers checkpoint, exported into
@@ -47,6 +48,7 @@ class OnnxEngine(checks.OnnxPlacement):
     """
 
     name: ClassVar[str] = "onnx"
+    tasks: ClassVar[frozenset[Task]] = frozenset({Task.EMBED, Task.CLASSIFY, Task.SCORE, Task.TENSOR})
 
     def __init__(self, model: Model, task: Task, options: Mapping[str, Any], context: EngineContext) -> None:
         self._model = model
@@ -61,6 +63,26 @@ class OnnxEngine(checks.OnnxPlacement):
     def batch_rows(self) -> int | None:
         """See :class:`pipeline.engines.base.ReadsMany`."""
         return READ_ROWS if self._loaded is not None and self._loaded.model.small_rows else None
+
+    @classmethod
+    def fits(cls, task: Task, model: Model) -> bool:
+        """See :class:`~pipeline.engines.base.FitsModels`."""
+        return model.path is not None and task in cls.tasks & tasks_of(model)
+
+    @classmethod
+    def tasks_with(cls, model: Model) -> frozenset[Task]:
+        """See :class:`~pipeline.engines.base.NamesTasks`."""
+        return tasks_of(model)
+
+    @classmethod
+    def package(cls) -> tuple[str, str]:
+        """See :class:`~pipeline.engines.base.NeedsPackage`."""
+        return "onnxruntime", "rowmill[onnx], or rowmill[onnx-gpu] where there is a GPU"
+
+    @classmethod
+    def stateful_tasks(cls) -> frozenset[Task]:
+        """See :class:`~pipeline.engines.base.CarriesState`: graphs whose state the option ``state`` names."""
+        return frozenset({Task.TENSOR})
 
     @classmethod
     def check(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
 from pipeline.engines.media.images import ImageReader, png
 from pipeline.engines.model_config.image import ImageFolder
 from pipeline.engines.model_config.text import class_activation
-from pipeline.engines.onnx.models.output_head import label_column
+from pipeline.engines.onnx.models.output_head import check_classes, label_column
 from pipeline.engines.onnx.runtime.graph_model import GraphModel, finite_rows, runs
 from pipeline.engines.onnx.runtime.options import OnnxOptions
 from pipeline.engines.onnx.runtime.run import Array, BoundRunner
@@ -124,7 +124,8 @@ class ImageModel(GraphModel):
             self.close()
             raise
         width, _ = self._shapes[self._own]
-        self._labels = label_column(folder.config, width, options.labels if task is Task.CLASSIFY else None)
+        check_classes(task, width, options.labels)
+        self._labels = label_column(folder.config, width, options.labels)
 
     def close(self) -> None:
         super().close()

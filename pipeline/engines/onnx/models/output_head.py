@@ -1,4 +1,4 @@
-"""Pure: which output of a text graph a task reads, and what shape the graph fixes."""
+"""Pure: what a graph of texts takes, which of its outputs a task reads, and how many classes that has."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.engines.model_config.text import TextFolder, label
-from pipeline.engines.onnx.runtime.signature import GraphValue, Signature
+from pipeline.engines.onnx.runtime.signature import Dim, Signature
 from pipeline.spec.job_spec import Task
 from storage.errors import InvalidJob, InvalidModel
 
+INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})
+"""Graph inputs that are made from a text."""
 WHOLE_MODEL = "sentence_embedding"
 """What exporters call the output of a whole sentence-transformers model."""
 
@@ -26,13 +28,22 @@ class Head:
     rank: int
 
 
-def fixed_shape(value: GraphValue) -> tuple[int | None, int | None]:
-    """Texts and tokens that the input fixes, each ``None`` where it does not.
+def check_inputs(signature: Signature) -> tuple[int | None, int | None]:
+    """Texts and tokens that the input of token ids fixes, each ``None`` where it does not.
 
-    Raises :class:`~storage.errors.InvalidModel` for another number of axes.
+    Raises :class:`~storage.errors.InvalidModel` for a graph that takes no text, or that wants more than a text gives.
     """
+    inputs = {value.name: value for value in signature.inputs}
+    if "input_ids" not in inputs:
+        raise InvalidModel(f"the graph has no input 'input_ids', so it takes no text: {signature}", field="model")
+    if unknown := ", ".join(sorted(inputs.keys() - INPUTS)):
+        raise InvalidModel(
+            f"the graph has the input {unknown}; a text gives {', '.join(sorted(INPUTS))}. Export the graph without it",
+            field="model",
+        )
+    value = inputs["input_ids"]
     if value.dims is None or len(value.dims) != 2:
-        raise InvalidModel(f"graph input {value} should have two axes: texts and tokens")
+        raise InvalidModel(f"graph input {value} should have two axes: texts and tokens", field="model")
     batch, length = (dim if isinstance(dim, int) else None for dim in value.dims)
     return batch, length
 
@@ -95,13 +106,22 @@ def head(task: Task, signature: Signature) -> Head:
     raise InvalidModel(f"task '{task}' needs a graph that gives {wanted}; this one gives {outputs}")
 
 
-def label_column(config: Mapping[str, Any], width: int, named: Sequence[str] | None) -> pa.StringArray:
-    """The names of ``width`` classes: those that the job ``named``; without any, those of ``config.json``.
+def check_classes(task: Task, width: Dim, named: Sequence[str] | None) -> None:
+    """Refuse ``width`` numbers for each row where the task, or the names of the classes, want another number of them.
 
-    Raises :class:`~storage.errors.InvalidJob` for another number of names.
+    ``width`` is no number where it is not known yet. Raises :class:`~storage.errors.InvalidModel` and
+    :class:`~storage.errors.InvalidJob`.
     """
-    if named is None:
-        return pa.array([label(config, at) for at in range(width)], pa.string())
-    if len(named) != width:
+    if not isinstance(width, int):
+        return
+    if task is Task.SCORE and width != 1:
+        raise InvalidModel(
+            f"task 'score' needs a model with one output; this one has {width}: use 'classify'", field="model"
+        )
+    if task is Task.CLASSIFY and named is not None and len(named) != width:
         raise InvalidJob(f"{len(named)} names for {width} classes; name each", field="engine_options.labels")
-    return pa.array(list(named), pa.string())
+
+
+def label_column(config: Mapping[str, Any], width: int, named: Sequence[str] | None) -> pa.StringArray:
+    """The names of ``width`` classes: those that the job ``named``; without any, those of ``config.json``."""
+    return pa.array(named or [label(config, at) for at in range(width)], pa.string())

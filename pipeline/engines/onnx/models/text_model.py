@@ -16,7 +16,15 @@ from pipeline.engines.model_config.sentence_layers import Normalize
 from pipeline.engines.model_config.sentence_layers import load as load_layers
 from pipeline.engines.model_config.text import TextFolder
 from pipeline.engines.onnx.models.length_batching import batches_by_length
-from pipeline.engines.onnx.models.output_head import Head, check_layers, fixed_shape, head, label_column, own_embedding
+from pipeline.engines.onnx.models.output_head import (
+    Head,
+    check_classes,
+    check_inputs,
+    check_layers,
+    head,
+    label_column,
+    own_embedding,
+)
 from pipeline.engines.onnx.models.tokenizer import DistinctTexts, TextTokenizer, Tokens, distinct
 from pipeline.engines.onnx.runtime.graph_model import GraphModel, finite_rows, runs
 from pipeline.engines.onnx.runtime.options import OnnxOptions
@@ -48,14 +56,7 @@ class TextModel(GraphModel):
         self.task = task
         self._folder = folder
         self._inputs = {value.name: value for value in signature.inputs}
-        if unknown := set(self._inputs) - _MADE:
-            raise InvalidModel(
-                f"the graph has the input {', '.join(sorted(unknown))}; texts give {', '.join(sorted(_MADE))}"
-            )
-        if "input_ids" not in self._inputs:
-            raise InvalidModel(f"the graph has no input 'input_ids', so it takes no text: {signature}")
-        batch, length = fixed_shape(self._inputs["input_ids"])
-        self._fixed_batch, self._fixed_length = batch, length
+        self._fixed_batch, self._fixed_length = _, length = check_inputs(signature)
         limits = [limit for limit in (folder.max_length, length) if limit is not None]
         self.tokenizer = TextTokenizer(folder, min(limits, default=None))
         self._layers = load_layers(folder.layers)
@@ -79,9 +80,8 @@ class TextModel(GraphModel):
         if task is Task.EMBED:
             check_layers(folder, self._own, self._widths[self._own.name])
         width = self._widths[self._states.name]
-        if task is Task.SCORE and width != 1:
-            raise InvalidModel(f"task 'score' needs a model with one output; this one has {width}: use 'classify'")
-        self._labels = label_column(folder.config, width, options.labels if task is Task.CLASSIFY else None)
+        check_classes(task, width, options.labels)
+        self._labels = label_column(folder.config, width, options.labels)
 
     def facts(self) -> dict[str, Any]:
         limits = {"token_budget": self.token_budget, "max_length": self.tokenizer.max_length}
@@ -267,9 +267,6 @@ class TextModel(GraphModel):
             case _:
                 arrays = {"score": pa.array(np.ascontiguousarray(columns["score"]))}
         return record_batch(arrays, schema)
-
-
-_MADE = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})
 
 
 class _TextJob:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -146,6 +147,33 @@ def test_an_export_that_disagrees_with_pytorch_is_refused(
     with pytest.raises(InvalidModel, match=r"cannot be exported to ONNX: torchscript: differs .*; dynamo: differs"):
         export.exported(encoder, "encoder", DIGEST, tmp_path, lambda message: None)
     assert not [path for path in (tmp_path / "onnx").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [
+        ({"max_position_embeddings": 4098}, 1100),
+        ({"max_position_embeddings": 66}, 64),
+        ({"n_positions": 64}, 62),
+        ({}, 1100),
+    ],
+)
+def test_a_graph_is_compared_with_pytorch_up_to_what_the_model_takes(config: dict[str, int], longest: int) -> None:
+    model = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(vocab_size=9, pad_token_id=0, **config)))
+    shapes = [tuple(sample["input_ids"].shape) for sample in export._samples(model)]
+    lengths = [length for _, length in shapes]
+    assert max(lengths) == longest and min(lengths) == 1 and len(set(shapes)) == len(shapes)
+    assert any(not sample["attention_mask"].all() for sample in export._samples(model))
+
+
+def test_what_is_said_to_have_no_graph_has_none(tmp_path: Path) -> None:
+    """Fails once PyTorch can export it: then its line in ``WITHOUT_GRAPH`` goes."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.LongformerConfig(vocab_size=99, max_position_embeddings=66, attention_window=[16], **sizes)
+    transformers.LongformerModel(config).save_pretrained(tmp_path / "longformer")
+    (tmp_path / "work").mkdir()
+    with pytest.raises(InvalidModel, match=r"cannot be exported to ONNX: torchscript: .*; dynamo: "):
+        export._export(tmp_path / "longformer", "encoder", tmp_path / "work", {}, convert_tokenizer=False)
 
 
 def test_a_checkpoint_without_its_head_is_refused(encoder: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from pipeline.engines.onnx.engine import OnnxEngine
 from pipeline.engines.onnx.models import tokenizer as onnx_tokens
 from pipeline.engines.onnx.models.text_model import TextModel
 from pipeline.spec.job_spec import parse
-from storage.errors import EngineDead, EngineMissing, InvalidInput, InvalidJob, InvalidModel
+from storage.errors import EngineDead, EngineMissing, InvalidInput, InvalidJob, InvalidModel, RowmillError
 from tests.engines.onnx.support import (
     FLOAT,
     INT32,
@@ -622,6 +622,38 @@ def test_check_refuses_pickled_weights(encoder: Path, tmp_path: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(InvalidModel, match=r"pytorch_model.bin, a pickle"):
         OnnxEngine.check(job("embed"), model_at(folder), SCHEMA)
+
+
+def test_check_refuses_an_architecture_that_has_no_graph(encoder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "longformer"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes((encoder / "tokenizer.json").read_bytes())
+    (folder / "config.json").write_text('{"model_type": "longformer", "architectures": ["LongformerModel"]}')
+    (folder / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(InvalidModel, match=r"'longformer', which has no ONNX graph: .* Use a model of another"):
+        OnnxEngine.check(job("embed"), model_at(folder), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "extra", "says"),
+    [
+        ("classify", {}, "global_attention_mask", r"has the input global_attention_mask; a text gives attention_mask"),
+        ("score", {}, "attention_mask", r"'score' needs a model with one output; this one has 3: use 'classify'"),
+        ("classify", {"labels": ["a", "b"]}, "attention_mask", r"labels: 2 names for 3 classes"),
+    ],
+)
+def test_check_refuses_a_graph_that_cannot_run(
+    encoder: Path, tmp_path: Path, task: str, options: dict[str, Any], extra: str, says: str
+) -> None:
+    path = graph(
+        tmp_path / "model.onnx",
+        [helper.make_node("Cast", ["input_ids"], ["logits"], to=FLOAT)],
+        [value(name, INT64, ["n", "s"]) for name in ("input_ids", extra)],
+        [value("logits", FLOAT, ["n", 3])],
+    )
+    (tmp_path / "tokenizer.json").write_bytes((encoder / "tokenizer.json").read_bytes())
+    with pytest.raises(RowmillError, match=says):
+        OnnxEngine.check(job(task, engine_options=options), model_at(path), SCHEMA)
 
 
 def test_a_provider_that_was_named_and_is_not_there_is_refused(encoder: Path, cache: Path) -> None:
