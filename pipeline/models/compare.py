@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 Numbers = npt.NDArray[np.float64]
 
+_AT_LEAST = ("min_cosine", "mean_cosine", "agreement")
 UNIT = 0.01
 """By how much a vector of unit length may miss it."""
 
@@ -71,27 +72,22 @@ class Limits:
         if not diff.rows:
             found.append("no row was computed by both")
         held = [
-            ("min_cosine", "worst cosine", diff.cosine_min, self.min_cosine, True),
-            ("mean_cosine", "mean cosine", diff.cosine_mean, self.mean_cosine, True),
-            ("agreement", "agreement", diff.agreement, self.agreement, True),
-            ("max_difference", "largest difference", diff.max_difference, self.max_difference, False),
-            (
-                "relative_difference",
-                "relative difference",
-                diff.relative_difference,
-                self.relative_difference,
-                False,
-            ),
-            ("length_change", "change of a vector's length", diff.length_change, length, False),
+            ("worst cosine", "min_cosine", diff.cosine_min, self.min_cosine),
+            ("mean cosine", "mean_cosine", diff.cosine_mean, self.mean_cosine),
+            ("agreement", "agreement", diff.agreement, self.agreement),
+            ("largest difference", "max_difference", diff.max_difference, self.max_difference),
+            ("relative difference", "relative_difference", diff.relative_difference, self.relative_difference),
+            ("change of a vector's length", "length_change", diff.length_change, length),
         ]
-        limited = [value for _, _, value, limit, _ in held if limit is not None]
+        limited = [value for _, _, value, limit in held if limit is not None]
         if diff.rows and limited and all(value is None for value in limited):
             found.append("nothing in the results is measured by a limit")
-        for field, name, value, limit, below in held:
+        for name, field, value, limit in held:
             if value is None and field in required and diff.rows:
                 found.append(f"the results have no {name}")
             if value is None or limit is None:
                 continue
+            below = field in _AT_LEAST
             if math.isnan(value) or (value < limit if below else value > limit):
                 found.append(f"{name} is {value:.6g}, {'less' if below else 'more'} than {limit:g}")
         return found
@@ -138,8 +134,8 @@ class Comparison:
     def __init__(self) -> None:
         self._rows = self._only_one = self._agreeing = self._agreement_of = 0
         self._largest: float | None = None
-        self._cosines: list[Numbers] = []
-        self._lengths: list[Numbers] = []
+        self._cosines: list[float] = []
+        self._lengths: list[tuple[float, float]] = []
         self._spreads: defaultdict[str, _Spread] = defaultdict(_Spread)
 
     def add(self, original: pa.Table, other: pa.Table, columns: Iterable[str]) -> None:
@@ -169,33 +165,25 @@ class Comparison:
             self._agreeing += sum(x == y for x, y in zip(a.to_pylist(), b.to_pylist(), strict=True))
             self._agreement_of += len(a)
             return
-        cosines, lengths = [], []
         for x, y in zip(_vectors(a), _vectors(b), strict=True):
             if x is None or y is None or x.shape != y.shape:
                 raise ValueError(f"column {name!r} has rows of different shapes")
+            with np.errstate(invalid="ignore"):
+                difference = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.abs(x - y))
+            difference = np.nan_to_num(difference, nan=np.inf, posinf=np.inf)  # a NaN on one side only is far away
             if x.size:
-                with np.errstate(invalid="ignore"):
-                    difference = np.where(x == y, 0.0, np.abs(x - y))
-                largest = float(np.where(np.isnan(x) & np.isnan(y), 0.0, difference).max())
-                # A NaN on one side only is as far away as can be.
-                largest = math.inf if math.isnan(largest) else largest
-                self._largest = max(self._largest or 0.0, largest)
-                if not of_classes:  # the best label's score alone has hardly any spread
-                    self._spreads[name].add(
-                        x, np.where(np.isnan(x) & np.isnan(y), 0.0, np.nan_to_num(difference, nan=np.inf))
-                    )
-            if x.size > 1 and name not in ("scores",):
+                self._largest = max(self._largest or 0.0, float(difference.max()))
+            if not of_classes:  # the best label's score alone has hardly any spread
+                self._spreads[name].add(x, difference)
+            if x.size > 1 and name != "scores":
                 one, two = float(np.linalg.norm(x)), float(np.linalg.norm(y))
                 norms = one * two
-                cosines.append(float(x @ y) / norms if norms else 1.0 if not x.any() and not y.any() else 0.0)
-                lengths.append((one, two))
-        if cosines:
-            self._cosines.append(np.asarray(cosines))
-            self._lengths.append(np.asarray(lengths))
+                self._cosines.append(float(x @ y) / norms if norms else 1.0 if not x.any() and not y.any() else 0.0)
+                self._lengths.append((one, two))
 
     def result(self) -> OutputDiff:
-        cosines = np.concatenate(self._cosines) if self._cosines else None
-        lengths = np.concatenate(self._lengths) if self._lengths else None
+        cosines = np.asarray(self._cosines) if self._cosines else None
+        lengths = np.asarray(self._lengths) if self._lengths else None
         relative = [value for spread in self._spreads.values() if (value := spread.relative()) is not None]
         return OutputDiff(
             rows=self._rows,

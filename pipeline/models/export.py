@@ -17,7 +17,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,19 +146,6 @@ def _read(entry: Path, *, from_cache: bool = True) -> Exported:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Report:
-    exporter: str
-    max_abs_diff: float
-    tolerance: float
-    kind: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    opset: int
-    versions: dict[str, str]
-    notes: tuple[str, ...]
-
-
 def _export(folder: Path, kind: Kind, work: Path, versions: dict[str, str], *, convert_tokenizer: bool) -> None:
     with _quiet_transformers():
         model = _load(folder, kind)
@@ -177,8 +164,16 @@ def _export(folder: Path, kind: Kind, work: Path, versions: dict[str, str], *, c
             notes.append(f"{exporter}: {type(error).__name__}: {_first_line(str(error))}")
             continue
         if difference <= TOLERANCE:
-            report = _Report(exporter, difference, TOLERANCE, kind, inputs, (output,), OPSET, versions, tuple(notes))
-            (work / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+            report: dict[str, Any] = {"exporter": exporter, "max_abs_diff": difference, "tolerance": TOLERANCE}
+            report |= {
+                "versions": versions,
+                "kind": kind,
+                "inputs": inputs,
+                "outputs": [output],
+                "opset": OPSET,
+                "notes": notes,
+            }
+            (work / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
             return
         notes.append(f"{exporter}: differs from PyTorch by {difference:.2e}, more than {TOLERANCE:.0e}")
     raise InvalidModel(f"{folder} cannot be exported to ONNX: {'; '.join(notes)}")
@@ -328,32 +323,23 @@ def _trace(wrapped: Any, inputs: tuple[str, ...], output: str, path: Path, expor
     example = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
     arguments = tuple(example[name] for name in inputs)
     dynamic = {name: {0: "batch", 1: "sequence"} for name in inputs}
+    kinds: dict[str, Any]
+    if exporter == "torchscript":
+        shape = {0: "batch", 1: "sequence"} if output == "last_hidden_state" else {0: "batch"}
+        kinds = {"dynamo": False, "dynamic_axes": {**dynamic, output: shape}}
+    else:
+        kinds = {"dynamo": True, "dynamic_shapes": (tuple(dynamic.values()),), "verbose": False}
     with warnings.catch_warnings(), torch.no_grad(), _quiet_exporter():
         warnings.simplefilter("ignore")  # deprecation and tracing notes; the result is compared below
-        if exporter == "torchscript":
-            shape = {0: "batch", 1: "sequence"} if output == "last_hidden_state" else {0: "batch"}
-            torch.onnx.export(
-                wrapped,
-                arguments,
-                str(path),
-                dynamo=False,
-                opset_version=OPSET,
-                input_names=list(inputs),
-                output_names=[output],
-                dynamic_axes={**dynamic, output: shape},
-            )
-        else:
-            torch.onnx.export(
-                wrapped,
-                arguments,
-                str(path),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=list(inputs),
-                output_names=[output],
-                dynamic_shapes=(tuple(dynamic.values()),),
-                verbose=False,
-            )
+        torch.onnx.export(
+            wrapped,
+            arguments,
+            str(path),
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=[output],
+            **kinds,
+        )
 
 
 @contextlib.contextmanager
