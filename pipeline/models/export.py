@@ -39,7 +39,10 @@ REPORT = "export.json"
 GRAPH = "model.onnx"
 
 WITHOUT_GRAPH = {
-    "longformer": "its attention windows follow the length of a text, which no exporter of PyTorch can write",
+    **dict.fromkeys(("longformer", "led"), "its attention windows follow the length of a text"),
+    "funnel": "how it pools tokens follows the length of a text",
+    "perceiver": "it takes bytes instead of tokens",
+    "reformer": "it hashes tokens into buckets",
 }
 """Model types that are refused before a job begins: both exporters fail, or their graphs differ from PyTorch at some
 length. Tried with torch 2.13 and transformers 5 on tiny checkpoints of the text encoders that Transformers has."""
@@ -72,7 +75,7 @@ def check_exportable(folder: Path) -> None:
     kind = json_text.loads((folder / "config.json").read_bytes()).get("model_type")
     if kind in WITHOUT_GRAPH:
         raise InvalidModel(
-            f"{folder} is of the architecture {kind!r}, which has no ONNX graph: {WITHOUT_GRAPH[kind]}. Use a model of "
+            f"{folder} is of the architecture {kind!r}, which PyTorch cannot export to ONNX: {WITHOUT_GRAPH[kind]}. Use a model of "
             "another architecture (docs/reference/architectures.md lists some)",
             field="model",
         )

@@ -19,7 +19,7 @@ from pipeline.engines.model_config.text import class_activation
 from pipeline.engines.onnx.models.output_head import check_classes, label_column
 from pipeline.engines.onnx.runtime.graph_model import GraphModel, finite_rows, runs
 from pipeline.engines.onnx.runtime.options import OnnxOptions
-from pipeline.engines.onnx.runtime.run import Array, BoundRunner
+from pipeline.engines.onnx.runtime.run import Array, BoundRunner, filled
 from pipeline.engines.onnx.runtime.session_pool import SessionPool
 from pipeline.engines.onnx.runtime.signature import GraphValue, Signature
 from pipeline.engines.onnx.runtime.stream import Batch, Indices, PreparedRows, bisect, record_batch, windows
@@ -222,9 +222,7 @@ class ImageModel(GraphModel):
 
     def _forward(self, run: BoundRunner, images: Floats, head: int) -> Array:
         n = len(images)
-        if self._fixed_batch is not None and n < self._fixed_batch:
-            images = np.concatenate([images, np.repeat(images[:1], self._fixed_batch - n, axis=0)])
-        feed: Array = images.astype(self._input.dtype, copy=False)
+        feed = filled(images.astype(self._input.dtype, copy=False), self._fixed_batch)
         if channels_last(self._input):
             feed = np.ascontiguousarray(feed.transpose(0, 2, 3, 1))
         output = run({self._input.name: feed})[head][:n]

@@ -28,7 +28,7 @@ from pipeline.engines.onnx.models.output_head import (
 from pipeline.engines.onnx.models.tokenizer import DistinctTexts, TextTokenizer, Tokens, distinct
 from pipeline.engines.onnx.runtime.graph_model import GraphModel, finite_rows, runs
 from pipeline.engines.onnx.runtime.options import OnnxOptions
-from pipeline.engines.onnx.runtime.run import Array, BoundRunner
+from pipeline.engines.onnx.runtime.run import Array, BoundRunner, filled
 from pipeline.engines.onnx.runtime.session_pool import SessionPool
 from pipeline.engines.onnx.runtime.signature import Signature
 from pipeline.engines.onnx.runtime.stream import Batch, Indices, PreparedRows, bisect, record_batch, windows
@@ -111,7 +111,7 @@ class TextModel(GraphModel):
         return pa.schema(fields)
 
     def _kept_width(self, spec: JobSpec) -> int:
-        width, kept = self.vector_width(spec), self._folder.truncate_dim
+        width, kept = self._vector_width(spec), self._folder.truncate_dim
         return width if kept is None or spec.dimensions is not None else min(width, kept)
 
     def _modes(self, spec: JobSpec) -> tuple[str, ...]:
@@ -126,23 +126,108 @@ class TextModel(GraphModel):
 
     def prepare(self, spec: JobSpec, batches: Iterable[RowBatch]) -> Iterator[PreparedRows]:
         columns = [name for name in (spec.column, spec.pair_column) if name is not None]
-        job = _TextJob(self, spec)
         prompt = self._prompt(spec)
         for rows, parts in windows(batches, self._options.window_rows, WINDOW_BYTES):
             texts = distinct(parts, columns)
             truncate = spec.overlong not in ("error", "split")
             tokens = self.tokenizer.encode(texts.texts, truncate=truncate, prompt=prompt)
             pieces = self.tokenizer.split(texts.texts, tokens, prompt) if spec.overlong == "split" else {}
-            yield job.window(rows, texts, tokens, pieces)
+            yield self._window(spec, rows, texts, tokens, pieces)
 
-    def too_large(self, budget: int) -> None:
+    def _window(
+        self, spec: JobSpec, rows: Indices, texts: DistinctTexts, tokens: Tokens, pieces: Mapping[int, Tokens]
+    ) -> PreparedRows:
+        failures = [RowFailure(int(rows[at]), *failure) for at, failure in texts.failures.items()]
+        # Positions within the window, grouped by text.
+        members = np.argsort(texts.of_row, kind="stable")[int((texts.of_row < 0).sum()) :]
+        repeats = np.bincount(texts.of_row[members], minlength=len(texts.texts)).astype(np.int64)
+        bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(repeats)])
+
+        def rows_of(text: int) -> Indices:
+            return rows[members[bounds[text] : bounds[text + 1]]]
+
+        for text, failure in tokens.failures.items():
+            failures += [RowFailure(int(row), *failure) for row in rows_of(text)]
+        good = np.flatnonzero(tokens.lengths > 0)
+        self.count(
+            rows=len(rows),
+            prompt_tokens=int((tokens.lengths * repeats).sum()),
+            truncated_rows=int(repeats[tokens.truncated].sum()),
+            duplicate_rows=int((repeats[good] - 1).sum()),
+        )
+
+        def packed(budget: int, every: int = 1) -> list[Batch]:
+            # Every n-th by length: the lengths of the sample are spread as those of the window.
+            some = good if every == 1 else good[np.argsort(tokens.lengths[good], kind="stable")[::every]]
+            batches = [
+                self._batch(spec, tokens, some[batch], rows_of, budget)
+                for batch in self._batches_of(tokens.lengths[some], budget)
+            ]
+            # Longer texts than the model takes, in pieces; no part of a sample.
+            return batches + (long if every == 1 else [])
+
+        long = [self._pieces(spec, rows_of(text), pieces[text]) for text in sorted(pieces)]
+        return PreparedRows(packed(self.token_budget), tuple(failures), len(good), packed)
+
+    def _pieces(self, spec: JobSpec, rows: Indices, tokens: Tokens) -> Batch:
+        """The work on one text that is longer than the model's limit. ``rows``: those that have it."""
+
+        def compute(run: BoundRunner) -> ResultBatch:
+            vectors = np.zeros((len(tokens.lengths), self._vector_width(spec)), np.float32)
+            for batch in self._batches_of(tokens.lengths, self.token_budget):
+                parts, refused = bisect(
+                    lambda part: self._vectors(spec, self._head_output(run, spec, tokens, part), tokens.lengths[part]),
+                    batch,
+                    lambda: self._still_works(run),
+                )
+                if refused:
+                    failures = tuple(RowFailure(int(row), *refused[0][1:]) for row in rows)
+                    return ResultBatch(np.empty(0, np.int64), None, failures)
+                for part, made in parts:
+                    vectors[part] = made
+            weights = tokens.lengths / tokens.lengths.sum()
+            mean = (weights[None, :] @ vectors.astype(np.float64)).astype(np.float32)
+            if not results.finite(mean)[0]:
+                failures = tuple(RowFailure(int(row), *results.NOT_FINITE) for row in rows)
+                return ResultBatch(np.empty(0, np.int64), None, failures)
+            stored = {"embedding": np.repeat(self._stored(spec, mean), len(rows), axis=0)}
+            lengths = np.full(len(rows), int(tokens.lengths.sum()))
+            self.count(split_rows=len(rows), prompt_tokens=int(lengths.sum()))
+            return ResultBatch(rows, self._values(spec, stored, lengths))
+
+        return compute
+
+    def _batch(
+        self, spec: JobSpec, tokens: Tokens, items: Indices, rows_of: Callable[[int], Indices], budget: int
+    ) -> Batch:
+        def compute(run: BoundRunner) -> ResultBatch:
+            parts, refused = bisect(
+                lambda part: self._columns(spec, self._head_output(run, spec, tokens, part), tokens.lengths[part]),
+                items,
+                lambda: self._still_works(run),
+            )
+            if len(parts) > 1 and not refused:
+                self._too_large(budget)
+            done, made = finite_rows(parts, refused)
+            failures = tuple(RowFailure(int(row), *why) for text, *why in refused for row in rows_of(text))
+            if not len(done):
+                return ResultBatch(done, None, failures)
+            rows = [rows_of(text) for text in done]
+            repeats = np.array([len(those) for those in rows])
+            kept = {name: np.repeat(column, repeats, axis=0) for name, column in made.items()}
+            values = self._values(spec, kept, np.repeat(tokens.lengths[done], repeats))
+            return ResultBatch(np.concatenate(rows), values, failures)
+
+        return compute
+
+    def _too_large(self, budget: int) -> None:
         """A batch of this budget failed whole and passed in halves: use half of it from now on."""
         with self._lock:
             if self.token_budget == budget:
                 self.token_budget = max(1, budget // 2)
                 self.counts["budget_halvings"] += 1
 
-    def batches_of(self, lengths: Indices, budget: int) -> list[Indices]:
+    def _batches_of(self, lengths: Indices, budget: int) -> list[Indices]:
         rows = self._options.max_batch
         if self._fixed_batch is not None:
             rows = min(rows, self._fixed_batch)
@@ -153,13 +238,13 @@ class TextModel(GraphModel):
             return [group[part] for group in groups for part in batches_by_length(lengths[group], budget, rows)]
         return batches_by_length(lengths, max(budget, self._fixed_length or 1), rows)
 
-    def states(self, run: BoundRunner, spec: JobSpec, tokens: Tokens, items: Indices) -> Floats:
+    def _head_output(self, run: BoundRunner, spec: JobSpec, tokens: Tokens, items: Indices) -> Floats:
         """The head's output for the texts ``items``, float32 [k, s, d] or [k, d]."""
         out = self._forward(run, self._head(spec), tokens, items)
         self.count(runs=1, padded_tokens=len(items) * int(tokens.lengths[items].max()))
         return out
 
-    def still_works(self, run: BoundRunner) -> bool:
+    def _still_works(self, run: BoundRunner) -> bool:
         """Whether the session computes what it computed when it was loaded."""
         return runs(lambda: self._forward(run, self._own, self._sample, np.zeros(1, np.int64)))
 
@@ -198,20 +283,18 @@ class TextModel(GraphModel):
                 flat, fill = (tokens.ids, self.tokenizer.pad_id) if name == "input_ids" else (tokens.types, 0)
                 array = np.full((n, width), fill, dtype=value.dtype)
                 array[mask] = flat[source]
-            if self._fixed_batch is not None and n < self._fixed_batch:
-                array = np.concatenate([array, np.repeat(array[:1], self._fixed_batch - n, axis=0)])
-            feed[name] = array
+            feed[name] = filled(array, self._fixed_batch)
         return feed
 
-    def vectors(self, spec: JobSpec, out: Floats, lengths: Indices) -> Floats:
+    def _vectors(self, spec: JobSpec, out: Floats, lengths: Indices) -> Floats:
         """Sentence embeddings of the model, before they are scaled to unit length, float32 [k, width]."""
         if self._head(spec).rank == 2:  # the graph has applied the layers, see check_layers
             return out
         start = 0 if self._folder.include_prompt else self.tokenizer.prompt_length(self._prompt(spec))
         return self._layers(pooling.pool(out, lengths, self._modes(spec), start))
 
-    def vector_width(self, spec: JobSpec) -> int:
-        """Numbers in a vector of :meth:`vectors`. Raises :class:`~storage.errors.InvalidJob` for a pooling that gives
+    def _vector_width(self, spec: JobSpec) -> int:
+        """Numbers in a vector of :meth:`_vectors`. Raises :class:`~storage.errors.InvalidJob` for a pooling that gives
         other vectors than the model's layers take."""
         used = self._head(spec)
         if used.rank == 2:
@@ -227,7 +310,7 @@ class TextModel(GraphModel):
             width = layer.n_out
         return width
 
-    def stored(self, spec: JobSpec, vectors: Floats) -> Array:
+    def _stored(self, spec: JobSpec, vectors: Floats) -> Array:
         """Sentence embeddings as the job wants them (see :func:`.pooled_results.finished`)."""
         folder = self._folder
         if folder.truncate_dim is not None and spec.dimensions is None:
@@ -236,14 +319,14 @@ class TextModel(GraphModel):
             vectors = own[:, : folder.truncate_dim]
         return results.finished(spec, vectors, normalize=folder.unit_length(spec))
 
-    def columns(self, spec: JobSpec, out: Floats, lengths: Indices) -> dict[str, npt.NDArray[Any]]:
+    def _columns(self, spec: JobSpec, out: Floats, lengths: Indices) -> dict[str, npt.NDArray[Any]]:
         """What is kept of a batch, per text: ``embedding`` [k, d], ``probabilities`` [k, labels] or ``score`` [k]; and
         ``finite``, bool [k]: whether these are numbers."""
         match self.task:
             case Task.EMBED:
-                vectors = self.vectors(spec, out, lengths)
+                vectors = self._vectors(spec, out, lengths)
                 finite = results.finite(vectors)
-                return {"embedding": self.stored(spec, np.where(finite[:, None], vectors, 0)), "finite": finite}
+                return {"embedding": self._stored(spec, np.where(finite[:, None], vectors, 0)), "finite": finite}
             case Task.CLASSIFY:
                 softmax = self._folder.class_activation(out.shape[1]) == "softmax"
                 p = pooling.softmax(out) if softmax else pooling.sigmoid(out)
@@ -253,8 +336,8 @@ class TextModel(GraphModel):
                 score = (pooling.sigmoid(out) if sigmoid else out)[:, 0]
                 return {"score": score, "finite": np.isfinite(score)}
 
-    def values(self, spec: JobSpec, columns: dict[str, npt.NDArray[Any]], lengths: Indices) -> pa.RecordBatch:
-        """Result rows, from what :meth:`columns` kept, already one per row."""
+    def _values(self, spec: JobSpec, columns: dict[str, npt.NDArray[Any]], lengths: Indices) -> pa.RecordBatch:
+        """Result rows, from what :meth:`_columns` kept, already one per row."""
         schema = self.result_schema(spec)
         match self.task:
             case Task.EMBED:
@@ -267,98 +350,3 @@ class TextModel(GraphModel):
             case _:
                 arrays = {"score": pa.array(np.ascontiguousarray(columns["score"]))}
         return record_batch(arrays, schema)
-
-
-class _TextJob:
-    """The windows of one ``infer`` call."""
-
-    def __init__(self, model: TextModel, spec: JobSpec) -> None:
-        self._model = model
-        self._spec = spec
-
-    def window(self, rows: Indices, texts: DistinctTexts, tokens: Tokens, pieces: Mapping[int, Tokens]) -> PreparedRows:
-        failures = [RowFailure(int(rows[at]), code, message) for at, (code, message) in texts.failures.items()]
-        # Positions within the window, grouped by text: those of text u are members[bounds[u]:bounds[u + 1]].
-        members = np.argsort(texts.of_row, kind="stable")[int((texts.of_row < 0).sum()) :]
-        repeats = np.bincount(texts.of_row[members], minlength=len(texts.texts)).astype(np.int64)
-        bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(repeats)])
-        for text, (code, message) in tokens.failures.items():
-            failures += [RowFailure(int(rows[at]), code, message) for at in members[bounds[text] : bounds[text + 1]]]
-        good = np.flatnonzero(tokens.lengths > 0)
-        self._model.count(
-            rows=len(rows),
-            prompt_tokens=int((tokens.lengths * repeats).sum()),
-            truncated_rows=int(repeats[tokens.truncated].sum()),
-            duplicate_rows=int((repeats[good] - 1).sum()),
-        )
-
-        def packed(budget: int, every: int = 1) -> list[Batch]:
-            # Every n-th by length: the lengths of the sample are spread as those of the window.
-            some = good if every == 1 else good[np.argsort(tokens.lengths[good], kind="stable")[::every]]
-            batches = [
-                self._batch(rows, tokens, some[batch], members, bounds, budget)
-                for batch in self._model.batches_of(tokens.lengths[some], budget)
-            ]
-            # Longer texts than the model takes, in pieces; no part of a sample.
-            return batches + (long if every == 1 else [])
-
-        long = [self._pieces(rows[members[bounds[text] : bounds[text + 1]]], pieces[text]) for text in sorted(pieces)]
-        return PreparedRows(packed(self._model.token_budget), tuple(failures), len(good), packed)
-
-    def _pieces(self, rows: Indices, tokens: Tokens) -> Batch:
-        """The work on one text that is longer than the model's limit. ``rows``: those that have it."""
-        model, spec = self._model, self._spec
-
-        def compute(run: BoundRunner) -> ResultBatch:
-            vectors = np.zeros((len(tokens.lengths), model.vector_width(spec)), np.float32)
-            for batch in model.batches_of(tokens.lengths, model.token_budget):
-                parts, refused = bisect(
-                    lambda part: model.vectors(spec, model.states(run, spec, tokens, part), tokens.lengths[part]),
-                    batch,
-                    lambda: model.still_works(run),
-                )
-                if refused:
-                    failures = tuple(RowFailure(int(row), *refused[0][1:]) for row in rows)
-                    return ResultBatch(np.empty(0, np.int64), None, failures)
-                for part, made in parts:
-                    vectors[part] = made
-            weights = tokens.lengths / tokens.lengths.sum()
-            mean = (weights[None, :] @ vectors.astype(np.float64)).astype(np.float32)
-            if not results.finite(mean)[0]:
-                failures = tuple(RowFailure(int(row), *results.NOT_FINITE) for row in rows)
-                return ResultBatch(np.empty(0, np.int64), None, failures)
-            stored = {"embedding": np.repeat(model.stored(spec, mean), len(rows), axis=0)}
-            lengths = np.full(len(rows), int(tokens.lengths.sum()))
-            model.count(split_rows=len(rows), prompt_tokens=int(lengths.sum()))
-            return ResultBatch(rows, model.values(spec, stored, lengths))
-
-        return compute
-
-    def _batch(
-        self, rows: Indices, tokens: Tokens, items: Indices, members: Indices, bounds: Indices, budget: int
-    ) -> Batch:
-        model, spec = self._model, self._spec
-
-        def compute(run: BoundRunner) -> ResultBatch:
-            parts, refused = bisect(
-                lambda part: model.columns(spec, model.states(run, spec, tokens, part), tokens.lengths[part]),
-                items,
-                lambda: model.still_works(run),
-            )
-            if len(parts) > 1 and not refused:
-                model.too_large(budget)
-            done, made = finite_rows(parts, refused)
-            failures = tuple(
-                RowFailure(int(rows[at]), code, message)
-                for text, code, message in refused
-                for at in members[bounds[text] : bounds[text + 1]]
-            )
-            if not len(done):
-                return ResultBatch(done, None, failures)
-            repeats = bounds[done + 1] - bounds[done]
-            kept = {name: np.repeat(column, repeats, axis=0) for name, column in made.items()}
-            at = np.concatenate([members[bounds[text] : bounds[text + 1]] for text in done])
-            values = model.values(spec, kept, np.repeat(tokens.lengths[done], repeats))
-            return ResultBatch(rows[at], values, failures)
-
-        return compute

@@ -65,6 +65,13 @@ def is_float(dtype: np.dtype[Any]) -> bool:
     return carrier(dtype).kind == "f"
 
 
+def finite(array: Array) -> npt.NDArray[np.bool_]:
+    """Which elements are finite numbers, element by element; all, of types other than floats."""
+    if not is_float(array.dtype):
+        return np.ones(array.shape, np.bool_)
+    return np.asarray(np.isfinite(array.astype(carrier(array.dtype), copy=False)))
+
+
 def is_low_precision_type(name: str) -> bool:
     """Whether ONNX Runtime's name of a value's type, such as ``tensor(bfloat16)``, is one of this module's."""
     return name.removeprefix("tensor(").removesuffix(")") in CARRIERS

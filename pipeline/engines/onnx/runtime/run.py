@@ -235,6 +235,12 @@ class SessionRunner:
         return _IoBuffers(binding, inputs, kept, n_bytes)
 
 
+def filled(array: Array, size: int | None) -> Array:
+    """The rows, [n, ...], and copies of the last one until there are ``size``, for a graph that takes no fewer."""
+    missing = 0 if size is None else size - len(array)
+    return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing > 0 else array
+
+
 class BoundRunner:
     """A session runner, bound to the cancel scope of one ``infer`` call while it works on one batch.
 

@@ -50,19 +50,18 @@ def read(column: Column, rank: int | None, name: str, *, unit: bool = False) -> 
     else:
         valid = _valid(column)
         rows = _layout(column)
-    if rank is None and rows.shapes.shape[1] > MOST_AXES:
-        failure = (RowErrorCode.WRONG_SHAPE, f"{name}: the row has {rows.shapes.shape[1]} axes; {MOST_AXES} at most")
-        shapes = np.zeros((len(column), 0), np.int64)
-        return RowTensors(rows.flat, rows.starts, shapes, dict.fromkeys(range(len(column)), failure))
-    if rank is not None and rows.shapes.shape[1] != rank:
-        found = rows.shapes.shape[1]
-        failure = (RowErrorCode.WRONG_SHAPE, f"{name}: the row has {found} axes, the graph wants {rank}")
-        return RowTensors(
-            rows.flat, rows.starts, np.zeros((len(column), rank), np.int64), dict.fromkeys(range(len(column)), failure)
-        )
+    axes, n = rows.shapes.shape[1], len(column)
+    if axes != rank and (rank is not None or axes > MOST_AXES):
+        failures = dict.fromkeys(range(n), _wrong_rank(name, axes, rank))
+        return RowTensors(rows.flat, rows.starts, np.zeros((n, rank or 0), np.int64), failures)
     made = RowTensors(rows.flat, rows.starts, rows.shapes, _failures(rows.bad, valid, name), permutation)
     _addressable(made, name)
     return made
+
+
+def _wrong_rank(name: str, axes: int, rank: int | None) -> Failure:
+    wanted = f"; {MOST_AXES} at most" if rank is None else f", the graph wants {rank}"
+    return RowErrorCode.WRONG_SHAPE, f"{name}: the row has {axes} axes{wanted}"
 
 
 _NULL_INSIDE, _RAGGED, _NOT_UTF8 = 1, 2, 4
@@ -175,8 +174,7 @@ def _shaped(column: Column, rank: int | None, name: str, *, unit: bool) -> RowTe
     given = np.where(usable, shape.shapes[:, 0], 0)
     too_many = given > MOST_AXES
     for row in np.flatnonzero(too_many):
-        message = f"{name}: the row has {int(given[row])} axes; {MOST_AXES} at most"
-        failures[int(row)] = (RowErrorCode.WRONG_SHAPE, message)
+        failures[int(row)] = _wrong_rank(name, int(given[row]), None)
     usable &= ~too_many
     given[too_many] = 0
     starts = shape.starts
@@ -190,10 +188,7 @@ def _shaped(column: Column, rank: int | None, name: str, *, unit: bool) -> RowTe
     counts = data.shapes[:, 0]
     wrong_rank = usable & (given != width) if rank is not None else np.zeros(len(column), np.bool_)
     for row in np.flatnonzero(wrong_rank):
-        failures[int(row)] = (
-            RowErrorCode.WRONG_SHAPE,
-            f"{name}: the row has {int(given[row])} axes, the graph wants {rank}",
-        )
+        failures[int(row)] = _wrong_rank(name, int(given[row]), rank)
     # In floating point, so that sizes whose product overflows do not match by accident.
     elements = np.prod(np.where(there, shapes, 1), axis=1, dtype=np.float64)
     for row in np.flatnonzero(usable & ~wrong_rank & ((there & (shapes < 0)).any(axis=1) | (elements != counts))):

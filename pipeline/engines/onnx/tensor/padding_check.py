@@ -150,7 +150,7 @@ class Padding:
             if not all(sizes.values()):
                 continue
             shown = {name: rows.gather(np.array([item])) for name, rows in tensors.items()}
-            if not all(map(_finite, shown.values())):
+            if not all(low_precision.finite(array).all() for array in shown.values()):
                 continue
             half, masked = dict(shown), dict(shown)
             for value in inputs:
@@ -165,14 +165,6 @@ class Padding:
         return None
 
 
-def _numbers(array: Array) -> Array:
-    return array.astype(low_precision.carrier(array.dtype), copy=False)
-
-
-def _finite(array: Array) -> bool:
-    return not low_precision.is_float(array.dtype) or bool(np.isfinite(_numbers(array)).all())
-
-
 def _differ(half: Array, shown: Array) -> bool:
     """Whether the rest of a row is unlike its first half, by their means: a graph that takes means must not be
     fooled."""
@@ -180,7 +172,7 @@ def _differ(half: Array, shown: Array) -> bool:
         return False
     if half.dtype == np.object_:
         return set(half.reshape(-1)) != set(shown.reshape(-1))
-    some: Sequence[Array] = [_numbers(array) for array in (half, shown)]
+    some: Sequence[Array] = [array.astype(low_precision.carrier(array.dtype), copy=False) for array in (half, shown)]
     one, other = (float(array.mean(dtype=np.float64)) for array in some)
     flat = some[1].reshape(-1)
     spread = float(flat[:: max(1, len(flat) // _SAMPLED)].astype(np.float64).std())

@@ -78,13 +78,12 @@ class RowTensors:
 
     def finite(self, name: str) -> None:
         """Record ``not_finite`` for rows with a NaN or an infinity."""
-        if low_precision.is_float(self.flat.dtype):
-            flat = self.flat
-            self.refuse(
-                ~np.isfinite(flat),
-                RowErrorCode.NOT_FINITE,
-                lambda at: f"{name} holds {flat[at]}, which the job refuses",
-            )
+        flat = self.flat
+        self.refuse(
+            ~low_precision.finite(flat),
+            RowErrorCode.NOT_FINITE,
+            lambda at: f"{name} holds {flat[at]}, which the job refuses",
+        )
 
     def below(self, limit: int, name: str) -> None:
         """Record ``invalid_value`` for rows with an index outside ``-limit … limit - 1``."""

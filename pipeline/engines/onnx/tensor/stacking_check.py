@@ -44,10 +44,7 @@ def pick_probe_rows(inputs: Sequence[Array]) -> list[int]:
     n = len(inputs[0])
     clean = np.ones(n, np.bool_)
     for array in inputs:
-        if low_precision.is_float(array.dtype):
-            clean &= (
-                np.isfinite(array.astype(low_precision.carrier(array.dtype), copy=False)).reshape(n, -1).all(axis=1)
-            )
+        clean &= low_precision.finite(array).reshape(n, -1).all(axis=1)
     of = np.flatnonzero(clean) if clean.sum() > 1 else np.arange(n)
     differs = np.zeros(len(of), np.bool_)
     for array in inputs:
@@ -59,9 +56,7 @@ def pick_probe_rows(inputs: Sequence[Array]) -> list[int]:
 
 def conclusive(output: Array) -> bool:
     """False for floats without a finite one: they would equal those of another row, whatever was computed."""
-    if not low_precision.is_float(output.dtype) or not output.size:
-        return True
-    return bool(np.isfinite(output.astype(low_precision.carrier(output.dtype), copy=False)).any())
+    return not output.size or bool(low_precision.finite(output).any())
 
 
 def allclose(stacked: Array, alone: Array) -> bool:

@@ -12,7 +12,7 @@ from pipeline.engines.base import ResultBatch, RowBatch, RowFailure
 from pipeline.engines.onnx.runtime import low_precision
 from pipeline.engines.onnx.runtime.graph_model import GraphModel, runs
 from pipeline.engines.onnx.runtime.options import OnnxOptions
-from pipeline.engines.onnx.runtime.run import Array, BoundRunner
+from pipeline.engines.onnx.runtime.run import Array, BoundRunner, filled
 from pipeline.engines.onnx.runtime.session_pool import SessionPool
 from pipeline.engines.onnx.runtime.signature import Dim, GraphValue, RowMode, Signature, fixed_batch
 from pipeline.engines.onnx.runtime.stream import Batch, Indices, PreparedRows, bisect, record_batch
@@ -325,9 +325,7 @@ class TensorModel(GraphModel):
             stacked = rows[value.name].astype(value.dtype, copy=False)
             if self._mode == "whole" or (self._mode == "unit" and stacked.ndim == len(value.dims or ()) + 1):
                 stacked = stacked.reshape(stacked.shape[1:])  # of the one row
-            if self._fixed is not None and len(stacked) < self._fixed:
-                stacked = np.concatenate([stacked, np.repeat(stacked[-1:], self._fixed - len(stacked), axis=0)])
-            feed[value.name] = stacked
+            feed[value.name] = filled(stacked, self._fixed)
         return feed
 
     def _fed(self, run: BoundRunner, rows: Mapping[str, Array]) -> list[Array]:

@@ -542,8 +542,8 @@ def test_an_error_of_the_reader_reaches_the_caller(tiny: OnnxEngine) -> None:
 
 
 def graph_of(made: OnnxEngine) -> Path:
-    assert made._graph is not None
-    return made._graph
+    assert made._loaded is not None
+    return made._loaded.graphs.raw
 
 
 def test_a_graph_with_its_tokenizer_beside_it_needs_no_checkpoint(
@@ -630,7 +630,7 @@ def test_check_refuses_an_architecture_that_has_no_graph(encoder: Path, tmp_path
     (folder / "tokenizer.json").write_bytes((encoder / "tokenizer.json").read_bytes())
     (folder / "config.json").write_text('{"model_type": "longformer", "architectures": ["LongformerModel"]}')
     (folder / "model.safetensors").write_bytes(b"weights")
-    with pytest.raises(InvalidModel, match=r"'longformer', which has no ONNX graph: .* Use a model of another"):
+    with pytest.raises(InvalidModel, match=r"'longformer', which PyTorch cannot export to ONNX: .* Use a model of another"):
         OnnxEngine.check(job("embed"), model_at(folder), SCHEMA)
 
 
