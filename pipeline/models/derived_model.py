@@ -12,19 +12,11 @@ from pipeline.models import external_data, module_folders
 from pipeline.models.model import Model
 from storage.errors import InvalidJob, InvalidModel
 
-_WEIGHTS = (
-    "*.safetensors",
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-    "*.onnx",
-    "*.onnx.data",
-    "*.onnx_data",
-    "*.h5",
-    "*.msgpack",
+_NOT_COPIED = (
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack"),
+    *("*.onnx", "*.onnx.data", "*.onnx_data", "onnx", "openvino"),
+    *(".*", "__pycache__"),
 )
-_NOT_COPIED = (*_WEIGHTS, ".*", "__pycache__", "*.safetensors.index.json", "onnx", "openvino")
 GRAPH = "model.onnx"
 
 

@@ -75,8 +75,8 @@ def check_exportable(folder: Path) -> None:
     kind = json_text.loads((folder / "config.json").read_bytes()).get("model_type")
     if kind in WITHOUT_GRAPH:
         raise InvalidModel(
-            f"{folder} is of the architecture {kind!r}, which PyTorch cannot export to ONNX: {WITHOUT_GRAPH[kind]}. Use a model of "
-            "another architecture (docs/reference/architectures.md lists some)",
+            f"{folder} is of the architecture {kind!r}, which PyTorch cannot export to ONNX: {WITHOUT_GRAPH[kind]}. "
+            "Use a model of another architecture (docs/reference/architectures.md lists some)",
             field="model",
         )
     if any(folder.glob("*.safetensors")):

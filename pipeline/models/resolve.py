@@ -251,11 +251,7 @@ def is_ignored(name: str) -> bool:
 
 
 def _graphs(files: dict[str, Path]) -> list[str]:
-    return [name for name in files if fnmatch(name, "*.onnx") and (name.count("/") == 0 or _in_onnx_folder(name))]
-
-
-def _in_onnx_folder(name: str) -> bool:
-    return name.startswith("onnx/") and name.count("/") == 1
+    return [name for name in files if name.endswith(".onnx") and name.rpartition("/")[0] in ("", "onnx")]
 
 
 def _preference(graph: str) -> tuple[int, str]:

@@ -8,13 +8,13 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.engines.arrow_text import is_text
 from pipeline.engines.media.images import is_image
 from pipeline.engines.model_config import image
 from pipeline.engines.model_config.text import TextFolder
 from pipeline.engines.model_config.text import read as read_folder
 from pipeline.engines.onnx.models.image_model import POOLED, image_head, image_input, token_states
 from pipeline.engines.onnx.models.output_head import check_classes, check_inputs, check_layers, head
-from pipeline.engines.onnx.models.tokenizer import is_text
 from pipeline.engines.onnx.runtime import options as onnx_options
 from pipeline.engines.onnx.runtime import signature as onnx_graph
 from pipeline.engines.onnx.runtime.options import OnnxOptions
@@ -214,7 +214,7 @@ def check_text_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
         if name is None:
             continue
         kind = _column_type(schema, name, role)
-        if not is_text(kind):
+        if not is_text(kind.value_type if isinstance(kind, pa.DictionaryType) else kind):
             raise InvalidInput(f"column {name!r} is {kind}; text must be string or binary", field=role)
         names.append(name)
     return tuple(dict.fromkeys(names))

@@ -134,9 +134,9 @@ def test_memory_is_what_the_container_leaves(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 200\n")
-    assert ort.memory_left(tmp_path) == 500 and ort.memory_total(tmp_path) == 1000
+    assert ort.memory_left(tmp_path) == 500
     (tmp_path / "memory.max").write_text("max\n")
-    assert ort.memory_left(tmp_path) > 1000 < ort.memory_total(tmp_path)
+    assert ort.memory_left(tmp_path) > 1000
 
 
 def test_gpus_are_named_as_the_driver_names_them(tmp_path: Path) -> None:

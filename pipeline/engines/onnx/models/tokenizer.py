@@ -32,20 +32,6 @@ Failure = tuple[str, str]
 """A ``RowErrorCode`` and a message."""
 
 
-def is_text(kind: pa.DataType) -> bool:
-    """True for what a text column may be: strings or bytes, plain, large, view or dictionary-encoded."""
-    if pa.types.is_dictionary(kind):
-        return is_text(kind.value_type)
-    return (
-        pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or pa.types.is_string_view(kind)
-        or pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-        or pa.types.is_binary_view(kind)
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class DistinctTexts:
     """The distinct values of n rows. ``texts``: u tuples of one text or a pair; ``of_row``: int64 [n], which of them a

@@ -23,11 +23,12 @@ from pipeline.engines.onnx.runtime import layout as onnx_layout
 from pipeline.engines.onnx.runtime.graph_cache import Graphs
 from pipeline.engines.onnx.runtime.layout import Layout
 from pipeline.engines.onnx.runtime.options import OnnxOptions
-from pipeline.engines.onnx.runtime.ort import gpu_names, memory_total, processor
+from pipeline.engines.onnx.runtime.ort import gpu_names, processor
 from pipeline.engines.onnx.runtime.run import CancelScope, Stopped
 from pipeline.engines.onnx.runtime.session_pool import SessionPool, memory_for_copies
 from pipeline.engines.onnx.runtime.stream import Batch, settle
 from pipeline.host.cpu import available_cores
+from pipeline.host.memory import memory_bytes
 from storage.errors import Blame, EngineDead
 from storage.log_actions import Action
 from storage.logs import get_logger
@@ -189,7 +190,7 @@ def key(digest: str, graph: Path, task: str, version: str, providers: Sequence[s
     """Names what was measured: the model on this ONNX Runtime, its providers, the machine, the options set."""
     chosen = options.model_dump(mode="json", exclude={"window_rows", "autotune", "allow_fallback"})
     parts = [MEASURED, digest, graph.name, task, version, *providers, processor(), available_cores(), chosen]
-    parts += [round(memory_total() / 2**30), gpu_names()]
+    parts += [round(memory_bytes() / 2**30), gpu_names()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

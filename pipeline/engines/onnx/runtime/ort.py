@@ -86,34 +86,21 @@ def import_runtime() -> Any:
     return onnxruntime
 
 
-def memory_total(cgroup: Path = CGROUP) -> int:
-    """Bytes of memory that this machine, or the container's limit, gives in all."""
-    limit, _ = _cgroup_memory(cgroup)
-    total = int(psutil.virtual_memory().total)
-    return total if limit is None else min(total, limit)
-
-
 def memory_left(cgroup: Path = CGROUP) -> int:
     """Bytes of memory that can still be had, within the container's limit; its cache of files can be taken back."""
-    limit, used = _cgroup_memory(cgroup)
-    available = int(psutil.virtual_memory().available)
-    return available if limit is None else max(0, min(available, limit - used))
-
-
-def _cgroup_memory(cgroup: Path) -> tuple[int | None, int]:
-    """Limit (``None``: there is none) and use of this process's control group, version 2 or 1, in bytes."""
-    for limit, used, cache in (
+    left = int(psutil.virtual_memory().available)
+    for limit, used, cache in (  # of control groups, version 2 and version 1
         ("memory.max", "memory.current", "inactive_file"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
     ):
         with suppress(OSError, ValueError):
             most = int((cgroup / limit).read_text(encoding="ascii"))  # "max" is no number
-            now = int((cgroup / used).read_text(encoding="ascii"))
+            most -= int((cgroup / used).read_text(encoding="ascii"))
             with suppress(OSError, ValueError):
                 stat = (cgroup / used).with_name("memory.stat").read_text(encoding="ascii")
-                now -= {name: int(n) for name, n in map(str.split, stat.splitlines())}.get(cache, 0)
-            return most, max(0, now)
-    return None, 0
+                most += {name: int(n) for name, n in map(str.split, stat.splitlines())}.get(cache, 0)
+            left = max(0, min(left, most))
+    return left
 
 
 def gpu_names(driver: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:

@@ -630,7 +630,7 @@ def test_check_refuses_an_architecture_that_has_no_graph(encoder: Path, tmp_path
     (folder / "tokenizer.json").write_bytes((encoder / "tokenizer.json").read_bytes())
     (folder / "config.json").write_text('{"model_type": "longformer", "architectures": ["LongformerModel"]}')
     (folder / "model.safetensors").write_bytes(b"weights")
-    with pytest.raises(InvalidModel, match=r"'longformer', which PyTorch cannot export to ONNX: .* Use a model of another"):
+    with pytest.raises(InvalidModel, match=r"'longformer', which PyTorch cannot export to ONNX: .* Use"):
         OnnxEngine.check(job("embed"), model_at(folder), SCHEMA)
 
 
