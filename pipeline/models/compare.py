@@ -17,7 +17,7 @@ Numbers = npt.NDArray[np.float64]
 
 _AT_LEAST = ("min_cosine", "mean_cosine", "agreement")
 UNIT = 0.01
-"""By how much a vector of unit length may miss it."""
+"""How far from 1 the length of a unit vector may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +60,11 @@ class Limits:
     length_change: float | None = None
 
     def broken(self, diff: OutputDiff, required: Collection[str] = ()) -> list[str]:
-        """What is beyond its limit, in words. Rows that only one of the models computed are never within limits.
+        """What is beyond its limit, in words; empty when all is within.
 
-        Neither are results of which nothing is measured, or nothing that one of the ``required`` limits is about.
-        Vectors of unit length keep it, whatever ``length_change`` allows.
+        Rows that only one of the models computed, results that no limit measures, and a ``required`` limit on
+        something that the results do not have are listed too. Unit vectors must keep their length whatever
+        ``length_change`` allows.
         """
         length = UNIT if diff.unit_length and self.length_change is not None else self.length_change
         found = []
@@ -99,7 +100,7 @@ DEFAULTS = {
     "score": Limits(relative_difference=0.25),
     "tensor": Limits(min_cosine=0.95, mean_cosine=0.985, agreement=0.99, relative_difference=0.25, length_change=0.1),
 }
-"""What 8-bit weights may cost, by task: each has a limit that every one of its results meets or breaks."""
+"""Default limits for a model with 8-bit weights, by task. Every result of a task is measured by one of them."""
 
 
 @dataclass(slots=True)

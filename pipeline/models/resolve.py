@@ -91,7 +91,7 @@ def resolve(name: str, cache_dir: Path) -> Model:
         raise InvalidModel(
             f"{error.filename or name} cannot be read: {error.strerror or error}", field=_FIELD
         ) from error
-    except RuntimeError as error:  # pathlib's, for a ring of symbolic links and for the home of nobody
+    except RuntimeError as error:  # from pathlib: a loop of symbolic links, or the home of an unknown user
         raise InvalidModel(f"{name} cannot be found: {error}", field=_FIELD) from error
     raise InvalidModel(_not_found(name, path), field=_FIELD)
 
@@ -184,7 +184,7 @@ def _external(path: Path) -> tuple[str, ...]:
         locations = external_data.locations(path)
     except ValueError as error:
         raise InvalidModel(f"{path} is not an ONNX graph: {error}", field=_FIELD) from error
-    # As ONNX Runtime has it: a graph that is a link, as in a snapshot of a hub, may have its weights where it leads.
+    # As in ONNX Runtime, the weights of a graph that is a link (in a snapshot of a hub) may lie beside its target.
     allowed = (path.parent.resolve(), path.resolve().parent)
     for location in locations:
         if not any((path.parent / location).resolve().is_relative_to(folder) for folder in allowed):

@@ -191,10 +191,10 @@ class TextTokenizer:
         return _tokens(kept, types, truncated, failures)
 
     def _beginnings(self, pairs: Mapping[int, tuple[str, str]], clip: int) -> dict[int, tuple[str, str]]:
-        """The same pairs, of long texts the first twice as many tokens as the limit: cutting a pair makes every
-        combination of the pieces of both.
+        """The pairs, with long texts cut to twice as many tokens as the limit.
 
-        Which of two such texts keeps one token more may follow from what was left of them.
+        Otherwise the tokenizer, which cuts the pair, would build every combination of the pieces of both texts. Which
+        of two such texts keeps one token more may depend on where they were cut.
         """
         limit = self.max_length or 0
         long = {text for pair in pairs.values() for text in pair if len(text) > PAIR_CHARACTERS * limit}

@@ -1,7 +1,7 @@
 """The file that a model's sessions are opened from: its graph, optimized once and kept.
 
-What ONNX Runtime does to a graph when it loads it, it can save, with the weights packed as the processor wants them;
-later sessions map that file. Measured (ONNX Runtime 1.31, two cores): 0.3 to 0.5 times the time to load, bit-equal
+ONNX Runtime can save a graph after optimizing it, with the weights packed for the processor; later sessions map that
+file. Measured (ONNX Runtime 1.31, two cores): 0.3 to 0.5 times the time to load, bit-equal
 results at the same speed, and the weights in memory once for all sessions and processes of a machine (docs/adr/0023).
 """
 

@@ -34,8 +34,8 @@ class Layout:
 
     @classmethod
     def default(cls, options: OnnxOptions, cores: int, *, on_cpu: bool) -> Layout:
-        """On CPU one copy that as many threads run as there are cores, each its own batch: twice as fast as one batch
-        that all of them share, and no slower than a copy each. On a GPU one batch at a time."""
+        """On a CPU: one copy of the model, and one thread for each core, each with a batch of its own. That is twice as
+        fast as all threads on one batch, and as fast as a copy for each thread. On a GPU: one batch at a time."""
         threads, sessions = options.threads or 1, options.sessions or 1
         lanes = max(1, cores // (threads * sessions)) if on_cpu else 1
         budget = options.token_budget or (CPU_TOKENS if on_cpu else GPU_TOKENS)

@@ -207,8 +207,8 @@ def _counted(placement: dict[str, int]) -> str:
 
 
 def memory_for_copies(file: GraphFile) -> int:
-    """How many copies of the model fit into half of the free memory: each takes its weights, twice while it loads,
-    unless they are mapped, and so shared."""
+    """How many copies of the model fit into half of the free memory. A copy takes twice its weights while it loads;
+    copies whose weights are mapped share them."""
     if file.optimized:
         return _MOST_SESSIONS
     return int(memory_left() / 2 // max(1, 2 * n_bytes(file.path)))

@@ -224,10 +224,10 @@ def fixed_batch(signature: Signature) -> int | None:
 def row_mode(signature: Signature, wanted: Literal["auto", "stack", "whole"]) -> RowMode:
     """How rows map onto the graph.
 
-    Stacked, when every input and output has a dynamic first axis, under one name where they name it: an output that
-    calls its first axis otherwise may have another number of items. On demand whatever the axes are called, and also
-    where it has one fixed size for all of them, which is then the size of every batch: such a graph may as well mean
-    one input of several lines. What the columns hold may decide it (see
+    Rows are stacked when every input and output has a dynamic first axis, with the same name where it has one; an
+    output with another name for it may have another number of items. With ``stack`` the names do not matter, and the
+    first axis may have one fixed size, which is then the size of every batch; without it such a graph is taken for one
+    whose input has several lines. What the columns hold may decide (see
     :func:`pipeline.engines.onnx.checks.settled_mode`). Raises
     :class:`~storage.errors.InvalidModel` when stacking was asked for and the graph cannot do it.
     """

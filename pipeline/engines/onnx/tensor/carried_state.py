@@ -34,7 +34,7 @@ class CarriedState:
 
     def check(self, mode: RowMode) -> None:
         """Raises :class:`~storage.errors.InvalidJob` for an input or output that the graph does not have, for two that
-        do not go together, and for an input whose shape nobody says."""
+        do not go together, and for an input of unknown shape."""
         if self.options and mode == "stack" and fixed_batch(self.signature) is not None:
             raise _refused(min(self.options), f"rows run one by one, and the graph takes several: {self.signature}")
         inputs = {value.name: value for value in self.signature.inputs}
