@@ -138,13 +138,14 @@ class TextModel(GraphModel):
         self, spec: JobSpec, rows: Indices, texts: DistinctTexts, tokens: Tokens, pieces: Mapping[int, Tokens]
     ) -> PreparedRows:
         failures = [RowFailure(int(rows[at]), *failure) for at, failure in texts.failures.items()]
-        # Positions within the window, grouped by text.
+        # Rows grouped by text: those of text u are grouped[bounds[u]:bounds[u + 1]].
         members = np.argsort(texts.of_row, kind="stable")[int((texts.of_row < 0).sum()) :]
         repeats = np.bincount(texts.of_row[members], minlength=len(texts.texts)).astype(np.int64)
         bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(repeats)])
+        grouped = rows[members]
 
         def rows_of(text: int) -> Indices:
-            return rows[members[bounds[text] : bounds[text + 1]]]
+            return grouped[bounds[text] : bounds[text + 1]]
 
         for text, failure in tokens.failures.items():
             failures += [RowFailure(int(row), *failure) for row in rows_of(text)]
