@@ -77,12 +77,12 @@ def bare(workload: str, source: str, model: str, output: Path) -> None:
 
 
 def daft(workload: str, source: str, model: str, output: Path) -> None:
-    """A batch function over the column that the model reads."""
+    """A batch function over the column that the model reads, of an object that holds the graph."""
     import daft
     from daft import DataType
 
     os.environ.setdefault("DAFT_PROGRESS_BAR", "0")
-    name, compute = _compute(workload, model)
+    name, _ = _compute(workload, model)
     reads = {"mlp": "x", "ngrams": "ngrams", "fake": "text"}.get(workload, "c000")
     kind = {
         "mlp": DataType.fixed_size_list(DataType.float32(), 1),
@@ -90,13 +90,18 @@ def daft(workload: str, source: str, model: str, output: Path) -> None:
         "fake": DataType.string(),
     }.get(workload, DataType.float64())
 
-    @daft.func.batch(return_dtype=kind)
-    def infer(column: daft.Series) -> Any:
-        return compute(pa.RecordBatch.from_arrays([column.to_arrow()], [reads]))
+    @daft.cls
+    class Model:
+        def __init__(self) -> None:
+            _, self.compute = _compute(workload, model)
+
+        @daft.method.batch(return_dtype=kind)
+        def infer(self, column: daft.Series) -> Any:
+            return self.compute(pa.RecordBatch.from_arrays([column.to_arrow()], [reads]))
 
     frame = daft.read_parquet(source)
     kept = _kept(workload, frame.column_names)
-    frame = frame.with_column(name, infer(frame[reads])).select(*kept, name)
+    frame = frame.with_column(name, Model().infer(frame[reads])).select(*kept, name)
     frame.write_parquet(str(output), compression="zstd")
 
 

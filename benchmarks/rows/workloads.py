@@ -104,7 +104,8 @@ def write_mlp(path: Path) -> None:
     """20 → 32 → 32 → 1, float32."""
     random = np.random.default_rng(1)
     sizes = (FEATURES, HIDDEN, HIDDEN, 1)
-    weights, nodes, last = {}, [], "x"
+    weights: dict[str, Any] = {}
+    nodes, last = [], "x"
     for at, (n_in, n_out) in enumerate(pairwise(sizes)):
         weights |= {f"w{at}": (random.standard_normal((n_in, n_out)) / np.sqrt(n_in)).astype(np.float32)}
         weights |= {f"b{at}": np.zeros(n_out, np.float32)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -66,8 +66,11 @@ def texts(column: Column, name: str) -> list[str | RowError]:
 
     ``name`` is what messages call the column. The type must be one that :func:`refusal` accepts.
     """
+    values = _values(column, name)
+    if is_text(column.type) and not column.null_count:
+        return cast(list[str | RowError], values)
     found: list[str | RowError] = []
-    for value in _values(column, name):
+    for value in values:
         if value is None:
             found.append(RowError(RowErrorCode.MISSING_VALUE, f"column {name!r} is null"))
         elif isinstance(value, (str, RowError)):

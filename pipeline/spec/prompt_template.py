@@ -41,6 +41,11 @@ class Template:
         self._names: Sequence[str] = names
         self.fields: tuple[str, ...] = tuple(dict.fromkeys(names))
 
+    @property
+    def is_one_field(self) -> bool:
+        """Whether the prompt is a column's text, and nothing else."""
+        return len(self._names) == 1 and not any(self._literals)
+
     def render(self, row: Mapping[str, str]) -> str:
         """The prompt of one row: column → its text (see :mod:`pipeline.engines.rendering`). A missing key raises
         ``KeyError``."""

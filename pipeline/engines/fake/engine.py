@@ -199,11 +199,12 @@ class _Text:
                     failures[at] = (RowErrorCode.ENGINE_REFUSED, f"scripted: the row contains {refused!r}")
         found = [at for at, text in enumerate(texts) if text is not None and at not in failures]
         good = [texts[at] or "" for at in found]
+        names = self._schema.names
         if self._spec.request_column is not None:
-            columns = fake_requests.answers(batch.columns, found, good)
+            columns = fake_requests.answers(batch.columns, found, good, names)
         elif self._spec.task in GENERATED:
             n, most = self._spec.sampling.get("n", 1), self._spec.sampling.get("max_tokens")
-            columns = fake_rows.answer_columns([fake_rows.answer_to(text, n, most) for text in good], good)
+            columns = fake_rows.answer_columns([fake_rows.answer_to(text, n, most) for text in good], good, names)
         else:
             columns = fake_rows.pooled(self._spec, good)
         arrays = [pa.array(columns[field.name], field.type) for field in self._schema]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -38,11 +38,13 @@ def texts_of(batch: pa.RecordBatch, n: int) -> fake_rows.Texts:
     return texts, failures
 
 
-def answers(batch: pa.RecordBatch, at: Sequence[int], prompts: Sequence[str]) -> dict[str, Any]:
-    """The result columns for the rows at these positions, whose prompts are ``prompts``."""
+def answers(batch: pa.RecordBatch, at: Sequence[int], prompts: Sequence[str], names: Collection[str]) -> dict[str, Any]:
+    """The result columns ``names`` for the rows at these positions, whose prompts are ``prompts``."""
     encoded = _column(batch, request_rows.PARAMETERS)
     return fake_rows.answer_columns(
-        [_answer(request_rows.decoded(encoded[row]), text) for row, text in zip(at, prompts, strict=True)], prompts
+        [_answer(request_rows.decoded(encoded[row]), text) for row, text in zip(at, prompts, strict=True)],
+        prompts,
+        names,
     )
 
 

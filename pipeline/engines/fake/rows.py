@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +48,8 @@ def is_numeric(kind: Any) -> bool:
 def reader(spec: JobSpec) -> Read:
     """How the rows of this job become texts: called with a batch and its number of rows. Not for ``tensor``."""
     if spec.prompt is not None:
-        return _rendered(Template(spec.prompt).fields, Template(spec.prompt).render)
+        template = Template(spec.prompt)
+        return _rendered(template.fields, None if template.is_one_field else template.render)
     if spec.messages is not None:
         turns = [(message.role, Template(message.content)) for message in spec.messages]
         fields = tuple(dict.fromkeys(name for _, template in turns for name in template.fields))
@@ -89,10 +90,10 @@ def _rendered(names: tuple[str, ...], render: Callable[[Mapping[str, str]], str]
 
 def _texts(column: Column, name: str, failures: dict[int, Failure]) -> list[str | None]:
     found = rendering.texts(column, name)
-    for at, text in enumerate(found):
-        if isinstance(text, RowError):
-            failures.setdefault(at, (text.code, text.message))
-    return [text if isinstance(text, str) else None for text in found]
+    errors = {at: text for at, text in enumerate(found) if isinstance(text, RowError)}
+    for at, error in errors.items():
+        failures.setdefault(at, (error.code, error.message))
+    return [text if isinstance(text, str) else None for text in found] if errors else cast(list[str | None], found)
 
 
 def _tokens(name: str) -> Read:
@@ -176,18 +177,21 @@ def answer_to(prompt: str, n: int, most: int | None, stops: Sequence[str] = ()) 
     return [text] if n == 1 else [text.replace("fake:", f"fake:{i}:", 1) for i in range(n)], reason
 
 
-def answer_columns(made: Sequence[tuple[list[str], str]], prompts: Sequence[str]) -> dict[str, Any]:
-    """The values of every result column that generate and chat may have."""
-    return {
-        "output": [outputs[0] for outputs, _ in made],
-        "outputs": [outputs for outputs, _ in made],
-        "finish_reason": [reason for _, reason in made],
-        "finish_reasons": [[reason] * len(outputs) for outputs, reason in made],
-        "prompt_tokens": word_counts(prompts),
-        "cached_tokens": np.zeros(len(made), np.int32),
-        "completion_tokens": [len(outputs) * len(outputs[0].split()) for outputs, _ in made],
-        "logprobs": [None] * len(made),
+def answer_columns(
+    made: Sequence[tuple[list[str], str]], prompts: Sequence[str], names: Collection[str]
+) -> dict[str, Any]:
+    """The values of the result columns ``names``, of those that generate and chat may have."""
+    columns: dict[str, Callable[[], Any]] = {
+        "output": lambda: [outputs[0] for outputs, _ in made],
+        "outputs": lambda: [outputs for outputs, _ in made],
+        "finish_reason": lambda: [reason for _, reason in made],
+        "finish_reasons": lambda: [[reason] * len(outputs) for outputs, reason in made],
+        "prompt_tokens": lambda: word_counts(prompts),
+        "cached_tokens": lambda: np.zeros(len(made), np.int32),
+        "completion_tokens": lambda: [len(outputs) * len(outputs[0].split()) for outputs, _ in made],
+        "logprobs": lambda: [None] * len(made),
     }
+    return {name: columns[name]() for name in names}
 
 
 def pooled(spec: JobSpec, texts: Sequence[str]) -> dict[str, Any]:
