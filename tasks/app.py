@@ -19,6 +19,7 @@ from celery import Celery
 from celery.signals import after_setup_logger, after_setup_task_logger, worker_shutdown, worker_shutting_down
 from celery.worker import state
 from kombu.transport import TRANSPORT_ALIASES
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_fixed
 
 from pipeline.config.settings import Settings
 from pipeline.engines import registry
@@ -122,14 +123,19 @@ def begin(consumer: Any) -> None:
 
 
 def _worker_once_the_database_answers() -> Worker:
-    while True:
-        try:
-            return worker()
-        except TransientError as error:
-            log.warning("this worker begins once the database answers: %s", error, action=Action.DATABASE_AWAITED)
-        for _ in range(_DATABASE_SECONDS):
-            state.maybe_shutdown()
-            time.sleep(1)
+    def tell(tried: RetryCallState) -> None:
+        error = tried.outcome.exception() if tried.outcome else None
+        log.warning("this worker begins once the database answers: %s", error, action=Action.DATABASE_AWAITED)
+
+    answered = retry_if_exception_type(TransientError)
+    return Retrying(retry=answered, wait=wait_fixed(_DATABASE_SECONDS), sleep=pause, before_sleep=tell)(worker)
+
+
+def pause(seconds: float) -> None:
+    """Sleep for whole seconds, unless this process is to end."""
+    for _ in range(int(seconds)):
+        state.maybe_shutdown()
+        time.sleep(1)
 
 
 def _asked_to_end(number: int, frame: Any) -> None:

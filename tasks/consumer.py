@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from celery.worker import state
 from celery.worker.consumer import Consumer as CeleryConsumer
 
 from storage.log_actions import Action
@@ -57,9 +56,7 @@ class Consumer(CeleryConsumer):
             exc,
             action=Action.BROKER_DISCONNECTED,
         )
-        for _ in range(self._pause):
-            state.maybe_shutdown()
-            time.sleep(1)
+        celery_app.pause(self._pause)
         self._failed_at = time.monotonic()
 
     def create_task_handler(self, *arguments: Any, **more: Any) -> Callable[[Any], None]:

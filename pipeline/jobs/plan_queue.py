@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterator
 
 from pipeline.engines.base import Cancellation
@@ -37,7 +36,7 @@ def plan_waiting(runtime: Runtime, over: Callable[[], bool], interrupt: Cancella
     """
     while not over():
         # Of its own, not the worker's: two threads of one worker may plan.
-        owner = f"{runtime.worker.id}#{secrets.token_hex(4)}"
+        owner = plan_leases.owner_of(runtime.worker.id)
         job_deaths.count(runtime.database, max_losses=runtime.settings.max_losses, actor=runtime.actor)
         job = plan_leases.claim(runtime.database, owner=owner, lease_seconds=runtime.settings.lease_seconds)
         if job is None:
@@ -64,7 +63,7 @@ def _plan(runtime: Runtime, job: Job, owner: str, interrupt: Cancellation) -> Jo
         pass  # another worker planned it, or it was cancelled
     except Interrupted as error:
         log.info("%s", error, action=Action.PLAN_INTERRUPTED)
-        plan_leases.let_go(runtime.database, [owner])
+        plan_leases.release(runtime.database, owner)
     except (TransientError, CommitUnknown) as error:
         log.warning("job %s could not be planned, trying again later: %s", job.id, error, action=Action.PLAN_POSTPONED)
         _postpone(runtime, job, owner, str(error))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -59,7 +58,7 @@ class PlanContext:
         """
         runtime, job = self.runtime, self.job
         # Of its own, not the worker's: two threads of one worker may plan.
-        owner = self.owner or f"{runtime.worker.id}#{secrets.token_hex(4)}"
+        owner = self.owner or plan_leases.owner_of(runtime.worker.id)
         seconds, renew_at = runtime.settings.lease_seconds, 0.0
 
         def going_on() -> None:
@@ -75,7 +74,7 @@ class PlanContext:
             yield going_on
         except BaseException:
             with suppress(TransientError, CommitUnknown):
-                plan_leases.let_go(runtime.database, [owner])
+                plan_leases.release(runtime.database, owner)
             raise
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 import sqlalchemy as sa
 
+from storage.queue import plan_leases
 from storage.sql import tables
 from storage.sql.database import Database
 from storage.states import ShardState
@@ -45,5 +46,5 @@ def attendants(database: Database, job_ids: Collection[str]) -> dict[str, set[st
     )
     found: dict[str, set[str]] = {job_id: set() for job_id in job_ids}
     for job_id, owner in database.rows(query):
-        found[job_id].add(str(owner).partition("#")[0])  # a planner adds a suffix of its own
+        found[job_id].add(plan_leases.worker_of(owner))
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import sqlalchemy as sa
 
@@ -56,12 +55,8 @@ def progress(database: Database, job: Job) -> Progress:
         tried = connection.execute(
             sa.select(
                 sa.func.count().label("n"),
-                sa.func.coalesce(sa.func.sum(sa.case((attempt.c.state == AttemptState.FAILED, 1), else_=0)), 0).label(
-                    "failed"
-                ),
-                sa.func.coalesce(sa.func.sum(sa.case((attempt.c.state == AttemptState.LOST, 1), else_=0)), 0).label(
-                    "lost"
-                ),
+                sa.func.count().filter(attempt.c.state == AttemptState.FAILED).label("failed"),
+                sa.func.count().filter(attempt.c.state == AttemptState.LOST).label("lost"),
                 sa.func.coalesce(sa.func.sum(attempt.c.rows_resumed), 0).label("resumed"),
                 sa.func.max(attempt.c.ended_at).label("ended"),
             )
@@ -89,15 +84,15 @@ def progress(database: Database, job: Job) -> Progress:
     )
 
 
-def _at_work(job_id: str) -> sa.Select[Any]:
+def _at_work(job_id: str) -> sa.Executable:
     """Attempts at the job that are running, those among them that load, and when the first of these began."""
     shard, attempt = tables.shard, tables.attempt
     loads = attempt.c.step == Step.LOADING
     return (
         sa.select(
             sa.func.count().label("n"),
-            sa.func.coalesce(sa.func.sum(sa.case((loads, 1), else_=0)), 0).label("loading"),
-            sa.func.min(sa.case((loads, attempt.c.started_at))).label("since"),
+            sa.func.count().filter(loads).label("loading"),
+            sa.func.min(attempt.c.started_at).filter(loads).label("since"),
             sa.cast(now(), sa.Double()).label("clock"),
         )
         .select_from(attempt)

@@ -9,6 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from storage.errors import NotFound
+from storage.queue import plan_leases
 from storage.sql import tables
 from storage.sql.database import Database, now
 from storage.sql.row_mapping import read, values
@@ -82,10 +83,8 @@ def unregister(database: Database, worker_id: str) -> None:
     So no lease of a job has an owner that nobody knows.
     """
     job = tables.job
-    # Planners add a suffix of their own to the worker's id (``pipeline.jobs.plan_queue``).
-    its = sa.or_(job.c.finalize_owner == worker_id, job.c.finalize_owner.startswith(f"{worker_id}#", autoescape=True))
     with database.write() as connection:
-        connection.execute(job.update().where(its).values(finalize_owner=None, finalize_until=None))
+        connection.execute(job.update().where(plan_leases.held_by([worker_id])).values(**plan_leases.FREE))
         connection.execute(tables.worker.delete().where(tables.worker.c.id == worker_id))
 
 
@@ -234,7 +233,7 @@ def holders(database: Database, job_id: str) -> list[Holder]:
         clock = connection.execute(sa.select(now())).scalar_one()
         until: dict[str, float] = {}
         for lease in connection.execute(leases):
-            owner = str(lease.owner).partition("#")[0]
+            owner = plan_leases.worker_of(lease.owner)
             until[owner] = max(lease.until, until.get(owner, 0.0))
         found = connection.execute(sa.select(tables.worker).where(tables.worker.c.id.in_(until))).all()
     return [Holder(_worker(row), until[row.id], until[row.id] - clock) for row in sorted(found, key=lambda row: row.id)]

@@ -11,6 +11,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from storage.queue import plan_leases
 from storage.sql import tables
 from storage.sql.database import Database, now
 from storage.sql.transitions import move_job, record
@@ -34,9 +35,7 @@ def count(
     if owners is None:
         dead = sa.and_(job.c.finalize_owner.is_not(None), job.c.finalize_until < now())
     else:
-        # Planners add a suffix of their own to the worker's id.
-        theirs = (job.c.finalize_owner.startswith(f"{owner}#", autoescape=True) for owner in owners)
-        dead = sa.or_(job.c.finalize_owner.in_(list(owners)), *theirs)
+        dead = plan_leases.held_by(owners)
     # Each of the two has its index.
     for which in (job.c.state.not_in(TERMINAL_JOB), job.c.needs_republish):
         query = sa.select(job.c.id, job.c.finalize_owner, job.c.finalize_until).where(which, dead).order_by(job.c.id)
@@ -53,7 +52,7 @@ def _count_one(database: Database, seen: Any, max_losses: int, actor: str) -> No
         if (row.finalize_owner, row.finalize_until) != (seen.finalize_owner, seen.finalize_until):
             return
         deaths, state = row.n_lost + 1, row.state
-        values: dict[str, Any] = {"finalize_owner": None, "finalize_until": None, "n_lost": deaths}
+        values: dict[str, Any] = {**plan_leases.FREE, "n_lost": deaths}
         planning = state is JobState.VALIDATING
         doing, kind = ("planning it", "plan.lost") if planning else ("publishing it", "finalize.lost")
         record(connection, row.id, kind, actor, data={"owner": row.finalize_owner, "deaths": deaths})

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from storage.errors import Conflict, IllegalTransition, NotFound
-from storage.queue import schedules
+from storage.queue import plan_leases, schedules
 from storage.queue.schedules import ConsumedFiles
 from storage.records import Event, FireKey, Job, NewJob, ShardPlan, Source
 from storage.sql import row_mapping, tables
@@ -148,22 +148,11 @@ def set_planned(
             rows_total += sum(item.row_n for item in part)
         # Only now: the tenant's row is locked, and claims and submits of the tenant wait, until this transaction ends.
         quotas.admit_rows(database, connection, found.tenant, rows_total)
-        move_job(
-            connection,
-            job_id,
-            JobState.VALIDATING,
-            JobState.QUEUED,
-            actor,
-            plan=dict(plan),
-            error=None,  # why an earlier try at planning it had to wait
-            n_lost=0,
-            n_shards=n_shards,
-            n_open=n_shards,
-            rows_total=rows_total,
-            finalize_owner=None,
-            finalize_until=None,
-            data={"shards": n_shards, "rows": rows_total},
-        )
+        counts = {"n_shards": n_shards, "n_open": n_shards, "rows_total": rows_total}
+        # The error says why an earlier try at planning it had to wait.
+        values = {"plan": dict(plan), "error": None, "n_lost": 0, **counts, **plan_leases.FREE}
+        data = {"shards": n_shards, "rows": rows_total}
+        move_job(connection, job_id, JobState.VALIDATING, JobState.QUEUED, actor, data=data, **values)
         if n_shards == 0:
             move_job(connection, job_id, JobState.QUEUED, JobState.FINALIZING, actor, started_at=now())
     return get(database, job_id)
@@ -179,18 +168,8 @@ def _shard_values(job: sa.Row[Any], item: ShardPlan, due: float) -> dict[str, An
 def refuse(database: Database, job_id: str, error: str, *, actor: str) -> None:
     """End a job whose planning found it unusable."""
     with database.write() as connection:
-        move_job(
-            connection,
-            job_id,
-            JobState.VALIDATING,
-            JobState.FAILED,
-            actor,
-            error=error,
-            finalize_owner=None,
-            finalize_until=None,
-            ended_at=now(),
-            data={"error": error},
-        )
+        values = {"error": error, "ended_at": now(), **plan_leases.FREE}
+        move_job(connection, job_id, JobState.VALIDATING, JobState.FAILED, actor, data={"error": error}, **values)
 
 
 def request_stop(database: Database, job_id: str, reason: str, *, actor: str) -> Job:
@@ -209,19 +188,9 @@ def request_stop(database: Database, job_id: str, reason: str, *, actor: str) ->
         if state in TERMINAL_JOB:
             raise IllegalTransition("job", state, JobState.CANCELLING, "it has ended, there is nothing to stop")
         if state not in (JobState.CANCELLING, JobState.FINALIZING):
-            move_job(
-                connection,
-                job_id,
-                state,
-                JobState.CANCELLING,
-                actor,
-                stop_reason=reason,
-                cancel_requested_at=now(),
-                # A planner that is at work finds the job gone; whoever publishes it need not wait for its lease.
-                finalize_owner=None,
-                finalize_until=None,
-                data={"reason": reason},
-            )
+            # A planner that is at work finds the job gone; whoever publishes it need not wait for its lease.
+            values = {"stop_reason": reason, "cancel_requested_at": now(), **plan_leases.FREE}
+            move_job(connection, job_id, state, JobState.CANCELLING, actor, data={"reason": reason}, **values)
     while cancel_ready(database, job_id, actor=actor):
         pass
     return get(database, job_id)

@@ -6,7 +6,8 @@ Until a job is planned nobody publishes it, so the lease lies in the columns of 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import secrets
+from collections.abc import Collection, Mapping
 
 import sqlalchemy as sa
 
@@ -16,6 +17,10 @@ from storage.sql import tables
 from storage.sql.database import Database, now
 from storage.sql.row_mapping import read
 from storage.states import JobState
+
+FREE: Mapping[str, None] = {"finalize_owner": None, "finalize_until": None}
+"""The values of a job that nobody plans or publishes."""
+_MARK = "#"
 
 
 def claim(database: Database, *, owner: str, lease_seconds: float) -> Job | None:
@@ -70,9 +75,25 @@ def hold(database: Database, job_id: str, *, owner: str, lease_seconds: float) -
     raise LeaseLost(f"another worker plans job {job_id}")
 
 
-def let_go(database: Database, owners: Collection[str]) -> None:
-    """Free at once what planners hold whose names begin so: they are no more, or have ended early."""
+def release(database: Database, owner: str) -> None:
+    """Free at once what this planner holds: it has ended early."""
     job = tables.job
-    theirs = sa.or_(sa.false(), *(job.c.finalize_owner.startswith(owner, autoescape=True) for owner in owners))
-    freed = {"finalize_owner": None, "finalize_until": None}
-    database.change(job.update().where(job.c.state == JobState.VALIDATING, theirs).values(**freed))
+    held = (job.c.state == JobState.VALIDATING, job.c.finalize_owner == owner)
+    database.change(job.update().where(*held).values(**FREE))
+
+
+def owner_of(worker_id: str) -> str:
+    """The name under which a planner of this worker holds a lease: planners of one worker tell themselves apart."""
+    return f"{worker_id}{_MARK}{secrets.token_hex(4)}"
+
+
+def worker_of(owner: str) -> str:
+    """The worker whose planner or finalizer this is."""
+    return owner.partition(_MARK)[0]
+
+
+def held_by(workers: Collection[str]) -> sa.ColumnElement[bool]:
+    """Jobs that planners or finalizers of these workers hold."""
+    owner = tables.job.c.finalize_owner
+    planners = (owner.startswith(f"{worker}{_MARK}", autoescape=True) for worker in workers)
+    return sa.or_(owner.in_(list(workers)), *planners)

@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from storage.errors import LeaseLost
-from storage.queue import schedules
+from storage.queue import plan_leases, schedules
 from storage.queue.claims import previous_output, sources_of
 from storage.queue.jobs import next_generation
 from storage.records import OUTPUT_SEQ, Job, PartFile, Shard, Source
@@ -135,7 +135,7 @@ def begin_publishing(database: Database, claimed: Job, *, actor: str) -> None:
     database.change(
         job.update()
         .where(job.c.output_uri == claimed.output_uri, job.c.id < claimed.id, job.c.finalize_owner.is_not(None))
-        .values(finalize_epoch=job.c.finalize_epoch + 1, finalize_owner=None, finalize_until=None)
+        .values(finalize_epoch=job.c.finalize_epoch + 1, **plan_leases.FREE)
     )
 
 
@@ -265,7 +265,7 @@ def complete(database: Database, claimed: Job, target: JobState, *, actor: str, 
             raise LeaseLost(f"job {claimed.id} moved on while it was being published")
         if found.needs_republish and found.publishing and _republish_requested_since(connection, claimed.id):
             return None
-        values: dict[str, Any] = {"finalize_owner": None, "finalize_until": None, "needs_republish": False}
+        values: dict[str, Any] = {**plan_leases.FREE, "needs_republish": False}
         if claimed.state in TERMINAL_JOB:
             _update(connection, claimed, **values)
         else:

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from storage.errors import Conflict, IllegalTransition, NotFound
+from storage.queue import plan_leases
 from storage.queue.jobs import next_generation
 from storage.records import Job, Source
 from storage.sql import tables
@@ -99,7 +100,7 @@ def planned_again(
             )
         plan = {name: value for name, value in found.plan.items() if name != _REOPEN}
         failed_only = found.plan[_REOPEN]["failed_only"]
-        values = {"plan": plan, "error": None, "n_lost": 0, "finalize_owner": None, "finalize_until": None}
+        values = {"plan": plan, "error": None, "n_lost": 0, **plan_leases.FREE}
         again = _reopen_shards(connection, found, JobState.VALIDATING, failed_only, actor, lost, **values)
         quotas.admit_rows(database, connection, found.tenant, again)
         return read(Job, connection.execute(sa.select(job).where(job.c.id == job_id)).one())
@@ -136,8 +137,7 @@ def _afresh(window_seconds: float) -> dict[str, Any]:
         "ended_at": None,
         "cancel_requested_at": None,
         "finalize_epoch": tables.job.c.finalize_epoch + 1,
-        "finalize_owner": None,
-        "finalize_until": None,
+        **plan_leases.FREE,
         "needs_republish": False,
         "n_lost": 0,
         "expires_at": now() + window_seconds,

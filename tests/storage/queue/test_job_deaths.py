@@ -59,7 +59,7 @@ def test_a_planner_that_gives_its_job_back_is_not_dead(database: Database) -> No
     job = unplanned(database)
     for number in range(5):
         assert plan_leases.claim(database, owner=f"w{number}", lease_seconds=60.0) is not None
-        plan_leases.let_go(database, [f"w{number}"])
+        plan_leases.release(database, f"w{number}")
         count(database)
         assert plan_leases.claim(database, owner=f"w{number}", lease_seconds=60.0) is not None
         plan_leases.postpone(database, job.id, owner=f"w{number}", error="away", delay=-1.0)
