@@ -16,6 +16,7 @@ from contextvars import copy_context
 from functools import cached_property, partial
 from typing import Any, Final, Literal
 
+from storage.errors import RowmillError
 from storage.log_actions import Action
 from storage.redaction import redact_text
 
@@ -47,6 +48,13 @@ class Log(logging.LoggerAdapter[logging.Logger]):
         fields: dict[str, Any] = {"action": kwargs.pop("action")}
         fields |= {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
         return msg, {**kwargs, "extra": _bound_ids() | fields}
+
+    def failure(self, text: str, error: BaseException, **fields: Any) -> None:
+        """A warning that ends with the error; for one that is not of ours, an error with its traceback."""
+        if isinstance(error, RowmillError):
+            self.warning("%s: %s", text, error, **fields)
+        else:
+            self.error("%s", text, exc_info=error, **fields)
 
 
 def get_logger(name: str) -> Log:

@@ -10,7 +10,7 @@ from pipeline.process.heartbeat import lease_renewer
 from pipeline.process.runtime import Runtime
 from pipeline.requests.faults import NOT_COMPUTED
 from storage import failpoints
-from storage.errors import IllegalTransition, Interrupted, InvalidJob, LeaseLost, RowmillError
+from storage.errors import IllegalTransition, Interrupted, InvalidJob, LeaseLost
 from storage.files import batches, files
 from storage.files.records import Batch
 from storage.log_actions import Action
@@ -45,21 +45,9 @@ def drive(
                 moved = True  # somebody else moved it: look again
             except Interrupted:
                 raise
-            except RowmillError as error:
-                log.warning(
-                    "batch %s could not be taken further, trying again: %s",
-                    batch.id,
-                    error,
-                    action=Action.BATCH_POSTPONED,
-                    batch_id=batch.id,
-                )
-            except Exception:
-                log.exception(
-                    "batch %s could not be taken further, trying again",
-                    batch.id,
-                    action=Action.BATCH_POSTPONED,
-                    batch_id=batch.id,
-                )
+            except Exception as error:
+                text = f"batch {batch.id} could not be taken further, trying again"
+                log.failure(text, error, action=Action.BATCH_POSTPONED, batch_id=batch.id)
         after = found[-1].id
     return moved
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Annotated
 
 from fastapi import Depends
 from starlette.requests import HTTPConnection
 
+from pipeline.batches.drive import drive
 from pipeline.client.client import Client
 from pipeline.client.session import Session
 from pipeline.config.settings import Settings
-from pipeline.gateway.batch_driver import BatchDriver
 from pipeline.gateway.job_runner import JobRunner
 from pipeline.process.runtime import Runtime
+from pipeline.worker.polling import Poller
 from storage.objects.store import ObjectStore
 from storage.sql.database import Database
+
+_DRIVE_SECONDS = 1.0
+"""Longest pause between two looks at the batches."""
+_DRIVERS = 2
+"""Threads that drive batches: one may read a long file, and the other goes on meanwhile."""
 
 
 class Gateway:
@@ -31,7 +38,8 @@ class Gateway:
         if embedded:
             self.runner = JobRunner(self.session)
             self.runner.start()
-        self.batches = BatchDriver(self.runtime, self.wake)
+        self._closing = threading.Event()
+        self.batches = Poller("batches", self._drive_batches, count=_DRIVERS, longest=_DRIVE_SECONDS)
         self.batches.start()
 
     @property
@@ -53,9 +61,18 @@ class Gateway:
         if self.runner is not None:
             self.runner.wake()
 
+    def _drive_batches(self) -> bool:
+        """Take batches through their states, so that one needs neither beat nor a free worker."""
+        moved = drive(self.runtime, stopped=self._closing.is_set)
+        if moved:
+            self.wake()
+        return moved
+
     def close(self) -> None:
         """Flush and hand back what runs here, and close the connections."""
+        self._closing.set()
         self.batches.stop()
+        self.batches.join()
         if self.runner is not None:
             self.runner.stop()
         self.session.close()

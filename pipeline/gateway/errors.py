@@ -107,18 +107,18 @@ def of_validation(problems: Sequence[Any]) -> ApiError:
 def install(app: FastAPI) -> None:
     """Let every error of ``app`` be answered in this shape."""
 
-    async def api_error(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, ApiError)
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> JSONResponse:
         return answer(error)
 
-    async def rowmill_error(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RowmillError)
+    @app.exception_handler(RowmillError)
+    async def rowmill_error(request: Request, error: RowmillError) -> JSONResponse:
         if isinstance(error, errors.Unexpected) and error.__cause__ is not None:
             log.error("a request failed", exc_info=error.__cause__, action=Action.REQUEST_FAILED)
         return answer(of_rowmill(error))
 
-    async def http_error(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         code, message = _CODES.get(error.status_code), str(error.detail)
         if error.status_code == 404 and request.scope.get("route") is None:
             message = f"there is no {request.method} {request.url.path}"
@@ -126,14 +126,9 @@ def install(app: FastAPI) -> None:
             message = f"{request.method} is not a method of {request.url.path}"
         return answer(ApiError(error.status_code, message, code=code, headers=error.headers))
 
-    async def invalid(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         return answer(of_validation(error.errors()))
-
-    app.add_exception_handler(ApiError, api_error)
-    app.add_exception_handler(RowmillError, rowmill_error)
-    app.add_exception_handler(HTTPException, http_error)
-    app.add_exception_handler(RequestValidationError, invalid)
 
 
 def _snake(name: str) -> str:

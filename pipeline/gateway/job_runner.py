@@ -51,12 +51,9 @@ class JobRunner(threading.Thread):
                     tick_at = time.monotonic() + self._session.runtime.settings.tick_seconds
                     maintenance.run_maintenance(self._session.runtime)
                 self._look()
-            except RowmillError as error:
-                log.warning(
-                    "looking for jobs failed, the next round tries again: %s", error, action=Action.RUNNER_POSTPONED
-                )
-            except Exception:
-                log.exception("looking for jobs failed, the next round tries again", action=Action.RUNNER_POSTPONED)
+            except Exception as error:
+                text = "looking for jobs failed, the next round tries again"
+                log.failure(text, error, action=Action.RUNNER_POSTPONED)
             self._awake.wait(_LOOK_SECONDS)
 
     def _look(self) -> None:

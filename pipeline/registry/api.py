@@ -22,6 +22,7 @@ from storage.errors import InvalidJob, NotFound
 from storage.registry import activation, history, reports, revisions
 from storage.registry.records import ModelEvent, Owned, Report, Revision
 from storage.states import RevisionState
+from storage.tenants import tenants
 
 
 @boundary
@@ -43,7 +44,8 @@ class Models:
         The same content again is the same revision. Raises :class:`~storage.errors.InvalidModel` where no model is.
         """
         names.check_name(name)
-        names.check_tenant(tenant)
+        if tenant is not None:
+            tenants.check_name(tenant)
         if alias is not None:
             names.check_alias(alias)
         if task is not None and task not in set(Task):

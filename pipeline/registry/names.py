@@ -9,7 +9,6 @@ from pipeline.models.resolve import FAKE
 from storage.errors import InvalidJob
 
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
-_TENANT = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MOST_DIGITS = 9
 _RESERVED = frozenset({"active", "latest", "newest", "previous"})
 
@@ -63,9 +62,3 @@ def check_alias(alias: str) -> None:
             f"{', '.join(sorted(_RESERVED))}; not {alias!r}",
             field="alias",
         )
-
-
-def check_tenant(tenant: str | None) -> None:
-    """Raise :class:`InvalidJob` for what cannot be the name of a tenant."""
-    if tenant is not None and not _TENANT.fullmatch(tenant):
-        raise InvalidJob(f"a name has 1 to 64 letters, digits, and _ . -; not {tenant!r}", field="tenant")

@@ -47,10 +47,15 @@ class Usage:
     tokens_today: int
 
 
-def add(database: Database, name: str, **values: Any) -> Tenant:
-    """Register a tenant. Raises :class:`Conflict` when it is there already; values are those of :class:`Tenant`."""
+def check_name(name: str) -> None:
+    """Raise :class:`InvalidJob` for what cannot be the name of a tenant."""
     if not _NAME.fullmatch(name):
         raise InvalidJob(f"a name has 1 to 64 letters, digits, and _ . -; not {name!r}", field="tenant")
+
+
+def add(database: Database, name: str, **values: Any) -> Tenant:
+    """Register a tenant. Raises :class:`Conflict` when it is there already; values are those of :class:`Tenant`."""
+    check_name(name)
     _check(values)
     try:
         database.change(tables.tenant.insert().values(name=name, created_at=now(), **values))

@@ -22,7 +22,7 @@ from storage import logs
 from storage.log_actions import Action
 
 ROOT = Path(storage.__file__).parent.parent
-LEVELS = {"debug", "info", "warning", "error", "exception", "critical"}
+LEVELS = {"debug", "info", "warning", "error", "exception", "critical", "failure"}
 SECRET = "s3cr3tPW"
 
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Body, Header, Query
 
 from pipeline.batches import places
 from pipeline.gateway.auth import Reader, Submitter
-from pipeline.gateway.context import Gateway, Here
+from pipeline.gateway.context import Here
 from pipeline.gateway.errors import ApiError
 from pipeline.gateway.openai import objects
 from pipeline.gateway.openai.file_routes import kept_seconds
@@ -41,7 +41,8 @@ def create(
     for name in body:
         if name not in _FIELDS:
             raise _invalid(name[:64], "there is no such parameter; remove it", code="unknown_parameter")
-    file_id, endpoint, window = (_text(body, name) for name in ("input_file_id", "endpoint", "completion_window"))
+    required = ("input_file_id", "endpoint", "completion_window")
+    file_id, endpoint, window = (_text(name, _present(body, name)) for name in required)
     if endpoint not in TASK_OF:
         raise _invalid("endpoint", f"must be one of {', '.join(TASK_OF)}")
     windows = gateway.settings.completion_windows
@@ -50,7 +51,7 @@ def create(
     metadata = _metadata(body.get("metadata"))
     output_seconds = _output_seconds(body.get("output_expires_after"))
     in_body = body.get("idempotency_key")
-    key = _key(in_body if in_body is not None else idempotency_key)
+    key = in_body if in_body is not None else idempotency_key
     new = NewBatch(
         id=places.new_id("batch"),
         tenant=caller.tenant,
@@ -59,7 +60,7 @@ def create(
         completion_window=window,
         metadata=metadata,
         output_seconds=output_seconds,
-        idem_key=key,
+        idem_key=None if key is None else _text("idempotency_key", key),
         body_hash=_canonical(body),
         key_id=caller.key_id,
     )
@@ -80,7 +81,7 @@ def listed(
 
 @router.get("/batches/{batch_id}")
 def retrieve(batch_id: str, gateway: Here, caller: Reader) -> dict[str, Any]:
-    return _shown(gateway, caller.tenant, batch_id)
+    return objects.batch(gateway.database, batches.get(gateway.database, caller.tenant, batch_id))
 
 
 @router.post("/batches/{batch_id}/cancel")
@@ -91,18 +92,17 @@ def cancel(batch_id: str, gateway: Here, caller: Submitter) -> dict[str, Any]:
     return objects.batch(gateway.database, found)
 
 
-def _shown(gateway: Gateway, tenant: str, batch_id: str) -> dict[str, Any]:
-    return objects.batch(gateway.database, batches.get(gateway.database, tenant, batch_id))
-
-
 def _invalid(param: str, why: str, code: str = "invalid_value") -> ApiError:
     return ApiError(400, f"{param}: {why}", code=code, param=param)
 
 
-def _text(body: dict[str, Any], name: str) -> str:
-    value = body.get(name)
-    if value is None:
+def _present(body: dict[str, Any], name: str) -> Any:
+    if body.get(name) is None:
         raise _invalid(name, "it is required", code="missing_required_parameter")
+    return body[name]
+
+
+def _text(name: str, value: Any) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= _LONGEST_ID:
         raise _invalid(name, f"must be text of 1 to {_LONGEST_ID} characters")
     return _plain(name, value)
@@ -140,14 +140,6 @@ def _output_seconds(given: Any) -> float | None:
     if not isinstance(given, dict) or not given.keys() <= {"anchor", "seconds"}:
         raise _invalid("output_expires_after", "must be an object with anchor and seconds")
     return kept_seconds(given.get("anchor"), given.get("seconds"), "output_expires_after")
-
-
-def _key(given: Any) -> str | None:
-    if given is None:
-        return None
-    if not isinstance(given, str) or not 0 < len(given) <= _LONGEST_ID:
-        raise _invalid("idempotency_key", f"must be text of 1 to {_LONGEST_ID} characters")
-    return _plain("idempotency_key", given)
 
 
 def _canonical(body: dict[str, Any]) -> str:
