@@ -24,8 +24,7 @@ COMMANDS = {
     ),
     "beat": _Entry(
         "pipeline.cli.admin.beat:beat",
-        "Keep time: fire schedules, and have lost shards, expired jobs and garbage looked after. Runs until it is "
-        "stopped.",
+        "Keep time: fire schedules, recover lost shards, expire jobs and collect garbage. Runs until it is stopped.",
     ),
     "doctor": _Entry(
         "pipeline.cli.doctor:doctor",
@@ -37,9 +36,9 @@ COMMANDS = {
     ),
     "job": _Entry("pipeline.cli.job.submit:app", "Jobs: submit, list, show, wait, cancel, retry."),
     "schedule": _Entry("pipeline.cli.admin.schedule:app", "Schedules: jobs that are submitted again and again."),
-    "worker": _Entry("pipeline.cli.admin.worker:app", "Workers of a fleet: start, list, drain."),
-    "config": _Entry("pipeline.cli.config:app", "The settings of this machine and directory."),
-    "db": _Entry("pipeline.cli.admin.db:app", "The database."),
+    "worker": _Entry("pipeline.cli.admin.worker:app", "Workers of a fleet: start, list, drain, health."),
+    "config": _Entry("pipeline.cli.config:app", "The settings, and where each value comes from."),
+    "db": _Entry("pipeline.cli.admin.db:app", "The database's schema: upgrade, wait for it, downgrade."),
     "tenant": _Entry("pipeline.cli.admin.tenant:app", "Tenants: shares, limits, use."),
     "key": _Entry("pipeline.cli.admin.key:app", "API keys of tenants: create, list, revoke, rotate."),
     "admin": _Entry("pipeline.cli.admin.maintenance:app", "For operators: queues, lost shards, garbage."),

@@ -10,7 +10,7 @@ from pipeline.cli import output
 from pipeline.cli.command import Invocation, command
 from storage.redaction import redact, redact_url
 
-app = typer.Typer(help="The settings of this machine and directory.", no_args_is_help=True)
+app = typer.Typer(help="The settings, and where each value comes from.", no_args_is_help=True)
 
 
 @app.command()

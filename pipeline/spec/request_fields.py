@@ -27,7 +27,7 @@ class RequestFields(BaseModel):
     """A column whose rows are requests: the body that OpenAI's API takes at ``endpoint``, as JSON text or as structs.
     Each request has its own parameters; ``sampling`` says those that it leaves out."""
     endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"] | None = None
-    """What the requests are for; ``None`` is the endpoint of ``task``. Without ``task``, this names it."""
+    """What the requests are for; by default the endpoint of ``task``. Without ``task``, this names it."""
     openai_lines: bool = False
     """Write the responses as the lines of OpenAI's batch API too: ``<output>/openai/output.jsonl`` and
     ``errors.jsonl``. The input needs a column ``custom_id``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from hypothesis import given
@@ -26,12 +26,12 @@ _TARGETS = {
 
 
 def batch(state: BatchState) -> Batch:
-    values: dict[str, Any] = dict.fromkeys(Batch.__slots__)
+    values: dict[str, Any] = dict.fromkeys(field.name for field in fields(Batch))
     return Batch(**{**values, "id": "batch_1", "state": state})
 
 
 def job(state: JobState, *, planned: bool = True) -> Job:
-    values: dict[str, Any] = dict.fromkeys(name for name in Job.__slots__)
+    values: dict[str, Any] = dict.fromkeys(field.name for field in fields(Job))
     return Job(**{**values, "id": "job", "state": state, "plan": {"rows": 1} if planned else {}})
 
 

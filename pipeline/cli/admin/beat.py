@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 def beat(
     invocation: Invocation,
     health: Annotated[
-        bool, typer.Option("--health", help="Only say whether a beat of this machine keeps time: exit code 0, else 1.")
+        bool,
+        typer.Option("--health", help="Only check whether a beat of this machine keeps time: exit code 0, else 1."),
     ] = False,
 ) -> int:
-    """Keep time: fire schedules, and have lost shards, expired jobs and garbage looked after. Runs until it is stopped.
+    """Keep time: fire schedules, recover lost shards, expire jobs and collect garbage. Runs until it is stopped.
 
     With a broker it wakes the workers, which do all this. Without one this process does it, and also runs the jobs of
     schedules, one after the other. Any number of them may run at once: each time fires once.

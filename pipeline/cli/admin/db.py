@@ -11,7 +11,7 @@ from pipeline.cli.command import Invocation, command
 from storage.errors import InvalidJob
 from storage.redaction import redact_url
 
-app = typer.Typer(help="The database.", no_args_is_help=True)
+app = typer.Typer(help="The database's schema: upgrade, wait for it, downgrade.", no_args_is_help=True)
 
 
 @app.command()
@@ -29,7 +29,7 @@ def upgrade(invocation: Invocation) -> None:
 def wait(
     invocation: Invocation,
     timeout: Annotated[
-        float | None, typer.Option(min=0, metavar="SECONDS", help="Give up waiting then, with exit code 124.")
+        float | None, typer.Option(min=0, metavar="SECONDS", help="Stop waiting after this time, with exit code 124.")
     ] = None,
 ) -> None:
     """Wait until the database answers and has this version's schema: for a container that starts before it."""
@@ -46,7 +46,7 @@ def wait(
 def downgrade(
     invocation: Invocation,
     revision: Annotated[str, typer.Argument(metavar="REVISION", help="An earlier revision, such as 0008.")],
-    yes: Annotated[bool, typer.Option("--yes", help="Really: what the later revisions keep is lost.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Confirm it: what the later revisions keep is lost.")] = False,
 ) -> None:
     """Take the schema back to an earlier version's, with the later version's Rowmill. Drain all workers first."""
     from storage.sql import database

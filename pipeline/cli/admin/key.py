@@ -26,7 +26,7 @@ def create(
     invocation: Invocation,
     tenant: Annotated[str, typer.Option(metavar="TENANT", help="Whose key it is; a registered tenant.")],
     scope: Annotated[
-        list[str], typer.Option(metavar="submit|read|admin", help="What it may be used for; may be given again.")
+        list[str], typer.Option(metavar="submit|read|admin", help="What it may be used for. May be repeated.")
     ],
     expires: Annotated[
         str | None, typer.Option(metavar="TIME", help="When it ends: 12h, 30d. [default: never]")
@@ -34,7 +34,7 @@ def create(
 ) -> None:
     """Make a key, and show it: this once, since only its digest is stored.
 
-    submit: write what is the tenant's own (jobs, files, batches). read: read it. admin: keys, tenants, models, workers.
+    submit: write the tenant's jobs, files and batches. read: read them. admin: keys, tenants, models, workers.
     """
     seconds = None if expires is None else _seconds(expires, "--expires")
     with invocation.client() as client:

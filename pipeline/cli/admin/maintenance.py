@@ -35,7 +35,7 @@ def queues(invocation: Invocation) -> None:
 def reap(invocation: Invocation) -> None:
     """Take back the shards whose worker died or whose lease ran out, and wind down jobs whose window has passed.
 
-    Workers and beat do so by themselves; this is for impatience, and for a database without them.
+    Workers and beat do this by themselves. This command does it now, also for a database without them.
     """
     from pipeline.worker import maintenance
 

@@ -41,17 +41,21 @@ def add(
     tz: Annotated[str, typer.Option(metavar="ZONE", help="Time zone, such as Europe/Berlin.")] = "UTC",
     overlap: Annotated[
         Literal["skip", "queue", "cancel-previous"],
-        typer.Option(metavar="HOW", help="While an earlier fire's job has not ended: skip, queue, or cancel-previous."),
+        typer.Option(
+            metavar="HOW", help="While an earlier job has not ended: skip the fire, queue it, or cancel-previous."
+        ),
     ] = "skip",
     misfire: Annotated[
         Literal["latest", "all"],
-        typer.Option(metavar="HOW", help="Times that passed while nobody looked: latest (one fire), or all."),
+        typer.Option(
+            metavar="HOW", help="Times that passed while nothing fired: fire for the latest only, or for all."
+        ),
     ] = "latest",
     misfire_grace: Annotated[
         str | None, typer.Option(metavar="TIME", help="Skip a fire noticed later than this: 30m, 24h, 7d.")
     ] = None,
     incremental: Annotated[
-        bool, typer.Option("--incremental", help="Only the files that no completed fire has taken as they are now.")
+        bool, typer.Option("--incremental", help="Read only files that are new or changed since a completed fire.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show the next fires; store nothing.")
@@ -134,7 +138,7 @@ def next_fires(
 @app.command()
 @command
 def pause(invocation: Invocation, name: Name, tenant: Tenant = "default") -> None:
-    """Let nothing come due until it is resumed. Jobs that were submitted go on."""
+    """Stop firing until it is resumed. Jobs that were submitted go on."""
     with invocation.client() as client:
         _tell(invocation, client.schedules.pause(name, tenant))
 
@@ -142,7 +146,7 @@ def pause(invocation: Invocation, name: Name, tenant: Tenant = "default") -> Non
 @app.command()
 @command
 def resume(invocation: Invocation, name: Name, tenant: Tenant = "default") -> None:
-    """Go on from now. What would have come due meanwhile is not made up for."""
+    """Fire again from now on. Times that passed while it was paused are skipped."""
     with invocation.client() as client:
         _tell(invocation, client.schedules.resume(name, tenant))
 

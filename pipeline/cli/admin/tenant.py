@@ -18,13 +18,13 @@ app = typer.Typer(help="Tenants: shares, limits, use.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(metavar="TENANT", help="The tenant, as jobs name it.")]
 Weight = Annotated[
-    float | None, typer.Option(metavar="W", help="Share against other tenants' while they compete. [default: 1]")
+    float | None, typer.Option(metavar="W", help="Share of the fleet while tenants compete for it. [default: 1]")
 ]
 MaxRunning = Annotated[str | None, typer.Option(metavar="N|none", help="Most shards that run at a time.")]
 MaxJobs = Annotated[str | None, typer.Option(metavar="N|none", help="Most jobs that are live at a time.")]
-RowsPerDay = Annotated[str | None, typer.Option(metavar="N|none", help="Most rows of its jobs, by UTC day.")]
+RowsPerDay = Annotated[str | None, typer.Option(metavar="N|none", help="Most rows of its jobs in a UTC day.")]
 TokensPerDay = Annotated[
-    str | None, typer.Option(metavar="N|none", help="Tokens after which no job is taken, by UTC day.")
+    str | None, typer.Option(metavar="N|none", help="Tokens in a UTC day, after which jobs are refused.")
 ]
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from storage.fleet.workers import WorkerStatus
     from storage.sql.database import Database
 
-app = typer.Typer(help="Workers of a fleet: start, list, drain.", no_args_is_help=True)
+app = typer.Typer(help="Workers of a fleet: start, list, drain, health.", no_args_is_help=True)
 
 _SLOTS = 2
 """Shards at once where nobody says: the tail of one is filled by the head of the next (docs/adr/0003)."""
@@ -33,14 +33,19 @@ def start(
     invocation: Invocation,
     engines: Annotated[
         str | None,
-        typer.Option(metavar="NAMES", help="vllm,onnx,…: those installed here, if not given; 'none' for control only."),
+        typer.Option(
+            metavar="NAMES", help="Engines, such as vllm,onnx; by default those installed here; none: no shards."
+        ),
     ] = None,
     queues: Annotated[
         str | None,
-        typer.Option(metavar="NAMES", help="Take shards from these; one for each engine, if not given."),
+        typer.Option(metavar="NAMES", help="Queues to take shards from; by default one for each engine."),
     ] = None,
     slots: Annotated[
-        int | None, typer.Option(min=1, max=64, metavar="N", help=f"Shards at once; {_SLOTS}, or the setting.")
+        int | None,
+        typer.Option(
+            min=1, max=64, metavar="N", help=f"Shards at the same time; by default the setting, else {_SLOTS}."
+        ),
     ] = None,
     control: Annotated[
         bool, typer.Option("--control/--no-control", help="Plan and publish too, in a process beside this one.")
@@ -48,10 +53,10 @@ def start(
 ) -> None:
     """Run shards of jobs until SIGTERM, Ctrl-C or 'rowmill worker drain'; plan and publish jobs beside it.
 
-    It works from the database while the broker does not answer, and listens to the broker as soon as it does.
+    While the broker does not answer, the worker finds its work in the database.
 
     Asked to end, it claims nothing more, lets its shards run for drain_grace_seconds, flushes and hands back the rest,
-    and ends with 0; asked again, it flushes at once.
+    and ends with 0. Asked again, it flushes at once.
     """
     invocation.set_up_logging(service=True)
     settings = invocation.loaded.settings
@@ -161,15 +166,15 @@ def drain(
     worker: Annotated[
         str | None, typer.Argument(metavar="WORKER", help="A worker's id, or a part of it that no other has.")
     ] = None,
-    everyone: Annotated[bool, typer.Option("--all", help="Every worker that is alive.")] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Until they have ended.")] = False,
+    everyone: Annotated[bool, typer.Option("--all", help="Drain every worker that is alive.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until they have ended.")] = False,
     timeout: Annotated[
-        float | None, typer.Option(min=0, metavar="SECONDS", help="Give up waiting then, with exit code 124.")
+        float | None, typer.Option(min=0, metavar="SECONDS", help="Stop waiting after this time, with exit code 124.")
     ] = None,
 ) -> None:
     """Ask a worker to end: it claims nothing more, finishes or hands back its shards, and ends with 0.
 
-    It sees it at its next heartbeat, 10 seconds at most. Whatever supervises it may start it again.
+    The worker notices it at its next heartbeat, after 10 seconds at most. A supervisor may start it again.
     """
     from storage.fleet import workers
 
@@ -224,11 +229,10 @@ def _death(seen: WorkerStatus) -> str | None:
 @app.command()
 @command
 def health(invocation: Invocation) -> int:
-    """Whether the workers that run on this machine are alive and look for work: for health checks of containers.
+    """Check that the workers on this machine are alive and look for work: for health checks of containers.
 
-    Exit code 0 when there is one and all of them do, 1 otherwise. It says so when a worker can get no work although
-    restarting it would not help, and ends with 0: while it drains, and while the database does not answer. A broker
-    that is away keeps no worker from its work.
+    Exit code 0 when there is a worker and all of them look for work, 1 otherwise. Where a restart would not help, it
+    says so and ends with 0: a worker drains, or the database does not answer. Workers get work without the broker.
     """
     import platform
 

@@ -41,10 +41,12 @@ app.command(name="errors")(list_errors)
 def show(
     invocation: Invocation,
     job: JobId,
-    row: Annotated[int | None, typer.Option(min=0, metavar="N", help="This input row instead, from 0.")] = None,
-    attempts: Annotated[bool, typer.Option("--attempts", help="Every attempt at every shard, too.")] = False,
-    events: Annotated[bool, typer.Option("--events", help="Every change of state, too.")] = False,
-    shards: Annotated[bool, typer.Option("--shards", help="Every shard, and why it was given up, too.")] = False,
+    row: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Show this input row instead; the first is 0.")
+    ] = None,
+    attempts: Annotated[bool, typer.Option("--attempts", help="Show every attempt at every shard, too.")] = False,
+    events: Annotated[bool, typer.Option("--events", help="Show every change of state, too.")] = False,
+    shards: Annotated[bool, typer.Option("--shards", help="Show every shard, too, and why it was given up.")] = False,
 ) -> None:
     """One job, or one of its rows."""
     if row is not None:
@@ -178,7 +180,7 @@ def _shard(item: Any, regrouped: bool) -> dict[str, Any]:
 @app.command()
 @command
 def cancel(invocation: Invocation, job: JobId) -> None:
-    """Stop a job. What is finished is published as a partial output. Of a job that has ended it only says the state."""
+    """Stop a job. What is finished is published as a partial output. Of a job that has ended it says the state."""
     with invocation.client() as client:
         handle = client.job(job)
         ended = handle.status().terminal
@@ -290,7 +292,7 @@ def wait(
     invocation: Invocation,
     job: JobId,
     timeout: Annotated[
-        float | None, typer.Option(min=0, metavar="SECONDS", help="Give up waiting then, with exit code 124.")
+        float | None, typer.Option(min=0, metavar="SECONDS", help="Stop waiting after this time, with exit code 124.")
     ] = None,
 ) -> int:
     """Wait until a job has ended; the exit code says how. Without a broker, a job that nobody runs is run here."""

@@ -22,8 +22,8 @@ def list_errors(
 ) -> None:
     """The failed rows, in input order: number, code, message.
 
-    They are read from the output, and while the job runs from what is flushed. With --json: how many failed in all
-    (total), whether there are more behind these (more), and the row to go on from with --after (after).
+    They are read from the output; while the job runs, from what it has flushed so far. With --json: how many failed in
+    all (total), whether there are more behind these (more), and the row to go on from with --after (after).
     """
     with invocation.client() as client:
         handle = client.job(job)

@@ -34,6 +34,8 @@ _PANELS = {
     **dict.fromkeys(("priority", "tenant", "idempotency_key"), _QUEUE),
 }
 """Where an option stands in ``--help``; the others say what to compute."""
+_NEEDED = ("model", "task", "output")
+"""They stand first: no job can lack them."""
 _FLAGS = {
     "model": ("-m", "--model"),
     "task": ("-t", "--task"),
@@ -171,7 +173,9 @@ def _option(name: str, annotation: Any) -> _Option:
 
 
 _OPTIONS = {name: _option(name, field.annotation) for name, field in JobSpec.model_fields.items() if name != "input"}
-_OPTIONS = dict(sorted(_OPTIONS.items(), key=lambda item: _IN_ORDER.index(_PANELS.get(item[0], _WORK))))
+_OPTIONS = dict(
+    sorted(_OPTIONS.items(), key=lambda item: (_IN_ORDER.index(_PANELS.get(item[0], _WORK)), item[0] not in _NEEDED))
+)
 _INPUT = typer.Argument(
     metavar="INPUT...", help="Parquet, JSONL, CSV or Arrow files, globs or directories.", show_default=False
 )

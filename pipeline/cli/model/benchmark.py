@@ -30,11 +30,11 @@ def benchmark(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the engine's own.")
     ] = None,
 ) -> None:
-    """Measure how a model runs fastest on this machine, and remember it for the jobs to come; or, of a language model
-    on vLLM, how fast it is.
+    """Measure how a model runs fastest on this machine, and remember it for later jobs. For a language model on vLLM,
+    measure how fast it is.
 
-    Without INPUT, texts are made up. A job that finds no measurement runs an encoder as the machine's cores
-    suggest. vLLM's settings are given with --set, here as in jobs.
+    Without INPUT, texts are made up. Without a measurement, a job runs an encoder as the number of cores suggests.
+    vLLM's settings are given with --set, here as in jobs.
 
     Example: rowmill model benchmark ./all-MiniLM-L6-v2 texts.parquet --column text
 

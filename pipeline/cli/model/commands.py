@@ -72,9 +72,11 @@ def quantize(
     out: _Output,
     calibrate: Annotated[
         Path | None,
-        typer.Option(metavar="PARQUET", help="Rows to take the scale of the activations from: static, not dynamic."),
+        typer.Option(metavar="PARQUET", help="Rows that calibrate the activations: static, in place of dynamic."),
     ] = None,
-    task: Annotated[TaskName | None, typer.Option("-t", "--task", metavar="TASK", help="What those rows are.")] = None,
+    task: Annotated[
+        TaskName | None, typer.Option("-t", "--task", metavar="TASK", help="How to read those rows.")
+    ] = None,
     column: Annotated[str | None, typer.Option(metavar="COLUMN", help="Their text or image.")] = None,
     pair_column: Annotated[str | None, typer.Option(metavar="COLUMN", help="Their second text.")] = None,
     graph_input: Annotated[

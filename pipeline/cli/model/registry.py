@@ -21,7 +21,7 @@ Reference = Annotated[
     str, typer.Argument(metavar="NAME[@REV]", help="A model; a revision by number or alias.", show_default=False)
 ]
 Tenant = Annotated[
-    str | None, typer.Option(metavar="TENANT", help="Whose private model it is; without, the operator's.")
+    str | None, typer.Option(metavar="TENANT", help="Whose private model it is; by default the operator's.")
 ]
 Reason = Annotated[str | None, typer.Option(metavar="TEXT", help="Why, for the history.")]
 PANEL = "Registered models"
@@ -38,7 +38,7 @@ def add(
     alias: Annotated[str | None, typer.Option(metavar="ALIAS", help="A name for this revision: NAME@ALIAS.")] = None,
     tenant: Annotated[
         str | None,
-        typer.Option(metavar="TENANT", help="Make it private to a tenant; without, every tenant may name it."),
+        typer.Option(metavar="TENANT", help="Make it private to a tenant; by default every tenant may name it."),
     ] = None,
 ) -> None:
     """Register a model under a name, as a draft: its content is fixed by its digest, which every load verifies."""
@@ -149,12 +149,12 @@ def activate(
     invocation: Invocation,
     name: Reference,
     force: Annotated[
-        bool, typer.Option("--force", help="Without a validation that passed; the history says so.")
+        bool, typer.Option("--force", help="Activate it without a validation that passed; the history says so.")
     ] = False,
     reason: Reason = None,
     tenant: Tenant = None,
 ) -> None:
-    """Let jobs that name the model alone get this revision, by default the newest. Only a PASS activates."""
+    """Let jobs that name the model alone get this revision, by default the newest. Its validation must be a PASS."""
     with invocation.client() as client:
         client.on_notice(invocation.notice)
         revision = client.models.activate(name, force=force, reason=reason, tenant=tenant)
@@ -163,7 +163,7 @@ def activate(
 
 @command
 def rollback(invocation: Invocation, name: Name, reason: Reason = None, tenant: Tenant = None) -> None:
-    """Make the revision active that was so before the one that is."""
+    """Make the revision active again that was active before the present one."""
     with invocation.client() as client:
         client.on_notice(invocation.notice)
         revision = client.models.rollback(name, reason=reason, tenant=tenant)

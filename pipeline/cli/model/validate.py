@@ -44,7 +44,8 @@ def validate(
         str, typer.Argument(metavar="MODEL", help="A registered model (NAME, NAME@2), a directory or a .onnx file.")
     ],
     inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT...", help="Rows to compare on: some hundreds.", show_default=False)
+        list[str],
+        typer.Argument(metavar="INPUT...", help="Rows to compare on; some hundreds are enough.", show_default=False),
     ],
     task: Annotated[TaskName, typer.Option("-t", "--task", metavar="TASK", help="embed, classify, score or tensor.")],
     against: Annotated[
@@ -79,11 +80,12 @@ def validate(
         typer.Option(
             "--max-length-change",
             metavar="X",
-            help="embed, tensor: of a vector's length, by default 0.1; 0.01 of unit.",
+            help="embed, tensor: change of a vector's length; 0.1 by default, 0.01 for unit length.",
         ),
     ] = None,
     agreement: Annotated[
-        float | None, typer.Option(metavar="X", help="classify: least share of rows with the same label; 0.99.")
+        float | None,
+        typer.Option(metavar="X", help="classify: least share of rows with the same label; 0.99 by default."),
     ] = None,
     relative_difference: Annotated[
         float | None,
