@@ -171,6 +171,7 @@ def _valid(batch: pa.RecordBatch) -> pa.RecordBatch:
 
     What lies below a null struct or list may be anything: pyarrow leaves an index into no category at all there.
     """
+    batch.validate()  # sizes of buffers, on which the rest relies
     found = with_types(batch, arrow_schemas.as_bytes(batch.schema))
     try:
         found.validate(full=True)

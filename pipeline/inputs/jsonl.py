@@ -30,6 +30,8 @@ LINE_BYTES = 256 * 2**20
 _NO_BRACKETS = bytes(sorted(set(range(256)) - set(b'[]{}"\n')))
 _STRING = re.compile(rb'"[^"\n]*"?')
 _OPENING, _CLOSING = np.frombuffer(b"[{", np.uint8), np.frombuffer(b"]}", np.uint8)
+_BARE_NULL = re.compile(rb"null[ \t\r]*(?:\n|\Z)")
+"""At the end of a line that is no object. pyarrow crashes when the first line is null."""
 _ARROWS_ROW = re.compile(r"^JSON parse error: |\.? in row \d+$")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _ESCAPE = re.compile(
@@ -211,6 +213,8 @@ def _refuse_depth(uri: str, first: int, block: bytes) -> None:
 
 def _parse(data: bytes, schema: pa.Schema | None) -> pa.Table:
     """One block, which is never cut into several: pyarrow would take a row that spans two for an error."""
+    if _BARE_NULL.search(data):
+        raise pa.ArrowInvalid("a line is null")
     unexpected: Literal["infer", "ignore"] = "infer" if schema is None else "ignore"
     source: Any = pa.BufferReader(data)
     return pj.read_json(

@@ -68,12 +68,28 @@ def with_types(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 def masked(column: Any) -> Any:
     """The same values, with nothing but nulls below nulls: in the fields of a null struct, and in null lists.
 
-    What lies there is nobody's value, and may be no value at all.
+    What lies there is nobody's value, and may be no value at all. Raises ``pa.ArrowInvalid`` for offsets that lead out
+    of the values of a list: Arrow follows them wherever they lead.
     """
     kind = column.type
     if isinstance(kind, pa.BaseExtensionType):
         return pa.ExtensionArray.from_storage(kind, masked(column.storage))
-    return _rebuilt(column, kind, lambda child, _: masked(child)) if _is_nested(kind) else column
+    if not _is_nested(kind):
+        return column
+    _check_offsets(column)
+    return _rebuilt(column, kind, lambda child, _: masked(child))
+
+
+def _check_offsets(column: Any) -> None:
+    if not hasattr(column, "offsets"):
+        return
+    starts = column.offsets.to_numpy().astype(np.int64)
+    if hasattr(column, "sizes"):
+        ends = starts + column.sizes.to_numpy()
+    else:
+        starts, ends = starts[:-1], starts[1:]
+    if np.any(starts < 0) or np.any(ends < starts) or np.any(ends > len(column.values)):
+        raise pa.ArrowInvalid("the offsets of a list lead out of its values")
 
 
 def _is_nested(kind: Any) -> bool:

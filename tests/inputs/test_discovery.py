@@ -410,6 +410,8 @@ def test_jsonl_rows_in_order_with_types_over_all_lines(tmp_path: Path, monkeypat
         ('{"a": 1}\n\n{"a": 2\n{"a": 3}\n', 3, "Expecting ',' delimiter"),
         ('{"a": 1}\n[1, 2]\n', 2, "not a JSON object"),
         ('{"a": 1}\n\n"text"\n', 3, "not a JSON object"),
+        ('null\n{"a": 1}\n', 1, "not a JSON object"),
+        ('{"a": 1}\n null ', 2, "not a JSON object"),
         ('{"a": 1}\n{"a": 2} {"a": 3}\n', 2, "Extra data"),
         ('{"a": 1}\n{"b": 1, "b": 2}\n', 2, "specified twice"),
         ("[\n1,\n{}\n]\n", 1, "not a JSON object"),
