@@ -169,7 +169,7 @@ def check_request(name: str, spec: JobSpec, model: Model) -> None:
     kind = engine_class(name)
     task = spec.task
     if spec.cache != "off" and not (issubclass(kind, CachesAnswers) and task in kind.cached_tasks()):
-        raise InvalidJob(f"engine {name!r} keeps no answers of task '{task}'; leave it off", field="cache")
+        raise InvalidJob(f"engine {name!r} caches no answers of task '{task}'; leave it off", field="cache")
     if spec.sequence is not None and not (issubclass(kind, CarriesState) and task in kind.stateful_tasks()):
         raise InvalidJob(
             f"engine {name!r} carries no state from row to row of task '{task}'; leave it out", field="sequence"

@@ -167,7 +167,7 @@ def test_true_is_on_and_it_is_no_part_of_the_work(folder: Path) -> None:
 
 def test_engines_that_keep_nothing_say_so(folder: Path, tmp_path: Path) -> None:
     with Client(settings=Settings(data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")) as client:
-        with pytest.raises(InvalidJob, match="engine 'fake' keeps no answers of task 'generate'"):
+        with pytest.raises(InvalidJob, match="engine 'fake' caches no answers of task 'generate'"):
             client.submit(**fields(folder, "out", model="fake", engine_options={}))
         with pytest.raises(InvalidJob, match="drawn at random"):
             client.submit(**fields(folder, "out", sampling={}))

@@ -11,9 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.engines.arrow_text import is_bytes, is_list
+from pipeline.engines.arrow_text import is_bytes, is_list, is_string, is_text
 from pipeline.engines.media import inline as inline_media
-from pipeline.engines.media.images import is_image
 from pipeline.spec.error_codes import RowErrorCode
 from pipeline.spec.job_spec import JobSpec
 from storage.errors import InvalidInput, RowError
@@ -64,6 +63,13 @@ def check_column(spec: JobSpec, modality: str, kind: Any, name: str) -> None:
         raise InvalidInput(f"column {name!r} is {kind}; {what}", field=FIELDS[modality])
 
 
+def is_image(kind: Any) -> bool:
+    """True for what an image column may be: bytes, strings (URIs), or ``struct<bytes, path>`` of ``datasets``."""
+    if pa.types.is_struct(kind) and {"bytes", "path"} <= {kind.field(at).name for at in range(kind.num_fields)}:
+        return is_bytes(kind.field("bytes").type) and is_string(kind.field("path").type)
+    return is_text(kind)
+
+
 def is_samples(kind: Any) -> bool:
     """True for a list of numbers."""
     return is_list(kind) and pa.types.is_floating(kind.value_type)
@@ -93,7 +99,7 @@ def media_of(columns: Mapping[str, str], batch: pa.RecordBatch, row: int) -> Med
         items = tuple(value.values) if several and value.is_valid else (value,)
         if several and value.is_valid and not items:
             raise RowError(RowErrorCode.MISSING_VALUE, f"column {name!r} holds an empty list")
-        if any(_lacking(item) for item in items):
+        if any(is_lacking(item) for item in items):
             among = " among others" if several and len(items) > 1 else ""
             raise RowError(RowErrorCode.MISSING_VALUE, f"column {name!r} is null{among}")
         found[modality] = items
@@ -101,7 +107,8 @@ def media_of(columns: Mapping[str, str], batch: pa.RecordBatch, row: int) -> Med
     return Media(found, in_frames, sum(_size(item) for items in found.values() for item in items))
 
 
-def _lacking(item: Any) -> bool:
+def is_lacking(item: Any) -> bool:
+    """Whether a scalar of such a column holds nothing: a null, or a struct of nulls."""
     if not item.is_valid:
         return True
     if is_sampled(item.type):

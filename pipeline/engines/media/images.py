@@ -17,13 +17,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from pipeline.engines.arrow_text import is_bytes, is_string, is_text
-from pipeline.engines.media import inline
+from pipeline.engines.media import columns
 from pipeline.engines.model_config.image import ImageRecipe
 from pipeline.spec.error_codes import MESSAGE_LIMIT, RowErrorCode
-from storage.errors import EngineMissing, InvalidInput
+from storage.errors import EngineMissing, RowError
 
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
@@ -37,17 +35,6 @@ LARGE_PIXELS = 16_000_000
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "ICO")
 """Formats that are read, where Pillow was built for them. Some of the others start programs (EPS: Ghostscript) or read
 further files, and none is a format of photographs."""
-
-
-def is_image(kind: pa.DataType) -> bool:
-    """True for what an image column may be: bytes, strings (URIs), or ``struct<bytes, path>`` of ``datasets``."""
-    return is_text(kind) or _is_pair(kind)
-
-
-def _is_pair(kind: Any) -> bool:
-    if not pa.types.is_struct(kind) or not {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)}:
-        return False
-    return is_bytes(kind.field("bytes").type) and is_string(kind.field("path").type)
 
 
 class ImageReader:
@@ -74,32 +61,16 @@ class ImageReader:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _one(self, row: Any, name: str) -> Floats | Failure:
-        try:
-            data = self._bytes(row)
-        except InvalidInput as error:
-            return RowErrorCode.UNREADABLE_URI, f"column {name!r}: {error}"[:MESSAGE_LIMIT]
-        except UnicodeDecodeError as error:
-            return RowErrorCode.INVALID_UTF8, f"column {name!r} is not UTF-8: {error.reason} at byte {error.start}"
-        if data is None:
+        if columns.is_lacking(row):
             return RowErrorCode.MISSING_VALUE, f"column {name!r} is null"
+        try:
+            data = columns.read(row, self._fetch)
+        except RowError as error:
+            return error.code, f"column {name!r}: {error.message}"[:MESSAGE_LIMIT]
         try:
             return self.prepare(data)
         except Exception as error:  # Pillow's decoders raise nearly anything for broken files
             return RowErrorCode.INVALID_IMAGE, f"column {name!r}: {_reason(error)} ({len(data)} bytes)"[:MESSAGE_LIMIT]
-
-    def _bytes(self, row: Any) -> Any | None:
-        if not row.is_valid:
-            return None
-        if pa.types.is_struct(row.type):
-            return row["bytes"].as_buffer() if row["bytes"].is_valid else self._bytes(row["path"])
-        if is_bytes(row.type):
-            return row.as_buffer()
-        uri = bytes(row.as_buffer()).decode("utf-8")
-        if (data := inline.content(uri)) is not None:
-            return data
-        if self._fetch is None:
-            raise InvalidInput(f"{uri} is not read: nothing here reads URIs of a row")
-        return self._fetch(uri)
 
     def prepare(self, data: Any) -> Floats:
         """The model's input, float32 [3, h, w], from an encoded image. Raises whatever Pillow does for a broken one."""

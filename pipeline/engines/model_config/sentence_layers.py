@@ -18,7 +18,7 @@ from storage.errors import EngineMissing, InvalidModel
 
 _EPSILON = 1e-5
 """PyTorch's default for LayerNorm; the folder does not record another."""
-_MOST_HEADER_BYTES = 2**20
+_MOST_HEADER_BYTES = 2**27
 
 
 def _erf(x: Floats) -> Any:
@@ -161,15 +161,18 @@ def check_weights(layer: Dense | LayerNorm) -> None:
                 f"{LAYER_WEIGHTS}, and try again"
             )
         raise InvalidModel(f"the module {kind} has no weights: {path} is missing")
-    found = _header(path)
+    found = tensor_shapes(path)
     for name, shape in layer.shapes().items():
         if found.get(name) != shape:
             there = "is missing" if name not in found else f"has shape {list(found[name])}"
             raise InvalidModel(f"{path}: {name} {there}; the module's config.json asks for {list(shape)}")
 
 
-def _header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes by name: the file begins with the length of a JSON object, in 8 bytes, and the object."""
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes in a safetensors file by name. It begins with the length of a JSON object, in 8 bytes, and the object.
+
+    Raises :class:`~storage.errors.InvalidModel` for another file.
+    """
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.engines.arrow_text import is_text
-from pipeline.engines.media.images import is_image
+from pipeline.engines.media.columns import is_image
 from pipeline.engines.model_config import image
 from pipeline.engines.model_config.text import TextFolder
 from pipeline.engines.model_config.text import read as read_folder

@@ -15,7 +15,7 @@ product of two square matrices in the model's type.
 
 from __future__ import annotations
 
-import struct
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -27,9 +27,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.engines.base import Cancellation, ResultBatch, RowBatch
+from pipeline.engines.model_config.sentence_layers import tensor_shapes
 from pipeline.engines.vllm.process.process import RunningVllm
 from pipeline.models.model import Model
-from pipeline.spec import json_text
 from pipeline.spec.job_spec import JobSpec
 from storage.errors import InvalidModel
 
@@ -40,7 +40,7 @@ CONTEXT = 32
 SHORT = 4
 """Tokens of the short answers: the first comes from prefill, the others let all requests get under way."""
 SECONDS = 2.0
-"""That one measurement takes, about."""
+"""What one measurement takes, about."""
 REPEATS = 2
 """The fastest counts: whatever else the machine does only adds to it."""
 MOST_SECONDS = 20.0
@@ -185,8 +185,8 @@ def weights_of(folder: Path, config: Any) -> Weights | None:
         return None
     sizes: dict[str, int] = {}
     for file in folder.glob("*.safetensors"):
-        with suppress(OSError, ValueError, KeyError, struct.error):
-            sizes |= _tensors(file)
+        with suppress(InvalidModel):
+            sizes |= {name: math.prod(shape) for name, shape in tensor_shapes(file).items()}
     tied = bool(getattr(text, "tie_word_embeddings", False))
     read = {name: n for name, n in sizes.items() if tied or ("embed_tokens" not in name and "wte" not in name)}
     if not read:
@@ -196,20 +196,6 @@ def weights_of(folder: Path, config: Any) -> Weights | None:
     layers = config.model_config.get_num_layers(config.parallel_config)
     heads = config.model_config.get_total_num_kv_heads() * config.model_config.get_head_size()
     return Weights(parameters, parameters * width, 2 * layers * heads * width)
-
-
-def _tensors(file: Path) -> dict[str, int]:
-    """Name → number of elements. The format: eight bytes of length, and as much JSON."""
-    with file.open("rb") as data:
-        (length,) = struct.unpack("<Q", data.read(8))
-        header = json_text.loads(data.read(length))
-    found: dict[str, int] = {}
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            found[name] = 1
-            for size in tensor["shape"]:
-                found[name] *= size
-    return found
 
 
 def machine_of(device: str, dtype: Any, n_bytes: int) -> Machine | None:

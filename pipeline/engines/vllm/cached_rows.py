@@ -1,4 +1,4 @@
-"""Rows whose answers are kept from earlier jobs (``cache``): which may be, under which key, and how they come back."""
+"""Rows whose answers are cached across jobs (``cache``): which may be, under which key, and how they come back."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from pipeline.spec.job_spec import JobSpec
 from storage.errors import InvalidJob
 
 FIELD = "cache"
-ASIDE_ROWS, ASIDE_TOKENS = 8192, 2**22
-"""Rows with a cached result, and their prompts' tokens, that gather before answers are read: each row group once."""
+HIT_ROWS, HIT_TOKENS = 8192, 2**22
+"""Hits, and the tokens of their prompts, that gather before their answers are read, to read each row group once."""
 
 _CACHE = ENGINE.having("cache")
 SPEED = OWN_OPTIONS.keys() | {name for name, effect in _CACHE.items() if effect == "speed"}
@@ -35,11 +35,11 @@ SPEED = OWN_OPTIONS.keys() | {name for name, effect in _CACHE.items() if effect 
 
 
 def check(spec: JobSpec) -> None:
-    """Raise :class:`InvalidJob` where answers to this job cannot be kept, or would be other than one may expect."""
+    """Raise :class:`InvalidJob` where answers to this job cannot be cached, or would surprise whoever asks again."""
     if spec.cache == "off":
         return
     if spec.image_column or spec.audio_column or spec.video_column:
-        raise InvalidJob("answers about images, sounds and videos are not kept; leave it off", field=FIELD)
+        raise InvalidJob("answers about images, sounds and videos are not cached; leave it off", field=FIELD)
     outside = sorted(
         name
         for name, value in spec.engine_options.items()
@@ -47,8 +47,8 @@ def check(spec: JobSpec) -> None:
     )
     if outside:
         raise InvalidJob(
-            f"answers under the engine option {outside[0]!r} are not kept, since they depend on files that the model's "
-            "digest does not cover; leave it off",
+            f"answers under the engine option {outside[0]!r} are not cached, since they depend on files that the "
+            "model's digest does not cover; leave it off",
             field=FIELD,
         )
     by_row = {"temperature", "seed"} & spec.sampling_columns.keys()
@@ -93,19 +93,19 @@ class CacheLookup:
         self._cache = context.results.open(spec.tenant, facts(running, model, versions, spec), schema)
         self._per_row = 2 if pairs else 1
         sampled = spec.cache == "sampled"
-        self._identity = dedup_keys(
+        self._dedup_key = dedup_keys(
             pools=spec.task in pooling.TASKS,
             is_deterministic=sampled or is_deterministic(spec.sampling),
             sampled=sampled,
         )
         self._run: dict[int, bytes] = {}  # the rows that are being run → their keys
-        self._aside: list[tuple[bytes, int, list[Prompt]]] = []
+        self._hits: list[tuple[bytes, int, list[Prompt]]] = []
         self._tokens = 0
         self._counts: defaultdict[str, float] = defaultdict(float)
         self._given: Mapping[str, float] = {}
 
     def partition_hits(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Of these prompts, those that have to be run now; the others have an answer, it seems."""
+        """Return the prompts that have to be run now. The others have a cached answer, it seems, and wait for it."""
         began = time.monotonic()
         rows = [list(group) for _, group in groupby(prompts, lambda prompt: prompt.row // self._per_row)]
         keys = [self._key(row) for row in rows]
@@ -115,7 +115,7 @@ class CacheLookup:
         for row, key in zip(rows, keys, strict=True):
             offset = -1 if key is None else next(offsets)
             if key is not None and offset >= 0:
-                self._aside.append((key, offset, row))
+                self._hits.append((key, offset, row))
                 self._tokens += sum(len(prompt.tokens) for prompt in row)
                 continue
             run += self._missed(row, key)
@@ -123,14 +123,14 @@ class CacheLookup:
         return run
 
     def read_hits(self, *, last: bool = False) -> Iterator[ResultBatch | list[Prompt]]:
-        """The answers to rows that were set aside, once there are many or these are the last; and the prompts of those
-        whose answer turned out not to be there."""
-        if not self._aside or not (last or len(self._aside) >= ASIDE_ROWS or self._tokens >= ASIDE_TOKENS):
+        """Yield the answers of the hits, once there are many or these are the ``last``; and the prompts of hits whose
+        answer turned out not to be there."""
+        if not self._hits or not (last or len(self._hits) >= HIT_ROWS or self._tokens >= HIT_TOKENS):
             return
-        aside, self._aside, self._tokens = self._aside, [], 0
-        keys = [key for key, _, _ in aside]
-        left = set(range(len(aside)))
-        answers = self._cache.read(keys, np.array([offset for _, offset, _ in aside], np.int64))
+        hits, self._hits, self._tokens = self._hits, [], 0
+        keys = [key for key, _, _ in hits]
+        left = set(range(len(hits)))
+        answers = self._cache.read(keys, np.array([offset for _, offset, _ in hits], np.int64))
         while True:
             began = time.monotonic()
             which, values = next(answers, (None, None))
@@ -138,14 +138,14 @@ class CacheLookup:
             if which is None or values is None:
                 break
             left.difference_update(which)
-            rows = np.array([aside[at][2][0].row // self._per_row for at in which], np.int64)
-            yield ResultBatch(rows, _unpaid(values), measured=self._hits(values))
-        run = [prompt for at in sorted(left) for prompt in self._missed(aside[at][2], aside[at][0])]
+            rows = np.array([hits[at][2][0].row // self._per_row for at in which], np.int64)
+            yield ResultBatch(rows, _all_cached(values), measured=self._hit_counts(values))
+        run = [prompt for at in sorted(left) for prompt in self._missed(hits[at][2], hits[at][0])]
         if run:
             yield run
 
     def store(self, outcomes: Sequence[Any], answers: Sequence[Answer], values: pa.RecordBatch | None) -> None:
-        """Rows have been run: keep their answers (n rows of ``values``). Failed rows are forgotten."""
+        """Cache the answers of rows that have been run (n rows of ``values``). Failed rows are forgotten."""
         keys = {outcome.row: self._run.pop(outcome.row, None) for outcome in outcomes}
         new = [at for at, answer in enumerate(answers) if keys.get(answer.row) is not None and not answer.copied]
         if values is not None and new:
@@ -159,8 +159,8 @@ class CacheLookup:
         self._counts["cache_seconds"] += time.monotonic() - began
 
     def measured(self) -> dict[str, float]:
-        """What has been added since this was asked last: rows that were run without a cached result, answers that were
-        kept, failures of the store, seconds spent with it."""
+        """What has been added since the last call: hits, misses, answers that were written, failures of the store, and
+        seconds spent with it."""
         self._counts["cache_writes"] = self._cache.written
         self._counts["cache_failures"] = self._cache.failures
         now = dict(self._counts)
@@ -176,7 +176,7 @@ class CacheLookup:
             self._run[row[0].row // self._per_row] = key
         return row
 
-    def _hits(self, values: pa.RecordBatch) -> dict[str, float]:
+    def _hit_counts(self, values: pa.RecordBatch) -> dict[str, float]:
         counts: dict[str, float] = {"cache_hits": values.num_rows}
         for name in ("prompt_tokens", "completion_tokens"):
             at = values.schema.get_field_index(name)
@@ -185,19 +185,18 @@ class CacheLookup:
         return counts
 
     def _key(self, row: Sequence[Prompt]) -> bytes | None:
-        """The row's key; ``None`` where its answer is not to be kept."""
+        """The row's key; ``None`` where its answer is not to be cached."""
         parts: list[bytes] = []
         for prompt in row:
             tokens = array("i", prompt.tokens).tobytes()
-            settles = self._identity(prompt, tokens)
-            if settles is None:
+            if (part := self._dedup_key(prompt, tokens)) is None:
                 return None
-            parts.append(settles)
+            parts.append(part)
         return row_key(*parts)
 
 
-def _unpaid(values: pa.RecordBatch) -> pa.RecordBatch:
-    """As it is with rows that were copied from another: no token of the prompt was computed for it."""
+def _all_cached(values: pa.RecordBatch) -> pa.RecordBatch:
+    """The rows with all tokens of their prompts as cached ones: none was computed, as with rows that were copied."""
     at = values.schema.get_field_index("cached_tokens")
     if at < 0:
         return values

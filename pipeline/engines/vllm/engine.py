@@ -54,7 +54,7 @@ RESULTS = 4096
 """Most rows of a batch of results."""
 MOST_JOBS = 16
 """Most jobs whose lengths of answers are remembered, to put the prompts of their next shards in order."""
-BESIDE = ("torch", "transformers")
+PACKAGES = ("torch", "transformers")
 """Packages whose versions are reported with vLLM's."""
 
 
@@ -129,7 +129,7 @@ class VllmEngine(VllmPlacement):
                 ) from None
             raise EngineMissing(f"vLLM is installed but cannot be imported: {error}", field="engine") from error
         # The build for CPUs goes by another name in the package index, but by the same one here.
-        self._versions = {"vllm": vllm.__version__, **{name: importlib.metadata.version(name) for name in BESIDE}}
+        self._versions = {"vllm": vllm.__version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
         self._context.notify(f"loading {self._model.name} into vLLM {vllm.__version__}")
         options = {name: value for name, value in self._options.items() if name not in OWN_OPTIONS}
         if self._task in pooling.TASKS:
@@ -185,8 +185,8 @@ class VllmEngine(VllmPlacement):
         )
         requests = Requests(running, Exchange(loaded.window, work, waiting), params, loaded.media, spec.request_timeout)
         measures = Measures(running.gauges)
-        reuse = self._reuse(running, spec, schema)
-        reading = (requests.exchange, rows, batches, measures, reuse)
+        lookup = self._cache_lookup(running, spec, schema)
+        reading = (requests.exchange, rows, batches, measures, lookup)
         threads = [
             thread_with_ids("vllm-read", read_rows, *reading),
             thread_with_ids("vllm-feed", requests.feed),
@@ -200,38 +200,38 @@ class VllmEngine(VllmPlacement):
                     yield self._counted(outcomes)
                     continue
                 for at in range(0, len(outcomes), RESULTS):
-                    yield self._batch(outcomes[at : at + RESULTS], reader, schema, measures, reuse)
-            if reuse is not None:
-                reuse.finish()
+                    yield self._batch(outcomes[at : at + RESULTS], reader, schema, measures, lookup)
+            if lookup is not None:
+                lookup.finish()
             if not cancel.cancelled:
-                kept = {} if reuse is None else reuse.measured()
-                yield ResultBatch(np.array([], dtype=np.int64), None, measured=measures.rest() | kept)
+                cached = {} if lookup is None else lookup.measured()
+                yield ResultBatch(np.array([], dtype=np.int64), None, measured=measures.rest() | cached)
         finally:
             forget()
             requests.stop()
             requests.wait_until_aborted()
             for thread in threads:
                 thread.join()
-            if reuse is not None:
-                reuse.finish()
+            if lookup is not None:
+                lookup.finish()
             self._growth.look(running)
 
-    def _reuse(self, running: RunningVllm, spec: JobSpec, schema: pa.Schema) -> CacheLookup | None:
+    def _cache_lookup(self, running: RunningVllm, spec: JobSpec, schema: pa.Schema) -> CacheLookup | None:
         if spec.cache == "off" or self._context.results is None:
             return None
         pairs = spec.task is Task.SCORE and Pooling(running, spec.task).pairs
         return CacheLookup(self._context, running, self._model, self._versions, spec, schema, pairs=pairs)
 
-    def _counted(self, kept: ResultBatch) -> ResultBatch:
-        """Answers from earlier jobs, counted in :meth:`stats`."""
+    def _counted(self, cached: ResultBatch) -> ResultBatch:
+        """Cached answers of earlier jobs, counted in :meth:`stats`."""
         with self._lock:
-            self._rows["succeeded"] += len(kept.rows)
-            self._counts["kept_rows"] += len(kept.rows)
-        return kept
+            self._rows["succeeded"] += len(cached.rows)
+            self._counts["cached_rows"] += len(cached.rows)
+        return cached
 
     def _prompts(self, running: RunningVllm, spec: JobSpec, params: JobParams) -> Prompts:
         context: int = running.config.model_config.max_model_len
-        # Of a cut prompt's context, the answer gets what it may use, but not more than half.
+        # Where a prompt is cut, the answer gets the context that it may use, at most half of it.
         room = min(params.job.sampling.max_tokens or context, max(1, context // 2))
         if spec.request_column is not None:
             return RequestPrompts(running.llm, spec, room, params)
@@ -336,12 +336,12 @@ class VllmEngine(VllmPlacement):
         reader: PooledRows | Answers,
         schema: pa.Schema,
         measures: Measures,
-        reuse: CacheLookup | None,
+        lookup: CacheLookup | None,
     ) -> ResultBatch:
         read = reader.answers(outcomes)
         answers = [outcome for outcome in read if isinstance(outcome, Answer)]
         failures = tuple(outcome for outcome in read if isinstance(outcome, RowFailure))
-        # All that went through the engine, whatever became of it: what breaks its form was computed too.
+        # Rows whose answer breaks its form count, too: they were computed.
         done = [outcome for outcome in outcomes if isinstance(outcome, Finished)]
         ran, copied = [one for one in done if not one.copied], [one for one in done if one.copied]
         counts = {
@@ -363,8 +363,8 @@ class VllmEngine(VllmPlacement):
             values = pa.RecordBatch.from_arrays(
                 [_array(columns[field.name], field.type) for field in schema], schema=schema
             )
-        if reuse is not None:
-            reuse.store(read, answers, values)
+        if lookup is not None:
+            lookup.store(read, answers, values)
         rows = np.fromiter((answer.row for answer in answers), dtype=np.int64, count=len(answers))
         return ResultBatch(rows, values, failures, {**counts, **measures.rest()})
 

@@ -14,7 +14,7 @@ from pipeline.host.memory import memory_bytes
 WINDOW_TOKENS = 2**22
 """Most prompt tokens inside vLLM where its cache does not hold half as many: some 150 MiB in its processes."""
 MEDIA_WINDOW_SHARE, MEDIA_WINDOW_BYTES = 1 / 16, 4 * 2**30
-"""Of the machine's memory, and at most: prepared media inside vLLM."""
+"""What prepared media inside vLLM may take: this share of the machine's memory, at most these bytes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,17 +21,17 @@ def read_rows(
     prompts: Prompts | PooledRows,
     batches: Iterable[RowBatch],
     measures: Measures,
-    reuse: CacheLookup | None,
+    lookup: CacheLookup | None,
 ) -> None:
     """Until ``batches`` ends or the call is stopped. An error is raised in the thread that reads the results."""
 
     def hand_over(made: list[Prompt], failures: list[RowFailure]) -> bool:
-        if reuse is None:
+        if lookup is None:
             return exchange.offer(made, failures)
-        return exchange.offer(reuse.partition_hits(made), failures) and give_found()
+        return exchange.offer(lookup.partition_hits(made), failures) and give_found()
 
     def give_found(*, last: bool = False) -> bool:
-        for found in reuse.read_hits(last=last) if reuse is not None else ():
+        for found in lookup.read_hits(last=last) if lookup is not None else ():
             if not (exchange.give(found) if isinstance(found, ResultBatch) else exchange.offer(found, [])):
                 return False
         return True

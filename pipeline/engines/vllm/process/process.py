@@ -112,10 +112,9 @@ class RunningVllm:
     def memory_bytes(self) -> int:
         """Resident memory of the engine's processes now, in bytes; pages that two of them share count twice."""
         total = 0
-        for process in list(self._processes.values()):
+        for process in self._family():
             with contextlib.suppress(psutil.NoSuchProcess):
-                family = [process, *process.children(recursive=True)]
-                total += sum(int(member.memory_info().rss) for member in family)
+                total += int(process.memory_info().rss)
         return total
 
     def when_stopped(self, callback: Callable[[], None], *, forget: bool = False) -> None:

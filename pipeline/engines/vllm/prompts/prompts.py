@@ -182,20 +182,23 @@ class Prompts:
         return text
 
     def _given_tokens(self, tokens: list[int | None]) -> list[int]:
-        from vllm.exceptions import VLLMClientError
-
         name = self._token_column
         if not tokens:
             raise RowError(RowErrorCode.INVALID_VALUE, f"column {name!r} holds no token")
         given = [token for token in tokens if token is not None]
         if len(given) < len(tokens):
             raise RowError(RowErrorCode.INVALID_VALUE, f"column {name!r} holds a null among the tokens")
+        return self._valid(given, f"column {name!r}")
+
+    def _valid(self, tokens: list[int], what: str) -> list[int]:
+        from vllm.exceptions import VLLMClientError
+
         try:
             # Behind an embedding's last row is other memory.
-            self._renderer.validate_token_ids(given)
+            self._renderer.validate_token_ids(tokens)
         except VLLMClientError as error:
-            raise RowError(RowErrorCode.INVALID_VALUE, f"column {name!r}: {error}") from None
-        return given
+            raise RowError(RowErrorCode.INVALID_VALUE, f"{what}: {error}") from None
+        return tokens
 
     def _apply_chat_template(self, messages: list[dict[str, Any]], params: Any) -> str | list[int]:
         from vllm.exceptions import VLLMClientError

@@ -62,7 +62,7 @@ class RequestPrompts(Prompts):
         elif isinstance(prompt, str):
             made = prompt
         else:
-            return self._valid(prompt)
+            return self._valid(prompt, "prompt")
         if made in ("", []):
             raise RowError(RowErrorCode.INVALID_VALUE, "the prompt is empty")
         return made.lower() if self._lower_case and isinstance(made, str) else made
@@ -70,12 +70,3 @@ class RequestPrompts(Prompts):
     def _template(self, key: str) -> Any:
         found = request_rows.decoded(key)
         return self._chat_params_of(found.tools, found.template)
-
-    def _valid(self, tokens: list[int]) -> list[int]:
-        from vllm.exceptions import VLLMClientError
-
-        try:
-            self._renderer.validate_token_ids(tokens)
-        except VLLMClientError as error:
-            raise RowError(RowErrorCode.INVALID_VALUE, f"prompt: {error}") from None
-        return tokens

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+import functools
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.engines.generation import structured_output
-from pipeline.engines.generation.request_rows import Parameters
+from pipeline.engines.generation.request_rows import Parameters, decoded
 from pipeline.engines.generation.sampling import SAMPLING
 from pipeline.engines.generation.sampling_columns import key_of, sampling_of
 from pipeline.engines.generation.structured_output import Form
@@ -42,19 +43,27 @@ class JobParams:
         self._running, self._spec = running, spec
         self.job = self._made(spec.sampling)
         self.columns = tuple(spec.sampling_columns.values())
-        self._known: OrderedDict[str, Params] = OrderedDict()
+        self._of_row = functools.lru_cache(REMEMBERED)(self._own)
 
     def of(self, row: Mapping[str, Any]) -> Params | None:
         """The row's own parameters, or ``None`` where they are the job's. Raises :class:`RowError`."""
         own = sampling_of(self._spec, row) if self.columns else None
-        if own is None:
-            return None
-        return self._kept(key_of(own), lambda: self._made(own))
+        return None if own is None else self._of_row(key_of(own))
 
     def of_request(self, parameters: Parameters) -> Params:
         """The parameters of a row that is a request, over the defaults of the model's own files, as ``vllm serve`` has
         them. The answer may be cut off: its ``finish_reason`` says so. Raises :class:`RowError`."""
-        return self._kept(parameters.key, lambda: Params(sampling_params(self._running, self._over(parameters))))
+        return self._of_row(parameters.key)
+
+    def _own(self, key: str) -> Params:
+        """``key``: a row's sampling parameters, or a request's, as JSON."""
+        own = json.loads(key)
+        try:
+            if isinstance(own, dict):
+                return replace(self._made(own), key=key)
+            return Params(sampling_params(self._running, self._over(decoded(key))), key=key)
+        except InvalidJob as error:
+            raise RowError(RowErrorCode.INVALID_VALUE, str(error)) from None
 
     def _over(self, parameters: Parameters) -> dict[str, Any]:
         files: Mapping[str, Any] = self._running.config.model_config.get_diff_sampling_param() or {}
@@ -63,17 +72,6 @@ class JobParams:
         if own.get("max_tokens") is None and "max_tokens" in defaults:
             del own["max_tokens"]
         return {**defaults, **own}
-
-    def _kept(self, key: str, make: Callable[[], Params]) -> Params:
-        if key not in self._known:
-            try:
-                self._known[key] = replace(make(), key=key)
-            except InvalidJob as error:
-                raise RowError(RowErrorCode.INVALID_VALUE, str(error)) from None
-            if len(self._known) > REMEMBERED:
-                self._known.popitem(last=False)
-        self._known.move_to_end(key)
-        return self._known[key]
 
     def _made(self, sampling: Mapping[str, Any]) -> Params:
         # Answers of a model that thinks first begin with its thoughts, which keep to nothing.

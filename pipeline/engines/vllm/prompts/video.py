@@ -23,10 +23,10 @@ Video = tuple[Any, dict[str, Any]]
 FORMATS = "mov,matroska,avi,gif,flv,ogg,mpeg,mpegts,mpegvideo"
 """FFmpeg's names of the containers in ``media_heads.VIDEOS``."""
 OPENCV_OPTIONS = f"format_whitelist;{FORMATS}|protocol_whitelist;none"
-"""What OpenCV hands to FFmpeg, which else probes for itself what the bytes are, and may take them for a list of
-addresses (SDP, HLS), whatever mark they begin with."""
+"""What OpenCV hands to FFmpeg. Without it FFmpeg probes what the bytes are, and may take them for a list of addresses
+(SDP, HLS), whatever mark they begin with."""
 MISSING = 0.1
-"""Of the frames that a container promises: fewer of them may be missing at its end, which is where counts differ."""
+"""The share of the promised frames that may be missing at the end of a container, where counts differ."""
 
 
 class VideoLoader:

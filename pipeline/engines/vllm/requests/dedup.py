@@ -1,4 +1,4 @@
-"""Prompts that occur again within a call, and whose answer is settled by the prompt alone, are run once."""
+"""Runs equal prompts of one call once, where the prompt alone decides the answer."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ P = TypeVar("P")
 DedupKey = Callable[[Prompt, bytes], bytes | None]
 
 MEMORY_BYTES = 32 * 2**20
-"""Most memory for the answers that are kept for prompts to come."""
+"""Most memory for the answers that later prompts may get."""
 ENTRY_BYTES = 300
-"""Of each of them beside the text, roughly: key, tuple, dictionary entry."""
+"""What an answer takes in addition to its text, roughly: key, tuple, dictionary entry."""
 
 
 def is_deterministic(sampling: Mapping[str, Any]) -> bool:
-    """Whether the prompt and these sampling parameters settle the answer: greedy decoding, or a seed."""
+    """Whether the prompt and these sampling parameters decide the answer: greedy decoding, or a seed."""
     # To vLLM, -1 is no seed.
     return sampling.get("temperature") == 0 or sampling.get("seed") not in (None, -1)
 
 
 def dedup_key(prompt: Prompt, tokens: bytes, *, sampled: bool = False) -> bytes | None:
-    """What settles a row's answer beside the parameters of its job, which settle theirs: ``tokens``, parameters of its
-    own, its adapter. ``None`` where nothing does, or (without ``sampled``) where the row's own parameters do not."""
+    """What decides a row's answer in addition to its job's parameters: ``tokens``, its own parameters, its adapter.
+
+    ``None`` for a row with media, and (without ``sampled``) for one whose own parameters leave the answer to chance."""
     own = prompt.params
     if prompt.make is not None:
         return None
@@ -42,9 +43,9 @@ def dedup_key(prompt: Prompt, tokens: bytes, *, sampled: bool = False) -> bytes 
 
 
 def dedup_keys(*, pools: bool, is_deterministic: bool, sampled: bool = False) -> DedupKey:
-    """What tells a job's prompts apart, with the bytes of their tokens; ``None`` where nothing settles the answer.
+    """A function from a prompt and the bytes of its tokens to its key; ``None`` where the answer is left to chance.
 
-    ``pools``: they are pooled. ``is_deterministic``: the job's parameters settle the answer of rows without their own.
+    ``pools``: they are pooled. ``is_deterministic``: the job's parameters decide the answer of rows without their own.
     """
 
     def pooled(prompt: Prompt, tokens: bytes) -> bytes:
@@ -61,7 +62,7 @@ def dedup_keys(*, pools: bool, is_deterministic: bool, sampled: bool = False) ->
 
 
 class RequestDedup(Generic[A, P]):
-    """What one call has run, is running and has waiting. Not for several threads at once: its lock is the caller's.
+    """What one call has run, is running and has waiting. Callers hold a lock: it is not safe for several threads.
 
     The first row with a prompt leads; those that come while it waits or runs follow it and get what it gets. Those that
     come later get its answer from memory, as long as it is there: up to ``memory`` bytes, the oldest going first.

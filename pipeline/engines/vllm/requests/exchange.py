@@ -16,8 +16,8 @@ MOST_GIVEN = 2
 
 
 class Exchange:
-    """Prompts go in by :meth:`offer`, to the engine by :meth:`next_prompts`; outcomes come back by :meth:`settle` and
-    leave by :meth:`take`. Each method may be called in any thread, and holds the lock of ``window`` for its work.
+    """Prompts go in by :meth:`offer`, to the engine by :meth:`next_prompts`; outcomes come back by :meth:`complete`
+    and leave by :meth:`take`. Each method may be called in any thread, and holds the lock of ``window`` for its work.
 
     ``work`` names what calls that take turns share (see :class:`AdmissionLimit`).
     """
@@ -90,7 +90,7 @@ class Exchange:
             self._waiting.media_made(prompt)
             self._notify()
 
-    def settle(self, outcomes: Sequence[tuple[Prompt, Outcome]]) -> None:
+    def complete(self, outcomes: Sequence[tuple[Prompt, Outcome]]) -> None:
         """These prompts are no longer inside."""
         with self._changed:
             for prompt, outcome in outcomes:

@@ -9,7 +9,7 @@ from pipeline.engines.base import RowFailure
 from pipeline.engines.vllm.prompts.prompts import Prompt
 
 LOGPROB_BYTES = 260
-"""Of one of vLLM's ``Logprob`` objects, with its place in a dictionary and its text."""
+"""What one of vLLM's ``Logprob`` objects takes, with its entry in a dictionary and its text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Finished:
 
     @property
     def cached_tokens(self) -> int:
-        """Of these, the ones that the engine's cache had."""
+        """The tokens of the prompt that the engine's prefix cache had."""
         return max(self.output.num_cached_tokens or 0, 0)
 
     @property
@@ -52,7 +52,7 @@ class Finished:
 
     @property
     def n_bytes(self) -> int:
-        """Of its texts, tokens and probabilities, or what was pooled, about."""
+        """The memory of its texts, tokens and probabilities, or of what was pooled, about."""
         texts = sum(len(completion.text) for completion in self._completions)
         places = [at for completion in self._completions for at in completion.logprobs or ()]
         probable = sum(len(at) for at in (*places, *(getattr(self.output, "prompt_logprobs", None) or ())) if at)

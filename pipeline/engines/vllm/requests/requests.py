@@ -27,7 +27,7 @@ _calls = itertools.count()
 
 
 class Requests:
-    """Runs prompts and settles them with ``exchange``; what finishes in one step of the engine is settled together.
+    """Runs prompts and hands their outcomes to ``exchange``, those of one step of the engine together.
 
     ``params``: vLLM's, for rows without their own; ``media`` bounds the memory of prompts' media. ``timeout``: seconds
     that a request may be inside the engine, its queue included.
@@ -41,7 +41,7 @@ class Requests:
         self._name = f"c{next(_calls)}"
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._inside = 0
-        self._unsettled: list[tuple[Prompt, Outcome]] = []
+        self._completed: list[tuple[Prompt, Outcome]] = []
         self._aborting: asyncio.Task[None] | None = None
 
         engine.when_stopped(self._abandon)
@@ -163,14 +163,14 @@ class Requests:
         return self._engine.death(own=self._inside > 0)
 
     def _finish(self, prompt: Prompt, outcome: Outcome) -> None:
-        self._unsettled.append((prompt, outcome))
-        if len(self._unsettled) == 1:
+        self._completed.append((prompt, outcome))
+        if len(self._completed) == 1:
             # After the other tasks that this step of the engine has woken.
-            self._engine.loop.call_soon(self._settle)
+            self._engine.loop.call_soon(self._complete)
 
-    def _settle(self) -> None:
-        outcomes, self._unsettled = self._unsettled, []
-        self.exchange.settle(outcomes)
+    def _complete(self) -> None:
+        outcomes, self._completed = self._completed, []
+        self.exchange.complete(outcomes)
 
     def _cancel(self) -> None:
         names = list(self._tasks)

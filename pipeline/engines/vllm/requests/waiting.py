@@ -15,9 +15,9 @@ from pipeline.prefix.order import Backlog, Lengths
 
 TOKEN_BYTES = array("i").itemsize
 BYTES_PER_TOKEN = 16
-"""Of a prompt that waits: its tokens in a list of Python integers, and once more as four bytes each, to sort by."""
+"""What a prompt that waits takes: its tokens as a list of Python integers, and as four bytes each, to sort by."""
 FOLLOWER_BYTES = 300
-"""Of a row that waits for the answer to another one with the same prompt."""
+"""What a row takes that waits for the answer to another row with the same prompt."""
 SHARE_TO_ORDER = 4
 """Windows full of prompts that are gathered before the first is run, so that there is something to put in order."""
 GATHER_SECONDS = 2.0
@@ -41,7 +41,7 @@ class WaitingPrompts:
     is not run again, where ``dedup_key`` recognises it. ``gather``: prompts to have before the first is run, so that
     there is something to put in order.
 
-    Not for several threads at once: its lock is the caller's.
+    Callers hold a lock: it is not safe for several threads.
     """
 
     def __init__(
@@ -133,9 +133,9 @@ class WaitingPrompts:
         return [outcome.for_row(other) for other in followers]
 
     def _admit(self, prompt: Prompt, key: bytes) -> tuple[bool, Finished | None]:
-        settles = None if self._dedup is None else self._dedup_key(prompt, key)
-        if self._dedup is None or settles is None:
+        same = None if self._dedup is None else self._dedup_key(prompt, key)
+        if self._dedup is None or same is None:
             return True, None
         # What follows another row is not run: it needs no tokens.
-        must_run, finished = self._dedup.admit(prompt.row, settles, replace(prompt, tokens=[]))
+        must_run, finished = self._dedup.admit(prompt.row, same, replace(prompt, tokens=[]))
         return must_run, None if finished is None else finished.for_row(prompt)

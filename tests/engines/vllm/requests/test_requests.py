@@ -101,6 +101,8 @@ class Scripted:
 
 @pytest.fixture
 def engine() -> Iterator[Scripted]:
+    import vllm.v1.engine.exceptions  # noqa: F401 - not within a wait of the test: on a busy machine it takes a minute
+
     made = Scripted()
     yield made
     made.close()
