@@ -22,7 +22,6 @@ from pipeline.engines.vllm import cached_rows, pooling
 from pipeline.engines.vllm.cached_rows import CacheLookup
 from pipeline.engines.vllm.generate_results import Answer, Answers, RequestAnswers
 from pipeline.engines.vllm.loaded import LoadedVllm
-from pipeline.engines.vllm.memory_growth import MemoryGrowth
 from pipeline.engines.vllm.options import permissions as vllm_permissions
 from pipeline.engines.vllm.options.engine_args import OWN_OPTIONS, check_chat_template, check_engine_options
 from pipeline.engines.vllm.options.model_fit import check_model, validate_model_config
@@ -77,7 +76,6 @@ class VllmEngine(VllmPlacement):
         self._lengths = functools.lru_cache(MOST_JOBS)(lambda work, most: Lengths(most))
         self._rows = {"succeeded": 0, "failed": 0}
         self._counts: Counter[str] = Counter()
-        self._growth = MemoryGrowth(self._options.get("recycle_bytes"))
 
     @classmethod
     def check(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:
@@ -214,7 +212,7 @@ class VllmEngine(VllmPlacement):
                 thread.join()
             if lookup is not None:
                 lookup.finish()
-            self._growth.look(running)
+            loaded.look_at_memory()
 
     def _cache_lookup(self, running: RunningVllm, spec: JobSpec, schema: pa.Schema) -> CacheLookup | None:
         if spec.cache == "off" or self._context.results is None:
@@ -287,7 +285,7 @@ class VllmEngine(VllmPlacement):
 
     def needs_restart(self) -> bool:
         """See :class:`~pipeline.engines.base.Restarts`: its processes' memory has grown past its limit (vllm#52089)."""
-        return self._growth.exceeded
+        return self._live is not None and self._live.needs_restart
 
     def memory_bytes(self) -> int | None:
         """Resident memory of the engine's processes, and of the processes that they started."""

@@ -107,40 +107,44 @@ class Prompts:
 
     def read(self, batch: RowBatch, chunk: int) -> Iterator[tuple[list[Prompt], list[RowFailure]]]:
         """The prompts of a batch, ``chunk`` rows at a time, and the rows that cannot be one."""
-        needed = [name for name in (self._column, self._token_column) if name is not None]
-        own = [*(self._params.columns if self._params else ()), *(self._adapters.columns if self._adapters else ())]
-        schema = batch.columns.schema
-        columns = {
-            name: values(batch.columns.column(schema.get_field_index(name))) for name in dict.fromkeys([*needed, *own])
-        }
-        texts = {
-            name: rendering.texts(batch.columns.column(schema.get_field_index(name)), name)
-            for name in (() if needed else self._fields)
-        }
-        rows = batch.rows.tolist()
+        make, rows = self._row_reader(batch), batch.rows.tolist()
         for start in range(0, len(rows), chunk):
             failures: list[RowFailure] = []
             ready: list[tuple[Prompt, str | None]] = []
-            for index in range(start, min(start + chunk, len(rows))):
-                row = {name: column[index] for name, column in columns.items()}
+            for at in range(start, min(start + chunk, len(rows))):
                 try:
-                    media = self._media.of(batch.columns, index) if self._media else None
-                    made = self._render(
-                        {name: row[name] for name in needed} | {n: t[index] for n, t in texts.items()}, media
-                    )
-                    params = self._params.of(row) if self._params else None
-                    adapter = self._adapters.of(row) if self._adapters else None
+                    ready.append(make(at))
                 except RowError as error:
-                    failures.append(RowFailure(rows[index], error.code, error.message[:MESSAGE_LIMIT]))
-                else:
-                    prompt = Prompt(rows[index], [], params, adapter)
-                    if isinstance(made, str):
-                        ready.append((prompt, made))
-                    elif callable(made):
-                        ready.append((replace(prompt, make=made, make_bytes=media.n_bytes if media else None), None))
-                    else:
-                        ready.append((replace(prompt, tokens=made), None))
+                    failures.append(RowFailure(rows[at], error.code, error.message[:MESSAGE_LIMIT]))
             yield self._tokenize(ready, failures), failures
+
+    def _row_reader(self, batch: RowBatch) -> Callable[[int], tuple[Prompt, str | None]]:
+        """A function from a row's position to its prompt, and to the text that still has to become its tokens. It
+        raises :class:`RowError`."""
+
+        def column(name: str) -> Any:
+            return batch.columns.column(batch.columns.schema.get_field_index(name))
+
+        needed = [name for name in (self._column, self._token_column) if name is not None]
+        read: dict[str, list[Any]] = {name: values(column(name)) for name in needed}
+        if not needed:
+            read = {name: list(rendering.texts(column(name), name)) for name in self._fields}
+        names = [*(self._params.columns if self._params else ()), *(self._adapters.columns if self._adapters else ())]
+        own = {name: values(column(name)) for name in names}
+
+        def make(at: int) -> tuple[Prompt, str | None]:
+            media = self._media.of(batch.columns, at) if self._media else None
+            made = self._render({name: found[at] for name, found in read.items()}, media)
+            row = {name: found[at] for name, found in own.items()}
+            params = self._params.of(row) if self._params else None
+            prompt = Prompt(int(batch.rows[at]), [], params, self._adapters.of(row) if self._adapters else None)
+            if isinstance(made, str):
+                return prompt, made
+            if callable(made):
+                return replace(prompt, make=made, make_bytes=media.n_bytes if media else None), None
+            return replace(prompt, tokens=made), None
+
+        return make
 
     def _render(self, row: Mapping[str, Any], media: Media | None) -> str | list[int] | Callable[[], Any]:
         """The text of one row's prompt; its tokens, where a column or a chat template has them; or, with media, what

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from pipeline.engines.arrow_text import values
-from pipeline.engines.base import RowBatch, RowFailure
+from pipeline.engines.base import RowBatch
 from pipeline.engines.generation import request_rows
 from pipeline.engines.generation.request_rows import FORCED_TOOLS, TEMPLATE, Parameters
 from pipeline.engines.generation.sampling import SAMPLING
 from pipeline.engines.vllm.prompts.prompts import Prompt, Prompts
 from pipeline.engines.vllm.prompts.sampling_params import JobParams
-from pipeline.spec.error_codes import MESSAGE_LIMIT, RowErrorCode
+from pipeline.spec.error_codes import RowErrorCode
 from pipeline.spec.job_spec import JobSpec
 from storage.errors import RowError
 
@@ -31,29 +32,16 @@ class RequestPrompts(Prompts):
         # Equal parameters have equal text.
         self._template_of = functools.lru_cache(_REMEMBERED)(self._template)
 
-    def read(self, batch: RowBatch, chunk: int) -> Iterator[tuple[list[Prompt], list[RowFailure]]]:
-        """See :meth:`Prompts.read`."""
-        schema, rows = batch.columns.schema, batch.rows.tolist()
-        texts, own = (
-            values(batch.columns.column(schema.get_field_index(name)))
-            for name in (request_rows.PROMPT, request_rows.PARAMETERS)
-        )
-        for start in range(0, len(rows), chunk):
-            failures: list[RowFailure] = []
-            ready: list[tuple[Prompt, str | None]] = []
-            for row, text, parameters in zip(
-                *(column[start : start + chunk] for column in (rows, texts, own)), strict=True
-            ):
-                try:
-                    found = request_rows.decoded(parameters)
-                    made = self._made(request_rows.prompt_of(text), found)
-                    params = self._own.of_request(found)
-                except RowError as error:
-                    failures.append(RowFailure(row, error.code, error.message[:MESSAGE_LIMIT]))
-                    continue
-                is_text = isinstance(made, str)
-                ready.append((Prompt(row, [] if is_text else made, params), made if is_text else None))
-            yield self._tokenize(ready, failures), failures
+    def _row_reader(self, batch: RowBatch) -> Callable[[int], tuple[Prompt, str | None]]:
+        texts, own = (values(batch.columns.column(name)) for name in (request_rows.PROMPT, request_rows.PARAMETERS))
+
+        def make(at: int) -> tuple[Prompt, str | None]:
+            parameters = request_rows.decoded(own[at])
+            made = self._made(request_rows.prompt_of(texts[at]), parameters)
+            prompt = Prompt(int(batch.rows[at]), [], self._own.of_request(parameters))
+            return (prompt, made) if isinstance(made, str) else (replace(prompt, tokens=made), None)
+
+        return make
 
     def _made(self, prompt: Any, parameters: Parameters) -> Any:
         """The prompt's text, or its tokens. Raises :class:`RowError`."""
