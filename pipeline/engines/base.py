@@ -307,7 +307,7 @@ class ChecksRequests(Protocol):
 
 @runtime_checkable
 class GivesNotices(Protocol):
-    """An engine class that can tell what of a request works, and is hardly meant."""
+    """An engine class that can tell what in a request works, and is probably a mistake."""
 
     @classmethod
     def notices(cls, spec: JobSpec, model: Model) -> Iterable[str]:

@@ -140,7 +140,7 @@ class EnginePool:
             return tuple(self._entries)
 
     def sticky_keys(self) -> tuple[str, ...]:
-        """Those of :meth:`warm_keys` whose load is not amortised yet (``LOAD_AMORTISATION``): to keep at work."""
+        """The :meth:`warm_keys` whose load is not amortised yet (``LOAD_AMORTISATION``), and which should get work first."""
         with self._lock:
             return tuple(key for key, entry in self._entries.items() if entry.amortised_at > self._now())
 
@@ -259,7 +259,7 @@ class EnginePool:
         return self._taken([entry for entry in self._dying if entry.users == 0])
 
     def _taken(self, entries: list[_Entry]) -> list[_Entry]:
-        """Those of them that no other thread is closing already; the caller closes them."""
+        """Mark as closing, and return, the entries that no other thread closes already. The caller closes them."""
         fresh = [entry for entry in entries if not entry.closing]
         for entry in fresh:
             entry.closing = True

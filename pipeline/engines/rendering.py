@@ -27,10 +27,10 @@ Value = Any
 
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _FIRST_SECOND, _LAST_SECOND = -62_135_596_800, 253_402_300_799
-"""Of the years 1 to 9999."""
+"""Seconds since 1970: the first and the last of the years 1 to 9999."""
 _DAY = 86_400
 _EXACT = 2.0**24
-"""Whole numbers below it are written digit by digit, whatever fewer digits would read back as the same float."""
+"""Whole numbers below it are written digit by digit, even where fewer digits would read back as the same float."""
 
 
 def refusal(kind: pa.DataType) -> str | None:

@@ -23,7 +23,11 @@ def check_sampling(sampling: Mapping[str, Any]) -> None:
     """Raise :class:`InvalidJob` for a name that vLLM does not have, or a value that it could not take."""
     for name, value in sampling.items():
         check_parameter(name, value)
-    check_together(sampling)
+    least, most = sampling.get("min_tokens", 0), sampling.get("max_tokens", 16)
+    if most is not None and least > most:
+        raise InvalidJob(f"{least} is more than max_tokens, which is {most}", field="sampling.min_tokens")
+    if sampling.get("n", 1) > 1 and sampling.get("temperature", 1) == 0:
+        raise InvalidJob("at temperature 0 there is not more than one answer to a prompt", field="sampling.n")
 
 
 def check_parameter(name: str, value: Any) -> None:
@@ -31,12 +35,3 @@ def check_parameter(name: str, value: Any) -> None:
     TABLE.check(name, value, f"sampling.{name}")
     if name == "structured_outputs" and value is not None:
         structured_output.check(value)
-
-
-def check_together(sampling: Mapping[str, Any]) -> None:
-    """Raise :class:`InvalidJob` for parameters, each checked, that contradict each other."""
-    least, most = sampling.get("min_tokens", 0), sampling.get("max_tokens", 16)
-    if most is not None and least > most:
-        raise InvalidJob(f"{least} is more than max_tokens, which is {most}", field="sampling.min_tokens")
-    if sampling.get("n", 1) > 1 and sampling.get("temperature", 1) == 0:
-        raise InvalidJob("at temperature 0 there is not more than one answer to a prompt", field="sampling.n")

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from pipeline.engines.arrow_text import column_type, is_list, is_text
 from pipeline.engines.generation import structured_output
-from pipeline.engines.generation.sampling import SAMPLING, TABLE, check_parameter, check_together
+from pipeline.engines.generation.sampling import SAMPLING, TABLE, check_parameter
 from pipeline.engines.generation.validators import unknown_name
 from pipeline.spec.error_codes import RowErrorCode
 from pipeline.spec.job_spec import JobSpec
@@ -96,14 +96,8 @@ def sampling_of(spec: JobSpec, row: Mapping[str, Any]) -> dict[str, Any] | None:
         except InvalidJob as error:
             raise RowError(RowErrorCode.INVALID_VALUE, f"column {column!r}: {error}") from None
         own[parameter] = value
-    if not own:
-        return None
-    found = {**spec.sampling, **own}
-    try:
-        check_together(found)
-    except InvalidJob as error:
-        raise RowError(RowErrorCode.INVALID_VALUE, str(error)) from None
-    return found
+    # Whether they go together is said by vLLM, which gets them next.
+    return {**spec.sampling, **own} if own else None
 
 
 def _parameter(spec: JobSpec, name: str, value: Any) -> tuple[str, Any]:

@@ -11,7 +11,7 @@ from storage.errors import RowError
 
 AUDIO_SECONDS, VIDEO_SECONDS = 600.0, 3600.0
 VIDEO_FRAMES = 768
-"""As many as vLLM's own loaders take at most, whatever the model."""
+"""The most that vLLM's own loaders take, whatever the model."""
 MEDIA_BYTES = 2**30
 
 
@@ -37,29 +37,26 @@ class MediaLimits:
 
     def check_audio(self, seconds: float, n_bytes: int) -> None:
         """Raise :class:`RowError` beyond a limit."""
-        if seconds > self.audio_seconds:
-            raise RowError(
-                RowErrorCode.MEDIA_TOO_LONG, f"the sound has more than {self.audio_seconds:g} s (max_audio_seconds)"
-            )
-        self._check_bytes(n_bytes)
+        most = self.audio_seconds
+        _refuse_beyond(seconds, most, f"the sound has more than {most:g} s (max_audio_seconds)")
+        self._check_bytes(n_bytes, "decoded it has")
 
     def check_video(self, seconds: float, frames: int, n_bytes: int) -> None:
         """Raise :class:`RowError` beyond a limit. ``frames``: those that are taken."""
-        if seconds > self.video_seconds:
-            message = f"the video has {seconds:.1f} s; at most {self.video_seconds:g} (max_video_seconds)"
-            raise RowError(RowErrorCode.MEDIA_TOO_LONG, message)
-        if frames > self.video_frames:
-            message = f"the video gives {frames} frames; at most {self.video_frames} (max_video_frames)"
-            raise RowError(RowErrorCode.MEDIA_TOO_LONG, message)
-        self._check_bytes(n_bytes)
+        most = self.video_seconds
+        _refuse_beyond(seconds, most, f"the video has {seconds:.1f} s; at most {most:g} (max_video_seconds)")
+        most = self.video_frames
+        _refuse_beyond(frames, most, f"the video gives {frames} frames; at most {most} (max_video_frames)")
+        self._check_bytes(n_bytes, "decoded it has")
 
     def check_row(self, n_bytes: int) -> None:
         """Raise :class:`RowError` if all images, sounds and videos of a row, decoded, are beyond the limit."""
-        if n_bytes > self.media_bytes:
-            message = f"with it, the row's media have more than {self.media_bytes} bytes decoded (max_media_bytes)"
-            raise RowError(RowErrorCode.MEDIA_TOO_LONG, message)
+        self._check_bytes(n_bytes, "with it, the row's decoded media have")
 
-    def _check_bytes(self, n_bytes: int) -> None:
-        if n_bytes > self.media_bytes:
-            message = f"decoded it has more than {self.media_bytes} bytes (max_media_bytes)"
-            raise RowError(RowErrorCode.MEDIA_TOO_LONG, message)
+    def _check_bytes(self, n_bytes: int, what: str) -> None:
+        _refuse_beyond(n_bytes, self.media_bytes, f"{what} more than {self.media_bytes} bytes (max_media_bytes)")
+
+
+def _refuse_beyond(value: float, most: float, message: str) -> None:
+    if value > most:
+        raise RowError(RowErrorCode.MEDIA_TOO_LONG, message)

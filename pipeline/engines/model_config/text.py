@@ -74,10 +74,6 @@ class TextFolder:
             return spec.normalize
         return self.normalize and (self.truncate_dim is None or spec.dimensions is not None)
 
-    def label(self, index: int) -> str:
-        """See :func:`label`."""
-        return label(self.config, index)
-
     def score_activation(self) -> Activation:
         """What a cross-encoder applies to its one logit: what its configuration names, otherwise the sigmoid.
 

@@ -54,17 +54,17 @@ class VllmPlacement:
 
     @classmethod
     def shared_tasks(cls) -> frozenset[Task]:
-        """What generates is one instance."""
+        """One loaded instance generates and chats."""
         return GENERATED
 
     @classmethod
     def cached_tasks(cls) -> frozenset[Task]:
-        """All of its tasks."""
+        """Answers of all tasks are cached."""
         return cls.tasks
 
     @classmethod
     def timed_tasks(cls) -> frozenset[Task]:
-        """All of its tasks: vLLM aborts single requests."""
+        """vLLM aborts single requests of every task."""
         return cls.tasks
 
     @classmethod

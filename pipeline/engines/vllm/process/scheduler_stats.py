@@ -25,12 +25,12 @@ class Gauges:
         """When the engine last did something, or had nothing to do (``time.monotonic``)."""
 
     def sums(self) -> dict[str, float]:
-        """All of them, since the engine started."""
+        """All sums since the engine started."""
         with self._lock:
             return dict(self._sums)
 
     def new_preemptions(self) -> float:
-        """Those that this has told nobody yet: two calls at the same time must not both count one."""
+        """The preemptions since the last call of this, so that two calls at the same time do not both count one."""
         with self._lock:
             new = self._sums["preemptions"] - self._told_preemptions
             self._told_preemptions = self._sums["preemptions"]

@@ -141,7 +141,7 @@ class MediaInputs:
         return columns.read(item, self._fetch)
 
     def _check_count(self, modality: str, count: int) -> None:
-        """Before anything is decoded: vLLM counts only what is."""
+        """Refuse too many of a kind before any is decoded: vLLM counts only those that are."""
         allowed = self._renderer.get_mm_processor().info.allowed_mm_limits
         most = allowed.get(modality, allowed.get("vision_chunk") if modality != "audio" else None)
         if most is not None and count > most:
@@ -191,7 +191,7 @@ class MediaInputs:
         return audio.decode(self._read(item), self._limits)
 
     def _heard(self, sound: Sound) -> Sound:
-        """At the rate that the model hears, if vLLM cannot see to that: its own way for most models is torchaudio."""
+        """Resample to the model's rate where vLLM cannot: for most models it uses torchaudio, which may be missing."""
         from vllm.multimodal.audio import resample_audio_pyav
 
         samples, rate = sound

@@ -104,7 +104,7 @@ def sampling_params(running: RunningVllm, sampling: Mapping[str, Any]) -> Any:
         if given.get("logit_bias") is not None:
             given["logit_bias"] = {int(token): float(bias) for token, bias in given["logit_bias"].items()}
         params = SamplingParams(**given, output_kind=RequestOutputKind.FINAL_ONLY)
-        # All that vLLM would say of each request is said here once, of the job.
+        # What vLLM would refuse of each request is refused here once, for the job.
         running.llm.input_processor.process_inputs(
             "check", {"type": "token", "prompt_token_ids": [0]}, params, supported_tasks=running.supported_tasks
         )

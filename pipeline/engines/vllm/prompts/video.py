@@ -21,7 +21,7 @@ FRAME_RATE = 1.0
 Video = tuple[Any, dict[str, Any]]
 """uint8 [frames, height, width, 3], and what vLLM's processors want to know about them."""
 FORMATS = "mov,matroska,avi,gif,flv,ogg,mpeg,mpegts,mpegvideo"
-"""FFmpeg's names of the containers in ``media_heads.VIDEOS``."""
+"""FFmpeg's names of the containers in ``containers.VIDEOS``."""
 OPENCV_OPTIONS = f"format_whitelist;{FORMATS}|protocol_whitelist;none"
 """What OpenCV hands to FFmpeg. Without it FFmpeg probes what the bytes are, and may take them for a list of addresses
 (SDP, HLS), whatever mark they begin with."""

@@ -1,6 +1,6 @@
 """What happens to the requests of a call around vLLM: with a scripted stand-in for it, whose every step a test decides.
 
-That vLLM itself behaves as the stand-in does is for ``test_vllm.py``.
+That vLLM itself behaves as the stand-in does is for ``test_engine.py``.
 """
 
 from __future__ import annotations
