@@ -140,7 +140,7 @@ class EnginePool:
             return tuple(self._entries)
 
     def sticky_keys(self) -> tuple[str, ...]:
-        """The :meth:`warm_keys` whose load is not amortised yet (``LOAD_AMORTISATION``), and which should get work first."""
+        """The :meth:`warm_keys` whose load is not amortised yet (``LOAD_AMORTISATION``): they should get work first."""
         with self._lock:
             return tuple(key for key, entry in self._entries.items() if entry.amortised_at > self._now())
 
