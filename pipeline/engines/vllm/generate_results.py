@@ -62,7 +62,7 @@ class Answers:
         prompt, output = finished.prompt, finished.output
         done = sorted(output.outputs, key=lambda completion: completion.index)
         reasons = [completion.finish_reason for completion in done]
-        if "error" in reasons or "abort" in reasons:
+        if finished.given_up:
             return RowFailure(prompt.row, RowErrorCode.ENGINE_REFUSED, GIVEN_UP)
         form = self._form if prompt.params is None else prompt.params.form
         if form is not None:
@@ -79,9 +79,9 @@ class Answers:
             finish_reason="length" if "length" in reasons else str(reasons[0]),
             finish_reasons=tuple(map(str, reasons)),
             top=None if prompt.params is None else getattr(prompt.params.sampling, "logprobs", None),
-            prompt_tokens=len(output.prompt_token_ids),
-            cached_tokens=len(output.prompt_token_ids) if finished.copied else max(output.num_cached_tokens or 0, 0),
-            completion_tokens=sum(len(completion.token_ids) for completion in done),
+            prompt_tokens=finished.prompt_tokens,
+            cached_tokens=finished.cached_tokens,
+            completion_tokens=finished.completion_tokens,
             logprobs=tuple((c.token_ids, c.logprobs) for c in done if c.logprobs is not None),
             prompt_logprobs=None if before is None else (output.prompt_token_ids, before),
             copied=finished.copied,

@@ -230,9 +230,7 @@ class PooledRows:
         if output.error is not None:
             message = first_lines(str(output.error), MESSAGE_LIMIT)
             return RowFailure(done.prompt.row, RowErrorCode.ENGINE_REFUSED, message)
-        tokens = len(output.prompt_token_ids)
-        cached = tokens if done.copied else max(output.num_cached_tokens or 0, 0)
-        return Answer(done.prompt.row, tokens, cached, data=output, copied=done.copied)
+        return Answer(done.prompt.row, done.prompt_tokens, done.cached_tokens, data=output, copied=done.copied)
 
     def _pair(self, row: int, first: Answer | RowFailure, second: Answer | RowFailure) -> Answer | RowFailure:
         from vllm.entrypoints.pooling.typing import OfflineOutputsContext

@@ -37,8 +37,8 @@ class Finished:
 
     @property
     def cached_tokens(self) -> int:
-        """The tokens of the prompt that the engine's prefix cache had."""
-        return max(self.output.num_cached_tokens or 0, 0)
+        """The tokens of the prompt that were not computed for this row."""
+        return self.prompt_tokens if self.copied else max(self.output.num_cached_tokens or 0, 0)
 
     @property
     def completion_tokens(self) -> int:
