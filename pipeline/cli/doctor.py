@@ -11,13 +11,15 @@ from pipeline.cli import errors, output
 from pipeline.cli.command import Invocation, command
 
 if TYPE_CHECKING:
-    from pipeline.diagnostics.check import Check
+    from pipeline.spec.check import Check
 
 
 @command
 def doctor(
     invocation: Invocation,
-    deep: Annotated[bool, typer.Option("--deep", help="Start a real vLLM engine as well (up to a minute).")] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Start real engines as well, where an engine offers it (up to a minute).")
+    ] = False,
     output_uri: Annotated[
         str | None,
         typer.Option("--output", "-o", metavar="URI", help="Try what a job does at this output; leaves nothing there."),

@@ -16,9 +16,12 @@ from threading import Thread
 from typing import TypeVar
 
 from pipeline.config.settings import LoadedSettings, Settings
-from pipeline.diagnostics import engines, machine
+from pipeline.diagnostics import machine
 from pipeline.diagnostics import output as doctor_output
-from pipeline.diagnostics.check import Check
+from pipeline.engines import registry
+from pipeline.engines.base import Diagnoses
+from pipeline.host import gpu
+from pipeline.spec.check import Check
 from storage.errors import RowmillError, Unreachable
 from storage.objects import filesystems
 from storage.redaction import redact
@@ -36,7 +39,7 @@ T = TypeVar("T")
 
 
 def checks(loaded: LoadedSettings, *, deep: bool = False, output: str | None = None) -> Iterator[Check]:
-    """Every check, as it ends. ``deep`` starts a real vLLM engine as well, which may take a minute.
+    """Every check, as it ends. ``deep`` starts engines as well, which may take a minute.
 
     ``output`` is where a job's output would go: what jobs do there is tried. Raises
     :class:`~storage.errors.InvalidJob` when it is no place at all.
@@ -46,16 +49,13 @@ def checks(loaded: LoadedSettings, *, deep: bool = False, output: str | None = N
         doctor_output.refuse(output)
     with ThreadPoolExecutor(2, thread_name_prefix="doctor") as pool:
         # The engines' probes take seconds, in processes of their own: they run while the rest is looked at.
-        probes = [
-            pool.submit(lambda: list(engines.onnx())),
-            pool.submit(lambda: list(engines.vllm(deep))),
-        ]
+        probes = [pool.submit(engine, name, deep=deep) for name in registry.names()]
         yield _python()
         yield _packages()
         yield machine.cpu()
         yield machine.memory()
         yield machine.shared_memory()
-        yield machine.gpu()
+        yield gpu.gpu()
         yield _settings(loaded)
         yield machine.directory("data directory", settings.data_dir, sqlite=settings.database_url is None)
         yield machine.directory("cache directory", settings.cache_dir, sqlite=False)
@@ -65,7 +65,6 @@ def checks(loaded: LoadedSettings, *, deep: bool = False, output: str | None = N
         yield from doctor_output.checks(settings, output)
         for probe in probes:
             yield from probe.result()
-        yield from _third_party_engines()
 
 
 def _python() -> Check:
@@ -190,15 +189,20 @@ def _object_stores(settings: Settings) -> Iterator[Check]:
             yield Check(name, "ok", f"{shown} (options accepted; nothing was asked of the server)")
 
 
-def _third_party_engines() -> Iterator[Check]:
-    for entry in metadata.entry_points(group="rowmill.engines"):
-        name = f"engine {entry.name}"
-        try:
-            entry.load()
-        except Exception as error:  # a plug-in's module may raise anything; that is the finding
-            yield Check(name, "fail", f"{entry.value}: {type(error).__name__}: {error}", "repair or uninstall it")
-        else:
-            yield Check(name, "ok", f"{entry.value}: its module loads")
+def engine(name: str, *, deep: bool) -> list[Check]:
+    """What an engine says of itself on this machine. A plug-in that says nothing is named all the same."""
+    checked = f"engine {name}"
+    try:
+        kind = registry.engine_class(name)
+        if issubclass(kind, Diagnoses):
+            return list(kind.diagnose(deep=deep))
+    except Exception as error:  # a plug-in's module may raise anything; that is the finding
+        what = str(error) if isinstance(error, RowmillError) else f"{type(error).__name__}: {error}"
+        return [Check(checked, "fail", what, "repair or uninstall it")]
+    if (remedy := registry.lacks(name)) is not None:
+        return [Check(checked, "skip", "a package that it needs is not installed", f"install {remedy}")]
+    own = name in registry.BUILT_IN
+    return [] if own else [Check(checked, "ok", f"{kind.__module__}:{kind.__qualname__}: its module loads")]
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:

@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline.config.settings import Settings
-from pipeline.diagnostics.check import Check
 from pipeline.spec import places
+from pipeline.spec.check import Check
 from storage import locations
 from storage.errors import InvalidJob, InvalidSettings, RowmillError, StorageFull, Unreachable
 from storage.objects import filesystems, output_probe

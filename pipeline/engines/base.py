@@ -22,6 +22,7 @@ import pyarrow as pa
 from pipeline.engines.optional_parts import (
     CachesAnswers,
     CarriesState,
+    Diagnoses,
     FitsModels,
     MeasuresMemory,
     NamesTasks,
@@ -32,6 +33,7 @@ from pipeline.engines.optional_parts import (
     TimesOutRequests,
 )
 from pipeline.models.model import Model
+from pipeline.spec.check import Check
 from pipeline.spec.error_codes import RowErrorCode
 from pipeline.spec.job_spec import JobSpec, Task
 from pipeline.spec.prompt_template import Template
@@ -57,7 +59,9 @@ __all__ = [
     "CachesAnswers",
     "Cancellation",
     "CarriesState",
+    "Check",
     "ChecksRequests",
+    "Diagnoses",
     "Engine",
     "EngineContext",
     "EngineDead",

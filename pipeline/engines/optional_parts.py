@@ -5,9 +5,11 @@ They are promised from :mod:`pipeline.engines.base`, where the others are.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
 from pipeline.models.model import Model
+from pipeline.spec.check import Check
 from pipeline.spec.job_spec import Task
 
 
@@ -52,6 +54,19 @@ class NeedsPackage(Protocol):
     @classmethod
     def package(cls) -> tuple[str, str]:
         """The module that has to be importable, and what to install for it: (``"vllm"``, ``"rowmill[vllm]"``)."""
+        ...
+
+
+@runtime_checkable
+class Diagnoses(Protocol):
+    """An engine class that tells ``rowmill doctor`` whether it works on this machine."""
+
+    @classmethod
+    def diagnose(cls, *, deep: bool) -> Iterable[Check]:
+        """Its findings, named ``engine NAME`` or ``engine NAME, PART``. They may take seconds, and minutes if ``deep``.
+
+        What may crash or hang is tried in a process of its own.
+        """
         ...
 
 

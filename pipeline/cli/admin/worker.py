@@ -34,7 +34,7 @@ def start(
     engines: Annotated[
         str | None,
         typer.Option(
-            metavar="NAMES", help="Engines, such as vllm,onnx; by default those installed here; none: no shards."
+            metavar="NAMES", help="Engines, separated by commas; by default those installed here; none: no shards."
         ),
     ] = None,
     queues: Annotated[
@@ -92,9 +92,10 @@ def _engines(asked: str | None) -> tuple[str, ...]:
     if asked is None:
         found = registry.installed()
         if not found:
+            remedies = "; ".join(remedy for name in registry.names() if (remedy := registry.lacks(name)))
             raise EngineMissing(
-                "no engine is installed here: pip install 'rowmill[onnx]' or 'rowmill[vllm]'; for planning and "
-                "publishing alone, --engines none",
+                f"no engine is installed here: install one ({remedies}); for planning and publishing alone, "
+                "--engines none",
                 field="--engines",
             )
         return found

@@ -19,7 +19,7 @@ from pipeline.engines.model_config.text import TextFolder
 from pipeline.engines.onnx import checks
 from pipeline.engines.onnx.models.image_model import ImageModel
 from pipeline.engines.onnx.models.text_model import TextModel
-from pipeline.engines.onnx.runtime import autotune, custom_ops
+from pipeline.engines.onnx.runtime import autotune, custom_ops, diagnosis
 from pipeline.engines.onnx.runtime import layout as onnx_layout
 from pipeline.engines.onnx.runtime import options as onnx_options
 from pipeline.engines.onnx.runtime import signature as onnx_graph
@@ -35,6 +35,7 @@ from pipeline.engines.onnx.tensor.tensor_model import TensorModel, tensor_result
 from pipeline.models.export import Exported, exported
 from pipeline.models.model import Model
 from pipeline.models.tasks import tasks_of
+from pipeline.spec.check import Check
 from pipeline.spec.job_spec import JobSpec, Task
 from storage.errors import Blame, EngineDead, InvalidJob, InvalidModel
 
@@ -83,6 +84,11 @@ class OnnxEngine:
     def stateful_tasks(cls) -> frozenset[Task]:
         """See :class:`~pipeline.engines.base.CarriesState`: graphs whose state the option ``state`` names."""
         return frozenset({Task.TENSOR})
+
+    @classmethod
+    def diagnose(cls, *, deep: bool) -> Iterator[Check]:
+        """See :class:`~pipeline.engines.base.Diagnoses`."""
+        return diagnosis.checks()
 
     @classmethod
     def check(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:

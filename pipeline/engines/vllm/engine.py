@@ -27,6 +27,7 @@ from pipeline.engines.vllm.options.engine_args import OWN_OPTIONS, check_chat_te
 from pipeline.engines.vllm.options.model_fit import check_model, validate_model_config
 from pipeline.engines.vllm.options.placement import VllmPlacement
 from pipeline.engines.vllm.pooling import PooledRows, Pooling, prompt_of
+from pipeline.engines.vllm.process import diagnosis
 from pipeline.engines.vllm.process.environment import prepare_environment
 from pipeline.engines.vllm.process.process import STALL_SECONDS, RunningVllm
 from pipeline.engines.vllm.process.scheduler_stats import Measures
@@ -44,6 +45,7 @@ from pipeline.engines.vllm.requests.requests import Requests
 from pipeline.engines.vllm.requests.waiting import SHARE_TO_ORDER, TOKEN_BYTES, WaitingLimits, WaitingPrompts
 from pipeline.models.model import Model
 from pipeline.prefix.order import Backlog, Lengths
+from pipeline.spec.check import Check
 from pipeline.spec.job_spec import JobSpec, Task
 from pipeline.spec.result_columns import fields_of
 from storage.errors import Blame, EngineDead, EngineMissing, InvalidJob, InvalidModel
@@ -76,6 +78,11 @@ class VllmEngine(VllmPlacement):
         self._lengths = functools.lru_cache(MOST_JOBS)(lambda work, most: Lengths(most))
         self._rows = {"succeeded": 0, "failed": 0}
         self._counts: Counter[str] = Counter()
+
+    @classmethod
+    def diagnose(cls, *, deep: bool) -> Iterator[Check]:
+        """See :class:`~pipeline.engines.base.Diagnoses`."""
+        return diagnosis.checks(deep)
 
     @classmethod
     def check(cls, spec: JobSpec, model: Model, schema: pa.Schema) -> tuple[str, ...]:

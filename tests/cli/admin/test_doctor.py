@@ -14,8 +14,13 @@ import pytest
 
 from pipeline.cli.doctor import verdict
 from pipeline.config.settings import Settings
-from pipeline.diagnostics import doctor, engines, machine, output, probes
-from pipeline.diagnostics.check import Check
+from pipeline.diagnostics import doctor, machine, output
+from pipeline.engines import registry
+from pipeline.engines.onnx.runtime import diagnosis as onnx_diagnosis
+from pipeline.engines.probing import probe
+from pipeline.engines.vllm.process import diagnosis as vllm_diagnosis
+from pipeline.host import gpu
+from pipeline.spec.check import Check
 from storage.objects.store import ObjectStore
 from storage.sql import database as storage_database
 from tests.cli.conftest import Rowmill
@@ -25,23 +30,23 @@ from tests.storage.objects.faulty_s3 import proxy
 
 def test_the_built_in_graph_is_the_model_that_it_is_said_to_be() -> None:
     onnx = pytest.importorskip("onnx")
-    model = onnx.load_from_string(probes.ADD_GRAPH)
+    model = onnx.load_from_string(onnx_diagnosis.ADD_GRAPH)
     onnx.checker.check_model(model)
     assert [node.op_type for node in model.graph.node] == ["Add"]
 
 
 def test_onnx_runtime_is_proved_by_a_graph_that_ran() -> None:
     pytest.importorskip("onnxruntime")
-    result = engines.probe(["onnx", "CPUExecutionProvider"], 60)
+    result = probe(onnx_diagnosis.__name__, ["run", "CPUExecutionProvider"], 60)
     assert result["ok"]
     assert result["active"] == ["CPUExecutionProvider"]
     assert result["placement"] == ["CPUExecutionProvider"]
 
 
-@pytest.mark.skipif(machine.has_gpu(), reason="there is a GPU here")
+@pytest.mark.skipif(gpu.has_gpu(), reason="there is a GPU here")
 def test_a_provider_that_falls_back_to_the_cpu_does_not_pass() -> None:
     pytest.importorskip("onnxruntime")
-    assert not engines.probe(["onnx", "CUDAExecutionProvider"], 60)["ok"]
+    assert not probe(onnx_diagnosis.__name__, ["run", "CUDAExecutionProvider"], 60)["ok"]
 
 
 def test_two_builds_of_onnx_runtime_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,18 +55,68 @@ def test_two_builds_of_onnx_runtime_are_refused(tmp_path: Path, monkeypatch: pyt
         folder.mkdir()
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    (check,) = engines.onnx()
+    (check,) = onnx_diagnosis.checks()
     assert check.status == "fail"
     assert "onnxruntime and onnxruntime-gpu" in check.detail
     assert check.remedy is not None
     assert "pip uninstall onnxruntime onnxruntime-gpu" in check.remedy
 
 
+PLUG_IN = """
+from pipeline.engines.base import Check
+from pipeline.engines.fake.engine import FakeEngine
+
+class Quiet(FakeEngine):
+    pass
+
+class Lacking(FakeEngine):
+    @classmethod
+    def package(cls):
+        return "no_such_module", "no-such-package"
+
+class Telling(FakeEngine):
+    @classmethod
+    def diagnose(cls, *, deep):
+        return [Check("engine telling", "warn", f"deep: {deep}", "mend it")]
+
+class Broken(FakeEngine):
+    @classmethod
+    def diagnose(cls, *, deep):
+        raise OSError("no device")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "detail"),
+    [
+        ("quiet", "ok", "its module loads"),
+        ("lacking", "skip", "is not installed"),
+        ("telling", "warn", "deep: True"),
+        ("broken", "fail", "OSError: no device"),
+        ("absent", "fail", "cannot be imported"),
+    ],
+)
+def test_an_engine_of_another_distribution_speaks_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, status: str, detail: str
+) -> None:
+    folder = tmp_path / "rowmill_plug_in_for_doctor-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: rowmill-plug-in-for-doctor\nVersion: 1.0\n")
+    module = f"plug_in_for_doctor_{name}"
+    (folder / "entry_points.txt").write_text(f"[rowmill.engines]\n{name} = {module}:{name.title()}\n")
+    (tmp_path / f"{module}.py").write_text(PLUG_IN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert name in registry.names()
+    (check,) = doctor.engine(name, deep=True)
+    assert (check.name, check.status) == (f"engine {name}", status)
+    assert detail in check.detail
+
+
 def test_a_probe_that_crashes_or_hangs_is_a_finding() -> None:
-    crashed = engines.probe(["nonsense"], 60)
+    crashed = probe(onnx_diagnosis.__name__, ["nonsense"], 60)
     assert not crashed["ok"]
     assert "KeyError" in crashed["error"]
-    late = engines.probe(["onnx-providers"], 0.001)
+    late = probe(onnx_diagnosis.__name__, ["providers"], 0.001)
     assert late == {"ok": False, "error": "no answer within 0 s"}
 
 
@@ -185,7 +240,7 @@ def test_directories(tmp_path: Path) -> None:
 
 def test_what_sounds_and_videos_need(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
-    found = engines.media()
+    found = vllm_diagnosis.media()
     assert found.status == "skip"
     assert "rowmill[audio]" in (found.remedy or "")
 
@@ -197,7 +252,7 @@ def test_a_directory_that_may_not_be_written_to(tmp_path: Path) -> None:
 
 
 def test_the_machine() -> None:
-    for check in (machine.cpu(), machine.memory(), machine.shared_memory(), machine.gpu()):
+    for check in (machine.cpu(), machine.memory(), machine.shared_memory(), gpu.gpu()):
         assert check.detail
 
 
@@ -206,11 +261,11 @@ def test_a_driver_whose_gpu_does_not_answer(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     command.write_text("#!/bin/sh\necho 'No devices were found' >&2\nexit 6\n")
     command.chmod(0o755)
-    assert machine.gpu().status == "warn"
-    assert machine.gpu().detail == "No devices were found"
+    assert gpu.gpu().status == "warn"
+    assert gpu.gpu().detail == "No devices were found"
     command.write_text("#!/bin/sh\necho 'NVIDIA H200, 143771 MiB, 580.95'\n")
-    assert machine.gpu().status == "ok"
-    assert machine.has_gpu()
+    assert gpu.gpu().status == "ok"
+    assert gpu.has_gpu()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The form in which the doctor's checks report."""
+"""The form in which the doctor's checks report, those of engines included."""
 
 from __future__ import annotations
 
