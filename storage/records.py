@@ -207,7 +207,7 @@ class RowException:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """What there is to count of rows beside their number: ``tokens`` by kind, and the rows that have failed."""
+    """What is counted of rows in addition to their number: ``tokens`` by kind, and the rows that have failed."""
 
     tokens: Mapping[str, int]
     exceptions: tuple[RowException, ...] = ()

@@ -241,7 +241,7 @@ def _reasons(runtime: Runtime, job: Job, group: Sequence[Shard], wanted: BitMap)
         left = (wanted & shard.failed) - BitMap(found)
         if not left:
             continue
-        known = failures.kept(runtime.database, shard.id)
+        known = failures.exceptions(runtime.database, shard.id)
         found |= {row: known[row] for row in left if row in known}
         for file in failures.files(runtime.database, shard.id):
             left -= BitMap(found)

@@ -102,7 +102,7 @@ _OF_SHARD = {
 
 def request_status(database: Database, job: Job, row: int) -> RequestStatus:
     """One row of the job, derived from its shard, the bitmaps and the part files. :class:`NotFound` beyond the end."""
-    place = reports.place(database, job, row)
+    place = reports.locate_row(database, job, row)
     shard = place.shard
     code = message = None
     if place.row in shard.failed:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 
 import sqlalchemy as sa
 
 from storage.records import PartFile, Shard
 from storage.sql import tables
 from storage.sql.database import Database
-from storage.sql.row_mapping import read
 
 _PAGE = 200
 
@@ -21,32 +21,18 @@ def failing(database: Database, job_id: str) -> Iterator[list[Shard]]:
     is in memory at a time.
     """
     table = tables.shard
-    after = -1
-    while True:
-        query = (
-            sa.select(table.c.idx)
-            .where(table.c.job_id == job_id, table.c.idx > after, table.c.n_failed > 0)
-            .distinct()
-            .order_by(table.c.idx)
-            .limit(_PAGE)
-        )
-        with database.read() as connection:
-            positions = list(connection.execute(query).scalars())
-            found = connection.execute(
-                sa.select(table)
-                .where(table.c.job_id == job_id, table.c.idx.in_(positions))
-                .order_by(table.c.idx, table.c.gen)
-            ).all()
-        groups: dict[int, list[Shard]] = {}
-        for row in found:
-            groups.setdefault(row.idx, []).append(read(Shard, row))
-        yield from (group for group in groups.values() if group[-1].failed)
-        if len(positions) < _PAGE:
-            return
-        after = positions[-1]
+    mine = table.c.job_id == job_id
+    failing = sa.select(table.c.idx).where(mine, table.c.n_failed > 0).distinct()
+    for page in database.pages(failing, table.c.idx, _PAGE):
+        positions = [row.idx for row in page]
+        query = sa.select(table).where(mine, table.c.idx.in_(positions)).order_by(table.c.idx, table.c.gen)
+        for _, group in groupby(database.records(Shard, query), key=lambda shard: shard.idx):
+            generations = list(group)
+            if generations[-1].failed:
+                yield generations
 
 
-def kept(database: Database, shard_id: str) -> dict[int, tuple[str, str]]:
+def exceptions(database: Database, shard_id: str) -> dict[int, tuple[str, str]]:
     """Row index in the shard → code and message: of the first failures only (``shards.ROW_EXCEPTIONS_KEPT``)."""
     table = tables.row_exception
     query = sa.select(table.c.row_idx, table.c.code, table.c.message).where(table.c.shard_id == shard_id)

@@ -147,12 +147,12 @@ class RowLocation:
     exception: RowException | None
 
 
-def place(database: Database, job: Job, row: int) -> RowLocation:
+def locate_row(database: Database, job: Job, row: int) -> RowLocation:
     """One look-up for any row of a job. Raises :class:`NotFound` when the job has no such row."""
     if not 0 <= row < job.rows_total:
         raise NotFound(f"job {job.id} has rows 0 to {job.rows_total - 1}, not {row}")
     table, part, exception = tables.shard, tables.part_file, tables.row_exception
-    at = regrouped_rows.place(database, job.id, row)
+    at = regrouped_rows.position(database, job.id, row)
     with database.read() as connection:
         generations = connection.execute(
             sa.select(table)

@@ -29,7 +29,7 @@ from storage.parquet.nested_arrays import cast_batch
 
 KEY_BYTES = 32
 HASH, CHECK = "_hash", "_check"
-"""Columns that a segment has beside its values: the key's first eight bytes, and the others."""
+"""Columns that a segment has in addition to its values: the key's first eight bytes, and the others."""
 GROUP_ROWS = 4096
 GROUP_BYTES = 8 * 2**20
 """Row groups end at whichever comes first: one is what is read to get at a row."""

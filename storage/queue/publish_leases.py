@@ -195,38 +195,24 @@ def finished_shards(database: Database, job_id: str, *, page: int = 200) -> Iter
         .group_by(shard.c.idx)
         .subquery()
     )
-    after = -1
-    while True:
+    last = sa.and_(shard.c.idx == newest.c.idx, shard.c.gen == newest.c.gen)
+    query = sa.select(shard).join(newest, last).where(shard.c.job_id == job_id)
+    for found in database.pages(query, shard.c.idx, page):
         with database.read() as connection:
-            found = connection.execute(
-                sa.select(shard)
-                .join(newest, sa.and_(shard.c.idx == newest.c.idx, shard.c.gen == newest.c.gen))
-                .where(shard.c.job_id == job_id, shard.c.idx > after)
-                .order_by(shard.c.idx)
-                .limit(page)
-            ).all()
-            ids = [row.id for row in found]
             files: dict[str, list[PartFile]] = {}
-            for row in connection.execute(
-                sa.select(part).where(part.c.shard_id.in_(ids)).order_by(part.c.attempt_no, part.c.seq)
-            ):
+            theirs = part.c.shard_id.in_([row.id for row in found])
+            for row in connection.execute(sa.select(part).where(theirs).order_by(part.c.attempt_no, part.c.seq)):
                 files.setdefault(row.shard_id, []).append(read(PartFile, row))
             previous = {row.id: previous_output(connection, job_id, row.idx, row.gen) for row in found if row.gen > 0}
         for row in found:
             mine = files.get(row.id, [])
-            committed = row.state is ShardState.COMMITTED
+            outputs = [file for file in mine if file.seq == OUTPUT_SEQ and file.attempt_no == row.committed_attempt]
             yield FinishedShard(
                 shard=read(Shard, row),
-                output=next(
-                    (f for f in mine if committed and f.seq == OUTPUT_SEQ and f.attempt_no == row.committed_attempt),
-                    None,
-                ),
-                parts=tuple(f for f in mine if f.seq != OUTPUT_SEQ),
+                output=outputs[0] if outputs and row.state is ShardState.COMMITTED else None,
+                parts=tuple(file for file in mine if file.seq != OUTPUT_SEQ),
                 previous_output=previous.get(row.id),
             )
-        if len(found) < page:
-            return
-        after = found[-1].idx
 
 
 def shard_sources(database: Database, shard: Shard) -> dict[int, Source]:

@@ -46,7 +46,7 @@ def of_shard(database: Database, shard: Shard) -> BitMap | None:
     return None if held is None else held[piece.row_lo : piece.row_lo + piece.row_n]
 
 
-def place(database: Database, job_id: str, row: int) -> int:
+def position(database: Database, job_id: str, row: int) -> int:
     """Where row ``row`` of the input comes in the count of the job's shards. Looks through the job's chunks."""
     before = 0
     for n_rows, held in _chunks(database, job_id):
@@ -57,17 +57,7 @@ def place(database: Database, job_id: str, row: int) -> int:
 
 
 def _chunks(database: Database, job_id: str) -> Iterator[tuple[int, BitMap]]:
-    after = -1
-    while True:
-        query = (
-            sa.select(_source.c.idx, _source.c.n_rows, _source.c.rows)
-            .where(_source.c.job_id == job_id, _source.c.rows.is_not(None), _source.c.idx > after)
-            .order_by(_source.c.idx)
-            .limit(_PAGE)
-        )
-        found = database.rows(query)
-        for row in found:
-            yield row.n_rows, row.rows
-        if len(found) < _PAGE:
-            return
-        after = found[-1].idx
+    query = sa.select(_source.c.idx, _source.c.n_rows, _source.c.rows)
+    regrouped = (_source.c.job_id == job_id, _source.c.rows.is_not(None))
+    for page in database.pages(query.where(*regrouped), _source.c.idx, _PAGE):
+        yield from ((row.n_rows, row.rows) for row in page)

@@ -193,6 +193,15 @@ class Database:
         row = self.row(query)
         return None if row is None else row_mapping.read(kind, row)
 
+    def pages(self, query: sa.Select[Any], key: sa.Column[Any], size: int) -> Iterator[list[Any]]:
+        """The rows of a query by rising ``key`` (unique among them), at most ``size`` in memory at a time."""
+        rest = query
+        while page := self.rows(rest.order_by(key).limit(size)):
+            yield page
+            if len(page) < size:
+                return
+            rest = query.where(key > getattr(page[-1], key.key))
+
     def change(self, statement: sa.Executable) -> int:
         """Run one statement in a transaction of its own; returns how many rows it has changed."""
         with self.write() as connection:

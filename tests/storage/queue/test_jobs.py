@@ -150,10 +150,10 @@ def test_retrying_failed_rows_makes_a_new_generation(database: Database) -> None
     assert (done.rows_done, done.rows_failed) == (20, 1)
     ((first, newest),) = failures.failing(database, job.id)
     assert (list(first.failed), list(newest.failed)) == ([3, 4], [4])
-    assert set(failures.kept(database, first.id)) == {3, 4}
+    assert set(failures.exceptions(database, first.id)) == {3, 4}
     assert [file.seq for file in failures.files(database, newest.id)] == [0, OUTPUT_SEQ]
-    assert reports.place(database, done, 4).shard.gen == 1
-    assert reports.place(database, done, 5).shard.gen == 0
+    assert reports.locate_row(database, done, 4).shard.gen == 1
+    assert reports.locate_row(database, done, 5).shard.gen == 0
 
 
 def test_retrying_reopens_what_was_given_up(database: Database) -> None:
