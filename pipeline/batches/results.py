@@ -15,7 +15,7 @@ from pipeline.batches import places
 from pipeline.engines.arrow_text import values
 from pipeline.process.runtime import Runtime
 from pipeline.requests import envelope
-from pipeline.requests.lines import error_line, output_line
+from pipeline.requests.lines import error_line, line_of
 from pipeline.spec.request_fields import CUSTOM_ID
 from pipeline.spec.result_columns import COUNTS, ERROR_COLUMN
 from storage import locations
@@ -62,15 +62,14 @@ def write(runtime: Runtime, batch: Batch, file: File, job: Job | None, *, missin
                 put(error_line(batch.id, name, *missing), failed=True)
                 found.n_failed += 1
                 continue
-            error = row[ERROR_COLUMN]
-            if error is not None:
-                put(error_line(batch.id, name, error["code"], error["message"]), failed=True)
-                found.n_failed += 1
-            else:
-                put(output_line(batch.id, name, row["response"]), failed=False)
+            answered, line = line_of(batch.id, row)
+            put(line, failed=not answered)
+            if answered:
                 found.n_completed += 1
                 for count in COUNTS:
                     found.tokens[count] += row.get(count) or 0
+            else:
+                found.n_failed += 1
             row = next(rows, None)
         for failed, (file_id, writing) in open_files.items():
             new = NewFile(file_id, f"{batch.id}_{'error' if failed else 'output'}.jsonl", writing.uri, writing.tell())

@@ -81,12 +81,9 @@ def foreground(invocation: Invocation, work: Callable[[Client, Hooks], JobStatus
             raise Interrupted(_interrupted(error, seen)) from error
     measures = measured(seen[0] if seen else status, status, time.monotonic() - began)
     with streams.reader_may_leave():
-        if invocation.as_json:
-            more = {} if whole is None else {"all_rows": whole}
-            document = {"job": status.to_json(), "run": measures, "failed_codes": dict(codes.most_common()), **more}
-            output.emit_json(document)
-        else:
-            output.emit(summary(status, codes, measures))
+        more = {} if whole is None else {"all_rows": whole}
+        document = {"job": status.to_json(), "run": measures, "failed_codes": dict(codes.most_common()), **more}
+        invocation.show(document, summary(status, codes, measures))
     if not invocation.as_json:
         if whole is not None:
             invocation.notice(describe_projected(whole))

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.client.handle import JobHandle
     from storage.fleet.workers import WorkerStatus
     from storage.records import Attempt, Event, Fire, Schedule
 
@@ -26,6 +27,16 @@ def attempt(item: Attempt) -> dict[str, Any]:
         "ended_at": ended,
         "stats": dict(item.stats),
     }
+
+
+def failed_rows(handle: JobHandle, limit: int | None, after: int | None) -> dict[str, Any]:
+    """A page of the failed rows of a job: ``more`` says whether others follow, which begin behind row ``after``."""
+    rows = handle.errors(limit=None if limit is None else limit + 1, after=after)
+    found = list(rows)
+    more = limit is not None and len(found) > limit
+    document = [{"row": item.row, "code": item.code, "message": item.message} for item in found[:limit]]
+    last = document[-1]["row"] if more else None
+    return {"job": handle.id, "errors": document, "total": rows.total, "more": more, "after": last}
 
 
 def event(item: Event) -> dict[str, Any]:

@@ -93,12 +93,8 @@ class Models:
     def get(self, reference: Text, tenant: Text | None = None) -> Revision:
         """The revision that is meant; of a ``NAME`` alone the newest. Raises :class:`~storage.errors.NotFound`."""
         asked = names.required(reference)
-        owned = Owned(tenant, asked.name)
-        if asked.number is not None:
-            return revisions.get(self._database, owned, asked.number)
-        if asked.alias is not None:
-            return revisions.by_alias(self._database, owned, asked.alias)
-        return self.revisions(asked.name, tenant)[-1]
+        found = self._resolver.chosen(Owned(tenant, asked.name), asked)
+        return found or self.revisions(asked.name, tenant)[-1]
 
     def active(self, name: Text, tenant: Text | None = None) -> Revision | None:
         """The revision that jobs get which name the model alone, if any."""
@@ -143,7 +139,7 @@ class Models:
     def retire(self, reference: Text, *, reason: Text | None = None, tenant: Text | None = None) -> Revision:
         """Withdraw a revision; of a ``NAME`` alone the active one. Jobs that were submitted with it go on."""
         asked = names.required(reference)
-        if asked.number is None and asked.alias is None:
+        if asked.is_name:
             active = self.active(asked.name, tenant)
             if active is None:
                 self.revisions(asked.name, tenant)
@@ -164,8 +160,7 @@ class Models:
         Raises :class:`~storage.errors.Conflict` for one that is active, or that a live job uses.
         """
         asked = names.required(reference)
-        alone = asked.number is None and asked.alias is None
-        found = self.revisions(asked.name, tenant) if alone else [self.get(reference, tenant)]
+        found = self.revisions(asked.name, tenant) if asked.is_name else [self.get(reference, tenant)]
         # The active one first: where it stands in the way nothing is removed.
         for revision in sorted(found, key=lambda item: item.state is not RevisionState.ACTIVE):
             revisions.remove(self._database, revision, actor=self._actor)

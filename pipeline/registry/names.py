@@ -21,6 +21,11 @@ class Reference:
     number: int | None = None
     alias: str | None = None
 
+    @property
+    def is_name(self) -> bool:
+        """Whether it says no revision."""
+        return self.number is None and self.alias is None
+
 
 def parse(text: str) -> Reference | None:
     """The reference that a text may be; ``None`` for what can only be a path: ``./NAME``, ``a/b``, ``a b``."""

@@ -94,12 +94,14 @@ class Resolver:
             "reports": [{"id": report.id, "verdict": report.verdict, "at": report.at} for report in found],
         }
 
-    def _meant(self, owned: Owned, asked: names.Reference) -> Revision:
+    def chosen(self, owned: Owned, asked: names.Reference) -> Revision | None:
+        """The revision of the number or alias that is asked for; ``None`` of a name alone. Raises :class:`NotFound`."""
         if asked.number is not None:
             return revisions.get(self.database, owned, asked.number)
-        if asked.alias is not None:
-            return revisions.by_alias(self.database, owned, asked.alias)
-        found = revisions.active(self.database, owned)
+        return None if asked.alias is None else revisions.by_alias(self.database, owned, asked.alias)
+
+    def _meant(self, owned: Owned, asked: names.Reference) -> Revision:
+        found = self.chosen(owned, asked) or revisions.active(self.database, owned)
         if found is None:
             newest = revisions.listed(self.database, model=owned)[-1]
             raise InvalidModel(

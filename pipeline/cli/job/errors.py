@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import output
 from pipeline.cli.command import Invocation, command
 from pipeline.cli.job.ids import JobId
+from pipeline.client import documents
 
 
 @command
@@ -26,19 +26,9 @@ def list_errors(
     all (total), whether there are more behind these (more), and the row to go on from with --after (after).
     """
     with invocation.client() as client:
-        handle = client.job(job)
-        rows = handle.errors(limit=limit + 1 if limit else None, after=after)
-        found, total = list(rows), rows.total
-    more = bool(limit) and len(found) > limit
-    found = found[:limit] if limit else found
-    last = found[-1].row if more else None
-    if invocation.as_json:
-        document = [{"row": item.row, "code": item.code, "message": item.message} for item in found]
-        output.emit_json({"job": handle.id, "errors": document, "total": total, "more": more, "after": last})
-        return
-    if not found:
-        invocation.notice("no failed rows" + (f" behind row {after}; {total:,} in all" if total else ""))
-        return
-    output.emit(output.table(("row", "code", "message"), [(e.row, e.code, e.message) for e in found], right=("row",)))
-    if more:
-        invocation.notice(f"{len(found):,} of {total:,}; go on with --after {last}, or see all with --limit 0")
+        page = documents.failed_rows(client.job(job), limit or None, after)
+    found, total, columns = page["errors"], page["total"], ("row", "code", "message")
+    none = "no failed rows" + (f" behind row {after}; {total:,} in all" if total else "")
+    invocation.show_table(page, columns, [list(item.values()) for item in found], right=("row",), none=none)
+    if page["more"] and not invocation.as_json:
+        invocation.notice(f"{len(found):,} of {total:,}; go on with --after {page['after']}, or see all with --limit 0")

@@ -64,16 +64,10 @@ def benchmark(
             )
     finally:
         store.close()
-    if invocation.as_json:
-        output.emit_json({"model": model, **found})
-        return
-    if "speeds" in found:
-        _speeds(found)
-    else:
-        _layouts(found)
+    invocation.show({"model": model, **found}, _speeds(found) if "speeds" in found else _layouts(found))
 
 
-def _layouts(found: Mapping[str, Any]) -> None:
+def _layouts(found: Mapping[str, Any]) -> str:
     lines = [
         [
             "*" if trial["chosen"] else "",
@@ -83,8 +77,8 @@ def _layouts(found: Mapping[str, Any]) -> None:
         ]
         for trial in found["trials"]
     ]
-    output.emit(output.table(("", "layout", "rows/s", "ratio"), lines, right=("rows/s", "ratio")))
-    output.emit(f"\njobs will run it as {found['chosen']}")
+    table = output.table(("", "layout", "rows/s", "ratio"), lines, right=("rows/s", "ratio"))
+    return f"{table}\n\njobs will run it as {found['chosen']}"
 
 
 _SHOWN = (
@@ -98,7 +92,7 @@ _SHOWN = (
 """Of an engine's settings, those that decide its speed."""
 
 
-def _speeds(found: Mapping[str, Any]) -> None:
+def _speeds(found: Mapping[str, Any]) -> str:
     """vLLM's table, and beside it what Rowmill has set and what the machine could do."""
     settings, machine, weights = found["settings"], found["machine"], found["weights"]
     limits = "not known for quantized weights, mixtures of experts and several devices"
@@ -107,17 +101,13 @@ def _speeds(found: Mapping[str, Any]) -> None:
             f"{output.size(weights['n_bytes'])} of weights at {output.size(machine['bandwidth'])}/s, "
             f"{machine['flops'] / 1e9:,.0f} GFLOP/s"
         )
-    output.emit(
-        output.pairs(
-            [
-                ("start-up", output.duration(found["startup_seconds"])),
-                ("KV cache", f"{found['kv_cache_tokens']:,} tokens"),
-                ("device", f"{found['device']}, {settings['dtype']}"),
-                ("settings", ", ".join(f"{name}={settings[name]}" for name in _SHOWN)),
-                ("limits from", limits),
-            ]
-        )
-    )
+    facts = [
+        ("start-up", output.duration(found["startup_seconds"])),
+        ("KV cache", f"{found['kv_cache_tokens']:,} tokens"),
+        ("device", f"{found['device']}, {settings['dtype']}"),
+        ("settings", ", ".join(f"{name}={settings[name]}" for name in _SHOWN)),
+        ("limits from", limits),
+    ]
     lines = [
         [
             row["what"],
@@ -130,4 +120,4 @@ def _speeds(found: Mapping[str, Any]) -> None:
         for row in found["speeds"]
     ]
     heads = ("", "requests", "prompt tokens", "tokens/s", "limit", "reached")
-    output.emit("\n" + output.table(heads, lines, right=heads[1:]))
+    return f"{output.pairs(facts)}\n\n{output.table(heads, lines, right=heads[1:])}"

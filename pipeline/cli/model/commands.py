@@ -104,12 +104,8 @@ def quantize(
         else:
             if task is None:
                 raise InvalidJob("--calibrate needs --task, which says how its rows are read", field="task")
-            fields: dict[str, Any] = {"task": task, "column": column, "pair_column": pair_column}
-            if graph_input:
-                fields["inputs"] = values.key_values(graph_input, "--input", literal=True)
-            if engine_option:
-                fields["engine_options"] = values.key_values(engine_option, "--set")
-            feeds = _feeds(invocation, found, calibrate, {k: v for k, v in fields.items() if v is not None})
+            fields = row_fields(graph_input, engine_option, task=task, column=column, pair_column=pair_column)
+            feeds = _feeds(invocation, found, calibrate, fields)
             quantize.static(graph, work / derived_model.GRAPH, feeds)
         before, after = quantize.check_smaller(graph, work / derived_model.GRAPH)
         origin.write(work, found, () if calibrate is None else _hashes(calibrate, column, pair_column))
@@ -118,6 +114,15 @@ def quantize(
     method = "dynamic, per channel" if calibrate is None else "static, per channel (QDQ)"
     facts = {"model": str(out), "method": method, "bytes_before": before, "bytes": after}
     report(invocation, facts | {"times_smaller": round(before / after, 2)})
+
+
+def row_fields(graph_input: list[str] | None, engine_option: list[str] | None, **given: Any) -> dict[str, Any]:
+    """The fields of a job that reads the rows: those that are given, with what ``--input`` and ``--set`` say."""
+    if graph_input:
+        given["inputs"] = values.key_values(graph_input, "--input", literal=True)
+    if engine_option:
+        given["engine_options"] = values.key_values(engine_option, "--set")
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _hashes(rows: Path, *columns: str | None) -> list[str]:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli import errors, values
+from pipeline.cli import errors
 from pipeline.cli.command import Invocation, command
-from pipeline.cli.model.commands import TaskName, report
+from pipeline.cli.model.commands import TaskName, report, row_fields
 from pipeline.cli.model.registry import located
 
 if TYPE_CHECKING:
@@ -113,19 +113,11 @@ def validate(
         "length_change": length_change,
     }
     limits, asked = _limits(task, {name: value for name, value in given.items() if value is not None})
-    fields: dict[str, Any] = {"input": inputs, "task": task, "column": column, "pair_column": pair_column}
-    fields |= {"prompt_name": prompt_name, "prefix": prefix}
-    if graph_input:
-        fields["inputs"] = values.key_values(graph_input, "--input", literal=True)
-    if engine_option:
-        fields["engine_options"] = values.key_values(engine_option, "--set")
-    fields = {name: value for name, value in fields.items() if value is not None}
+    texts = {"column": column, "pair_column": pair_column, "prompt_name": prompt_name, "prefix": prefix}
+    fields = row_fields(graph_input, engine_option, input=inputs, task=task, **texts)
     document = _validated(invocation, model, against, tenant, fields, limits, asked)
-    shown = document if invocation.as_json else {key: document[key] for key in _SHOWN if key in document}
-    report(
-        invocation,
-        shown if shown["reasons"] or invocation.as_json else {k: v for k, v in shown.items() if k != "reasons"},
-    )
+    shown = {key: document[key] for key in _SHOWN if document.get(key) not in (None, [], ())}
+    report(invocation, document if invocation.as_json else shown)
     return errors.OK if document["verdict"] == "PASS" else errors.ERROR
 
 

@@ -137,13 +137,7 @@ def failed_rows(
     after: Annotated[int | None, Query(ge=0, le=MOST, description="The last row of the page before")] = None,
 ) -> dict[str, Any]:
     """The failed rows in input order, with code and message."""
-    handle = _owned(gateway, caller, job_id)
-    rows = handle.errors(limit=limit + 1, after=after)
-    found = list(rows)
-    more, found = len(found) > limit, found[:limit]
-    document = [{"row": item.row, "code": item.code, "message": item.message} for item in found]
-    last = found[-1].row if more else None
-    return {"job": handle.id, "errors": document, "total": rows.total, "more": more, "after": last}
+    return documents.failed_rows(_owned(gateway, caller, job_id), limit, after)
 
 
 @router.get("/jobs/{job_id}/events")
