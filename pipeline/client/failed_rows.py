@@ -42,7 +42,7 @@ class _Moved(Exception):
 
 @boundary
 class FailedRows(Sequence[RowException]):
-    """Failed rows in input order, read as they are asked for. Each iteration looks at the job anew.
+    """Failed rows in input order, read on demand. Each iteration looks at the job anew.
 
     ``len()`` counts them without reading them all. ``total`` counts all failed rows of the job, whatever ``after`` and
     ``limit`` leave out. A row that is being computed once more (after a retry) has not failed.

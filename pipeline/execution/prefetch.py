@@ -52,7 +52,7 @@ class _Queue:
         self._error: BaseException | None = None
 
     def put(self, batch: RowBatch) -> bool:
-        """Add a batch once there is room; false when no more is wanted."""
+        """Add a batch once there is room; false when nobody wants another."""
         size = batch.columns.nbytes + _ROW_BYTES * len(batch.rows)
         with self._changed:
             self._changed.wait_for(lambda: self._closed or not self._items or self._bytes + size <= self._limit)

@@ -30,9 +30,9 @@ _MARKS = (
 def opened(store: ObjectStore, uri: str, compression: Codec | None, encoding: str | None = None) -> Iterator[Any]:
     """A reader (``read(n)``, also for pyarrow) over the text of ``uri``, in UTF-8 and without a byte order mark.
 
-    Without ``encoding`` a byte order mark decides, and else the bytes are handed on as they are: UTF-8, or a problem of
-    the rows that hold others. Raises :class:`InvalidInput` for bytes that the encoding does not have, here or in
-    ``read``, and ``OSError`` for bad compression.
+    Without ``encoding`` a byte order mark decides. Without one the bytes are handed on unchanged: they are UTF-8, or
+    the rows that hold others get an error. Raises :class:`InvalidInput` for bytes that the encoding does not have,
+    here or in ``read``, and ``OSError`` for bad compression.
     """
     with store.open(uri) as opened_file:
         file: Any = opened_file

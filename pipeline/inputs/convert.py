@@ -167,7 +167,7 @@ def _plain_type(kind: Any) -> Any:
 
 
 def _valid(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The batch, checked, but for text that is not UTF-8: that is its row's error. Raises ``pa.ArrowInvalid``.
+    """The batch, checked. Text that is not UTF-8 is left to its row, as an error. Raises ``pa.ArrowInvalid``.
 
     What lies below a null struct or list may be anything: pyarrow leaves an index into no category at all there.
     """

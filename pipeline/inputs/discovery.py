@@ -64,7 +64,7 @@ class Inputs:
     ``originals`` are URI and etag of every file that was read, before any was converted. ``unreadable`` says, by the
     name of a column that nobody can read, where and why; ``clashes``, why its types do not go together. ``files`` may
     leave out rows, and whole sources.
-    Sources and row groups lie on disk, so that planning takes no more memory than the names of the files do.
+    Sources and row groups lie on disk, so that planning takes only the memory of the files' names.
     """
 
     sources: DiskBackedList[Source]
@@ -102,7 +102,7 @@ class _File:
 
 
 def new_files(store: ObjectStore, spec: InputSpec, done: Processed) -> list[ObjectInfo]:
-    """The files of the input that ``done`` does not name as they are now; possibly none."""
+    """The files of the input whose present version ``done`` does not name; possibly none."""
     return _without(done, _files(store, spec))
 
 
@@ -296,7 +296,7 @@ def fingerprint(files: Iterable[tuple[str, str]]) -> str:
 
 
 def fingerprint_now(store: ObjectStore, spec: InputSpec) -> str:
-    """:func:`fingerprint` of the input's files as they are now. Raises :class:`InvalidInput` where there are none."""
+    """:func:`fingerprint` of the input's present files. Raises :class:`InvalidInput` where there are none."""
     return fingerprint((info.uri, info.etag) for info in _files(store, spec))
 
 

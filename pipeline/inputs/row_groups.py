@@ -9,7 +9,7 @@ from itertools import accumulate
 from storage.records import Slice
 
 MAX_SLICES = 1000
-"""Most slices in a shard: tiny files are read together, but not so many that one shard must open tens of thousands."""
+"""Most slices in a shard: tiny files are read together, but one shard must not have to open tens of thousands."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from pyarrow import types
 from storage.parquet.arrow_schemas import ENTRY, ITEM, Path
 
 Range = tuple[int, int]
-"""Least and greatest value: whole numbers as they are, timestamps and durations in nanoseconds."""
+"""Least and greatest value: whole numbers themselves, timestamps and durations in nanoseconds."""
 RangeOf = Callable[[Path], Range | None]
 """Path → the range of all values there; ``None`` when there are none."""
 

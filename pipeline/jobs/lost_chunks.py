@@ -85,7 +85,7 @@ class _Maker:
         columns = [name for name in plan.schema.names if name in {*plan.columns, *plan.keep}]
         try:
             rows = repartition.JobRows(store, found, columns, self._limits, self._going_on)
-            repartition.regroup_again(rows, chunks)
+            repartition.rewrite_chunks(rows, chunks)
         except InputChanged as error:
             raise InvalidInput(str(error), field="input") from error
         except pa.ArrowException as error:

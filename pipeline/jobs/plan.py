@@ -34,21 +34,21 @@ from storage.records import Job, ShardPlan
 class Prepared:
     """A request that was found to be workable, with what its plan needs.
 
-    ``in_order``: the rows as they were copied into another order, where that is wanted.
+    ``in_order``: the copies of the rows in another order, where that is wanted.
     """
 
     request: preflight.Request
     record: PlanRecord
     found: discovery.Inputs
-    in_order: repartition.Regrouped | None = None
+    in_order: repartition.Repartitioned | None = None
 
 
 def plan_job(runtime: Runtime, job: Job, interrupt: Cancellation | None = None, *, owner: str | None = None) -> Job:
     """Read the input's footers, check that the work can be done, and store the shards.
 
-    The job of an incremental schedule takes only the files that no completed fire has taken as they are now; which
+    The job of an incremental schedule takes only the files whose present version no completed fire has taken; which
     these are is fixed here. A retry of a job that was planned before is gone on with. Raises :class:`InvalidJob` after
-    recording the job as failed with that reason. While rows are regrouped, or chunks made again, raises
+    recording the job as failed with that reason. While rows are repartitioned, or chunks made again, raises
     :class:`LeaseLost` when another planner is at it, and :class:`Interrupted` when ``interrupt`` fires: the job can
     then be planned again. ``owner`` is who holds the planner's lease already.
     """
@@ -112,7 +112,7 @@ def _reordered(context: PlanContext, prepared: Prepared) -> Prepared:
         runtime.notify("putting rows whose prompts begin alike into the same shards")
         rows = repartition.JobRows(runtime.store, found, columns, context.limits, going_on)
         try:
-            made = repartition.regroup(rows, context.spec, context.work_dir)
+            made = repartition.repartition(rows, context.spec, context.work_dir)
         except InputChanged as error:
             raise InvalidInput(str(error), field="input") from error
         except (pa.ArrowException, ValueError, TypeError) as error:
@@ -157,7 +157,7 @@ def _shards(runtime: Runtime, prepared: Prepared) -> Iterable[ShardPlan]:
 
 
 def refuse_job(runtime: Runtime, job: Job, error: RowmillError) -> None:
-    """End a job that waits for its plan, for this reason. Raises :class:`IllegalTransition` when it waits no more."""
+    """End a job that waits for its plan, for this reason. Raises :class:`IllegalTransition` when it no longer waits."""
     output_owner.release(runtime, job)
     jobs.refuse(runtime.database, job.id, str(error), actor=runtime.actor)
     if job.plan:

@@ -71,12 +71,12 @@ def submit_job(
     runtime: Runtime, fields: dict[str, Any], *, resume: bool = False, plan: bool = False, fire: FireKey | None = None
 ) -> Job:
     """Validate a request and queue it as ``validating``. With ``resume``, the job that does the same work instead: the
-    live one, or the completed one whose output is there and whose input and model are as they were.
+    live one, or the completed one whose output is there and whose input and model have not changed.
 
-    With ``plan`` the input is read first and the job comes back planned; without, in a fleet, it is looked at as far as
-    this machine can. With ``fire``, that fire of a schedule is
-    marked as submitted with it; raises :class:`IllegalTransition` when it is not pending any more. Raises
-    :class:`InvalidJob` and its kin, naming the field and the reason. Nothing is stored then.
+    With ``plan`` the input is read first and the job comes back planned; without, in a fleet, it is looked at as far
+    as this machine can. With ``fire``, that fire of a schedule is marked as submitted with it; raises
+    :class:`IllegalTransition` when it is not pending any more. Raises :class:`InvalidJob` and its kin, naming the
+    field and the reason. Nothing is stored then.
     """
     request = preflight.request_of(runtime, fields)
     spec = request.spec

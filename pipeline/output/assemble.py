@@ -90,7 +90,7 @@ def part_schema(schema: pa.Schema) -> pa.Schema:
 
 
 def _stored(schema: pa.Schema) -> pa.Schema:
-    """Results and error as they are stored: a failed row is null, whatever the engine promises of its columns."""
+    """The stored form of results and error: a failed row is null, whatever the engine promises of its columns."""
     return pa.schema([*(field.with_nullable(True) for field in schema), ERROR_FIELD])
 
 

@@ -53,7 +53,7 @@ class PlanContext:
         """Hold the planner's lease inside the block, which has to call often what it is given.
 
         Those calls renew the lease. They raise :class:`~storage.errors.LeaseLost` when another planner has it,
-        :class:`~storage.errors.IllegalTransition` when the job waits for its plan no more, and :class:`Interrupted`,
+        :class:`~storage.errors.IllegalTransition` when the job no longer waits for its plan, and :class:`Interrupted`,
         naming what was ``doing``, when ``interrupt`` fires. An error frees the lease.
         """
         runtime, job = self.runtime, self.job
@@ -82,7 +82,7 @@ def limits_of(runtime: Runtime) -> Limits:
     """The limits for copying a job's rows into another order, by the settings of this process."""
     settings = runtime.settings
     return Limits(
-        cluster_rows=settings.order_rows,
+        partition_rows=settings.order_rows,
         n_bytes=settings.order_bytes // 4,
         batch_rows=settings.read_batch_rows,
         batch_bytes=settings.read_batch_bytes,

@@ -1,9 +1,9 @@
 """``order="prefix"`` across shards: the rows of a job are copied to Parquet chunks of prompts that begin alike.
 
-Two passes over the input: one samples what prompts begin with and decides where to cut (``clusters``), one puts each
-row with its like. A chunk's rows keep the input's order, so that the output can be merged back into it (``restoring``);
-which rows they are is noted with the chunk as a source of the job. The names of the chunks say what is in them: a
-rerun, or a second planner, writes the same, or files beside them.
+Two passes over the input: one samples what prompts begin with and decides where to cut (``range_partition``), one puts
+each row into its partition. A chunk's rows keep the input's order, so that the output can be merged back into it
+(``output.merge_regrouped``); the chunk, as a source of the job, notes which rows it holds. The names of the chunks say
+what is in them: a rerun, or a second planner, writes the same files, or others next to them.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ _VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """``cluster_rows``: most rows in a shard, as many as an engine puts in order at a time. ``n_bytes``: of rows in
+    """``partition_rows``: most rows in a shard, as many as an engine puts in order at a time. ``n_bytes``: of rows in
     memory (about three times that at the most). The rest as in the settings."""
 
-    cluster_rows: int
+    partition_rows: int
     n_bytes: int
     batch_rows: int
     batch_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
-class Regrouped:
+class Repartitioned:
     """``chunks`` follow the job's own sources in number; ``shards`` are made over them, and none over two of them.
 
     ``part_rows``: how many rows a file of the output gets.
@@ -104,7 +104,7 @@ def wanted(spec: JobSpec, n_rows: int, limits: Limits) -> bool:
 
     Raises :class:`InvalidInput` for more rows than can be numbered.
     """
-    if spec.order != "prefix" or not key_columns(spec) or n_rows <= min(spec.shard_rows, limits.cluster_rows):
+    if spec.order != "prefix" or not key_columns(spec) or n_rows <= min(spec.shard_rows, limits.partition_rows):
         return False
     if n_rows > MOST_ROWS:
         raise InvalidInput(
@@ -115,7 +115,7 @@ def wanted(spec: JobSpec, n_rows: int, limits: Limits) -> bool:
     return True
 
 
-def regroup(rows: JobRows, spec: JobSpec, work_dir_uri: str) -> Regrouped:
+def repartition(rows: JobRows, spec: JobSpec, work_dir_uri: str) -> Repartitioned:
     """Copy ``rows`` to chunks below ``work_dir_uri``.
 
     Raises :class:`InputChanged` when a file is not the one that was found, and :class:`InvalidInput` when it is
@@ -125,7 +125,7 @@ def regroup(rows: JobRows, spec: JobSpec, work_dir_uri: str) -> Regrouped:
     n_rows = found.rows
     n_bytes = sum(size for file in found.files for _, size in file.row_groups)
     by_bytes = max(1, spec.shard_bytes * n_rows // max(1, n_bytes))
-    most = min(spec.shard_rows, limits.cluster_rows, by_bytes)
+    most = min(spec.shard_rows, limits.partition_rows, by_bytes)
 
     sample = range_partition.Sample(limits.n_bytes)
     for _, batch in rows.read(key_columns(spec)):
@@ -138,7 +138,7 @@ def regroup(rows: JobRows, spec: JobSpec, work_dir_uri: str) -> Regrouped:
     with PartitionedSpill(schema, len(cuts) + 1, limits.n_bytes) as spill:
         for numbers, batch in rows.read(names):
             partitions = np.array(
-                range_partition.cluster_of(keys(batch.select(list(key_columns(spec)))), cuts), dtype=np.int64
+                range_partition.partition_of(keys(batch.select(list(key_columns(spec)))), cuts), dtype=np.int64
             )
             spill.put(numbers, partitions, batch.select(list(rows.columns)))
         failpoints.hit("plan.spilled")
@@ -163,13 +163,13 @@ def regroup(rows: JobRows, spec: JobSpec, work_dir_uri: str) -> Regrouped:
             row_start += len(held)
     if row_start != n_rows:
         raise InvalidInput(f"{n_rows} rows were found and {row_start} were read; submit the job again", field="input")
-    return Regrouped(chunks, shards, min(spec.shard_rows, by_bytes))
+    return Repartitioned(chunks, shards, min(spec.shard_rows, by_bytes))
 
 
-def regroup_again(rows: JobRows, chunks: Sequence[Source]) -> None:
+def rewrite_chunks(rows: JobRows, chunks: Sequence[Source]) -> None:
     """Write ``chunks`` again: each with the rows that it held, whatever would be chosen to lie together today.
 
-    Errors as in :func:`regroup`.
+    Errors as in :func:`repartition`.
     """
     with PartitionedSpill(rows.schema, len(chunks), rows.limits.n_bytes) as spill:
         partitions = _Partitions([chunk.rows or BitMap() for chunk in chunks])

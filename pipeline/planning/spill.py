@@ -16,7 +16,7 @@ from storage.objects.errors import explain
 from storage.parquet.arrow_schemas import takeable
 from storage.parquet.nested_arrays import cast, cast_batch
 
-ROW, PILE = "__row", "__pile"
+ROW, PARTITION = "__row", "__partition"
 """Columns that are put before the others: the number that each row came with, and its partition."""
 FAN_OUT = 128
 """Most stretches of one round. Each has a schema of its own: with 8 MiB a round, one for every 60 KiB."""
@@ -35,7 +35,7 @@ class PartitionedSpill:
 
     def __init__(self, schema: pa.Schema, n_partitions: int, n_bytes: int) -> None:
         self._given = schema
-        self._schema = pa.schema([pa.field(ROW, pa.int64()), pa.field(PILE, pa.int64()), *takeable(schema)])
+        self._schema = pa.schema([pa.field(ROW, pa.int64()), pa.field(PARTITION, pa.int64()), *takeable(schema)])
         self._limit = n_bytes
         self._n_partitions = n_partitions
         self._group = -(-n_partitions // FAN_OUT)

@@ -14,7 +14,7 @@ from pipeline.spec.job_spec import JobSpec, Task
 from pipeline.spec.prompt_template import Template
 
 KEY_BYTES = 16 * 2**10
-"""Of a longer prompt only so much is looked at: about 4,000 tokens of English text."""
+"""Only this much of a longer prompt is looked at: about 4,000 tokens of English text."""
 
 
 def key_columns(spec: JobSpec) -> tuple[str, ...]:
@@ -61,7 +61,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _tokens(row: Any) -> bytes:
-    """Token ids, no more of them than a key takes. A null or a number that no token has sorts as any other."""
+    """Token ids, as many as a key takes. A null or a number that no token has sorts as any other."""
     if not row.is_valid:
         return b""
     ids = row.values.slice(0, KEY_BYTES // 8).cast(pa.int64(), safe=False).fill_null(0)

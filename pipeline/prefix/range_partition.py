@@ -1,8 +1,8 @@
 """Pure: which rows of a job belong together, by what their prompts begin with.
 
 The range partitioning of an external sort (as TeraSort does it), without the sort: a uniform sample of the keys is
-sorted and cut where neighbours share least; each row goes to the cluster whose range its key falls in. What begins
-alike lies in one range, so it stays together, but where one beginning has more rows than a cluster may have.
+sorted and cut where neighbours share least; each row goes to the partition whose range its key falls in. What begins
+alike lies in one range, so it stays together, unless one beginning has more rows than a partition may have.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pipeline.prefix.order import shared
 SAMPLE_KEYS = 65_536
 """Most keys in a sample."""
 FILL = 0.75
-"""Rows that a cluster is meant to have, of those it may: cuts move by a quarter, and a sample is no census."""
+"""Rows that a partition is meant to have, of those it may: cuts move by a quarter, and a sample is no census."""
 SLACK = 0.25
-"""How far, of a cluster's size, a cut may move to a place where less is shared."""
+"""How far, of a partition's size, a cut may move to a place where less is shared."""
 
 
 class Sample:
@@ -53,9 +53,9 @@ class Sample:
 
 
 def separators(sample: Sequence[bytes], share: float) -> list[bytes]:
-    """Where to cut: rising keys, the ``i``-th being the least of cluster ``i + 1``.
+    """Where to cut: rising keys, the ``i``-th being the least of partition ``i + 1``.
 
-    ``sample`` is sorted; ``share`` is how much of all rows a cluster is meant to have, in (0, 1].
+    ``sample`` is sorted; ``share`` is how much of all rows a partition is meant to have, in (0, 1].
     """
     size = max(1.0, share * len(sample))
     cuts: list[bytes] = []
@@ -65,7 +65,7 @@ def separators(sample: Sequence[bytes], share: float) -> list[bytes]:
         high = min(len(sample) - 1, at + max(1, round(size * (1 + SLACK))))
         cut = _least_shared(sample, low, high, at + size)
         if cut is None:
-            # One key is all there is here: the cluster ends with it.
+            # One key is all there is here: the partition ends with it.
             cut = bisect_right(sample, sample[high])
             if cut >= len(sample):
                 break
@@ -90,6 +90,6 @@ def _least_between(left: bytes, right: bytes) -> bytes:
     return right[: shared(left, right, 1) + 1]
 
 
-def cluster_of(keys: Sequence[bytes], cuts: Sequence[bytes]) -> list[int]:
-    """The cluster of each key."""
+def partition_of(keys: Sequence[bytes], cuts: Sequence[bytes]) -> list[int]:
+    """The partition of each key."""
     return [bisect_right(cuts, key) for key in keys]

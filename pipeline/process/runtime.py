@@ -138,7 +138,7 @@ def start(
     database.ensure_schema()
     store = ObjectStore(settings.storage_options)
     fetch = RowFiles(store, settings.uri_prefixes)
-    # Cached results are worth less than waiting for a store that does not answer.
+    # Reusing cached results is not worth waiting for an unresponsive store.
     keeping = ObjectStore(settings.storage_options, retry_seconds=CACHE_PATIENCE_SECONDS)
     results = ResultCaches(keeping, settings.effective_result_cache, settings.result_index_bytes, notify)
     return Runtime(

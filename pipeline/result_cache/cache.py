@@ -1,4 +1,4 @@
-"""Answers kept in the object store for later jobs: looked up by a shard, added to by a shard, never in the way of one.
+"""A cache of results in the object store: shards look results up and add to them; a failing store never fails a shard.
 
 ::
 
@@ -75,7 +75,7 @@ class ResultCaches:
         self._known: OrderedDict[str, _Known] = OrderedDict()
 
     def open(self, tenant: str, facts: Mapping[str, Any], schema: pa.Schema) -> ResultCache:
-        """The answers of one tenant under ``facts``, with the columns of ``schema``, as they are now."""
+        """The answers of one tenant under ``facts``, with the columns of ``schema``: those that are there now."""
         folder = f"{self._root}/tenant={tenant}/{namespace({'tenant': tenant, 'schema': _text(schema), **facts})}"
         with self._lock:
             known = self._known.setdefault(folder, _Known())
@@ -175,7 +175,7 @@ class ResultCache:
         self._pending: Future[Segment] | None = None
 
     def fail(self, what: str, error: BaseException) -> None:
-        """The store failed to read: count it, say it, and wait for it no more."""
+        """The store failed to read: count it, say it, and stop using the store."""
         self.failures += 1
         self.rest()
         self._failed(what, error)

@@ -99,7 +99,7 @@ class Schedules:
         return schedules.resume(self._runtime.database, found, times.next_after(self._runtime.database.clock()))
 
     def remove(self, name: Text, tenant: Text = "default") -> None:
-        """Delete it with its fires; the jobs stay as they are. Raises :class:`~storage.errors.NotFound`."""
+        """Delete it with its fires; its jobs stay. Raises :class:`~storage.errors.NotFound`."""
         schedules.remove(self._runtime.database, tenant, name)
 
     def _checked(

@@ -116,7 +116,7 @@ def parse_schedule(fields: Mapping[str, Any]) -> ScheduleSpec:
 
 
 def parse_job(spec: ScheduleSpec) -> JobSpec:
-    """The job with its templates as they are, or :class:`InvalidJob` naming the field and the reason."""
+    """The job, its templates not filled in, or :class:`InvalidJob` naming the field and the reason."""
     job = parse(dict(spec.job))
     if spec.incremental and (some := next((n for n in ("limit", "sample") if getattr(job, n) is not None), None)):
         what = (

@@ -335,7 +335,7 @@ class JobSpec(TextFields, RequestFields):
             # The properties of a JSON Schema are answered in its order, which sorting would hide.
             work["form"] = json.dumps(self.sampling["structured_outputs"])
         if self.tools:
-            # They are in the prompt, as they were written.
+            # The prompt holds them unchanged.
             work["tools"] = json.dumps(work["tools"])
         return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
 

@@ -1,7 +1,7 @@
 """A worker that lacks what a queue's shards need leaves them to the others for a while.
 
-It would otherwise ask first each time, because it fails at once, and use up the budgets of one shard after the
-other. It looks again by itself when the time is over.
+A worker that lacks something fails fast, so it would claim shard after shard and use up their retry budgets. It claims
+again by itself when the time is over.
 """
 
 from __future__ import annotations

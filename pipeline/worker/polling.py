@@ -60,7 +60,7 @@ class Poller:
             self._changed.notify()
 
     def stop(self) -> None:
-        """Look no more. Work that was found already goes on; :meth:`join` waits for it."""
+        """Stop looking. Work that was found already goes on; :meth:`join` waits for it."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -120,7 +120,7 @@ class Poller:
                 "looking for work (%s) failed, trying again: %s", self.name, failure, action=Action.WORK_POLL_FAILED
             )
         except BaseException as failure:
-            # A thread that died here would leave its slot idle for good, for whatever reason.
+            # A thread that died here would leave its slot idle until the process ends.
             found, error = False, f"{type(failure).__name__}: {failure}"
             log.exception("looking for work (%s) failed, trying again", self.name, action=Action.WORK_POLL_FAILED)
         with self._changed:

@@ -235,7 +235,7 @@ class Worker:
         maintenance.run_gc(runtime)
 
     def wake(self, queues: Collection[str] | None = None) -> None:
-        """Wake workers for the shards that are ready, on all queues or on some: no more than they have free slots."""
+        """Wake workers for the shards that are ready, on all queues or on some: as many as they have free slots."""
         database = self.runtime.database
         for queue, count in reports.ready_shards(database).items():
             if queues is None or queue in queues:

@@ -15,7 +15,7 @@ from storage.errors import StorageFull
 SCHEMA = pa.schema([("text", pa.string()), ("kind", pa.dictionary(pa.int32(), pa.string()))])
 
 
-PILES = 11
+PARTITIONS = 11
 
 
 @pytest.fixture(autouse=True, params=[2, 3, 128])
@@ -25,11 +25,11 @@ def fan_out(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # it is the same for every example
-@given(st.lists(st.lists(st.integers(0, PILES - 1), max_size=6), max_size=8), st.integers(0, 400))
+@given(st.lists(st.lists(st.integers(0, PARTITIONS - 1), max_size=6), max_size=8), st.integers(0, 400))
 def test_every_row_once_in_its_pile_and_in_order(batches: list[list[int]], n_bytes: int) -> None:
     first = 0
-    expected: dict[int, list[tuple[int, str]]] = {partition: [] for partition in range(PILES)}
-    with PartitionedSpill(SCHEMA, PILES, n_bytes) as spill:
+    expected: dict[int, list[tuple[int, str]]] = {partition: [] for partition in range(PARTITIONS)}
+    with PartitionedSpill(SCHEMA, PARTITIONS, n_bytes) as spill:
         for partitions in batches:
             rows = np.arange(first, first + len(partitions))
             texts = [f"row {row}" for row in rows]
@@ -41,7 +41,7 @@ def test_every_row_once_in_its_pile_and_in_order(batches: list[list[int]], n_byt
             for row, partition, text in zip(rows.tolist(), partitions, texts, strict=True):
                 expected[partition].append((row, text))
             first += len(partitions)
-        for partition in range(PILES):
+        for partition in range(PARTITIONS):
             found = []
             for rows, table in spill.take(partition):
                 assert table.schema == SCHEMA

@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.prefix.range_partition import FILL, Sample, cluster_of, separators
+from pipeline.prefix.range_partition import FILL, Sample, partition_of, separators
 
 KEYS = st.lists(st.text("ab", max_size=6).map(str.encode), max_size=60)
 
@@ -39,8 +39,8 @@ def test_cuts_part_the_keys_in_their_order(keys: list[bytes], share: float) -> N
     keys = sorted(keys)
     cuts = separators(keys, share)
     assert cuts == sorted(set(cuts))
-    found = cluster_of(keys, cuts)
-    assert found == sorted(found)  # a stretch of the sorted keys each; the same key is always in the same cluster
+    found = partition_of(keys, cuts)
+    assert found == sorted(found)  # a stretch of the sorted keys each; the same key is always in the same partition
     assert set(found) == set(range(len(cuts) + 1)) or not keys
 
 
@@ -48,7 +48,7 @@ def test_cuts_part_the_keys_in_their_order(keys: list[bytes], share: float) -> N
 def test_what_begins_alike_stays_together_where_it_fits(groups: int, size: int, most: int) -> None:
     keys = sorted(f"{group:02d}-{row:03d}".encode() for group in range(groups) for row in range(size))
     share = FILL * most / len(keys)
-    found = cluster_of(keys, separators(keys, share))
+    found = partition_of(keys, separators(keys, share))
     sizes = Counter(found)
     assert max(sizes.values()) <= max(1, round(1.25 * max(1.0, share * len(keys)))) + 1
     if size <= 0.25 * FILL * most:  # a boundary between two groups lies within every window
@@ -56,8 +56,8 @@ def test_what_begins_alike_stays_together_where_it_fits(groups: int, size: int, 
             assert len({found[group * size + row] for row in range(size)}) == 1
 
 
-def test_one_beginning_too_large_for_a_cluster_does_not_take_others_along() -> None:
+def test_one_beginning_too_large_for_a_partition_does_not_take_others_along() -> None:
     keys = sorted([b"same"] * 50 + [f"x{n:02d}".encode() for n in range(10)])
-    found = cluster_of(keys, separators(keys, 5 / 60))
+    found = partition_of(keys, separators(keys, 5 / 60))
     assert len(set(found[:50])) == 1
     assert found[49] not in found[50:]
