@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from pipeline.host import cpu as host_cpu
+from pipeline.host.memory import memory_bytes
 from pipeline.spec.check import Check
 
 _GIB = 2**30
@@ -19,34 +21,15 @@ _FLAGS = (
 )  # fmt: skip
 """Instruction sets that matrix kernels choose by (x86-64, then Arm)."""
 _NETWORK_FILESYSTEMS = (
-    "nfs",
-    "cifs",
-    "smb",
-    "fuse.sshfs",
-    "fuse.s3fs",
-    "fuse.gcsfuse",
-    "lustre",
-    "ceph",
-    "9p",
-    "glusterfs",
-)
+    "nfs", "cifs", "smb", "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse", "lustre", "ceph", "9p", "glusterfs",
+)  # fmt: skip
 
 
 def cpu() -> Check:
     """Usable cores (affinity and container quota), model, and the instruction sets that matter."""
-    model, flags = "", set[str]()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                model = value.strip()
-            elif key.strip() in ("flags", "Features"):
-                flags = set(value.split())
-                break
-    except OSError:
-        pass  # not Linux: the count of cores still stands
+    model, flags = host_cpu.described()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    quota = _cpu_quota()
+    quota = host_cpu.quota()
     cores = min(usable, quota) if quota else float(usable)
     found = [flag for flag in _FLAGS if flag in flags]
     detail = ", ".join(filter(None, [f"{cores:g} usable cores", model, " ".join(found)]))
@@ -56,35 +39,12 @@ def cpu() -> Check:
     return Check("cpu", "ok", detail, facts=facts)
 
 
-def _cpu_quota() -> float | None:
-    text = _read("/sys/fs/cgroup/cpu.max")
-    if text is None or text.startswith("max"):
-        return None
-    quota, period = text.split()
-    return float(quota) / float(period)
-
-
-def _read(path: str) -> str | None:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return None
-
-
 def memory() -> Check:
     """Memory in all and free now, the container's limit included."""
     seen = psutil.virtual_memory()
-    limit = next(
-        (
-            int(text)
-            for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-            if (text := _read(path)) is not None and text.isdigit()
-        ),
-        None,
-    )
-    total = min(seen.total, limit) if limit else seen.total
+    total = memory_bytes()
     free = min(seen.available, total)
-    limited = " (limited by the container)" if limit and limit < seen.total else ""
+    limited = " (limited by the container)" if total < seen.total else ""
     facts = {"total_bytes": total, "available_bytes": free}
     detail = f"{total / _GIB:.1f} GiB{limited}, {free / _GIB:.1f} GiB available"
     if free < 2 * _GIB:

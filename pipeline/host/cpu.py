@@ -16,11 +16,17 @@ def available_cores() -> int:
     """Physical cores that this process may use: affinity and the container's CPU quota count."""
     usable = len(os.sched_getaffinity(0))
     cores = len(one_of_each()) or min(usable, psutil.cpu_count(logical=False) or usable)
+    most = quota()
+    return max(1, cores if most is None else min(cores, int(most)))
+
+
+def quota() -> float | None:
+    """Processors that the container may use at a time; ``None``: no limit, or none that the system tells."""
     try:
-        quota, period = QUOTA.read_text(encoding="ascii").split()
+        most, period = QUOTA.read_text(encoding="ascii").split()
+        return None if most == "max" else int(most) / int(period)
     except (OSError, ValueError):
-        return max(1, cores)
-    return max(1, cores if quota == "max" else min(cores, int(quota) // int(period)))
+        return None
 
 
 def one_of_each() -> list[int]:
@@ -54,9 +60,14 @@ _INSTRUCTIONS = frozenset(
 
 def flags() -> frozenset[str]:
     """The instructions of this processor that numbers may depend on; empty where the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return frozenset()
-    told = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    return _INSTRUCTIONS & frozenset(told.partition(":")[2].split())
+    return _INSTRUCTIONS & described()[1]
+
+
+def described() -> tuple[str, frozenset[str]]:
+    """The model of this processor and everything that it can do; empty where the system does not tell."""
+    found: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            found.setdefault(key.strip().lower(), value.strip())
+    return found.get("model name", ""), frozenset((found.get("flags") or found.get("features") or "").split())
