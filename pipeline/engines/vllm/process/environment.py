@@ -61,7 +61,7 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def settled_children() -> Iterator[None]:
-    """Processes that this thread spawns meanwhile run :mod:`vllm_child` first, and not our main module."""
+    """Makes processes that this thread spawns meanwhile run :mod:`.child` first, and not our main module."""
     original, thread = multiprocessing.spawn.get_preparation_data, threading.get_ident()
 
     def prepared(name: str) -> dict[str, Any]:

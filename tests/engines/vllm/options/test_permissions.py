@@ -12,6 +12,7 @@ import pytest
 from pipeline.config.settings import Settings
 from pipeline.engines import registry
 from pipeline.engines.base import EngineContext, Permissions
+from pipeline.engines.generation import sampling, structured_output
 from pipeline.engines.generation.chat_messages import parse_messages
 from pipeline.engines.pool import EnginePool
 from pipeline.engines.vllm.engine import VllmEngine
@@ -89,6 +90,22 @@ def test_directories_are_ones_own_only_without_a_fleet(fields: dict[str, Any], t
     with pytest.raises(InvalidJob, match="allowed_engine_options"):
         check(fleet)
     check(fleet.model_copy(update={"allowed_engine_options": ("tokenizer", "adapters")}))
+
+
+def test_a_table_says_only_what_is_read() -> None:
+    """A misspelt key would leave out a refusal without a word."""
+    value = {"type", "min", "above", "max", "null"}
+    of_engine = {"choices", "refused", "meaning", "unknown", "cache", "directory"}
+    risk = {"operator", "harmless", "harmless_keys", "risky_word"}
+    for table, keys in (
+        (ENGINE, value | of_engine | risk),
+        (CHAT_TEMPLATE, {"type", "refused"}),
+        (sampling.TABLE, value | {"refused", "column"}),
+        (structured_output.TABLE, {"type", "null", "constraint", "column"}),
+    ):
+        assert {key for entry in table.entries.values() for key in entry} == keys
+    entries = ENGINE.entries.values()
+    assert all("operator" in entry for entry in entries if {"harmless", "risky_word"} & entry.keys())
 
 
 def test_the_names_are_vllms() -> None:
