@@ -70,7 +70,7 @@ class JobParams:
         defaults = {name: value for name, value in files.items() if name in SAMPLING}
         own = dict(parameters.sampling)
         if own.get("max_tokens") is None and "max_tokens" in defaults:
-            del own["max_tokens"]
+            own.pop("max_tokens", None)
         return {**defaults, **own}
 
     def _made(self, sampling: Mapping[str, Any]) -> Params:
