@@ -28,9 +28,10 @@ from storage.states import TERMINAL_JOB, JobState
 
 HEARTBEAT_SECONDS = 5.0
 """Short enough that ``rowmill job cancel`` from another terminal is felt at once; a third of the lease at most."""
-PROGRESS_SECONDS = 0.25
-_PROGRESS_SHARE = 0.02
-"""Most of a processor that looking at the progress takes; it is looked at less often where that takes long."""
+PROGRESS_SECONDS, _SLOW_PROGRESS_SECONDS = 0.25, 1.0
+_PROGRESS_SHARE = 0.005
+"""Most of a processor that looking at the progress takes: where a look takes long, there are fewer, down to one each
+``_SLOW_PROGRESS_SECONDS``."""
 IDLE_SECONDS = 0.5
 """How long a slot without a shard waits before it asks again (a shard in backoff, or held by another process)."""
 
@@ -152,7 +153,8 @@ def _work(
                 on_progress(with_unflushed(runtime, status))
                 if status.state is JobState.CANCELLING:
                     keeper.stop_all(JOB_STOPPING)
-                pause = max(PROGRESS_SECONDS, (time.thread_time() - began) / _PROGRESS_SHARE)
+                spent = time.thread_time() - began
+                pause = min(max(PROGRESS_SECONDS, spent / _PROGRESS_SHARE), _SLOW_PROGRESS_SECONDS)
     except BaseException:
         # Ctrl-C in this thread, or an error of ``on_progress``: the shards are flushed and handed back all the same.
         interrupt.cancel(INTERRUPTED)

@@ -171,8 +171,7 @@ def answer_to(prompt: str, n: int, most: int | None, stops: Sequence[str] = ()) 
     text, reason = f"fake:{hashlib.sha256(prompt.encode()).hexdigest()[:8]} {prompt[:PROMPT_CHARACTERS]}", "stop"
     if most is not None and len(words := text.split()) > most:
         text, reason = " ".join(words[:most]), "length"
-    ends = [end for stop in stops if (end := text.find(stop)) >= 0]
-    if ends:
+    if stops and (ends := [end for stop in stops if (end := text.find(stop)) >= 0]):
         text, reason = text[: min(ends)], "stop"
     return [text] if n == 1 else [text.replace("fake:", f"fake:{i}:", 1) for i in range(n)], reason
 
