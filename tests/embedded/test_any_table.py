@@ -1,7 +1,7 @@
 """Any table in, the same table out: what is written, every reader reads, and it equals what went in.
 
 Or the job is refused at submit, naming file and column. Tables are made by pyarrow, Polars, DuckDB and pandas.
-``TABLES=500`` takes that many examples, other ones every time.
+The same fifteen examples every time, in CI too; ``TABLES=500`` takes that many, and other ones every time.
 """
 
 from __future__ import annotations

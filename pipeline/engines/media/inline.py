@@ -10,6 +10,9 @@ from storage.errors import InvalidInput
 
 _DATA = re.compile(r"\s*data:([^,]{0,200}),", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+_URL_SAFE = re.compile(r"[A-Za-z0-9_\-\s]+={0,2}\s*")
+_PLAIN = str.maketrans("-_", "+/")
+"""From the alphabet for URLs and file names, which often comes without padding (RFC 4648)."""
 _SHORTEST = 64
 """Characters below which text is a name, whatever it looks like."""
 _HEAD = 24
@@ -31,7 +34,14 @@ def content(text: str) -> bytes | None:
         if not uri[1].lower().endswith(";base64"):
             return unquote_to_bytes(data)
         return _decoded(data, "the data: URI")
-    if len(text) < _SHORTEST or _BASE64.fullmatch(text) is None:
+    if len(text) < _SHORTEST:
+        return None
+    if _URL_SAFE.fullmatch(text) is not None and ("-" in text or "_" in text):
+        plain = "".join(text.translate(_PLAIN).split())
+        padded = plain + "=" * (-len(plain) % 4)
+        # Or it is a long name.
+        return _decoded(padded, "the text") if _decoded(plain[:_HEAD], "the text").startswith(_SIGNATURES) else None
+    if _BASE64.fullmatch(text) is None:
         return None
     # A path has no dot only where its files have no suffix: the first bytes tell.
     if text.startswith("/") and not _decoded(text[:_HEAD], "the text").startswith(_SIGNATURES):
