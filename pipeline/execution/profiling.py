@@ -99,40 +99,40 @@ def _events(path: Path) -> list[dict[str, Any]]:
 def summary(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Time by operator, from ONNX Runtime's events: ``seconds``, and ``operators`` with ``operator``, ``provider``,
     ``runs``, ``seconds`` and ``share`` of all of them, the largest first."""
-    seconds: dict[tuple[str, str], float] = defaultdict(float)
-    runs: dict[tuple[str, str], int] = defaultdict(int)
-    for event in events:
-        details = event.get("args") or {}
-        if event.get("cat") == "Node" and str(event.get("name", "")).endswith("_kernel_time"):
-            key = (str(details.get("op_name", "?")), str(details.get("provider", "")))
-            seconds[key] += float(event.get("dur", 0)) / 1e6
-            runs[key] += 1
-    return _shares([(*key, runs[key], spent) for key, spent in seconds.items()])
+    return _shares(
+        (str(details.get("op_name", "?")), str(details.get("provider", "")), 1, float(event.get("dur", 0)) / 1e6)
+        for event in events
+        if event.get("cat") == "Node" and str(event.get("name", "")).endswith("_kernel_time")
+        for details in [event.get("args") or {}]
+    )
 
 
 def together(profiles: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Several attempts' summaries as one."""
+    return _shares(
+        (each["operator"], each["provider"], each["runs"], each["seconds"])
+        for profile in profiles
+        for each in profile.get("operators", ())
+    )
+
+
+def _shares(measured: Iterable[tuple[str, str, int, float]]) -> dict[str, Any]:
     seconds: dict[tuple[str, str], float] = defaultdict(float)
     runs: dict[tuple[str, str], int] = defaultdict(int)
-    for profile in profiles:
-        for each in profile.get("operators", ()):
-            key = (each["operator"], each["provider"])
-            seconds[key] += each["seconds"]
-            runs[key] += each["runs"]
-    return _shares([(*key, runs[key], spent) for key, spent in seconds.items()])
-
-
-def _shares(found: list[tuple[str, str, int, float]]) -> dict[str, Any]:
-    total = sum(spent for *_, spent in found)
-    ordered = sorted(found, key=lambda item: (-item[3], item[0], item[1]))[:MOST_OPERATORS]
+    for operator, provider, n, spent in measured:
+        seconds[operator, provider] += spent
+        runs[operator, provider] += n
+    total = sum(seconds.values())
     operators = [
         {
             "operator": operator,
             "provider": provider,
-            "runs": runs,
+            "runs": runs[operator, provider],
             "seconds": round(spent, 6),
             "share": round(spent / total, 4) if total else 0.0,
         }
-        for operator, provider, runs, spent in ordered
+        for (operator, provider), spent in sorted(seconds.items(), key=lambda item: (-item[1], item[0]))[
+            :MOST_OPERATORS
+        ]
     ]
     return {"seconds": round(total, 6), "operators": operators}
