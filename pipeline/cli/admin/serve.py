@@ -27,12 +27,12 @@ def serve(
     Callers need a key of a tenant ('rowmill key create'). Any number of them may serve one database. Ctrl-C or SIGTERM
     lets running requests end; with --embedded, what its jobs have finished is flushed, and the next start goes on.
     """
+    invocation.set_up_logging(service=True)  # before the imports, which take a second
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
         raise EngineMissing("the gateway is not installed: pip install 'rowmill[gateway]'")
     from pipeline.gateway.server import Server, check, listen, url_of
 
     settings = invocation.loaded.settings
-    invocation.set_up_logging(service=True)
     with listen(host, port) as listener:
         check(settings, listener, embedded=embedded)
         url = url_of(listener)
