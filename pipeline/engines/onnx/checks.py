@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.engines.arrow_text import is_text
+from pipeline.engines.arrow_text import column_type, is_text
 from pipeline.engines.media.columns import is_image
 from pipeline.engines.model_config import image
 from pipeline.engines.model_config.text import TextFolder
@@ -170,7 +170,8 @@ def check_image_column(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
     assert spec.column is not None
     if spec.pair_column is not None:
         raise InvalidJob("the model takes one image a row", field="pair_column")
-    kind = _column_type(schema, spec.column, "column")
+    column_type(schema, spec.column, "column")
+    kind = schema.field(spec.column).type
     if not is_image(kind):
         raise InvalidInput(
             f"column {spec.column!r} is {kind}; images are binary (encoded), string (a URI) or struct<bytes, path>",
@@ -213,8 +214,8 @@ def check_text_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
     for role, name in (("column", spec.column), ("pair_column", spec.pair_column)):
         if name is None:
             continue
-        kind = _column_type(schema, name, role)
-        if not is_text(kind.value_type if isinstance(kind, pa.DictionaryType) else kind):
+        kind = column_type(schema, name, role)
+        if not is_text(kind):
             raise InvalidInput(f"column {name!r} is {kind}; text must be string or binary", field=role)
         names.append(name)
     return tuple(dict.fromkeys(names))
@@ -265,7 +266,7 @@ def check_tensor_columns(
         if value.name in unmasked or value.name in options.state:
             continue
         name = column_of(spec, value.name)
-        kind = _column_type(schema, name, f"inputs.{value.name}")
+        kind = column_type(schema, name, f"inputs.{value.name}")
         _fitting_type(value, mode, name, kind, _advice(signature, mode, value, kind))
         columns.append(name)
     columns += _sequence_column(spec, schema)
@@ -275,7 +276,7 @@ def check_tensor_columns(
 def _sequence_column(spec: JobSpec, schema: pa.Schema) -> list[str]:
     if spec.sequence is None:
         return []
-    check_type(spec.sequence, _column_type(schema, spec.sequence, "sequence"))
+    check_type(spec.sequence, column_type(schema, spec.sequence, "sequence"))
     return [spec.sequence]
 
 
@@ -284,7 +285,7 @@ def check_any_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
     one that the job names is missing."""
     _sequence_column(spec, schema)
     for name, column in (spec.inputs or {}).items():
-        _column_type(schema, column, f"inputs.{name}")
+        column_type(schema, column, f"inputs.{name}")
     return tuple(dict.fromkeys(schema.names))
 
 
@@ -363,14 +364,3 @@ def _fitting_type(value: GraphValue, mode: RowMode, name: str, kind: pa.DataType
         raise InvalidInput(
             f"column {name!r} holds {found} per row; the graph's {value} wants [{shape}]{advice}", field=where
         )
-
-
-def _column_type(schema: pa.Schema, name: str, field: str) -> pa.DataType:
-    at = schema.get_all_field_indices(name)
-    if not at:
-        there = ", ".join(schema.names) or "none"
-        raise InvalidInput(f"the input has no column {name!r}; its columns are {there}", field=field)
-    if len(at) > 1:
-        raise InvalidInput(f"the input has {len(at)} columns named {name!r}", field=field)
-    kind: pa.DataType = schema.field(at[0]).type
-    return kind

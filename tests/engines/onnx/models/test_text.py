@@ -576,7 +576,7 @@ def test_check_returns_the_columns_that_the_task_reads(encoder: Path, classifier
 @pytest.mark.parametrize(
     ("spec", "error", "says"),
     [
-        (job("embed", column="body"), InvalidInput, r"no column 'body'; its columns are text, other, n"),
+        (job("embed", column="body"), InvalidInput, r"no column 'body'; it has text, other, n"),
         (job("embed", column="n"), InvalidInput, r"column 'n' is int64"),
         (job("classify"), InvalidModel, r"no classification head \(BertModel\): it cannot classify; it does embed"),
         (job("score"), InvalidModel, r"cannot score"),
