@@ -169,7 +169,7 @@ def test_a_provider_that_this_runtime_has_not_is_told_when_it_may_be_missing(rel
     assert any("CUDAExecutionProvider does not work here" in message for message in said)
 
 
-class LateLane(SessionRunner):
+class LateRunner(SessionRunner):
     """Its kept buffers take longer than a run may."""
 
     def _kept(self, *_: Any) -> Any:
@@ -182,7 +182,7 @@ class LateLane(SessionRunner):
 def test_a_run_that_took_too_long_is_not_run_again(relu: Path) -> None:
     runtime = ort.import_runtime()
     session = runtime.InferenceSession(str(relu), providers=["CPUExecutionProvider"])
-    lane = LateLane(runtime, session, (RuntimeError,), binding=True)
+    lane = LateRunner(runtime, session, (RuntimeError,), binding=True)
     with pytest.raises(RunTimedOut):
         lane.run_one({"x": np.ones(1, np.float32)}, "y", (1,), CancelScope())
     assert lane.binding  # the buffers were not at fault
