@@ -15,8 +15,7 @@ class Model:
     ``path`` is a directory or a ``.onnx`` file (``None`` for the built-in ``fake``); ``digest`` the SHA-256 (hex) of
     its content; ``architectures`` and ``config`` come from its ``config.json``, if any; ``onnx_files`` are the graphs
     found, best first; ``weights`` the PyTorch weight files; ``sentence_transformer``: there is a ``modules.json``;
-    ``files`` the names, relative to a directory, that the digest covers (``None``: not told); ``content`` name → file
-    of all that it covers.
+    ``content`` every file that the digest covers, by its name relative to the directory.
     """
 
     name: str
@@ -27,7 +26,6 @@ class Model:
     onnx_files: tuple[Path, ...] = ()
     weights: tuple[Path, ...] = ()
     sentence_transformer: bool = False
-    files: frozenset[str] | None = None
     content: Mapping[str, Path] = field(default_factory=dict)
 
     @property

@@ -137,7 +137,6 @@ def _directory(name: str, root: Path, cache_dir: Path) -> Model:
         name=name,
         path=root,
         digest=digest(files, cache_dir),
-        files=frozenset(files),
         content=files,
         architectures=_architectures(config or {}, root),
         config=config or {},

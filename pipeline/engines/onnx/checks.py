@@ -41,19 +41,14 @@ def choose_graph(model: Model, options: OnnxOptions) -> Path | None:
     chosen = options.graph(model.path)
     if chosen is not None:
         # What is run is what the digest names: results are kept, and models compared, by it.
-        if model.files is not None and chosen.relative_to(model.path).as_posix() not in model.files:
+        if chosen.relative_to(model.path).as_posix() not in model.content:
             raise InvalidJob(
                 f"{options.file} is no part of the model: hidden files, caches and what training leaves are passed "
                 "over; move the graph elsewhere in the directory",
                 field="engine_options.file",
             )
         return chosen
-    if model.onnx_files:
-        return model.onnx_files[0]
-    if model.files is not None:
-        return None
-    usual = [model.path / "model.onnx", model.path / "onnx" / "model.onnx"]
-    return next((path for path in usual if path.is_file()), None)
+    return model.onnx_files[0] if model.onnx_files else None
 
 
 def signature_of(model: Model, options: OnnxOptions) -> Signature | None:

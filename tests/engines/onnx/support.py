@@ -26,6 +26,7 @@ def model_at(path: Path, *, graphs: Sequence[str] = ()) -> Model:
     """A model as the resolver describes it; the digest is of the path and the weights' size, which is enough here."""
     folder = path if path.is_dir() else path.parent
     config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+    graphs = graphs or [name for name in ("model.onnx", "onnx/model.onnx") if (path / name).is_file()]
     weights = [file.stat().st_size for file in sorted(folder.glob("*.safetensors"))]
     return Model(
         name=path.name,
@@ -34,6 +35,7 @@ def model_at(path: Path, *, graphs: Sequence[str] = ()) -> Model:
         architectures=tuple(config.get("architectures") or ()),
         config=config,
         onnx_files=tuple(path / name for name in graphs),
+        content={file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()},
     )
 
 

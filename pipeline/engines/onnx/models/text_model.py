@@ -168,7 +168,7 @@ class TextModel(GraphModel):
             return batches + (long if every == 1 else [])
 
         long = [self._pieces(spec, rows_of(text), pieces[text]) for text in sorted(pieces)]
-        return PreparedRows(packed(self.token_budget), tuple(failures), len(good), packed)
+        return PreparedRows(packed(self.token_budget), tuple(failures), packed)
 
     def _pieces(self, spec: JobSpec, rows: Indices, tokens: Tokens) -> Batch:
         """The work on one text that is longer than the model's limit. ``rows``: those that have it."""

@@ -48,7 +48,6 @@ class PreparedRows:
 
     batches: list[Batch]
     failures: tuple[RowFailure, ...] = ()
-    n_rows: int = 0
     rebatched: Callable[[int, int], list[Batch]] | None = None
 
     def sample(self, budget: int, every: int) -> list[Batch]:
