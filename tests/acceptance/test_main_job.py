@@ -18,7 +18,8 @@ import pytest
 from tests.cli.conftest import REPOSITORY, Rowmill
 
 REFERENCE = """
-import json, sys
+import json, os, sys
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":

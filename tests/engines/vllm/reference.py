@@ -13,8 +13,10 @@ import psutil
 from tests.engines.vllm import support
 
 # One engine after another, each for its questions: (model, options, [[entry point, arguments, sampling, adapter], …]).
+# They run in that very process: vLLM's own processes take ten seconds of CPU each to import what this one has.
 SCRIPT = """
-import gc, json, sys
+import gc, json, os, sys
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams

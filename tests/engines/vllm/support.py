@@ -45,7 +45,8 @@ CONVERSATIONS = [
 
 # What vLLM itself makes of them, all at once.
 REFERENCE = """
-import json, sys
+import json, os, sys
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from vllm import LLM, SamplingParams
 
 def main():
