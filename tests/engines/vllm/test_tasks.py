@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -431,3 +433,42 @@ def test_requests_are_answered_as_rows_are_each_with_its_own_parameters(engine: 
     assert isinstance(json.loads(call[0].function.arguments), dict)
     assert (auto.code, auto.message.partition(":")[0]) == (RowErrorCode.UNSUPPORTED_PARAMETER, "tools")
     assert unlimited["usage"]["completion_tokens"] >= 1
+
+
+def test_a_batch_file_is_answered_as_run_batch_answers_it(folder: Path, engine: VllmEngine, tmp_path: Path) -> None:
+    """``vllm run-batch`` has no completions, and embeddings only with a model that pools. Its module is started: the
+    command asks for a distribution called vllm, which the CPU build is not."""
+    greedy = {"model": str(folder / "llama"), **support.GREEDY}
+    parts = [{"type": "text", "text": "Name a river."}]
+    bodies = [
+        *({"messages": [{"role": "user", "content": prompt}], **greedy} for prompt in PROMPTS),
+        {"messages": TALK, "tools": TOOLS, "tool_choice": "none", **greedy},
+        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}], **greedy},
+        {"messages": TALK[:2], **greedy, "max_tokens": 40, "stop": ["a", "it"]},
+        {"messages": TALK[:2], **greedy, "chat_template_kwargs": {"mood": "gay"}},
+        {"messages": TALK[:2], **greedy, **RANDOM, "seed": 3, "n": 2},
+    ]
+    lines = [
+        {"custom_id": str(row), "method": "POST", "url": "/v1/chat/completions", "body": body}
+        for row, body in enumerate(bodies)
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["--dtype", "float32", "--max-model-len", str(support.CONTEXT), "--enforce-eager"]
+    command = ["-i", "in.jsonl", "-o", "out.jsonl", "--model", greedy["model"], *options]
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm.entrypoints.openai.run_batch", *command],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = {line["custom_id"]: line for line in map(json.loads, (tmp_path / "out.jsonl").open())}
+    theirs = [found[str(row)]["response"]["body"] for row in range(len(bodies))]
+    ours = responses(engine, "chat", *bodies)
+    for body, own, known in zip(bodies, ours, theirs, strict=True):
+        assert not isinstance(own, RowFailure), own
+        assert [_said(choice) for choice in own["choices"]] == [_said(choice) for choice in known["choices"]], body
+        counts = ("prompt_tokens", "completion_tokens", "total_tokens")
+        assert [own["usage"][name] for name in counts] == [known["usage"][name] for name in counts], body
+
+
+def _said(choice: dict[str, Any]) -> tuple[Any, ...]:
+    return choice["index"], choice["message"]["role"], choice["message"]["content"], choice["finish_reason"]
