@@ -241,7 +241,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def settings(tmp_path: Path, cache_dir: Path, sqlite_template: Path) -> Settings:
     """Settings of an embedded process: a data folder with a database at the newest schema, and the session's cache."""
-    (tmp_path / "data").mkdir()
+    (tmp_path / "data").mkdir(exist_ok=True)
     shutil.copy(sqlite_template, tmp_path / "data/rowmill.db")
     return Settings(data_dir=tmp_path / "data", cache_dir=cache_dir)
 

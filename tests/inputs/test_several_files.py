@@ -135,7 +135,7 @@ def test_batches_of_folded_text_are_as_small_as_those_of_plain_text() -> None:
     file = io.BytesIO()
     same = pa.DictionaryArray.from_arrays(pa.array([0] * 700, pa.int32()), ["y" * 10**6])
     pq.write_table(pa.table({"c": same}), file)
-    reader = parquet_batches.Readable(file, "memory", None, 1024, 8 * 10**6)
+    reader = parquet_batches.Readable(file, None, 1024, 8 * 10**6)
     batches = [
         batch for group in parquet_batches.row_groups(reader.footer, 0, 700) for _, batch in reader.batches(group)
     ]

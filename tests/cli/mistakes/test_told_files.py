@@ -312,7 +312,7 @@ def test_a_database_that_another_process_has_locked(
     (data / "rowmill.db").write_bytes(whole)
     with closing(sqlite3.connect(data / "rowmill.db")) as connection:
         connection.execute("BEGIN EXCLUSIVE")
-        monkeypatch.setattr("storage.sql.database._BUSY_SECONDS", 0.1)
+        monkeypatch.setattr("storage.sql.driver_errors.BUSY_SECONDS", 0.1)
         rows(rowmill)
         done = told(rowmill.inside("run", "in.parquet", "-o", "out", *EMBED), 1, home=rowmill.home)
     assert "rowmill.db was locked by another process" in done.err
