@@ -83,7 +83,7 @@ faults: install  ## the fault matrix
 vllm: install  ## the tests that start a real vLLM engine
 	@$(PYTEST) -m vllm $(ARGS)
 
-conformance: install  ## all node tests of the package onnx as rows (`make all` takes every sixth)
+conformance: install  ## ONNX: all node tests of the package onnx as rows (`make all` takes every sixth)
 	@CONFORMANCE_SHARE=1 $(BIN)/pytest tests/conformance -s $(ARGS)
 
 all: install  ## all of these, in one run

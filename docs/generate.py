@@ -30,7 +30,8 @@ from storage import states
 from storage.log_actions import Action
 from storage.logs import FIELDS
 
-REFERENCE = Path(__file__).resolve().parent / "reference"
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ROOT / "docs" / "reference"
 ORIGIN = "<!-- Generated from {source} by `make docs`; do not edit. -->"
 
 MACHINES: tuple[tuple[str, type[StrEnum], Mapping[Any, frozenset[Any]], frozenset[Any]], ...] = (
@@ -43,6 +44,17 @@ MACHINES: tuple[tuple[str, type[StrEnum], Mapping[Any, frozenset[Any]], frozense
     ("Batch", states.BatchState, states.BATCH, frozenset()),
 )
 """Heading, enum, table, and the states in which it rests although the table leads on."""
+
+LEVELS = {
+    "debug": ("debug",),
+    "info": ("info",),
+    "warning": ("warning",),
+    "error": ("error",),
+    "exception": ("error",),
+    "failure": ("warning", "error"),
+    "critical": ("critical",),
+}
+"""Method of a log → the levels of its records: a ``failure`` that is not of ours is an error."""
 
 
 def attribute_docs(cls: type) -> dict[str, str]:
@@ -68,6 +80,20 @@ def markdown(doc: str) -> str:
     """A docstring as Markdown: code in single backticks, one line."""
     text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", " ".join(doc.split()))
     return text.replace("``", "`")
+
+
+def levels_of_actions() -> dict[str, str]:
+    """Name of an ``Action`` → the levels at which the code logs it, lowest first."""
+    found: dict[str, set[str]] = {}
+    for path in (path for package in ("pipeline", "storage", "tasks") for path in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LEVELS:
+                for word in node.keywords:
+                    name = ast.unparse(word.value)
+                    if word.arg == "action" and name.startswith("Action."):
+                        found.setdefault(name.removeprefix("Action."), set()).update(LEVELS[node.func.attr])
+    order = list(dict.fromkeys(level for levels in LEVELS.values() for level in levels))
+    return {name: ", ".join(sorted(levels, key=order.index)) for name, levels in found.items()}
 
 
 def table(*rows: tuple[str, ...]) -> str:
@@ -114,6 +140,10 @@ column (for a pair, both), or the sum of the row's numbers."""
 LOG = """\
 Every process logs to standard error, from `log_level` on. Secrets are hidden in every record, tracebacks included.
 
+`log_level` is `warning` unless you set it, so records of level `info` do not show. To see when a worker claims a \
+shard and how an attempt ends, start the worker with `ROWMILL_LOG_LEVEL=info`, or [set \
+`log_level`](../how-to/settings.md) in its configuration.
+
 `log_format=console` (the default) writes a line for people: time, level, module, text, and the fields in brackets.
 
 ```
@@ -133,7 +163,8 @@ publishing of a job carries its ids too, as far as they are known: {fields}. `sh
 that `rowmill job show` shows."""
 
 ACTIONS = """\
-These names are stable; the texts are for people."""
+These names are stable; the texts are for people. Where `error` stands beside `warning`, it is for an unexpected \
+error."""
 
 SETTINGS = """\
 How a process runs; a job never carries any of it. Where they are set: [Configure it](../how-to/settings.md). A size \
@@ -201,14 +232,15 @@ def fake_engine_page() -> str:
 
 def logs_page() -> str:
     docs = attribute_docs(Action)
-    rows = [(f"`{action}`", docs[action.name]) for action in Action]
+    levels = levels_of_actions()
+    rows = [(f"`{action}`", levels[action.name], docs[action.name]) for action in Action]
     parts = [
-        ORIGIN.format(source="`storage/log_actions.py`"),
+        ORIGIN.format(source="`storage/log_actions.py` and the calls of logs"),
         "# The log",
         LOG.format(fields=", ".join(f"`{name}`" for name in FIELDS[1:])),
         "## Actions",
         ACTIONS,
-        table(("Action", "Meaning"), *rows),
+        table(("Action", "Level", "Meaning"), *rows),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -296,11 +328,12 @@ def pages() -> dict[Path, str]:
 
 
 def main(arguments: list[str]) -> int:
-    stale = [path for path, text in pages().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    found = pages()
+    stale = [path for path, text in found.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         if "--check" not in arguments:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(pages()[path], encoding="utf-8")
+            path.write_text(found[path], encoding="utf-8")
         verb = "is out of date" if "--check" in arguments else "written"
         sys.stderr.write(f"{path.relative_to(REFERENCE.parent.parent)} {verb}\n")
     return 1 if stale and "--check" in arguments else 0

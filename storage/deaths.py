@@ -2,6 +2,27 @@
 
 An attempt notes what it is at before it does it, because a process that dies leaves no message. Only rows that were
 inside an engine can be to blame. Every other death counts against the budget of losses.
+
+A shard has three counters; a retry of the job begins all of them at 0.
+
+=========== ================================= ================================= =====================================
+Counter     Counts                            Bound                             Goes back to 0
+=========== ================================= ================================= =====================================
+``n_fail``  attempts that ended with an       ``max_failures``                  never
+            error; engines that died under
+            rows, before a search and with
+            nothing flushed
+``n_lost``  attempts whose process died or    ``max_losses``; one more while    at the next death of an attempt
+            whose lease ran out (not while    a search goes on                  that had flushed a computed row
+            waiting, nor with isolated rows
+            inside); searches that begin
+``n_crash`` deaths of engine or process with  ``CAREFUL_AFTER`` begins the      with a flush, while it is below
+            rows inside                       search, ``MOST_CRASHES`` fails    ``CAREFUL_AFTER - 1``; before a
+                                              the shard                         search also when an attempt is lost
+                                                                                that had flushed a computed row
+=========== ================================= ================================= =====================================
+
+``FailureCounts`` holds the last two; ``storage.queue.attempts`` counts ``n_fail``.
 """
 
 from __future__ import annotations

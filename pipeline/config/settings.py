@@ -159,7 +159,7 @@ class Settings(BaseSettings):
     max_failures: Annotated[int, Field(ge=1)] = 4
     """Failures after which a shard is not tried again: it has failed."""
     max_losses: Annotated[int, Field(ge=1)] = 8
-    """Lost attempts after which a shard is not tried again: it has failed."""
+    """Attempts lost in a row without progress, after which a shard is not tried again: it has failed."""
     unknown_tenants: Literal["create", "refuse"] = "create"
     """What the first job of a tenant that nobody has registered does: make it, without limits, or be refused."""
     poll_seconds: Annotated[float, Field(gt=0)] = 5.0

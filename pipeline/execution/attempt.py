@@ -87,13 +87,7 @@ def _execute(runtime: Runtime, claim: Claim, keeper: LeaseKeeper, interrupt: Can
         with suppress(TransientError, CommitUnknown):
             attempts.supersede(runtime.database, claim)
     except _DiedUnderOthers as error:
-        log.warning(
-            "shard %s goes back, and is not counted as failed: %s",
-            claim.shard.id,
-            error,
-            action=Action.ATTEMPT_RELEASED,
-        )
-        _report(runtime, claim, attempts.release, stats=measures.so_far(), error=str(error))
+        _release(runtime, claim, str(error), measures)
     except (InputChanged, InvalidJob) as error:
         fit = not error.retry_on_other_worker
         spent = claim.shard.n_fail + 1 >= runtime.settings.max_failures
@@ -111,14 +105,21 @@ def _execute(runtime: Runtime, claim: Claim, keeper: LeaseKeeper, interrupt: Can
             )
         text = str(error) if isinstance(error, RowmillError) else _last_line(error)
         if interrupt.cancelled:
-            # While everything around it ends, anything may break; what does on its own account will do so again.
-            _report(runtime, claim, attempts.release, stats=measures.so_far(), error=text)
+            # During shutdown any error may be a side effect, so it costs no budget; a real fault will show again in the
+            # next attempt.
+            _release(runtime, claim, text, measures)
         else:
             _fail(runtime, claim, text, measures, crash=isinstance(error, _DiedRunning))
     finally:
         forget()
         keeper.unregister(claim)
     return fit
+
+
+def _release(runtime: Runtime, claim: Claim, error: str, measures: Measures) -> None:
+    text = "shard %s is handed back, and is not counted as failed: %s"
+    log.warning(text, claim.shard.id, error, action=Action.ATTEMPT_RELEASED)
+    _report(runtime, claim, attempts.release, stats=measures.so_far(), error=error)
 
 
 def _fail(runtime: Runtime, claim: Claim, error: str, measures: Measures, *, crash: bool = False) -> None:

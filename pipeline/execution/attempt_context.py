@@ -21,10 +21,14 @@ from pipeline.requests import job as requests
 from pipeline.spec.job_spec import JobSpec, stored
 from storage import locations
 from storage.errors import InvalidModel, LeaseLost
+from storage.log_actions import Action
+from storage.logs import get_logger
 from storage.queue import attempts
 from storage.records import Claim
 from storage.sql.database import Database
 from storage.sql.retry import retry_write
+
+log = get_logger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -32,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class AttemptContext:
-    """One attempt's. ``spec`` is the job's, with the options that the input's columns decide.
+    """Belongs to one attempt. ``spec`` is the job's, with the options that the input's columns decide.
 
     ``cancel`` fires when the attempt has to stop, and its reason says why. ``directory`` is the attempt's own folder
     of part files. ``measures`` says where its time goes, and ``steps`` notes what it is at.
@@ -101,7 +105,11 @@ class AttemptContext:
         :class:`LeaseLost` when fenced.
         """
         self.check_lease()
-        self.record(attempts.cancel if self.cancel.reason == JOB_STOPPING else attempts.release, stats=stats)
+        if self.cancel.reason == JOB_STOPPING:
+            self.record(attempts.cancel, stats=stats)
+            return
+        self.record(attempts.release, stats=stats)
+        log.info("shard %s is handed back: %s", self.claim.shard.id, self.cancel.reason, action=Action.ATTEMPT_RELEASED)
 
 
 def _check_adapters(runtime: Runtime, spec: JobSpec, plan: PlanRecord) -> None:

@@ -18,7 +18,7 @@ from storage.sql.retry import retry_write
 
 
 class AttemptSteps:
-    """One attempt's, from ``LOADING`` on, which the claim has noted."""
+    """Belongs to one attempt, and begins at ``LOADING``, which the claim has noted."""
 
     def __init__(self, database: Database, claim: Claim) -> None:
         self._database, self._claim = database, claim

@@ -48,9 +48,7 @@ class PendingRows:
             raise BrokenEngine("an engine answered a row twice in one batch")
         strange = rows - self.rows
         if strange:
-            raise BrokenEngine(
-                f"an engine answered row {strange[0]} of the shard, which was not asked for, or had its answer"
-            )
+            raise BrokenEngine(f"an engine answered row {strange[0]}, which it was not given or had already answered")
         self.rows -= rows
         return rows, failed
 

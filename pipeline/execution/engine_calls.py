@@ -20,7 +20,7 @@ from pipeline.spec.error_codes import RowErrorCode
 
 
 class EngineCalls:
-    """One attempt's. Not for several threads."""
+    """Belongs to one attempt. Not for several threads."""
 
     def __init__(self, attempt: AttemptContext, engine: Engine, flusher: Flusher) -> None:
         self._attempt, self._flusher = attempt, flusher

@@ -1,11 +1,13 @@
 """Gathers an attempt's results and makes them durable: each flush is a verified part file and a fenced resume point.
 
-Writing happens in a thread of its own, so that the engine goes on meanwhile; at most one flush is under way, which
-bounds the memory to two buffers, and what a crash costs to ``flush_rows``, twice what one file holds.
+Writing happens in a thread of its own, so that the engine goes on meanwhile. One file holds ``flush_rows``/2 rows, and
+at most two buffers exist (one fills while the other is written), so a crash costs at most ``flush_rows`` rows, and what
+the engine's last batches hold beyond that.
 
-Rows that come fast are cheap to compute again, and a resume point costs as much as thousands of them: then a crash may
-cost ``CHEAP_SECONDS``, and each file holds what came in half of them. A shard that is done within them needs no file:
-its output is written from memory, and its commit is its only transaction.
+Rows that come fast are cheap to compute again, and a resume point costs as much as thousands of them. So unless the
+operator has set ``flush_rows``, a crash may cost the rows of ``CHEAP_SECONDS``, and each file holds what came in half
+of that time. A shard that is done within ``CHEAP_SECONDS`` needs no file: its output is written from memory, and its
+commit is its only transaction.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ def search_steps(todo: BitMap, *, searching: bool, suspect: BitMap | None, futil
 
     While ``searching``, the suspects (the rows that were isolated when the engine died last; all rows, if none were)
     come first, in pieces; a single one is the poison. The others follow in one step. Poison rows may be neighbours, so
-    each search begins with another piece: ``futile`` counts those in a row in which no row was computed.
+    each search begins with another piece. ``futile`` is the number of consecutive searches in which no row was
+    computed; it chooses the piece to begin with.
     """
     if not searching:
         yield SearchStep(todo, Mode.NORMAL)

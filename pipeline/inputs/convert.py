@@ -98,8 +98,10 @@ class Converter:
             yield from self._csv.tables(uri, kind.compression)
         elif kind.kind is Kind.IPC:
             yield from self._ipc_tables(uri)
-        else:
+        elif kind.kind in (Kind.DELTA, Kind.ICEBERG):
             yield from table_formats.tables(uri, file.etag, kind.kind)
+        else:
+            raise AssertionError(f"{kind.kind} has no reader here")
 
     def _refuse_idle_options(self, kinds: Set[Kind]) -> None:
         """Raise :class:`InvalidInput` for an option that no file of the input could follow."""

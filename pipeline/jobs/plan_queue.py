@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 from pipeline.engines.base import Cancellation
@@ -42,7 +43,13 @@ def plan_waiting(runtime: Runtime, over: Callable[[], bool], interrupt: Cancella
         if job is None:
             return
         with bound(tenant=job.tenant, job_id=job.id, worker=runtime.worker.id):
+            log.info("planning job %s begins", job.id, action=Action.PLAN_STARTED)
+            began = time.monotonic()
             planned = _plan(runtime, job, owner, interrupt)
+            if planned is not None:
+                what = f"{planned.rows_total} rows in {planned.n_shards} shards"
+                text = "job %s is planned in %.1f s: %s"
+                log.info(text, job.id, time.monotonic() - began, what, action=Action.PLAN_DONE)
         if planned is not None:
             yield planned
 

@@ -326,6 +326,6 @@ class _Kept:
         return list(pa.Table.from_batches(taken).columns)
 
     def finish(self) -> None:
-        """Read to the end, after which the next shard goes on from there: it need not decode a row group again."""
+        """Exhaust the reader, so that the next shard can continue in the same row group without decoding it again."""
         if self._batches is not None and next(self._batches, None) is not None:
             raise CorruptFile("the input holds more rows than the shard")

@@ -22,7 +22,7 @@ from pipeline.process import metrics
 from pipeline.process.heartbeat import lease_renewer
 from pipeline.process.runtime import Runtime
 from pipeline.spec.job_spec import stored
-from pipeline.spec.result_columns import known_fields
+from pipeline.spec.result_columns import fields_of
 from storage import failpoints, locations
 from storage.errors import Conflict, CorruptFile, LeaseLost, TransientError
 from storage.fleet import garbage, reports
@@ -41,17 +41,26 @@ _LIBRARIES = ("rowmill", "pyarrow", "fsspec", "sqlalchemy")
 
 
 def finalize_job(runtime: Runtime, job_id: str | None = None) -> Job | None:
-    """Publish one job whose shards have all ended; ``None`` when there is none (or another finalizer has it).
+    """Publish one job whose shards have all ended; ``None`` when there is none (or another finalizer has it)."""
+    job = claim_job(runtime, job_id)
+    return None if job is None else publish_claimed(runtime, job)
+
+
+def claim_job(runtime: Runtime, job_id: str | None = None) -> Job | None:
+    """Take the publisher's lease of a job whose shards have all ended; ``None`` when there is none to take."""
+    settings = runtime.settings
+    job_deaths.count(runtime.database, max_losses=settings.max_losses, actor=runtime.actor, job_id=job_id)
+    return publish_leases.claim_finalize(
+        runtime.database, owner=runtime.actor, lease_seconds=settings.lease_seconds, job_id=job_id
+    )
+
+
+def publish_claimed(runtime: Runtime, job: Job) -> Job:
+    """Publish a job that :func:`claim_job` gave; returns it as it ended.
 
     A job that cannot be published is freed, so that whoever comes next need not wait for this one's lease.
     """
     settings = runtime.settings
-    job_deaths.count(runtime.database, max_losses=settings.max_losses, actor=runtime.actor, job_id=job_id)
-    job = publish_leases.claim_finalize(
-        runtime.database, owner=runtime.actor, lease_seconds=settings.lease_seconds, job_id=job_id
-    )
-    if job is None:
-        return None
     failpoints.hit("finalize.claimed")
     try:
         whose = f"the finalizer of job {job.id}"
@@ -60,7 +69,8 @@ def finalize_job(runtime: Runtime, job_id: str | None = None) -> Job | None:
             return _finalize(runtime, job)
     except Exception as error:
         reason = str(error) or type(error).__name__
-        # Too late? Then something that it did since it last looked may have reached the output.
+        # If the lease is already lost, this finalizer may have changed the output after losing it, so the current owner
+        # must publish again.
         try:
             retry_write(
                 lambda: publish_leases.give_back(
@@ -217,9 +227,9 @@ def _put_manifest(runtime: Runtime, job: Job, content: bytes) -> None:
 
 def _publish_empty(runtime: Runtime, job: Job) -> str:
     """A job without rows still has a file to read: kept columns, the results that need no model to know, ``error``."""
-    plan, results = PlanRecord.from_json(job.plan), known_fields(stored(job.spec))
+    plan, spec = PlanRecord.from_json(job.plan), stored(job.spec)
     target = locations.part(job.output_uri, 0)
-    schema = pa.schema([*(plan.schema.field(name) for name in plan.keep), *results, assemble.ERROR_FIELD])
+    schema = assemble.OutputColumns(plan.keep, pa.schema(fields_of(spec)), spec.output_prefix).schema(plan.schema)
     with parquet.writer(runtime.store, target, schema) as file:
         file.write(schema.empty_table())
     return target

@@ -133,8 +133,8 @@ def _refuse_rows_of_others(runtime: Runtime, job: Job) -> None:
 def refuse_retry(runtime: Runtime, job: Job, *, overwrite: bool) -> None:
     """Raise :class:`Conflict` when the output of an ended job has become another one's.
 
-    ``overwrite``: the job was asked to replace what others have published; what they published in place of its own
-    rows stands all the same.
+    ``overwrite``: the job may replace what others had published before it. ``overwrite`` does not allow replacing rows
+    that another job published over this job's own.
     """
     output, store = job.output_uri, runtime.store
     owner = read(store, output)

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from pipeline.process.runtime import Runtime, is_alive
-from pipeline.spec.status import JobStatus
+from pipeline.spec.status import JobStatus, Phase
 from storage.broker import CONTROL_QUEUE
 from storage.errors import TransientError
 from storage.fleet import attendance, workers
@@ -31,7 +31,10 @@ def attending(runtime: Runtime, job_id: str) -> Iterator[None]:
 
 
 def with_attendance(runtime: Runtime, jobs: Sequence[Job], statuses: Sequence[JobStatus]) -> list[JobStatus]:
-    """The statuses of these jobs, with ``attended``, ``interrupted`` and ``message`` where nobody works on them."""
+    """The statuses of these jobs, with ``attended``, ``interrupted`` and ``message`` where nobody works on them.
+
+    The phase of one that is to be planned, and that nobody has taken on, is :attr:`Phase.UNPLANNED`.
+    """
     live = [job.id for job, status in zip(jobs, statuses, strict=True) if not status.terminal]
     if not live:
         return list(statuses)
@@ -43,7 +46,10 @@ def with_attendance(runtime: Runtime, jobs: Sequence[Job], statuses: Sequence[Jo
     found = []
     for job, status in zip(jobs, statuses, strict=True):
         queue = CONTROL_QUEUE if job.state in _CONTROLLED else job.queue
-        if status.terminal or marks[job.id] & ids or queue in queues:
+        taken_on = not status.terminal and bool(marks[job.id] & ids)
+        if status.phase is Phase.READING and not taken_on:
+            status = replace(status, phase=Phase.UNPLANNED)
+        if status.terminal or taken_on or queue in queues:
             found.append(status)
         elif fleet:
             message = f"no worker is alive for the queue {queue!r}: see 'rowmill worker list'"

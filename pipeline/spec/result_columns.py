@@ -1,6 +1,8 @@
-"""Name and type of each task's result columns, and the check that no two columns of an output have one name.
+"""Name and type of the result columns of generate, chat, classify and score, and the check that no two columns of an
+output have one name.
 
-An engine may add columns of its own (``tensor``).
+The columns of embed and tensor are the engine's own (its ``result_schema``): an embedding's length and a graph's
+outputs are the model's to say. Here are only the names that embed must give them, and the columns of requests.
 """
 
 from __future__ import annotations
@@ -77,14 +79,6 @@ def names_of(spec: JobSpec) -> tuple[str, ...] | None:
 def wants_logprobs(spec: JobSpec) -> bool:
     """Whether the job asks for the probabilities of the answer's tokens."""
     return spec.sampling.get("logprobs") is not None or bool(spec.sampling.get("logprob_token_ids"))
-
-
-def known_fields(spec: JobSpec) -> list[pa.Field[Any]]:
-    """Name and type of the results of generate, chat, classify and score, prefixed; none for the other tasks.
-
-    An embedding's length and a graph's outputs are the model's to say.
-    """
-    return [field.with_name(spec.output_prefix + field.name) for field in fields_of(spec)]
 
 
 def check_names(

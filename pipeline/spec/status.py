@@ -13,6 +13,8 @@ from storage.states import TERMINAL_JOB, JobState, RequestState
 class Phase(StrEnum):
     """What a job that has not ended is at."""
 
+    UNPLANNED = "waiting for a planner"
+    """No worker plans it now."""
     READING = "reading the input"
     """It is planned: files are found, converted where they are no Parquet, put in another order where asked for."""
     WAITING = "waiting for a worker"

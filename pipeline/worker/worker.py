@@ -17,17 +17,17 @@ from pipeline.config.settings import Settings
 from pipeline.engines.base import Cancellation
 from pipeline.execution.attempt import attempt_ids, execute
 from pipeline.jobs import plan_queue
-from pipeline.output.finalize import finalize_job
+from pipeline.output.finalize import claim_job, publish_claimed
 from pipeline.process.heartbeat import WATCH_SECONDS, LeaseKeeper
 from pipeline.process.runtime import Runtime, start
 from pipeline.worker import maintenance
 from pipeline.worker.circuit_breaker import CircuitBreaker
 from pipeline.worker.polling import Poller
 from storage.broker import CONTROL_QUEUE, FINALIZE, PLAN, RUN, TICK, Wakeups
-from storage.errors import CommitUnknown, RowmillError, TransientError
+from storage.errors import CommitUnknown, TransientError
 from storage.fleet import maintenance_lock, reports, workers
 from storage.log_actions import Action
-from storage.logs import get_logger
+from storage.logs import bound, get_logger
 from storage.queue import claims, jobs
 from storage.records import Claim
 
@@ -191,26 +191,17 @@ class Worker:
     def finalize(self) -> bool:
         """Publish every job whose shards have all ended. Returns whether there was one."""
         found = False
-        while not self._draining.is_set():
-            try:
-                if (job := finalize_job(self.runtime)) is None:
-                    break
-            except RowmillError as error:
-                log.warning(
-                    "a job could not be published, trying again soon: %s", error, action=Action.JOB_PUBLISHING_POSTPONED
-                )
-                return False
-            found = True
-            log.info(
-                "job %s of tenant %s %s: %d rows",
-                job.id,
-                job.tenant,
-                job.state,
-                job.rows_done,
-                action=Action.JOB_PUBLISHED,
-                job_id=job.id,
-                tenant=job.tenant,
-            )
+        while not self._draining.is_set() and (job := claim_job(self.runtime)) is not None:
+            with bound(tenant=job.tenant, job_id=job.id, worker=self.runtime.worker.id):
+                try:
+                    job = publish_claimed(self.runtime, job)
+                except Exception as error:
+                    text = f"job {job.id} could not be published, trying again soon"
+                    log.failure(text, error, action=Action.JOB_PUBLISHING_POSTPONED)
+                    return False
+                found = True
+                text = "job %s of tenant %s %s: %d rows"
+                log.info(text, job.id, job.tenant, job.state, job.rows_done, action=Action.JOB_PUBLISHED)
         return found
 
     def _tick_when_due(self) -> bool:

@@ -209,8 +209,9 @@ def fail(
     """End the attempt as failed. Its shard is ready again after ``delay`` seconds, or fails after ``max_failures``.
 
     ``crash`` says that the engine died under its rows. That costs nothing while a poison row is searched for, nor when
-    the attempt had flushed some: the shard comes to an end, however often its engine dies. ``max_losses`` searches that
-    end without a computed row are too many: then every row kills the engine.
+    the attempt had flushed some: the shard comes to an end, however often its engine dies. A search that ends without a
+    computed row counts as a loss; after ``max_losses`` of them the shard fails, since every row seems to kill the
+    engine.
     """
     with database.write() as connection:
         job = locked_job(database, connection, claim.job.id)

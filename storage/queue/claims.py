@@ -45,9 +45,9 @@ def claim(
 
     Which one: highest priority, then the tenant whose turn it is and that has fewer than its ``max_running`` at work,
     then the engines in ``warm`` (engine keys loaded in this process), then the longest due (see ``fair_queue``).
-    Engines in ``sticky_keys`` (loaded so lately that it has not paid off) even go before another tenant's turn.
-    ``queues`` and ``job_id`` narrow the choice; within one job there is no question of turns. One transaction raises
-    the fence, sets the lease and opens the attempt.
+    Engines in ``sticky_keys`` were loaded too recently to have repaid their loading time; of one priority, shards for
+    them go first, even if it is another tenant's turn. ``queues`` and ``job_id`` narrow the choice; within one job
+    there is no question of turns. One transaction raises the fence, sets the lease and opens the attempt.
     """
     with database.write() as connection:
         flow = None

@@ -7,11 +7,11 @@ flows and not with the shards.
 Fair share is start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996), without a queue of arrivals: a tenant's
 claim starts at ``max(vtime, V)`` and ends ``rows / weight`` later, which is its next ``vtime``; the least start goes
 first. V, the virtual time, is the highest start at which anybody was served (``vstart``). Whoever was idle, or was held
-back by ``max_running``, begins at V and so has hoarded nothing. Each queue at each priority has times of its own
-(``tenant_share``): with one V for all of them, those who compete for many cheap rows would carry it past whoever
-competes elsewhere, who would then all start at V, and the longest due of them would go first. Where a claim may choose
-between queues, a tenant counts by how far it is ahead of the first in its own queue. Only a claim that somebody else
-was waiting for is charged: a tenant alone writes nothing at all.
+back by ``max_running``, begins at V and so has hoarded nothing. Each queue and priority keeps its own V
+(``tenant_share``). A shared V would be pushed up by tenants of a busy queue; everyone in a quiet queue would then start
+at V, and fair share there would be lost. Where a claim may choose between queues, a tenant counts by how far it is
+ahead of the first in its own queue. Only a claim that somebody else was waiting for is charged: a tenant alone writes
+nothing at all.
 
 An engine may take minutes to load, and turns that alternate between two models would do little else. So a worker
 stays with an engine that it has just loaded until the loading has paid off (``sticky_keys``); what its tenant gets

@@ -11,11 +11,15 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from storage.log_actions import Action
+from storage.logs import get_logger
 from storage.queue import plan_leases
 from storage.sql import tables
 from storage.sql.database import Database, now
 from storage.sql.transitions import move_job, record
 from storage.states import TERMINAL_JOB, JobState
+
+log = get_logger(__name__)
 
 
 def count(
@@ -26,9 +30,9 @@ def count(
     owners: Collection[str] | None = None,
     job_id: str | None = None,
 ) -> None:
-    """Free the jobs whose planner or finalizer has died, and give those up where that happened ``max_losses`` times.
+    """Free the jobs whose planner or finalizer has died, and end those where that happened ``max_losses`` times.
 
-    Dead are ``owners`` (ids of workers), or whoever's lease has run out. A job that is given up has failed, or is
+    Dead are ``owners`` (ids of workers), or whoever's lease has run out. A job that is ended so has failed, or is
     cancelled or expired if that is how it was about to end; 'job retry' goes on with it.
     """
     job = tables.job
@@ -42,15 +46,27 @@ def count(
         if job_id is not None:
             query = query.where(job.c.id == job_id)
         for row in database.rows(query):
-            _count_one(database, row, max_losses, actor)
+            if (counted := _count_one(database, row, max_losses, actor)) is not None:
+                _tell(*counted, row.finalize_owner)
 
 
-def _count_one(database: Database, seen: Any, max_losses: int, actor: str) -> None:
+def _tell(job: sa.Row[Any], deaths: int, owner: str) -> None:
+    whose = {"tenant": job.tenant, "job_id": job.id}
+    if job.state is JobState.VALIDATING:
+        text = "job %s: %s died while planning it, or lost its lease (%d times in a row)"
+        log.warning(text, job.id, owner, deaths, action=Action.PLAN_LOST, **whose)
+    else:
+        text = "job %s: %s died while publishing it, or lost its lease (%d times in a row)"
+        log.warning(text, job.id, owner, deaths, action=Action.JOB_PUBLISHING_LOST, **whose)
+
+
+def _count_one(database: Database, seen: Any, max_losses: int, actor: str) -> tuple[sa.Row[Any], int] | None:
+    """The job as it was, and its deaths in a row; ``None`` where somebody else has counted this one."""
     job = tables.job
     with database.write() as connection:
         row = connection.execute(database.locked(sa.select(job).where(job.c.id == seen.id))).one()
         if (row.finalize_owner, row.finalize_until) != (seen.finalize_owner, seen.finalize_until):
-            return
+            return None
         deaths, state = row.n_lost + 1, row.state
         values: dict[str, Any] = {**plan_leases.FREE, "n_lost": deaths}
         planning = state is JobState.VALIDATING
@@ -59,14 +75,15 @@ def _count_one(database: Database, seen: Any, max_losses: int, actor: str) -> No
         ends = state in (JobState.VALIDATING, JobState.FINALIZING, *TERMINAL_JOB) or not row.n_open
         if deaths < max_losses or not ends:
             connection.execute(job.update().where(job.c.id == row.id).values(**values))
-            return
+            return row, deaths
         error = f"the process died {deaths} times while {doing}; 'rowmill job retry {row.id}' tries again"
         values |= {"n_lost": 0, "finalize_epoch": row.finalize_epoch + 1, "needs_republish": False}
         values["error"] = f"{row.error}; {error}" if row.error and not planning else error
         if state in TERMINAL_JOB:
             connection.execute(job.update().where(job.c.id == row.id).values(**values))
-            return
+            return row, deaths
         target = JobState.FAILED
         if state is JobState.CANCELLING:
             target = {"cancelled": JobState.CANCELLED, "expired": JobState.EXPIRED}.get(row.stop_reason, target)
         move_job(connection, row.id, state, target, actor, ended_at=now(), data={"error": error}, **values)
+        return row, deaths

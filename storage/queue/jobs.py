@@ -45,7 +45,7 @@ def insert(
     new_tenant: bool = True,
     fire: FireKey | None = None,
 ) -> Job:
-    """Queue a job in ``validating``. Same tenant and key: the job that is there already, or :class:`Conflict`.
+    """Insert a job in state ``validating``. Same tenant and key: the job that is there already, or :class:`Conflict`.
 
     Raises :class:`Conflict` when a live job already writes to its output, or when the key was used for other work,
     :class:`~storage.errors.QuotaExceeded` when the tenant has used up what it may, and

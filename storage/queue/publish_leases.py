@@ -48,8 +48,8 @@ class LostOutput:
 def claim_finalize(database: Database, *, owner: str, lease_seconds: float, job_id: str | None = None) -> Job | None:
     """Take over the publishing of a job whose shards have all ended; ``None`` when there is none to take.
 
-    Or that of a job that has ended, whose output was :func:`request_republish`: it is published once more. Raises the
-    epoch: a finalizer that was thought dead can no longer complete the job.
+    Also takes an ended job for which :func:`request_republish` was called. Raises the epoch: a finalizer that was
+    thought dead can no longer complete the job.
 
     A job that could not be published is not taken before its time comes again, unless it is asked for by its id; those
     that nobody has tried come first.
@@ -242,7 +242,7 @@ def _is_whole(job: Job) -> bool:
 def complete(database: Database, claimed: Job, target: JobState, *, actor: str, error: str | None = None) -> Job | None:
     """End the job, if this finalizer is still the one: else :class:`LeaseLost`.
 
-    ``None``, and the job goes on, when the output was :func:`request_republish` meanwhile: it must be published again.
+    ``None``, and the job goes on, when :func:`request_republish` was called meanwhile: it must be published again.
     """
     job = tables.job
     with database.write() as connection:

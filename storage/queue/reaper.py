@@ -78,7 +78,7 @@ def _lose(database: Database, row: sa.Row[Any], why: str, *, max_losses: int, ac
         fails = cost.is_spent(max_losses)
         target = ShardState.FAILED if fails else ShardState.READY
         count = max(cost.losses, cost.crashes)
-        reason = f"given up after {count} attempts in a row were lost without progress, the last one {step.phrase}"
+        reason = f"{count} attempts in a row were lost without progress, the last one {step.phrase}"
         moved = move_shard(
             connection,
             row,

@@ -90,6 +90,7 @@ def test_rows_that_fail_at_once_are_no_speed(status: Make) -> None:
 @pytest.mark.parametrize(
     ("phase", "words"),
     [
+        (Phase.UNPLANNED, "waiting for a planner for 12 s"),
         (Phase.READING, "reading the input for 12 s"),
         (Phase.WAITING, "waiting for a worker for 12 s"),
         (Phase.RETRYING, "waiting to try again for 12 s"),

@@ -22,6 +22,7 @@ from pipeline.execution import prefetch
 from pipeline.execution.flush import Flusher
 from pipeline.spec.job_spec import JobSpec
 from storage import logs
+from storage.errors import Interrupted
 from storage.states import JobState
 
 library = logging.getLogger("a.library")
@@ -83,3 +84,30 @@ def test_every_line_says_what_it_belongs_to(
     assert {record["event"] for record in inside} == {"the engine runs", "the reader reads", "a part is written"}
     assert {record["attempt"] for record in inside} == {1, 2}
     assert all(record.items() >= ids.items() for record in inside)
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_shard_that_is_handed_back_is_told(
+    settings: Settings, log: io.StringIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breaks: bool
+) -> None:
+    """In an interrupt, whether the engine ends as it should or breaks."""
+    interrupt, infer = Cancellation(), FakeEngine.infer
+
+    def interrupted(
+        self: FakeEngine, spec: JobSpec, batches: Iterable[RowBatch], cancel: Cancellation
+    ) -> Iterator[ResultBatch]:
+        interrupt.cancel("interrupted")
+        if breaks:
+            raise RuntimeError("half of it is gone")
+        yield from infer(self, spec, batches, cancel)
+
+    monkeypatch.setattr(FakeEngine, "infer", interrupted)
+    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "in.parquet")
+    where = {"input": str(tmp_path / "in.parquet"), "output": str(tmp_path / "out")}
+    with Client(settings=settings) as client, pytest.raises(Interrupted):
+        client.run(**where, model="fake", task="generate", prompt="{text}", interrupt=interrupt)
+    records = [json.loads(line) for line in log.getvalue().splitlines()]
+    (released,) = [record for record in records if record.get("action") == "attempt.released"]
+    assert (released["shard"], released["attempt"]) == (0, 1)
+    assert released["level"] == ("warning" if breaks else "info")
+    assert ("half of it is gone" if breaks else "interrupted") in released["event"]

@@ -222,14 +222,15 @@ def test_an_input_that_changes_fails_the_job(settings: Settings, texts: Path, tm
 
 
 def test_an_input_without_rows_completes_at_once(client: Client, tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none.parquet")
-    status = client.run(**fields(tmp_path / "none.parquet", tmp_path / "out"))
+    one = pa.table({"text": ["one"]}).replace_schema_metadata({"where": "from"})
+    pq.write_table(one.slice(1), tmp_path / "none.parquet")
+    status = client.run(**fields(tmp_path / "none.parquet", tmp_path / "out", output_prefix="my_"))
     assert (status.state, status.rows_total) == (JobState.COMPLETED, 0)
     none = published(tmp_path / "out")
     assert none.num_rows == 0
-    pq.write_table(pa.table({"text": ["one"]}), tmp_path / "one.parquet")
-    client.run(**fields(tmp_path / "one.parquet", tmp_path / "out-one"))
-    assert none.schema.equals(published(tmp_path / "out-one").schema)
+    pq.write_table(one, tmp_path / "one.parquet")
+    client.run(**fields(tmp_path / "one.parquet", tmp_path / "out-one", output_prefix="my_"))
+    assert none.schema.equals(published(tmp_path / "out-one").schema, check_metadata=True)
 
 
 def test_json_lines_are_rows_too(client: Client, tmp_path: Path) -> None:

@@ -12,10 +12,13 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 from pyiceberg.catalog.memory import InMemoryCatalog
 
+from pipeline.inputs.convert import Converter
+from pipeline.inputs.formats import Format, Kind
+from pipeline.spec.text_options import TextOptions
 from storage.errors import InvalidInput
-from storage.objects.store import ObjectStore
+from storage.objects.store import ObjectInfo, ObjectStore
 from tests.conftest import S3
-from tests.inputs.test_discovery import find, put, rows_of
+from tests.inputs.test_discovery import STORE, find, put, rows_of
 
 ROWS = pa.table({"id": [1, 2, 3], "k": ["01", "02", "01"], "at": pa.array([0, 1, 2], pa.timestamp("us", "UTC"))})
 
@@ -50,6 +53,12 @@ def test_the_current_snapshot_is_read_with_its_types(tmp_path: Path, make: Any) 
     [(uri, version)] = found.originals
     assert uri == str(tmp_path / "t") and version
     assert rows_of(find(tmp_path, "t")) == rows_of(found)
+
+
+def test_a_kind_without_a_reader_is_not_read_as_another(tmp_path: Path) -> None:
+    converter = Converter(STORE, TextOptions(), str(tmp_path / "work"))
+    with pytest.raises(AssertionError, match="Apache Hudi has no reader"):
+        converter.convert(ObjectInfo(str(tmp_path / "t"), 1, "etag"), Format(Kind.HUDI), 0)
 
 
 def test_another_version_is_another_input(tmp_path: Path) -> None:

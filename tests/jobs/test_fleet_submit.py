@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -98,12 +99,19 @@ def test_vllms_own_tables_are_asked_at_submit(client: Client, llama: Path, more:
     assert client.jobs() == []
 
 
-def test_a_good_job_is_taken_and_told_that_nobody_serves_it(client: Client) -> None:
+def test_a_good_job_is_taken_and_told_that_nobody_serves_it(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "pipeline.jobs.plan_queue")
     said: list[str] = []
     job = client.submit(on_notice=said.append, **fields())
     assert job.status().state is JobState.VALIDATING
     assert [line for line in said if "no worker serves engine 'fake'" in line] == said
     assert plan(client) == [job.id]
+    records = [vars(record) for record in caplog.records]
+    assert [(record["action"], record["job_id"]) for record in records] == [
+        ("plan.started", job.id),
+        ("plan.done", job.id),
+    ]
+    assert caplog.messages[1].endswith(" s: 2 rows in 1 shards")
 
 
 def test_a_provider_that_no_worker_has_is_refused(client: Client, tmp_path: Path) -> None:

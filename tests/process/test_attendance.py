@@ -15,10 +15,11 @@ import sqlalchemy as sa
 from pipeline import Client, JobHandle
 from pipeline.config.settings import Settings
 from pipeline.process.attendance import attending
+from pipeline.spec.status import Phase
 from storage.errors import WaitTimeout
 from storage.fleet import attendance, workers
 from storage.fleet.workers import Worker
-from storage.queue import claims, jobs, publish_leases
+from storage.queue import claims, jobs, plan_leases, publish_leases
 from storage.sql import tables
 from storage.sql.database import Database, now
 from storage.states import JobState
@@ -151,5 +152,11 @@ def test_in_a_fleet_a_worker_of_the_queue_is_missed(settings: Settings, postgres
         control = Worker("elsewhere:1:aaaa", "elsewhere", 1, 1.5, queues=("control",), lease_seconds=30.0)
         workers.register(database, control)
         assert job.status().attended
+        assert job.status().phase is Phase.UNPLANNED
+        owner = plan_leases.owner_of(control.id)
+        assert plan_leases.claim(database, owner=owner, lease_seconds=3600) is not None
+        assert job.status().phase is Phase.READING
+        plan_leases.release(database, owner)
+        assert job.status().phase is Phase.UNPLANNED
         silence(database, control, 31)
         assert not job.status().attended

@@ -16,6 +16,7 @@ from pipeline.engines.fake.faults import FakeOptions
 from pipeline.spec.error_codes import RowErrorCode
 from pipeline.spec.job_spec import JobSpec
 from storage import states
+from storage.log_actions import Action
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "docs/generate.py"
@@ -71,6 +72,15 @@ def test_every_move_is_drawn(generate: Any) -> None:
 def test_every_code_and_option_is_described(generate: Any) -> None:
     assert list(generate.attribute_docs(RowErrorCode)) == [code.name for code in RowErrorCode]
     assert list(generate.attribute_docs(FakeOptions)) == list(FakeOptions.model_fields)
+
+
+def test_every_action_has_the_levels_of_its_calls(generate: Any) -> None:
+    levels = generate.levels_of_actions()
+    assert set(levels) == set(Action.__members__)
+    assert levels["SHARD_CLAIMED"] == "info"
+    assert levels["ATTEMPT_RELEASED"] == "info, warning"
+    assert levels["JOB_PUBLISHING_POSTPONED"] == "warning, error"
+    assert levels["PROCESS_CRASHED"] == "critical"
 
 
 def test_the_schema_is_that_of_the_spec(generate: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ MOST_MODULES = 15
 MOST_LINES = 400
 
 FOLDERS = sorted({path.parent for top in (*PACKAGES, "tests", "benchmarks") for path in (ROOT / top).rglob("*.py")})
+CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
@@ -29,6 +32,17 @@ def test_modules_are_short() -> None:
     lines = {_name(path): len(path.read_text().splitlines()) for path in MODULES}
     long = {name: count for name, count in lines.items() if count > MOST_LINES}
     assert not long, f"split {long}"
+
+
+@pytest.mark.parametrize("package", ["storage", "pipeline"])
+def test_the_page_on_architecture_has_every_folder_in_the_order_of_imports(package: str) -> None:
+    page = (ROOT / "docs/explanation/architecture.md").read_text()
+    table = page.partition(f"| Folder of `{package}/` |")[2].partition("\n\n")[0]
+    named = re.findall(r"^\| `(\w+)/` \|", table, re.MULTILINE)
+    assert sorted(named) == sorted(path.parent.name for path in (ROOT / package).glob("*/__init__.py"))
+    (layers,) = (contract["layers"] for contract in CONTRACTS if contract.get("containers") == [package])
+    level = {name.strip(): -at for at, layer in enumerate(layers) for name in layer.split("|")}
+    assert [level[name] for name in named] == sorted(level[name] for name in named)
 
 
 def test_tests_have_the_rooms_of_what_they_test() -> None:

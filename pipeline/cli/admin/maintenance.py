@@ -45,7 +45,7 @@ def reap(invocation: Invocation) -> None:
     ready, failed = sum(item.ready for item in found), sum(item.failed for item in found)
     invocation.show(
         {"ready": ready, "given_up": failed, "expired_jobs": expired},
-        f"{ready} shards are ready again, {failed} were given up, {len(expired)} jobs have expired",
+        f"{ready} shards are ready again, {failed} have failed, {len(expired)} jobs have expired",
     )
 
 

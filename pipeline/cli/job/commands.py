@@ -46,7 +46,7 @@ def show(
     ] = None,
     attempts: Annotated[bool, typer.Option("--attempts", help="Show every attempt at every shard, too.")] = False,
     events: Annotated[bool, typer.Option("--events", help="Show every change of state, too.")] = False,
-    shards: Annotated[bool, typer.Option("--shards", help="Show every shard, too, and why it was given up.")] = False,
+    shards: Annotated[bool, typer.Option("--shards", help="Show every shard, too, and why it failed.")] = False,
 ) -> None:
     """One job, or one of its rows."""
     if row is not None:

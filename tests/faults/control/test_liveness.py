@@ -80,7 +80,7 @@ def test_26_an_obstacle_to_publishing_embedded(embedded_world: World, name: str)
     world.check(before.id)
 
 
-def test_26_an_obstacle_to_publishing_in_a_fleet(world: World) -> None:
+def test_26_an_obstacle_to_publishing_in_a_fleet(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """It holds up no other job; the job says what is in the way, and is tried again within one lease."""
     job = world.submit(**MANY)
     obstacle = world.output / "data"
@@ -99,6 +99,8 @@ def test_26_an_obstacle_to_publishing_in_a_fleet(world: World) -> None:
         status = world.client.job(job).status()
         assert status.state is JobState.FINALIZING
         assert str(obstacle) in (status.message or "")
+        (said,) = [vars(r) for r in caplog.records if vars(r).get("action") == "job.publishing_postponed"]
+        assert (said["job_id"], said["tenant"], said["worker"]) == (job, "default", worker.runtime.worker.id)
         assert workers.holders(world.database, job) == []
     finally:
         worker.close()

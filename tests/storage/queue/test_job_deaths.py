@@ -39,7 +39,13 @@ def lapse(database: Database) -> None:
         )
 
 
-def test_a_planner_that_dies_each_time_fails_the_job(database: Database) -> None:
+def told(caplog: pytest.LogCaptureFixture, job: Job) -> list[str]:
+    """The actions of the log's warnings, each of which names the job."""
+    assert {(vars(record)["job_id"], vars(record)["tenant"]) for record in caplog.records} <= {(job.id, job.tenant)}
+    return [str(vars(record)["action"]) for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_a_planner_that_dies_each_time_fails_the_job(database: Database, caplog: pytest.LogCaptureFixture) -> None:
     job = unplanned(database)
     for number in range(3):
         assert plan_leases.claim(database, owner=f"w{number}#1", lease_seconds=60.0) is not None
@@ -52,10 +58,12 @@ def test_a_planner_that_dies_each_time_fails_the_job(database: Database) -> None
     found = jobs.get(database, job.id)
     assert found.state is JobState.FAILED
     assert "died 3 times while planning it" in str(found.error)
+    assert told(caplog, job) == ["plan.lost"] * 3
+    assert "w1#1 died while planning it, or lost its lease (2 times in a row)" in caplog.text
     assert plan_leases.claim(database, owner="w4", lease_seconds=60.0) is None
 
 
-def test_a_planner_that_gives_its_job_back_is_not_dead(database: Database) -> None:
+def test_a_planner_that_gives_its_job_back_is_not_dead(database: Database, caplog: pytest.LogCaptureFixture) -> None:
     job = unplanned(database)
     for number in range(5):
         assert plan_leases.claim(database, owner=f"w{number}", lease_seconds=60.0) is not None
@@ -65,10 +73,13 @@ def test_a_planner_that_gives_its_job_back_is_not_dead(database: Database) -> No
         plan_leases.postpone(database, job.id, owner=f"w{number}", error="away", delay=-1.0)
         count(database, f"w{number}")
     assert jobs.get(database, job.id).state is JobState.VALIDATING
+    assert told(caplog, job) == []
 
 
 @pytest.mark.parametrize("stopped", [None, "cancelled", "expired"])
-def test_a_finalizer_that_dies_each_time_ends_the_job(database: Database, stopped: str | None) -> None:
+def test_a_finalizer_that_dies_each_time_ends_the_job(
+    database: Database, stopped: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
     job = with_a_commit(database, 1 if stopped is None else 2)
     if stopped is not None:
         jobs.request_stop(database, job.id, stopped, actor="test")
