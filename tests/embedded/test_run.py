@@ -196,7 +196,7 @@ def test_a_transient_engine_error_is_retried(client: Client, texts: Path, tmp_pa
 
 def test_an_engine_that_breaks_its_contract_fails_the_job(settings: Settings, texts: Path, tmp_path: Path) -> None:
     with Client(settings=settings.model_copy(update={"max_failures": 1})) as client:
-        for option, reason in (("drop_row", "unanswered"), ("double_row", "twice|was not asked for")):
+        for option, reason in (("drop_row", "unanswered"), ("double_row", "twice|already answered")):
             status = client.run(**fields(texts, tmp_path / option, engine_options={option: "number 500"}))
             assert status.state is JobState.FAILED
             assert status.error is not None
