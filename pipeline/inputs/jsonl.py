@@ -31,7 +31,10 @@ _NO_BRACKETS = bytes(sorted(set(range(256)) - set(b'[]{}"\n')))
 _STRING = re.compile(rb'"[^"\n]*"?')
 _OPENING, _CLOSING = np.frombuffer(b"[{", np.uint8), np.frombuffer(b"]}", np.uint8)
 _BARE_NULL = re.compile(rb"null[ \t\r]*(?:\n|\Z)")
-"""At the end of a line that is no object. pyarrow crashes when the first line is null."""
+"""At the end of a line that is no object."""
+_FIRST_NULL = re.compile(rb"\xef?\xbb?\xbf?[ \t\r\n]*null")
+"""At the beginning of a block, where pyarrow skips white space and any bytes of a byte order mark. Whatever comes after
+it, and of no other first value, pyarrow crashes."""
 _ARROWS_ROW = re.compile(r"^JSON parse error: |\.? in row \d+$")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _ESCAPE = re.compile(
@@ -213,7 +216,7 @@ def _refuse_depth(uri: str, first: int, block: bytes) -> None:
 
 def _parse(data: bytes, schema: pa.Schema | None) -> pa.Table:
     """One block, which is never cut into several: pyarrow would take a row that spans two for an error."""
-    if _BARE_NULL.search(data):
+    if _FIRST_NULL.match(data) or _BARE_NULL.search(data):
         raise pa.ArrowInvalid("a line is null")
     unexpected: Literal["infer", "ignore"] = "infer" if schema is None else "ignore"
     source: Any = pa.BufferReader(data)

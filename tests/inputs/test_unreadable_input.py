@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -102,3 +104,39 @@ def test_offsets_that_lead_out_of_the_file_are_refused(client: Client, tmp_path:
         writer.write_batch(batch)
     with pytest.raises(InvalidInput, match=r"in\.arrow: it is damaged"):
         client.submit(**fields(tmp_path / "in.arrow"))
+
+
+SURVEY = """
+import sys
+from pathlib import Path
+from pipeline.inputs import jsonl
+from pipeline.spec.text_options import TextOptions
+from storage.errors import InvalidInput
+from storage.objects.store import ObjectStore
+
+jsonl.BLOCK_BYTES = 8
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    try:
+        jsonl.JsonlReader(ObjectStore(), TextOptions()).survey(str(path), None)
+    except InvalidInput as error:
+        print(error)
+"""
+
+
+def test_a_first_value_that_is_null_is_refused_by_its_line(tmp_path: Path) -> None:
+    """pyarrow crashes whatever stands behind it, and also in a later block: read in a process that may crash."""
+    row = b'{"a":1}'
+    after = [b"", b" " + row, b"," + row, b",", b"x", b"\x0b", b"\x0c", b"\x00", b"\n" + row]
+    before = [b"", b" ", b"\t\r", b"\n\n ", b"\xef\xbb\xbf", b"\xbb", row + b"\n", row + b"\n\n "]
+    texts = [first + b"null" + rest for first in before for rest in after]
+    texts += [b"[null]", b"[null, " + row + b"]", row + b"null"]
+    for at, text in enumerate(texts):
+        (tmp_path / f"{at:03}.jsonl").write_bytes(text)
+    command = [sys.executable, "-c", SURVEY, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    refusals = done.stdout.splitlines()
+    assert len(refusals) == len(texts)
+    for at, (text, refusal) in enumerate(zip(texts, refusals, strict=True)):
+        line = 1 + text.partition(b"null")[0].count(b"\n")
+        assert refusal.startswith(f"input: {tmp_path / f'{at:03}.jsonl'}, line {line}: "), (text, refusal)
