@@ -30,8 +30,8 @@ from storage.errors import EngineMissing, InvalidModel
 Kind = Literal["encoder", "classifier"]
 """``encoder``: gives token states, ``last_hidden_state`` [n, s, d]; ``classifier``: gives ``logits`` [n, labels]."""
 
-LAYOUT = 1
-"""Raised when what is exported changes, so that older cache entries are not used any more."""
+LAYOUT = 2
+"""Raised when what is exported, or what it is compared with, changes: older cache entries are not used any more."""
 TOLERANCE = 1e-3
 """Largest absolute difference from PyTorch's float32 result that an exported graph may show."""
 OPSET = 18
@@ -114,7 +114,7 @@ def exported(
     stem = f"{digest[:32]}-{kind}-"
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
-        older = sorted(home.glob(f"{stem}*/{REPORT}"), key=lambda path: path.stat().st_mtime)
+        older = sorted(home.glob(f"{stem}*-v{LAYOUT}/{REPORT}"), key=lambda path: path.stat().st_mtime)
         if older:
             return _read(older[-1].parent)
         raise EngineMissing(
@@ -304,7 +304,7 @@ def _samples(model: Any) -> Iterator[dict[str, Any]]:
 def longest(config: Any) -> int:
     """Most tokens of a sample: what the model takes, as far as its configuration says."""
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return max(1, int(positions) - 2) if positions else _LONGEST
+    return max(1, int(positions) - 2) if positions and int(positions) > 2 else _LONGEST
 
 
 def _ids(config: Any, rows: int, length: int, generator: Any) -> Any:

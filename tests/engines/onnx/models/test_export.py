@@ -155,6 +155,7 @@ def test_an_export_that_disagrees_with_pytorch_is_refused(
         ({"max_position_embeddings": 4098}, 1100),
         ({"max_position_embeddings": 66}, 64),
         ({"n_positions": 64}, 62),
+        ({"max_position_embeddings": -1}, 1100),  # XLNet's: no limit
         ({}, 1100),
     ],
 )
@@ -212,6 +213,9 @@ def test_without_torch_the_user_is_told_what_to_install(
     with pytest.raises(EngineMissing, match=r"needs torch: install rowmill\[export\]"):
         export.exported(encoder, "encoder", "e" * 64, tmp_path, lambda message: None)
     assert export.exported(encoder, "encoder", DIGEST, tmp_path, lambda message: None).graph == first.graph
+    monkeypatch.setattr(export, "LAYOUT", export.LAYOUT + 1)  # that one was never compared as graphs are now
+    with pytest.raises(EngineMissing, match="needs torch"):
+        export.exported(encoder, "encoder", DIGEST, tmp_path, lambda message: None)
 
 
 def test_onnxruntime_missing_or_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
