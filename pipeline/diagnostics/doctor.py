@@ -8,8 +8,9 @@ from __future__ import annotations
 import platform
 import sqlite3
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from threading import Thread
@@ -192,17 +193,25 @@ def _object_stores(settings: Settings) -> Iterator[Check]:
 def engine(name: str, *, deep: bool) -> list[Check]:
     """What an engine says of itself on this machine. A plug-in that says nothing is named all the same."""
     checked = f"engine {name}"
+    broken = partial(Check, checked, "fail", remedy="repair or uninstall it")
+    found: list[Check] = []
     try:
         kind = registry.engine_class(name)
         if issubclass(kind, Diagnoses):
-            return list(kind.diagnose(deep=deep))
-    except Exception as error:  # a plug-in's module may raise anything; that is the finding
+            said: Iterable[object] = kind.diagnose(deep=deep)
+            for check in said:
+                if isinstance(check, Check):
+                    found.append(check)  # one by one: an error keeps those before it
+                else:
+                    found.append(broken(f"diagnose() gave {check!r}, which is no Check"))
+        elif (remedy := registry.lacks(name)) is not None:
+            found.append(Check(checked, "skip", "a package that it needs is not installed", f"install {remedy}"))
+        elif name not in registry.BUILT_IN:
+            found.append(Check(checked, "ok", f"{kind.__module__}:{kind.__qualname__}: its module loads"))
+    except (Exception, SystemExit) as error:  # a plug-in's module may raise anything; that is the finding
         what = str(error) if isinstance(error, RowmillError) else f"{type(error).__name__}: {error}"
-        return [Check(checked, "fail", what, "repair or uninstall it")]
-    if (remedy := registry.lacks(name)) is not None:
-        return [Check(checked, "skip", "a package that it needs is not installed", f"install {remedy}")]
-    own = name in registry.BUILT_IN
-    return [] if own else [Check(checked, "ok", f"{kind.__module__}:{kind.__qualname__}: its module loads")]
+        found.append(broken(what))
+    return found
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:

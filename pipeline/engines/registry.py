@@ -60,7 +60,14 @@ def lacks(name: str) -> str | None:
     """What to install before a worker can serve this engine; ``None`` when nothing. Imports the engine's module, and
     not the package that it needs."""
     module, remedy = _package(name)
-    return remedy if module is not None and importlib.util.find_spec(module) is None else None
+    return remedy if module is not None and not _is_there(module) else None
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it is in
+        return False
 
 
 def _package(name: str) -> tuple[str | None, str | None]:

@@ -74,6 +74,27 @@ class Lacking(FakeEngine):
     def package(cls):
         return "no_such_module", "no-such-package"
 
+class Parentless(FakeEngine):
+    @classmethod
+    def package(cls):
+        return "no_such_parent.module", "no-such-package"
+
+class Unsure(FakeEngine):
+    @classmethod
+    def package(cls):
+        raise KeyError("package")
+
+class Halfway(FakeEngine):
+    @classmethod
+    def diagnose(cls, *, deep):
+        yield Check("engine halfway", "ok", "a first step")
+        raise SystemExit("no licence")
+
+class Other(FakeEngine):
+    @classmethod
+    def diagnose(cls, *, deep):
+        return ["works"]
+
 class Telling(FakeEngine):
     @classmethod
     def diagnose(cls, *, deep):
@@ -91,6 +112,11 @@ class Broken(FakeEngine):
     [
         ("quiet", "ok", "its module loads"),
         ("lacking", "skip", "is not installed"),
+        ("parentless", "skip", "is not installed"),
+        ("unsure", "fail", "KeyError: 'package'"),
+        ("halfway", "fail", "SystemExit: no licence"),
+        ("other", "fail", "diagnose() gave 'works', which is no Check"),
+        ("leaving", "fail", "SystemExit: 3"),
         ("telling", "warn", "deep: True"),
         ("broken", "fail", "OSError: no device"),
         ("absent", "fail", "cannot be imported"),
@@ -104,10 +130,11 @@ def test_an_engine_of_another_distribution_speaks_for_itself(
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: rowmill-plug-in-for-doctor\nVersion: 1.0\n")
     module = f"plug_in_for_doctor_{name}"
     (folder / "entry_points.txt").write_text(f"[rowmill.engines]\n{name} = {module}:{name.title()}\n")
-    (tmp_path / f"{module}.py").write_text(PLUG_IN)
+    (tmp_path / f"{module}.py").write_text("raise SystemExit(3)" if name == "leaving" else PLUG_IN)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert name in registry.names()
-    (check,) = doctor.engine(name, deep=True)
+    *before, check = doctor.engine(name, deep=True)
+    assert [item.detail for item in before] == (["a first step"] if name == "halfway" else [])
     assert (check.name, check.status) == (f"engine {name}", status)
     assert detail in check.detail
 
