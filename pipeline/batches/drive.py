@@ -14,7 +14,7 @@ from storage.errors import IllegalTransition, Interrupted, InvalidJob, LeaseLost
 from storage.files import batches, files
 from storage.files.records import Batch
 from storage.log_actions import Action
-from storage.logs import get_logger
+from storage.logs import bound, get_logger
 from storage.queue import jobs
 from storage.records import Job
 from storage.states import BatchState, JobState
@@ -39,15 +39,16 @@ def drive(
         for batch in found:
             if stopped():
                 return moved
-            try:
-                moved |= _drive_one(runtime, batch, run)
-            except (IllegalTransition, LeaseLost):
-                moved = True  # somebody else moved it: look again
-            except Interrupted:
-                raise
-            except Exception as error:
-                text = f"batch {batch.id} could not be taken further, trying again"
-                log.failure(text, error, action=Action.BATCH_POSTPONED, batch_id=batch.id)
+            with bound(tenant=batch.tenant, batch_id=batch.id):
+                try:
+                    moved |= _drive_one(runtime, batch, run)
+                except (IllegalTransition, LeaseLost):
+                    moved = True  # somebody else moved it: look again
+                except Interrupted:
+                    raise
+                except Exception as error:
+                    text = f"batch {batch.id} could not be taken further, trying again"
+                    log.failure(text, error, action=Action.BATCH_POSTPONED)
         after = found[-1].id
     return moved
 

@@ -96,12 +96,15 @@ class Invocation:
         logs.set_up(settings.log_level, settings.log_format)
         if service and settings.log_format == "json":
             self.service_log = logs.get_logger("rowmill")
+            self.service_log.setLevel("INFO")  # notices are written at any log_level, as they are on a terminal
 
     def notice(self, message: str) -> None:
         """A line for the person at the terminal."""
+        if self.quiet:
+            return
         if self.service_log is not None:
             self.service_log.info("%s", message, action=Action.COMMAND_NOTICE)
-        elif not self.quiet:
+        else:
             say(message)
 
     def show(self, document: Mapping[str, Any], text: str) -> None:

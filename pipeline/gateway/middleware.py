@@ -48,7 +48,12 @@ class Requests:
                 await self._app(scope, _bounded(scope, receive), send_with_id)
         except Exception:
             log.exception(
-                "request %s failed: %s %s", request_id, scope["method"], scope["path"], action=Action.REQUEST_FAILED
+                "request %s failed: %s %s",
+                request_id,
+                scope["method"],
+                scope["path"],
+                action=Action.REQUEST_FAILED,
+                request_id=request_id,  # the ids of the request are no longer bound
             )
             if started:
                 raise  # the connection breaks, so that nobody takes what was sent for the whole

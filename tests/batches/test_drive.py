@@ -20,6 +20,8 @@ from storage.broker import CONTROL_QUEUE
 from storage.errors import Conflict, IllegalTransition, NotFound
 from storage.files import batches, files
 from storage.files.records import Batch, File, NewBatch, Purpose
+from storage.log_actions import Action
+from storage.logs import get_logger
 from storage.queue import jobs
 from storage.records import Job
 from storage.states import BatchState
@@ -255,6 +257,21 @@ def test_a_driver_that_dies_is_followed_by_another(
         len(files.listed(session.runtime.database, "acme", purpose=None, limit=9, after=None, newest_first=True)[0])
         == 2
     )
+
+
+def test_what_a_drive_logs_names_its_batch(
+    session: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch = create(session, upload(session, line("a")).id)
+
+    def check(*given: object) -> None:
+        get_logger("tests.batches").warning("checking", action=Action.BATCH_POSTPONED)
+        raise OSError("no disk")
+
+    monkeypatch.setattr(validation, "check", check)
+    drive(session.runtime)
+    fields = [(vars(record)["batch_id"], vars(record)["tenant"]) for record in caplog.records]
+    assert fields == [(batch.id, "acme")] * 2, "also of what is called, and of the failure"
 
 
 def test_a_deleted_file_stays_while_its_batch_runs(session: Session) -> None:

@@ -50,9 +50,11 @@ def test_unknown_routes_and_methods(probes: TestClient) -> None:
     assert wrong.headers["allow"] == "GET"
 
 
-def test_a_defect_is_answered_without_its_details(probes: TestClient) -> None:
+def test_a_defect_is_answered_without_its_details(probes: TestClient, caplog: pytest.LogCaptureFixture) -> None:
     answer = probes.get("/v1/probe/defect")
     assert answer.status_code == 500
+    (record,) = (record for record in caplog.records if vars(record).get("action") == "request.failed")
+    assert vars(record)["request_id"] == answer.headers["x-request-id"]
     assert error_of(answer)["type"] == "server_error" and "secret" not in answer.text
 
 
