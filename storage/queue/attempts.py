@@ -86,13 +86,11 @@ def _count(
     done, failed = held.done | part.rows, held.failed | part.failed
     room = ROW_EXCEPTIONS_KEPT - held.n_failed
     if exceptions and room > 0:
-        connection.execute(
-            tables.row_exception.insert(),
-            [
-                {"shard_id": claim.shard.id, "row_idx": item.row, "code": item.code, "message": item.message}
-                for item in exceptions[:room]
-            ],
-        )
+        kept = [
+            {"shard_id": claim.shard.id, "row_idx": item.row, "code": item.code, "message": item.message}
+            for item in exceptions[:room]
+        ]
+        row_mapping.insert(connection, tables.row_exception, kept)
     shard = tables.shard
     connection.execute(
         shard.update()

@@ -134,16 +134,16 @@ def set_planned(
         if found.state != JobState.VALIDATING:
             raise IllegalTransition("job", found.state, JobState.QUEUED, "it is planned already")
         for chunk in _chunks(sources):
-            connection.execute(
-                tables.source.insert(),
-                [row_mapping.values(item) | {"job_id": job_id, "partition": dict(item.partition)} for item in chunk],
-            )
+            of_job = [
+                row_mapping.values(item) | {"job_id": job_id, "partition": dict(item.partition)} for item in chunk
+            ]
+            row_mapping.insert(connection, tables.source, of_job)
         if consumed is not None:
             schedules.note_consumed(connection, job_id, consumed)
         n_shards = rows_total = 0
         due = connection.execute(sa.select(now())).scalar_one()
         for part in _chunks(shards):
-            connection.execute(tables.shard.insert(), [_shard_values(found, item, due) for item in part])
+            row_mapping.insert(connection, tables.shard, [_shard_values(found, item, due) for item in part])
             n_shards += len(part)
             rows_total += sum(item.row_n for item in part)
         # Only now: the tenant's row is locked, and claims and submits of the tenant wait, until this transaction ends.
@@ -217,10 +217,8 @@ def cancel_ready(database: Database, job_id: str, *, actor: str, batch: int = 10
         connection.execute(shard.update().where(shard.c.id.in_(ids)).values(state=ShardState.CANCELLED))
         connection.execute(job.update().where(job.c.id == job_id).values(n_open=job.c.n_open - len(ids)))
         kind = f"shard.{ShardState.CANCELLED}"
-        connection.execute(
-            tables.event.insert(),
-            [{"job_id": job_id, "shard_id": item, "type": kind, "at": at, "actor": actor, "data": {}} for item in ids],
-        )
+        event = {"job_id": job_id, "type": kind, "at": at, "actor": actor, "data": {}}
+        row_mapping.insert(connection, tables.event, [event | {"shard_id": item} for item in ids])
         return len(ids)
 
 

@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from storage import failpoints
 from storage.errors import Conflict, IllegalTransition, NotFound
 from storage.records import Fire, FireKey, NewSchedule, Schedule
-from storage.sql import tables
+from storage.sql import row_mapping, tables
 from storage.sql.database import Database, now
 from storage.sql.row_mapping import read, values
 from storage.sql.transitions import move_fire
@@ -228,7 +228,7 @@ def note_consumed(connection: sa.Connection, job_id: str, consumed: ConsumedFile
         for uri, etag in consumed.files
     ]
     for start in range(0, len(rows), _CHUNK):
-        connection.execute(tables.schedule_file.insert(), rows[start : start + _CHUNK])
+        row_mapping.insert(connection, tables.schedule_file, rows[start : start + _CHUNK])
 
 
 def mark_processed(connection: sa.Connection, job_id: str) -> None:

@@ -70,10 +70,8 @@ def add(
             what = {"number": number, "digest": digest, "to_state": RevisionState.DRAFT, "reason": place}
             history.record(connection, model_id, "added", actor, **what)
         if artifacts:
-            connection.execute(
-                _artifact.insert(),
-                [{"revision_id": revision_id, **row_mapping.values(item)} for item in artifacts],
-            )
+            rows = [{"revision_id": revision_id, **row_mapping.values(item)} for item in artifacts]
+            row_mapping.insert(connection, _artifact, rows)
         return _by_id(connection, revision_id), known is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,3 +31,11 @@ def read(kind: type[R], row: sa.Row[Any], **more: Any) -> R:
 def values(item: DataclassInstance) -> dict[str, Any]:
     """The fields of a record, by column."""
     return {field.name: getattr(item, field.name) for field in fields(item)}
+
+
+def insert(connection: sa.Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert the rows (column → value), at least one. Raises ``ValueError`` for a name that is no column, which
+    SQLAlchemy leaves out without a word where it gets several rows."""
+    if unknown := set().union(*rows) - set(table.c.keys()):
+        raise ValueError(f"table {table.name!r} has no column {', '.join(sorted(unknown))}")
+    connection.execute(table.insert(), rows)

@@ -17,7 +17,7 @@ from storage.errors import Conflict, IllegalTransition, InvalidSettings, LeaseLo
 from storage.fleet import failures, reports
 from storage.queue import attempts, claims, jobs, publish_leases, reopen
 from storage.records import OUTPUT_SEQ, RowException
-from storage.sql import revisions, tables
+from storage.sql import revisions, row_mapping, tables
 from storage.sql.database import Database
 from storage.states import JobState, ShardState
 from tests.storage.jobs_in_sql import LEASE, OWNER, output, part, planned_job, stored, take, unplanned_job
@@ -36,6 +36,13 @@ def test_the_same_key_is_the_same_job(database: Database) -> None:
     with pytest.raises(Conflict, match="belongs to job"):
         unplanned_job(database, **(values | {"spec_hash": "other"}))
     assert unplanned_job(database, **(values | {"tenant": "b", "output_uri": "/elsewhere"})).id == "another"
+
+
+def test_a_name_that_is_no_column_is_refused(database: Database) -> None:
+    row = {"job_id": planned_job(database).id, "type": "x", "at": 0.0, "actor": "a", "data": {}}
+    with pytest.raises(ValueError, match="table 'event' has no column sharD"), database.write() as connection:
+        row_mapping.insert(connection, tables.event, [row, row | {"sharD": "s"}])
+    assert not stored(database, "event", type="x")
 
 
 def test_two_live_jobs_cannot_share_an_output(database: Database) -> None:
