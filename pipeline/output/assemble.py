@@ -207,9 +207,9 @@ def assemble(
             failed |= BitMap(ids[bad].astype(np.uint32))
             file_out.write(pa.Table.from_arrays([*kept, *made.columns], schema=schema))
             n_rows += len(ids)
-        inputs.finish()
         if n_rows != len(held):
             raise CorruptFile(f"{len(held)} rows were flushed for {target_uri}, and {n_rows} were found")
+        inputs.finish()
     return Assembled(file_out.written, n_rows, len(failed), failed, missing)
 
 

@@ -175,7 +175,8 @@ class VllmEngine(VllmPlacement):
                 rows.check_chat_template()  # loaded for generate, which needs none
         schema = self.result_schema(spec)
         work = spec.work_hash()
-        lengths = self._lengths(work, most)
+        with self._lock:  # two slots of a new job share one
+            lengths = self._lengths(work, most)
         rows_waiting, bytes_waiting = self._context.order_rows, self._context.order_bytes
         if media_columns.columns_of(spec):
             # They are sorted by nothing: no more wait than run.
