@@ -8,7 +8,8 @@ import sqlalchemy as sa
 
 from storage.sql.database import Database
 
-_sqlite_engine = Database._sqlite_engine
+sqlite_engine = Database._sqlite_engine
+"""What runs outside of tests, which synchronises."""
 
 
 def do_not_wait() -> None:
@@ -22,6 +23,6 @@ def _no_wait(file: object) -> None:
 
 
 def _unsynchronised(database: Database, begin: str) -> sa.Engine:
-    engine = _sqlite_engine(database, begin)
+    engine = sqlite_engine(database, begin)
     sa.event.listen(engine, "connect", lambda raw, _: raw.execute("PRAGMA synchronous=OFF").close())
     return engine

@@ -187,6 +187,8 @@ class World:
     settings: Settings
     home: Path
     n_rows: int = 200
+    fresh: bool = False
+    """Whether its Python processes are interpreters of their own, whose writes wait for the disk, and no forks."""
     processes: list[Process] = field(default_factory=list)
     _client: Client | None = None
 
@@ -277,7 +279,7 @@ class World:
 
     def _started(self, command: Sequence[str], kind: str, settings: Settings) -> Process:
         log = self.home / f"{kind}-{len(self.processes)}.log"
-        process = Process(command, environment(settings), log)
+        process = Process([sys.executable, *command] if self.fresh else command, environment(settings), log)
         self.processes.append(process)
         return process
 

@@ -43,6 +43,21 @@ def test_01_kill_9_of_a_worker(world: World) -> None:
     world.check(job)
 
 
+def test_01_what_users_start_dies(embedded_world: World) -> None:
+    """Fault 1 once without what makes the other tests fast: no fork, and each write waits for the disk."""
+    world = embedded_world
+    world.fresh = True
+    job = world.submit()
+    assert world.worker(arm={"flush.recorded": "exit@3"}).join() == KILLED
+    world.worker()
+    world.wait(job, JobState.COMPLETED)
+    assert [(attempt.state, attempt.rows_resumed) for attempt in world.attempts(job)] == [
+        (AttemptState.LOST, 0),
+        (AttemptState.SUCCEEDED, 30),
+    ]
+    world.check(job)
+
+
 @pytest.mark.parametrize("point", ["flush.stored@2", "commit.assembled", "commit.done"])
 def test_01_an_embedded_process_dies(world: World, point: str) -> None:
     """Fault 1, embedded: the process ends at once, at any point; the same command, run again, goes on from there.
