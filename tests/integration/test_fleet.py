@@ -169,7 +169,7 @@ def test_a_fleet_loses_nothing(fleet: Fleet, s3: S3, redis_server: Server, tmp_p
         store.put_bytes(s3.url(f"in/{name}.parquet"), sink.getvalue().to_pybytes())
 
     beat, control = fleet.start("beat"), fleet.start("control")
-    first, second, vllm = fleet.start("onnx-worker"), fleet.start("onnx-worker"), fleet.start("vllm-worker")
+    first, vllm = fleet.start("onnx-worker"), fleet.start("vllm-worker")
     jobs: list[dict[str, Any]] = [
         {
             "input": s3.url("in/hard.parquet"),
@@ -210,13 +210,17 @@ def test_a_fleet_loses_nothing(fleet: Fleet, s3: S3, redis_server: Server, tmp_p
             for shard in _shards(fleet, job_id)
         )
 
+    # It is alone until then: no other worker can take the work before it has begun.
     wait_until(flushed, "a flush of the first worker", deadline=DEADLINE)
+    second = fleet.start("onnx-worker")
     first.kill()
     redis.Redis.from_url(str(fleet.settings.broker_url)).flushall()
 
     # Whatever supervises it starts another one. The second one is drained meanwhile.
     third = fleet.start("onnx-worker")
     drained = fleet.registered(second).worker.id
+    begun = lambda: any(a.worker_id == drained for job_id in ids[:6] for a in fleet.client.job(job_id).attempts())  # noqa: E731
+    wait_until(begun, "an attempt of the second worker", deadline=DEADLINE)
     done = fleet.rowmill("worker", "drain", drained, "--wait", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["drained"] == [drained]
