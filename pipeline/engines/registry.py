@@ -112,8 +112,10 @@ def engine_class(name: str) -> type[Engine]:
     module, _, attribute = where.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise EngineMissing(f"engine {name!r} ({where}) cannot be imported: {error}", field="engine") from error
+    except (Exception, SystemExit) as error:  # a plug-in's module may raise anything, and the others go on without it
+        plain = isinstance(error, (ImportError, AttributeError))
+        why = str(error) if plain else f"{type(error).__name__}: {error}"
+        raise EngineMissing(f"engine {name!r} ({where}) cannot be imported: {why}", field="engine") from error
     lacking = [part for part in _PROTOCOL if not callable(getattr(found, part, None))]
     if not isinstance(found, type) or lacking:
         raise EngineMissing(f"{where} is no engine: it lacks {', '.join(lacking) or 'a class'}", field="engine")

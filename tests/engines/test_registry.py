@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.engines import registry
-from pipeline.engines.base import Permissions
+from pipeline.engines.base import Permissions, RestrictsOptions
 from pipeline.engines.fake.engine import FakeEngine
 from pipeline.models.model import Model
 from pipeline.spec.job_spec import Task, parse
@@ -62,6 +62,8 @@ onnx = rowmill_test_plugin:Mine
 guarded = rowmill_test_plugin:Guarded
 freer = rowmill_test_plugin:Freer
 gone = rowmill_test_gone:Mine
+leaving = rowmill_test_leaving:Mine
+raising = rowmill_test_raising:Mine
 typo = rowmill_test_plugin:Mein
 value = rowmill_test_plugin:not_a_class
 lacking = rowmill_test_plugin:Lacking
@@ -72,6 +74,8 @@ lacking = rowmill_test_plugin:Lacking
 def plugged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An installed distribution that plugs engines in."""
     (tmp_path / "rowmill_test_plugin.py").write_text(PLUG_IN)
+    (tmp_path / "rowmill_test_leaving.py").write_text("raise SystemExit('no licence')")
+    (tmp_path / "rowmill_test_raising.py").write_text("raise OSError('no device')")
     info = tmp_path / "rowmill_test_plugin-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rowmill-test-plugin\nVersion: 1.0\n")
@@ -147,12 +151,22 @@ def test_a_plug_in_of_a_built_in_name_lifts_no_restriction(name: str, options: d
 
 @pytest.mark.usefixtures("plugged")
 @pytest.mark.parametrize(
-    ("name", "words"), [("gone", "rowmill_test_gone"), ("typo", "Mein"), ("value", "lacks"), ("lacking", "infer")]
+    ("name", "words"),
+    [
+        ("gone", "rowmill_test_gone"),
+        ("leaving", "SystemExit: no licence"),
+        ("raising", "OSError: no device"),
+        ("typo", "Mein"),
+        ("value", "lacks"),
+        ("lacking", "infer"),
+    ],
 )
-def test_a_broken_plug_in_is_named(name: str, words: str) -> None:
+def test_a_broken_plug_in_is_named_and_hides_no_other(name: str, words: str) -> None:
     with pytest.raises(EngineMissing, match=words) as caught:
         registry.engine_class(name)
     assert caught.value.field == "engine"
+    assert name not in registry.names_with(RestrictsOptions)
+    assert "guarded" in registry.names_with(RestrictsOptions)
 
 
 @given(JSON.filter(lambda value: isinstance(value, dict)))

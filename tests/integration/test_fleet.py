@@ -219,7 +219,10 @@ def test_a_fleet_loses_nothing(fleet: Fleet, s3: S3, redis_server: Server, tmp_p
     # Whatever supervises it starts another one. The second one is drained meanwhile.
     third = fleet.start("onnx-worker")
     drained = fleet.registered(second).worker.id
-    begun = lambda: any(a.worker_id == drained for job_id in ids[:6] for a in fleet.client.job(job_id).attempts())  # noqa: E731
+
+    def begun() -> bool:
+        return any(a.worker_id == drained for job_id in ids[:6] for a in fleet.client.job(job_id).attempts())
+
     wait_until(begun, "an attempt of the second worker", deadline=DEADLINE)
     done = fleet.rowmill("worker", "drain", drained, "--wait", "--json")
     assert done.returncode == 0, done.stderr

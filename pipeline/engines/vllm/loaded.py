@@ -50,7 +50,7 @@ class LoadedVllm:
         return cls(running, window, media, options.get("recycle_bytes"))
 
     def look_at_memory(self) -> None:
-        """Set ``needs_restart``, for good, once the processes and this one take too much. Called after each call."""
+        """After each call: set ``needs_restart`` once the processes and this one take too much memory. It stays set."""
         if self.running.dead:
             return
         now, machine = self.running.memory_bytes() + psutil.Process().memory_info().rss, memory_bytes()
